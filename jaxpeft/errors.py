@@ -1,0 +1,47 @@
+"""Errors that are the user's to mend, each with the exit code a command ends with.
+
+A command prints them as one line, ``error: <text>``, and never as a traceback.
+"""
+
+
+class UserError(ValueError):
+    """Bad config, data, model or adapter: the text says where, what, why and the way out."""
+
+    exit_code = 2
+
+
+class DivergedError(UserError):
+    """The loss or the gradient stayed non-finite; the last good state is kept."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """No usable checkpoint."""
+
+    exit_code = 4
+
+
+class ResourceError(UserError):
+    """Out of disk or memory."""
+
+    exit_code = 5
+
+
+class InterruptedRunError(UserError):
+    """Stopped by a signal after saving; the same command goes on."""
+
+    exit_code = 6
+
+
+def first_few(items: list[str], limit: int = 5) -> str:
+    """Joins the first `limit` items with commas and counts the rest."""
+    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + rest
+
+
+def nearest(name: str, known: list[str], count: int = 3) -> list[str]:
+    """The known names closest to `name`, best first."""
+    import difflib
+
+    return difflib.get_close_matches(name, known, n=count, cutoff=0.5)

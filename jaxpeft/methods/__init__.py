@@ -1,0 +1,1 @@
+"""Turns base parameters and adapters into each other: see `jaxpeft.methods.base`."""
