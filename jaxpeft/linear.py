@@ -1,0 +1,104 @@
+"""The node protocol: how model code uses a weight that may be more than an array.
+
+Model code never multiplies with a weight itself. It calls the functions below, and a weight is
+either an array or a `Node`: a small pytree that answers for an adapted (or quantised) weight.
+Nodes nest: the ``base`` of a node is again an array or a node.
+
+=================  =======================  ====================  =============================
+model code calls   an array does            a node answers        shapes
+=================  =======================  ====================  =============================
+``linear(x, w)``   ``x @ w``                ``multiply(x)``       (*, d_in) -> (*, d_out)
+``embed(ids, t)``  ``t[ids]``               ``lookup(ids)``       (*,) -> (*, d_model)
+``attend(x, t)``   ``x @ t.T`` in float32   ``attend(x)``         (*, d_model) -> (*, vocab)
+``materialise(w)`` itself                   ``materialise()``     the logical shape
+``shape_of(w)``    ``w.shape``              ``shape``             (d_in, d_out), (vocab, d_model)
+``dtype_of(w)``    ``w.dtype``              ``dtype``             the dtype of the base
+=================  =======================  ====================  =============================
+
+**Layer axis.** Stacked layers put one axis in front of *every* leaf of a node, scalars
+included (a scale is an ``(L,)`` array), and ``nn.scan`` slices it off: inside a layer a node
+looks as if it had never been stacked. What all layers share is no leaf of a node that is
+scanned. `materialise`, `shape_of` and `dtype_of` also answer for the whole stack.
+
+**dtype.** Results have the dtype of `x`; a table is read in its own dtype and its reader casts.
+A method adds a node class, nothing else changes; ``tests/test_linear.py`` runs every node through
+scan, remat, vmap, grad, jit and a sharded base.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Node:
+    """Base class of weights that are more than an array. See the module's table."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight it stands for."""
+        raise self._unsupported("shape")
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the weight it stands for."""
+        raise self._unsupported("dtype")
+
+    def multiply(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        """``x`` times the weight."""
+        raise self._unsupported("multiply")
+
+    def lookup(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
+        """Rows of the table."""
+        raise self._unsupported("lookup")
+
+    def attend(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        """``x`` times the transposed table, in float32."""
+        raise self._unsupported("attend")
+
+    def materialise(self) -> Float[Array, "..."]:
+        """The weight as one array."""
+        raise self._unsupported("materialise")
+
+    def _unsupported(self, operation: str) -> TypeError:
+        return TypeError(f"{type(self).__name__} does not support {operation!r}.")
+
+
+def linear(x: Float[Array, "*batch d_in"], kernel: Any) -> Float[Array, "*batch d_out"]:
+    """Multiplies activations with a kernel of logical shape ``(d_in, d_out)``."""
+    if isinstance(kernel, Node):
+        return kernel.multiply(x)
+    return x @ kernel.astype(x.dtype)
+
+
+def embed(ids: Int[Array, "*batch"], table: Any) -> Float[Array, "*batch d_model"]:
+    """Looks ids up in a table ``(vocab, d_model)``; ids are checked in the data pipeline."""
+    if isinstance(table, Node):
+        return table.lookup(ids)
+    return jnp.take(table, ids, axis=0, mode="clip")
+
+
+def attend(x: Float[Array, "*batch d_model"], table: Any) -> Float[Array, "*batch vocab"]:
+    """Scores of all rows of a tied table, in float32."""
+    if isinstance(table, Node):
+        return table.attend(x)
+    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(
+        x, table.astype(x.dtype), contract_last, preferred_element_type=jnp.float32
+    )
+
+
+def materialise(weight: Any) -> Float[Array, "..."]:
+    """The weight as one array of its logical shape, stacked or not."""
+    return weight.materialise() if isinstance(weight, Node) else weight
+
+
+def shape_of(weight: Any) -> tuple[int, ...]:
+    """The logical shape of a weight."""
+    return tuple(weight.shape)
+
+
+def dtype_of(weight: Any) -> Any:
+    """The dtype of a weight, that of its innermost base."""
+    return weight.dtype
