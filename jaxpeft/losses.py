@@ -1,0 +1,127 @@
+"""Cross-entropy over supervised tokens that never holds the logits of a whole batch.
+
+The loss of a token with hidden state ``h``, head ``W`` and target ``t`` is
+``logsumexp(h W) - (h W)[t]``, in float32. Tokens are visited in chunks along time: the supervised
+tokens of every row are moved to its front, and a chunk in which no row has one left is skipped,
+so the head is multiplied about as often as there are supervised tokens. Chunks run along time and
+never over flattened rows: with rows sharded over devices each device works on its own.
+
+With a frozen head (`head_frozen`) the gradient with respect to the hidden states,
+``(softmax(h W) - onehot(t)) W^T``, is computed while the chunk's logits are there, and the
+backward pass multiplies with the vocabulary no more. With a trained head each chunk is
+rematerialised.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+CHUNK_TOKENS = 512
+
+
+def cross_entropy(
+    hidden: Float[Array, "batch seq d_model"],
+    head: Callable[[Any, Array], Array],
+    head_params: Any,
+    targets: Int[Array, "batch seq"],
+    weights: Float[Array, "batch seq"],
+    *,
+    head_frozen: bool = False,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Sums the loss of all supervised tokens.
+
+    Args:
+        hidden: Final hidden states.
+        head: ``head(head_params, x)`` gives float32 logits ``(*batch, vocab)`` for ``x``.
+        head_params: The head's weights: a pytree.
+        targets: The token that should follow.
+        weights: How much each token counts; 0 for tokens that are not supervised.
+        head_frozen: Promise that nothing in `head_params` is differentiated. The gradient with
+            respect to it is then zero, and the step saves the head's products of the backward
+            pass.
+        chunk_tokens: About how many tokens' logits exist at once.
+
+    Returns:
+        ``sum(weights * loss)``, and ``{"weight": sum(weights), "correct": weighted count of
+        tokens whose target has the largest logit}``; divide by the weight for the mean.
+    """
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
+    targets = jnp.take_along_axis(targets, order, axis=1)
+    weights = jnp.take_along_axis(weights, order, axis=1)
+    hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
+    batch, seq = targets.shape
+    width = max(1, min(seq, chunk_tokens // batch))
+    pad = -seq % width
+    chunks = (seq + pad) // width
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, chunks, width, *x.shape[2:]), 1, 0)
+
+    pieces = (cut(hidden), cut(targets), cut(weights))
+    total = _fused if head_frozen else _rematerialised
+    loss, correct = total(head, head_params, *pieces)
+    return loss, {"weight": weights.sum(), "correct": jax.lax.stop_gradient(correct)}
+
+
+def _token_losses(logits: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    best = logits.max(axis=-1)
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    correct = jnp.where(chosen >= best, weights, 0.0).sum()
+    return (weights * (log_total - chosen)).sum(), correct
+
+
+def _rematerialised(head: Any, head_params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
+    @jax.checkpoint
+    def losses(params: Any, h: Array, t: Array, w: Array) -> tuple[Array, Array]:
+        return _token_losses(head(params, h), t, w)
+
+    def step(sums: Any, chunk: Any) -> Any:
+        zero = (jnp.zeros(()), jnp.zeros(()))
+        new = jax.lax.cond(
+            (chunk[2] != 0).any(), lambda c: losses(head_params, *c), lambda c: zero, chunk
+        )
+        return jax.tree.map(jnp.add, sums, new), None
+
+    return jax.lax.scan(step, (jnp.zeros(()), jnp.zeros(())), (hidden, targets, weights))[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(head: Any, head_params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
+    return _rematerialised(head, head_params, hidden, targets, weights)
+
+
+def _fused_forward(head: Any, head_params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
+    def work(chunk: Any) -> Any:
+        h, t, w = chunk
+        logits, back = jax.vjp(lambda x: head(head_params, x), h)
+        loss, correct = _token_losses(logits, t, w)
+        slope = jax.nn.softmax(logits, axis=-1)
+        hit = jnp.arange(logits.shape[-1]) == t[..., None]
+        (grad,) = back((slope - hit) * w[..., None])
+        return loss, correct, grad
+
+    def step(sums: Any, chunk: Any) -> Any:
+        def idle(c: Any) -> Any:
+            return jnp.zeros(()), jnp.zeros(()), jnp.zeros_like(c[0])
+
+        loss, correct, grad = jax.lax.cond((chunk[2] != 0).any(), work, idle, chunk)
+        return (sums[0] + loss, sums[1] + correct), grad
+
+    start = (jnp.zeros(()), jnp.zeros(()))
+    sums, grads = jax.lax.scan(step, start, (hidden, targets, weights))
+    return sums, grads
+
+
+def _fused_backward(head: Any, grads: Any, cotangents: Any) -> Any:
+    del head
+    return None, (grads * cotangents[0]).astype(grads.dtype), None, None
+
+
+_fused.defvjp(_fused_forward, _fused_backward)

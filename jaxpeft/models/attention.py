@@ -1,0 +1,99 @@
+"""Causal attention over packed rows, in blocks of queries that read only earlier keys.
+
+One mask serves every caller: a query sees a key if both are in the same segment, the key's
+position is not later, and it is less than the layer's window behind. In a row that is not cached
+the order of slots is that of positions within a segment, so a block of queries never needs keys
+behind its own end: they are not read at all.
+
+Reference:
+    Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021,
+    https://arxiv.org/abs/2112.05682 (blocks of queries; here without blocks of keys).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+QUERY_BLOCK = 128
+
+
+def attention(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch slots kv_heads head_dim"],
+    v: Float[Array, "batch slots kv_heads head_dim"],
+    *,
+    q_positions: Int[Array, "batch seq"],
+    k_positions: Int[Array, "batch slots"],
+    q_segments: Int[Array, "batch seq"],
+    k_segments: Int[Array, "batch slots"],
+    window: Int[Array, ""] | None = None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Softmax attention with grouped key/value heads; head ``i`` reads ``i // (heads/kv_heads)``.
+
+    Args:
+        q: Queries, rotated.
+        k: Keys, rotated; `slots` equals `seq` unless they come from a cache.
+        v: Values.
+        q_positions: Position of each query within its segment.
+        k_positions: Position of each key within its segment.
+        q_segments: Segment of each query; 0 is padding.
+        k_segments: Segment of each key; 0 is padding or an empty slot of a cache.
+        window: How many positions back a query sees, itself included; 0 or None for all.
+
+    Returns:
+        Values averaged with softmax weights (computed in float32), in the dtype of `q`.
+    """
+    seq, slots = q.shape[1], k.shape[1]
+    blocks = []
+    for start in range(0, seq, QUERY_BLOCK):
+        rows = slice(start, min(start + QUERY_BLOCK, seq))
+        columns = slice(0, rows.stop if slots == seq else slots)
+        mask = visible(
+            q_positions[:, rows],
+            k_positions[:, columns],
+            q_segments[:, rows],
+            k_segments[:, columns],
+            window,
+        )
+        blocks.append(_attend_block(q[:, rows], k[:, columns], v[:, columns], mask))
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def visible(
+    q_positions: Int[Array, "batch rows"],
+    k_positions: Int[Array, "batch columns"],
+    q_segments: Int[Array, "batch rows"],
+    k_segments: Int[Array, "batch columns"],
+    window: Int[Array, ""] | None,
+) -> Bool[Array, "batch rows columns"]:
+    """Which keys each query may see."""
+    behind = q_positions[:, :, None] - k_positions[:, None, :]
+    seen = (q_segments[:, :, None] == k_segments[:, None, :]) & (behind >= 0)
+    if window is not None:
+        seen &= (behind < window) | (window == 0)
+    return seen
+
+
+def _attend_block(
+    q: Float[Array, "batch rows heads head_dim"],
+    k: Float[Array, "batch columns kv_heads head_dim"],
+    v: Float[Array, "batch columns kv_heads head_dim"],
+    mask: Bool[Array, "batch rows columns"],
+) -> Float[Array, "batch rows heads head_dim"]:
+    """One block of queries; the heads of a group become rows of one product a kv head."""
+    batch, rows, heads, head_dim = q.shape
+    kv_heads, columns = k.shape[2], k.shape[1]
+    group = heads // kv_heads
+    q = q.reshape(batch, rows, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, group * rows, head_dim)
+    scores = jnp.einsum("bkrd,bckd->bkrc", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, group, rows, columns) / math.sqrt(head_dim)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights.reshape(batch, kv_heads, group * rows, columns).astype(q.dtype)
+    out = jnp.einsum("bkrc,bckd->bkrd", weights, v, preferred_element_type=jnp.float32)
+    out = out.reshape(batch, kv_heads, group, rows, head_dim) / total
+    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, rows, heads, head_dim)

@@ -1,0 +1,57 @@
+"""Rotary position embeddings with the scalings of the supported models.
+
+References:
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021,
+    https://arxiv.org/abs/2104.09864, equation 34 (in the half-split layout of GPT-NeoX).
+    Grattafiori et al., "The Llama 3 Herd of Models", 2024, https://arxiv.org/abs/2407.21783
+    ("llama3" scaling; the blend is that of Meta's released code).
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxpeft.models.config import ModelConfig, RopeScaling
+
+
+def inverse_frequencies(config: ModelConfig) -> np.ndarray:
+    """Rotation speed of every pair of channels, in radians a position: ``(head_dim / 2,)``."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    speeds = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return speeds
+    if scaling.kind == "linear":
+        return speeds / scaling.factor
+    return _llama3(speeds, scaling)
+
+
+def _llama3(speeds: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    wavelength = 2 * math.pi / speeds
+    turns = scaling.original_max_positions / wavelength
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1.0 - keep) * speeds / scaling.factor + keep * speeds
+
+
+def angles(
+    config: ModelConfig, positions: Int[Array, "batch seq"]
+) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
+    """Cosines and sines of all rotations, in float32."""
+    turn = positions[..., None].astype(jnp.float32) * jnp.asarray(
+        inverse_frequencies(config), jnp.float32
+    )
+    return jnp.cos(turn), jnp.sin(turn)
+
+
+def rotate(
+    x: Float[Array, "batch seq heads head_dim"],
+    cos: Float[Array, "batch seq half"],
+    sin: Float[Array, "batch seq half"],
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Rotates the pairs ``(x[i], x[i + head_dim / 2])`` by their angles."""
+    cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

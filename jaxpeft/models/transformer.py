@@ -1,0 +1,312 @@
+"""A decoder-only transformer in Flax Linen: Llama, SmolLM2, Mistral, Qwen2 and Qwen3.
+
+Layers are stacked on a leading axis and run under ``nn.scan(nn.remat(Block))``, so compile time
+does not grow with depth. What differs by layer (the window) is an array that is scanned along.
+Parameters are named like Hugging Face's modules; a parameter may be an array or a node (see
+`jaxpeft.linear`).
+
+Reference:
+    Touvron et al., "Llama 2: Open Foundation and Fine-Tuned Chat Models", 2023,
+    https://arxiv.org/abs/2307.09288, section 2.2.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxpeft.linear import attend, embed, linear, shape_of
+from jaxpeft.models import rope
+from jaxpeft.models.attention import attention
+from jaxpeft.models.config import ModelConfig
+
+REMAT_POLICIES: dict[str, Any] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass keeps of a layer, by name; "none" keeps everything."""
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of earlier tokens, for decoding.
+
+    Attributes:
+        k: ``(layers, batch, slots, kv_heads, head_dim)``, rotated.
+        v: The same shape.
+        positions: ``(batch, slots)``.
+        segment_ids: ``(batch, slots)``; 0 marks padding and slots not written yet.
+        used: Scalar: slots written so far; the next tokens go there in every row.
+    """
+
+    k: Any
+    v: Any
+    positions: Any
+    segment_ids: Any
+    used: Any
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
+    """An empty cache for `batch` rows of at most `slots` tokens."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    empty = jnp.zeros((batch, slots), jnp.int32)
+    return Cache(
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, empty, jnp.zeros((), jnp.int32)
+    )
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], init: Any) -> Any:
+    """Fetches a parameter that may be a node; only its logical shape is checked.
+
+    Linen's own ``param`` compares the first raw leaf of a node with the declared shape.
+
+    Args:
+        module: The module that owns it, inside its call.
+        name: The parameter's name.
+        shape: Its logical shape, without the layer axis.
+        init: Linen initialiser.
+
+    Returns:
+        An array or a node.
+
+    Raises:
+        ValueError: If the parameter has another shape.
+    """
+    if module.is_initializing() or not module.has_variable("params", name):
+        return module.param(name, init, shape)
+    value = module.get_variable("params", name)
+    if shape_of(value) != tuple(shape):
+        where = "/".join((*module.path, name))
+        raise ValueError(f"{where} has shape {shape_of(value)}, the config asks for {shape}.")
+    return value
+
+
+class Weight(nn.Module):
+    """Owns one parameter and hands it out: the embedding table, the head."""
+
+    leaf: str
+    shape: tuple[int, ...]
+    stddev: float
+
+    @nn.compact
+    def __call__(self) -> Any:
+        """The parameter, an array or a node."""
+        return weight(self, self.leaf, self.shape, nn.initializers.normal(self.stddev))
+
+
+class Linear(nn.Module):
+    """``x @ kernel + bias``."""
+
+    features: int
+    use_bias: bool
+    stddev: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        """Applies the kernel, then the bias in the dtype of `x`."""
+        init = nn.initializers.normal(self.stddev)
+        y = linear(x, weight(self, "kernel", (x.shape[-1], self.features), init))
+        if self.use_bias:
+            bias = weight(self, "bias", (self.features,), nn.initializers.zeros)
+            y += bias.astype(y.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation in float32 (Zhang and Sennrich, 2019, equation 4)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Normalises the last axis and scales it."""
+        scale = weight(self, "scale", (x.shape[-1],), nn.initializers.ones)
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+@flax.struct.dataclass
+class Shared:
+    """What all layers read: positions, segments and rotations of queries and keys."""
+
+    cos: Any
+    sin: Any
+    q_positions: Any
+    k_positions: Any
+    q_segments: Any
+    k_segments: Any
+    used: Any
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch seq d_model"], layer: dict, shared: Shared
+    ) -> tuple[Float[Array, "batch seq d_model"], Any]:
+        """Returns the layer's output and its keys and values if there is a cache."""
+        c = self.config
+        batch, seq, _ = x.shape
+
+        def heads(name: str, count: int) -> Float[Array, "batch seq heads head_dim"]:
+            y = Linear(count * c.head_dim, c.qkv_bias, c.initializer_range, name=name)(x)
+            return y.reshape(batch, seq, count, c.head_dim)
+
+        q = heads("q_proj", c.num_heads)
+        k = heads("k_proj", c.num_kv_heads)
+        v = heads("v_proj", c.num_kv_heads)
+        if c.qk_norm:
+            q, k = RMSNorm(c.rms_eps, name="q_norm")(q), RMSNorm(c.rms_eps, name="k_norm")(k)
+        q, k = rope.rotate(q, shared.cos, shared.sin), rope.rotate(k, shared.cos, shared.sin)
+        stored = None
+        if layer["cache"] is not None:
+            old_k, old_v = layer["cache"]
+            k = jax.lax.dynamic_update_slice_in_dim(old_k, k.astype(old_k.dtype), shared.used, 1)
+            v = jax.lax.dynamic_update_slice_in_dim(old_v, v.astype(old_v.dtype), shared.used, 1)
+            stored = (k, v)
+        out = attention(
+            q,
+            k.astype(q.dtype),
+            v.astype(q.dtype),
+            q_positions=shared.q_positions,
+            k_positions=shared.k_positions,
+            q_segments=shared.q_segments,
+            k_segments=shared.k_segments,
+            window=layer["window"],
+        )
+        out = out.reshape(batch, seq, c.num_heads * c.head_dim)
+        return Linear(c.d_model, c.out_bias, c.initializer_range, name="o_proj")(out), stored
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020, equation 6)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq d"]) -> Float[Array, "batch seq d"]:
+        """``down(silu(gate(x)) * up(x))``."""
+        c = self.config
+        gate = Linear(c.d_ff, c.mlp_bias, c.initializer_range, name="gate_proj")(x)
+        up = Linear(c.d_ff, c.mlp_bias, c.initializer_range, name="up_proj")(x)
+        down = Linear(c.d_model, c.mlp_bias, c.initializer_range, name="down_proj")
+        return down(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind a norm and added to the stream."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq d"], layer: dict, shared: Shared) -> Any:
+        """Returns the stream and the layer's part of the cache, as ``nn.scan`` wants it."""
+        eps = self.config.rms_eps
+        h = RMSNorm(eps, name="input_layernorm")(x)
+        h, stored = Attention(self.config, name="self_attn")(h, layer, shared)
+        x += h
+        h = RMSNorm(eps, name="post_attention_layernorm")(x)
+        return x + MLP(self.config, name="mlp")(h), stored
+
+
+class Transformer(nn.Module):
+    """The decoder.
+
+    Attributes:
+        config: Sizes and variants.
+        compute_dtype: dtype of activations; weights are cast as they are used.
+        remat: "none", "full" or "dots": see `REMAT_POLICIES`.
+    """
+
+    config: ModelConfig
+    compute_dtype: Any = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch seq"],
+        *,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        cache: Cache | None = None,
+        return_hidden: bool = False,
+    ) -> Any:
+        """Runs the decoder.
+
+        Args:
+            input_ids: Token ids; they must lie within the vocabulary.
+            segment_ids: Which packed segment each token is in; 0 is padding. Default: all 1.
+            positions: Position within the segment. Default: 0, 1, 2, ...
+            cache: Keys and values so far; the tokens are appended to it.
+            return_hidden: Return the final hidden states ``(batch, seq, d_model)`` instead.
+
+        Returns:
+            Logits ``(batch, seq, vocab)`` in float32, or hidden states; with a cache, a pair of
+            that and the new cache.
+        """
+        c = self.config
+        if segment_ids is None:
+            segment_ids = jnp.ones(input_ids.shape, jnp.int32)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+        size, std = (c.vocab_size, c.d_model), c.initializer_range
+        table = Weight("embedding", size, std, name="embed_tokens")()
+        x = embed(input_ids, table).astype(self.compute_dtype)
+        cache = None if cache is None else _append(cache, positions, segment_ids)
+        x, stored = self._run_layers(x, positions, segment_ids, cache)
+        x = RMSNorm(c.rms_eps, name="norm")(x)
+        if not return_hidden or self.is_initializing():
+            logits = self._head(x, table)
+            x = x if return_hidden else logits
+        if cache is None:
+            return x
+        k, v = stored
+        return x, cache.replace(k=k, v=v, used=cache.used + input_ids.shape[1])
+
+    def _run_layers(self, x: Any, positions: Any, segment_ids: Any, cache: Cache | None) -> Any:
+        c = self.config
+        cos, sin = rope.angles(c, positions)
+        k_positions, k_segments, used = positions, segment_ids, None
+        if cache is not None:
+            k_positions, k_segments, used = cache.positions, cache.segment_ids, cache.used
+        shared = Shared(cos, sin, positions, k_positions, segment_ids, k_segments, used)
+        layer = {
+            "window": jnp.asarray(c.windows, jnp.int32) if any(c.windows) else None,
+            "cache": None if cache is None else (cache.k, cache.v),
+        }
+        block: Any = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_layers,
+        )
+        return layers(c, name="layers")(x, layer, shared)
+
+    def _head(self, x: Any, table: Any) -> Float[Array, "batch seq vocab"]:
+        c = self.config
+        if c.tie_embeddings:
+            return attend(x, table)
+        size = (c.d_model, c.vocab_size)
+        head = Weight("kernel", size, c.initializer_range, name="lm_head")()
+        return linear(x, head).astype(jnp.float32)
+
+
+def _append(cache: Cache, positions: Any, segment_ids: Any) -> Cache:
+    """The cache with the new tokens' positions and segments written behind the used slots."""
+    put = jax.lax.dynamic_update_slice_in_dim
+    return cache.replace(
+        positions=put(cache.positions, positions.astype(jnp.int32), cache.used, 1),
+        segment_ids=put(cache.segment_ids, segment_ids.astype(jnp.int32), cache.used, 1),
+    )

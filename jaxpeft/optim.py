@@ -1,0 +1,139 @@
+"""Optimizers and schedules, all from optax, behind one small config.
+
+``masked`` puts any optax transformation behind a label tree, so that frozen leaves have no
+moments and are never looked at: clipping, norms and weight decay act within the trained part.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import optax
+
+OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How trained arrays move.
+
+    Attributes:
+        name: "adamw", "adafactor", "lion" or "sgd" (b1 is its momentum).
+        learning_rate: Peak learning rate.
+        schedule: "constant", "linear" (to zero) or "cosine" (to zero) after the warm-up.
+        warmup_steps: Updates over which the rate rises linearly from zero.
+        clip_norm: Largest global norm of the gradient of the trained arrays, or None.
+        weight_decay: Decoupled weight decay.
+        b1: First decay rate.
+        b2: Second decay rate.
+        trainable: Base leaves to train as well: patterns matched against the end of their
+            paths, such as "norm/scale".
+    """
+
+    name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    learning_rate: float = 2.0e-4
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    clip_norm: float | None = 1.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    trainable: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optim.name must be one of {OPTIMIZERS}, got {self.name!r}.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optim.schedule must be one of {SCHEDULES}, got {self.schedule!r}.")
+        if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
+            raise ValueError(
+                f"optim.learning_rate must be finite and positive, got {self.learning_rate!r}."
+            )
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps must be at least 0, got {self.warmup_steps}.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"optim.clip_norm must be positive or null, got {self.clip_norm!r}.")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"optim.weight_decay must be at least 0, got {self.weight_decay!r}.")
+        for field in ("b1", "b2"):
+            if not 0.0 <= getattr(self, field) < 1.0:
+                raise ValueError(f"optim.{field} must be in [0, 1), got {getattr(self, field)!r}.")
+
+
+def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate by number of updates done, over a run of `steps` updates."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    rest = max(1, steps - warmup)
+    after: optax.Schedule = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule]
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(0.0, peak, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run: clipping by global norm, then the update rule with its schedule."""
+    rate, decay = make_schedule(config, steps), config.weight_decay
+    if config.name == "adamw":
+        rule = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay)
+    elif config.name == "lion":
+        rule = optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=decay)
+    elif config.name == "adafactor":
+        # optax decays by this rate itself, not by its product with the learning rate.
+        rule = optax.adafactor(rate, multiply_by_parameter_scale=False, clipping_threshold=1.0)
+        rule = optax.chain(rule, _decoupled_decay(rate, decay)) if decay else rule
+    else:
+        rule = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=config.b1))
+    if config.clip_norm is None:
+        return rule
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def _decoupled_decay(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
+    return optax.masked(
+        optax.chain(
+            optax.add_decayed_weights(decay),
+        ),
+        True,
+    )
+
+
+TRAINABLE, FROZEN = "trainable", "frozen"
+
+
+class MaskedTransformation(optax.GradientTransformationExtraArgs):
+    """An optax transformation that also knows its labels: see `masked`."""
+
+    labels: Any
+
+
+def masked(
+    tx: optax.GradientTransformation, trainable: Any | Callable[[Any], Any]
+) -> MaskedTransformation:
+    """Restricts `tx` to the trainable leaves; frozen leaves get no state and no update.
+
+    Args:
+        tx: Any optax transformation.
+        trainable: A tree of booleans over ``{"base": params, "adapter": adapter.params}``, or
+            a function from that tree to the booleans.
+
+    Returns:
+        ``optax.partition`` over the labels "trainable" and "frozen". Its gradients hold None
+        at frozen leaves. It carries ``labels`` for `jaxpeft.make_train_step`.
+    """
+
+    def labels(tree: Any) -> Any:
+        chosen = trainable(tree) if callable(trainable) else trainable
+        return jax.tree.map(lambda on: TRAINABLE if on else FROZEN, chosen)
+
+    inner = optax.partition({TRAINABLE: tx, FROZEN: optax.set_to_zero()}, labels)
+    result = MaskedTransformation(inner.init, inner.update)
+    result.labels = labels
+    return result
