@@ -86,23 +86,21 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     elif config.name == "lion":
         rule = optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=decay)
     elif config.name == "adafactor":
-        # optax decays by this rate itself, not by its product with the learning rate.
-        rule = optax.adafactor(rate, multiply_by_parameter_scale=False, clipping_threshold=1.0)
-        rule = optax.chain(rule, _decoupled_decay(rate, decay)) if decay else rule
+        # optax's own decay is not multiplied with the learning rate.
+        rule = optax.adafactor(
+            rate,
+            multiply_by_parameter_scale=False,
+            weight_decay_rate=(lambda count: decay * rate(count)) if decay else None,
+        )
     else:
-        rule = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=config.b1))
+        rule = optax.chain(
+            optax.trace(config.b1),
+            optax.add_decayed_weights(decay),
+            optax.scale_by_learning_rate(rate),
+        )
     if config.clip_norm is None:
         return rule
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
-
-
-def _decoupled_decay(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
-    return optax.masked(
-        optax.chain(
-            optax.add_decayed_weights(decay),
-        ),
-        True,
-    )
 
 
 TRAINABLE, FROZEN = "trainable", "frozen"
@@ -125,15 +123,23 @@ def masked(
             a function from that tree to the booleans.
 
     Returns:
-        ``optax.partition`` over the labels "trainable" and "frozen". Its gradients hold None
-        at frozen leaves. It carries ``labels`` for `jaxpeft.make_train_step`.
+        ``optax.partition`` over the labels "trainable" and "frozen" of the whole tree. Its
+        gradients may hold None at frozen leaves, its updates then do too. It carries
+        ``labels`` for `jaxpeft.make_train_step`.
     """
 
     def labels(tree: Any) -> Any:
         chosen = trainable(tree) if callable(trainable) else trainable
         return jax.tree.map(lambda on: TRAINABLE if on else FROZEN, chosen)
 
-    inner = optax.partition({TRAINABLE: tx, FROZEN: optax.set_to_zero()}, labels)
-    result = MaskedTransformation(inner.init, inner.update)
+    def partition(tree: Any) -> optax.GradientTransformationExtraArgs:
+        return optax.partition({TRAINABLE: tx, FROZEN: optax.set_to_zero()}, labels(tree))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        if params is None:
+            raise ValueError("masked: update needs params, the whole tree that was labelled.")
+        return partition(params).update(updates, state, params, **extra)
+
+    result = MaskedTransformation(lambda params: partition(params).init(params), update)
     result.labels = labels
     return result

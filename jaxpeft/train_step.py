@@ -1,0 +1,188 @@
+"""One training step as a pure function: gradients of the trained leaves only, one update.
+
+The trained leaves are those that the label tree over ``{"base": ..., "adapter": ...}`` calls
+trainable (see `jaxpeft.optim.masked`); normally all of the adapter and nothing of the base. They
+live in the state, which is donated; the frozen base is an argument that is only read. Gradients
+are taken with respect to the trained leaves alone: frozen leaves have gradient None, never zeros.
+
+A step whose loss or gradient is not finite changes nothing but the counters.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpeft.methods.base import Adapter, Spec
+from jaxpeft.optim import TRAINABLE, MaskedTransformation
+
+LossFn = Callable[..., Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes in training.
+
+    Attributes:
+        step: Steps done, skipped ones included.
+        trained: ``{"base": ..., "adapter": ...}`` with None at frozen leaves.
+        frozen: The adapter's own frozen leaves, with None at trained ones.
+        buffers: The adapter's frozen arrays.
+        opt_state: State of the optimizer, of trained leaves only.
+        key: Typed PRNG key; step ``i`` uses ``fold_in(key, i)``.
+        skipped: Steps skipped so far because something was not finite.
+        skipped_in_a_row: The same since the last good step.
+        spec: Static part of the adapter.
+    """
+
+    step: Any
+    trained: Any
+    frozen: Any
+    buffers: Any
+    opt_state: Any
+    key: Any
+    skipped: Any
+    skipped_in_a_row: Any
+    spec: Spec = flax.struct.field(pytree_node=False)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter as it stands."""
+        params = _combine(self.trained["adapter"], self.frozen)
+        return Adapter(params, self.buffers, self.spec)
+
+    def base(self, params: dict) -> dict:
+        """Base parameters with the trained base leaves in place."""
+        return _combine(self.trained["base"], params)
+
+
+def adapter_only(tree: dict) -> dict:
+    """The usual choice of trained leaves: all of the adapter, nothing of the base."""
+    return {
+        "base": jax.tree.map(lambda _: False, tree["base"]),
+        "adapter": jax.tree.map(lambda _: True, tree["adapter"]),
+    }
+
+
+def init_train_state(
+    params: dict, adapter: Adapter, tx: MaskedTransformation, key: jax.Array
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        params: Base parameters.
+        adapter: The adapter to train; its arrays are copied, so donation leaves them alone.
+        tx: An optimizer from `jaxpeft.masked`.
+        key: Typed PRNG key for dropout.
+
+    Returns:
+        The state.
+    """
+    tree = {"base": params, "adapter": adapter.params}
+    labels = tx.labels(tree)
+    on = jax.tree.map(lambda label: label == TRAINABLE, labels)
+    trained = jax.tree.map(lambda t, leaf: jnp.copy(leaf) if t else None, on, tree)
+    frozen = jax.tree.map(lambda t, x: None if t else jnp.copy(x), on["adapter"], adapter.params)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        trained=trained,
+        frozen=frozen,
+        buffers=jax.tree.map(jnp.copy, adapter.buffers),
+        opt_state=jax.jit(tx.init)(tree),
+        key=jnp.copy(key),
+        skipped=jnp.copy(zero),
+        skipped_in_a_row=jnp.copy(zero),
+        spec=adapter.spec,
+    )
+
+
+def make_train_step(
+    loss_fn: LossFn, tx: MaskedTransformation, *, microbatches: int = 1
+) -> Callable[[TrainState, dict, Any], tuple[TrainState, dict]]:
+    """Compiles a training step for any loss: the one the trainer itself uses.
+
+    Args:
+        loss_fn: ``loss_fn(params, adapter, batch, key)``. It returns a scalar, or a pair
+            ``(total, aux)`` where ``aux["weight"]`` is what the total is to be divided by (say,
+            the number of supervised tokens) and further entries are sums to report. Totals and
+            weights are added up over microbatches and divided once.
+        tx: An optimizer from `jaxpeft.masked`.
+        microbatches: In how many parts along its first axis a batch is visited.
+
+    Returns:
+        ``step(state, params, batch) -> (state, metrics)``, jitted; the state is donated.
+        Metrics are scalars: ``loss``, ``grad_norm`` (before clipping), ``weight``, ``finite``
+        and the sums of `aux`.
+
+    Example:
+        >>> tx = jp.masked(optax.adamw(1e-3), jp.adapter_only)
+        >>> state = jp.init_train_state(base.params, adapter, tx, jax.random.key(0))
+        >>> step = jp.make_train_step(loss_fn, tx)
+        >>> state, metrics = step(state, base.params, batch)
+    """
+
+    def gradients(state: TrainState, params: dict, batch: Any) -> Any:
+        def total(trained: Any, part: Any, key: jax.Array) -> Any:
+            now = state.replace(trained=trained)
+            out = loss_fn(now.base(params), now.adapter, part, key)
+            value, aux = out if isinstance(out, tuple) else (out, {"weight": jnp.ones(())})
+            return value, {**aux, "total": value}
+
+        slopes = jax.grad(total, has_aux=True)
+        step_key = jax.random.fold_in(state.key, state.step)
+        if microbatches == 1:
+            return slopes(state.trained, batch, step_key)
+
+        def visit(sums: Any, part: Any) -> Any:
+            index, content = part
+            new = slopes(state.trained, content, jax.random.fold_in(step_key, index))
+            return jax.tree.map(jnp.add, sums, new), None
+
+        parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(slopes, state.trained, first, step_key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(visit, zeros, (jnp.arange(microbatches), parts))[0]
+
+    def step(state: TrainState, params: dict, batch: Any) -> tuple[TrainState, dict]:
+        grads, aux = gradients(state, params, batch)
+        total, weight = aux.pop("total"), aux["weight"]
+        scale = 1.0 / jnp.maximum(weight, 1e-30)
+        grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+        loss, norm = total * scale, optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        tree = {"base": state.base(params), "adapter": state.adapter.params}
+        updates, opt_state = tx.update(grads, state.opt_state, tree)
+        trained = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.trained, updates)
+        trained, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (trained, opt_state),
+            (state.trained, state.opt_state),
+        )
+        bad = (~finite).astype(jnp.int32)
+        state = state.replace(
+            step=state.step + 1,
+            trained=trained,
+            opt_state=opt_state,
+            skipped=state.skipped + bad,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+        )
+        return state, {**aux, "loss": loss, "grad_norm": norm, "finite": finite}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    """Interleaves rows, so that every device keeps rows of its own in each part."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def _combine(first: Any, second: Any) -> Any:
+    """Leaves of `first` where it has them, else those of `second`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None
+    )
