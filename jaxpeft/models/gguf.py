@@ -1,0 +1,187 @@
+"""GGUF files as models: llama.cpp's metadata to a config, its tensors to a `Source`.
+
+Mistral models are written under the architecture "llama", which carries no sliding window.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from jaxpeft.errors import UserError
+from jaxpeft.models.config import ModelConfig, RopeScaling
+from jaxpeft.models.gguf_file import read_gguf
+from jaxpeft.models.hf_config import check_config
+from jaxpeft.models.source import Source, TensorInfo, decode
+
+SUPPORTED = ("llama", "qwen2", "qwen3")
+# Not needed for the forward pass; the scaling is read from rope_freqs once, into the config.
+IGNORED = ("rope_freqs.weight",)
+
+
+def read_gguf_config(path: pathlib.Path) -> ModelConfig:
+    """The architecture a GGUF file describes.
+
+    Raises:
+        UserError: Damaged file, unsupported architecture or setting, missing metadata.
+    """
+    return _config(path, *read_gguf(path))
+
+
+def open_gguf(path: pathlib.Path) -> Source:
+    """The config and every tensor's place in a GGUF file.
+
+    Raises:
+        UserError: Damaged file, unsupported architecture, setting or tensor type.
+    """
+    metadata, tensors = read_gguf(path)
+    config = _config(path, metadata, tensors)
+    return Source(
+        path=path,
+        config=config,
+        tensors=tensors,
+        style="gguf",
+        interleaved=config.model_type == "llama",
+        ignored=frozenset(IGNORED),
+    )
+
+
+def _config(
+    path: pathlib.Path, metadata: dict[str, Any], tensors: dict[str, TensorInfo]
+) -> ModelConfig:
+    arch = metadata.get("general.architecture")
+    if arch not in SUPPORTED:
+        raise UserError(
+            f"{path}: general.architecture: {arch!r} is not supported; supported: "
+            f"{', '.join(SUPPORTED)} (SmolLM2 and Mistral files are llama)"
+        )
+    if metadata.get(f"{arch}.expert_count", 0):
+        raise UserError(f"{path}: {arch}.expert_count: mixtures of experts are not supported")
+
+    def size(key: str, default: int | None = None) -> int:
+        value = metadata.get(f"{arch}.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+            raise UserError(
+                f"{path}: {arch}.{key}: expected a positive whole number, got {_short(value)}"
+            )
+        return value
+
+    heads, d_model = size("attention.head_count"), size("embedding_length")
+    if f"{arch}.attention.key_length" not in metadata and d_model % heads:
+        raise UserError(
+            f"{path}: {arch}.attention.head_count: {heads} does not divide the "
+            f"embedding_length {d_model}"
+        )
+    head_dim = size("attention.key_length", d_model // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if size(key, head_dim) != head_dim:
+            raise UserError(
+                f"{path}: {arch}.{key}: {size(key)} differs from the head size {head_dim}; "
+                "not supported"
+            )
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{path}: tensor token_embd.weight is missing; is this a language model?")
+    rope_theta = float(metadata.get(f"{arch}.rope.freq_base", 10000.0))
+    eos = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    config = ModelConfig(
+        model_type=arch,
+        vocab_size=tensors["token_embd.weight"].shape[0],
+        d_model=d_model,
+        d_ff=size("feed_forward_length"),
+        num_layers=size("block_count"),
+        num_heads=heads,
+        num_kv_heads=size("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        tie_embeddings="output.weight" not in tensors,
+        rope_theta=rope_theta,
+        rope_scaling=_rope_scaling(path, arch, metadata, tensors, rope_theta, head_dim),
+        rms_eps=_epsilon(path, metadata.get(f"{arch}.attention.layer_norm_rms_epsilon")),
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        out_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in tensors,
+        windows=(),
+        max_positions=size("context_length"),
+        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=tuple(dict.fromkeys(token for token in eos if token is not None)),
+        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+    )
+    return check_config(config, str(path), {})
+
+
+def _epsilon(path: pathlib.Path, value: float | None) -> float:
+    if value is None:
+        raise UserError(f"{path}: attention.layer_norm_rms_epsilon is missing")
+    # Stored as float32: 1e-5 comes back as 9.999999747378752e-06; give the number that was meant.
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(
+    path: pathlib.Path,
+    arch: str,
+    metadata: dict[str, Any],
+    tensors: dict[str, TensorInfo],
+    theta: float,
+    head_dim: int,
+) -> RopeScaling | None:
+    kind = metadata.get(f"{arch}.rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise UserError(
+            f"{path}: {arch}.rope.scaling.type: {kind!r} is not supported; "
+            "supported: none, linear, and Llama 3's factors"
+        )
+    info = tensors.get("rope_freqs.weight")
+    if info is not None:
+        if kind == "linear":
+            raise UserError(f"{path}: rope_freqs.weight beside linear scaling is not supported")
+        return _llama3_scaling(path, info, theta, head_dim)
+    if kind == "none":
+        return None
+    factor = metadata.get(f"{arch}.rope.scaling.factor", metadata.get(f"{arch}.rope.scale_linear"))
+    if not isinstance(factor, float) or not factor > 0:
+        raise UserError(f"{path}: {arch}.rope.scaling.factor: expected a number, got {factor!r}")
+    return RopeScaling(kind="linear", factor=factor)
+
+
+def _llama3_scaling(
+    path: pathlib.Path, info: TensorInfo, theta: float, head_dim: int
+) -> RopeScaling | None:
+    """Finds the Llama 3 settings behind stored divisors of the rotary frequencies.
+
+    llama.cpp stores, for every frequency, what to divide it by. Released models use low and high
+    factors 1 and 4 on 8192 positions with a factor of 8 or 32, which is also what
+    `RopeScaling` defaults to: the factor is the largest divisor, and the rest must reproduce.
+    """
+    with path.open("rb") as file:
+        file.seek(info.offset)
+        raw = np.frombuffer(file.read(info.nbytes), np.uint8)
+    stored = decode(raw, info).astype(np.float64).reshape(-1)
+    if stored.shape != (head_dim // 2,) or not np.all(stored > 0):
+        raise UserError(f"{path}: rope_freqs.weight: expected {head_dim // 2} positive numbers")
+    scaling = RopeScaling(kind="llama3", factor=float(stored.max()))
+    if np.allclose(stored, 1.0):
+        return None
+    expected = _llama3_divisors(scaling, theta, head_dim)
+    if not np.allclose(stored, expected, rtol=1e-4):
+        worst = int(np.argmax(np.abs(stored - expected)))
+        raise UserError(
+            f"{path}: rope_freqs.weight: entry {worst} is {stored[worst]:.6g}, Llama 3's scaling "
+            f"by {scaling.factor:g} gives {expected[worst]:.6g}; other scalings are not supported"
+        )
+    return scaling
+
+
+def _llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
+    """What Llama 3's scaling divides each rotary frequency by, float64."""
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    low = scaling.original_max_positions / scaling.low_freq_factor
+    high = scaling.original_max_positions / scaling.high_freq_factor
+    smooth = (scaling.original_max_positions / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    between = 1 / ((1 - smooth) / scaling.factor + smooth)
+    return np.where(wavelength < high, 1.0, np.where(wavelength > low, scaling.factor, between))
+
+
+def _short(value: Any) -> str:
+    return "nothing" if value is None else repr(value)[:60]

@@ -1,0 +1,226 @@
+"""Hugging Face folders read: ``config.json`` and safetensors files, single or sharded.
+
+The safetensors header is parsed here (8 bytes of length, then JSON), so that every fault is told
+with the name of its file: a page of HTML, a git-LFS pointer, a file cut short. Only headers are
+read; the bytes of tensors stay on disk until `jaxpeft.models.load` asks for them.
+"""
+
+import dataclasses
+import json
+import pathlib
+import struct
+from typing import Any
+
+from jaxpeft.errors import UserError, first_few
+from jaxpeft.models.config import ModelConfig
+from jaxpeft.models.hf_config import config_from_hf
+from jaxpeft.models.source import PLAIN_DTYPES, Source, TensorInfo, expected_nbytes
+
+MAX_HEADER_BYTES = 100_000_000
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def read_folder_config(folder: pathlib.Path) -> ModelConfig:
+    """The architecture in ``config.json``, with the end tokens of ``generation_config.json``.
+
+    Raises:
+        UserError: A file is missing, no JSON object, or describes something unsupported.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: file not found; a Hugging Face model folder has one")
+    config = config_from_hf(read_json(path), str(path))
+    extra = folder / "generation_config.json"
+    if not extra.is_file():
+        return config
+    eos = read_json(extra).get("eos_token_id")
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    for token in eos:
+        if not isinstance(token, int) or not 0 <= token < config.vocab_size:
+            raise UserError(
+                f"{extra}: eos_token_id: expected token ids below {config.vocab_size}, "
+                f"got {token!r}"
+            )
+    ids = tuple(dict.fromkeys((*config.eos_token_ids, *eos)))
+    return dataclasses.replace(config, eos_token_ids=ids)
+
+
+def open_folder(folder: pathlib.Path) -> Source:
+    """The config and every tensor's place in a Hugging Face folder.
+
+    Raises:
+        UserError: The folder's files are missing, damaged or contradict each other.
+    """
+    config = read_folder_config(folder)
+    tensors: dict[str, TensorInfo] = {}
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        tensors = read_header(single)
+    elif index.is_file():
+        tensors = _read_shards(folder, index)
+    else:
+        raise UserError(f"{folder}: {_no_weights(folder)}")
+    ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings and "lm_head.weight" in tensors:
+        ignored.add("lm_head.weight")
+    return Source(
+        path=folder, config=config, tensors=tensors, style="hf", ignored=frozenset(ignored)
+    )
+
+
+def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
+    """Every tensor's place in one safetensors file.
+
+    Raises:
+        UserError: The file is something else, cut short, or its header is inconsistent.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        if size < 8:
+            raise UserError(f"{path}: {describe_bytes(start)}; {_DOWNLOAD_AGAIN}")
+        (length,) = struct.unpack("<Q", start[:8])
+        if length > MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
+            raise UserError(f"{path}: {describe_bytes(start)}; {_DOWNLOAD_AGAIN}")
+        if 8 + length > size:
+            raise UserError(
+                f"{path}: cut short: the header alone needs {8 + length} bytes, the file has "
+                f"{size}; {_DOWNLOAD_AGAIN}"
+            )
+        file.seek(8)
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_no_doubles)
+        header.pop("__metadata__", None)
+        tensors = {
+            name: _tensor_info(path, 8 + length, name, entry) for name, entry in header.items()
+        }
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: the safetensors header is damaged ({error}); {_DOWNLOAD_AGAIN}"
+        ) from error
+    end = max((info.offset + info.nbytes for info in tensors.values()), default=8 + length)
+    if end != size:
+        what = "cut short" if end > size else "longer than its header says"
+        raise UserError(
+            f"{path}: {what}: expected {end} bytes, the file has {size}; {_DOWNLOAD_AGAIN}"
+        )
+    _check_layout(path, 8 + length, tensors)
+    return tensors
+
+
+def describe_bytes(start: bytes) -> str:
+    """Says in words what a file is that begins with `start` and is no safetensors file."""
+    text = start.lstrip().lower()
+    if not start:
+        return "the file is empty"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "this is a web page (HTML), not a safetensors file"
+    if text.startswith(b"version https://git-lfs"):
+        return "this is a git-LFS pointer, not the file itself (`git lfs pull` fetches it)"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return "this is a pickle or zip archive, which is never opened here, not a safetensors file"
+    if start.startswith(b"GGUF"):
+        return "this is a GGUF file; give its path, with the ending .gguf, instead of the folder"
+    if len(start) < 8:
+        return f"the file has only {len(start)} bytes"
+    return f"this is no safetensors file (it begins with {start[:8]!r})"
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: Not UTF-8, not JSON, not an object, or a key given twice.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
+    except json.JSONDecodeError as error:
+        text = "the file is empty" if not path.stat().st_size else f"not valid JSON: {error.msg}"
+        raise UserError(f"{path}:{error.lineno}:{error.colno}: {text}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+_DOWNLOAD_AGAIN = "download it again"
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {double!r} is given twice")
+    return found
+
+
+def _tensor_info(path: pathlib.Path, base: int, name: str, entry: dict) -> TensorInfo:
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) or end < begin:
+        raise UserError(f"{path}: {name}: bad shape or offsets in the header; {_DOWNLOAD_AGAIN}")
+    if dtype in PLAIN_DTYPES and expected_nbytes(dtype, shape) != end - begin:
+        raise UserError(
+            f"{path}: {name}: {dtype} {list(shape)} needs {expected_nbytes(dtype, shape)} bytes, "
+            f"the header gives it {end - begin}; {_DOWNLOAD_AGAIN}"
+        )
+    return TensorInfo(path, base + begin, end - begin, dtype, shape)
+
+
+def _check_layout(path: pathlib.Path, base: int, tensors: dict[str, TensorInfo]) -> None:
+    """Tensors must follow one another without overlaps or holes, as the format says."""
+    position = base
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != position:
+            raise UserError(
+                f"{path}: {name}: the header places it at byte {info.offset}, expected "
+                f"{position}: tensors overlap or leave a hole; {_DOWNLOAD_AGAIN}"
+            )
+        position += info.nbytes
+
+
+def _read_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: weight_map: expected an object from tensor to file name")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file or "\0" in file:
+            raise UserError(
+                f"{index}: weight_map: {name}: {file!r} is not a file name inside the folder"
+            )
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise UserError(
+            f"{index}: {len(missing)} of {len(files)} shards are not there: {first_few(missing)}; "
+            "download them into the folder"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        found = read_header(folder / file)
+        listed = {name for name, place in weight_map.items() if place == file}
+        if found.keys() != listed:
+            raise UserError(
+                f"{folder / file}: its tensors are not those the index lists; "
+                f"missing: {first_few(sorted(listed - found.keys())) or 'none'}; "
+                f"not listed: {first_few(sorted(found.keys() - listed)) or 'none'}"
+            )
+        tensors |= found
+    return tensors
+
+
+def _no_weights(folder: pathlib.Path) -> str:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        return (
+            f"no safetensors, only {first_few(pickles)}; pickles can run code and are never "
+            "opened: convert them elsewhere, with `save_pretrained(..., "
+            "safe_serialization=True)` of transformers"
+        )
+    return "no weights: expected model.safetensors or model.safetensors.index.json"

@@ -1,0 +1,315 @@
+"""Weights from files into a parameter tree, one tensor at a time.
+
+A stacked parameter is one ``(layers, d_in, d_out)`` host buffer in the target dtype, filled layer
+by layer (hashed, decoded, transposed, cast), handed to the device and dropped. Host memory holds
+the parameters loaded so far where the device is the host, one stacked parameter, and one layer.
+"""
+
+import contextlib
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.errors import UserError, first_few
+from jaxpeft.models.config import ModelConfig
+from jaxpeft.models.fingerprint import Fingerprint, read_hashed
+from jaxpeft.models.names import Entry, name_table
+from jaxpeft.models.source import PLAIN_DTYPES, Source, TensorInfo, decode, deinterleave
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Rows copied at once when a matrix is transposed: keeps both sides in the processor's cache.
+TILE_ROWS = 64
+
+
+def load_config(path: str | os.PathLike, revision: str | None = None) -> ModelConfig:
+    """The architecture of a model, without its weights.
+
+    Args:
+        path: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        UserError: Nothing there, or an unsupported or inconsistent model.
+    """
+    from jaxpeft.models import gguf, hf, locate
+
+    place = locate.locate(path, revision, weights=False)
+    if place.suffix == ".gguf":
+        return gguf.read_gguf_config(place)
+    return hf.read_folder_config(place)
+
+
+def load_tokenizer(path: str | os.PathLike, revision: str | None = None) -> Any:
+    """The tokenizer of a model, as a transformers fast tokenizer.
+
+    Args:
+        path: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        UserError: Nothing there, or a tokenizer this library cannot build.
+    """
+    from jaxpeft.models import locate, tokenizer
+
+    return tokenizer.read_tokenizer(locate.locate(path, revision, weights=False))
+
+
+def load_params(
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    dtype: str | None = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[dict, ModelConfig, Any, str]:
+    """Weights, architecture, tokenizer and fingerprint of a model.
+
+    Args:
+        path: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        revision: Branch, tag or commit of a hub id.
+        dtype: "float32", "bfloat16" or "float16"; None keeps what is stored (block-quantised
+            tensors become float32).
+        mesh: Devices to spread the parameters over; default: the default device.
+
+    Returns:
+        The nested parameter dict, the config, the tokenizer (None where the folder has no
+        tokenizer files), and the fingerprint of the source tensors.
+
+    Raises:
+        UserError: Anything missing, extra, misshapen, damaged, non-finite or unsupported.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}, or none")
+    from jaxpeft.models import gguf, hf, locate, tokenizer
+
+    place = locate.locate(path, revision, weights=True)
+    source = gguf.open_gguf(place) if place.suffix == ".gguf" else hf.open_folder(place)
+    found = tokenizer.read_tokenizer(place) if tokenizer.has_tokenizer(place) else None
+    if found is not None and len(found) > source.config.vocab_size:
+        raise UserError(
+            f"{place}: the tokenizer has {len(found)} tokens, the embedding only "
+            f"{source.config.vocab_size} rows; these files belong to different models"
+        )
+    params, fingerprint = read_params(source, dtype, mesh)
+    return params, source.config, found, fingerprint
+
+
+def load_model(
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    dtype: str | None = "float32",
+    compute_dtype: str = "auto",
+    mesh: jax.sharding.Mesh | None = None,
+) -> Any:
+    """A model ready to call: parameters, module, tokenizer.
+
+    Args:
+        path: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        revision: Branch, tag or commit of a hub id.
+        dtype: Of the parameters: "float32", "bfloat16", "float16", or None for as stored.
+        compute_dtype: Of the activations; "auto" is float32 on CPU and `dtype` elsewhere.
+        mesh: Devices to spread the parameters over; default: the default device.
+
+    Returns:
+        A `jaxpeft.Model`.
+
+    Raises:
+        UserError: Anything missing, extra, misshapen, damaged, non-finite or unsupported.
+    """
+    from jaxpeft.model import Model
+    from jaxpeft.models.transformer import Transformer
+
+    params, config, tokenizer, fingerprint = load_params(
+        path, revision=revision, dtype=dtype, mesh=mesh
+    )
+    return Model(
+        params=params,
+        config=config,
+        module=Transformer(config, compute_dtype),
+        tokenizer=tokenizer,
+        fingerprint=fingerprint,
+        name=str(path),
+    )
+
+
+def read_params(
+    source: Source, dtype: str | None = "float32", mesh: jax.sharding.Mesh | None = None
+) -> tuple[dict, str]:
+    """Reads every tensor of `source` into a nested parameter dict.
+
+    Args:
+        source: Where the tensors lie.
+        dtype: Target dtype; None keeps what is stored.
+        mesh: Devices to spread the parameters over.
+
+    Returns:
+        The parameters and the fingerprint of the tensors read.
+
+    Raises:
+        UserError: Missing, extra, misshapen or non-finite tensors, or a file that ends early.
+    """
+    table = name_table(source.config)
+    check_tensors(source, table)
+    fingerprint = Fingerprint()
+    params: dict = {}
+    with contextlib.ExitStack() as stack:
+        files = _OpenFiles(stack)
+        _check_tied_head(source, files)
+        for entry in table:
+            host = _read_entry(source, entry, dtype, files, fingerprint)
+            leaf = _put(entry.path, host, mesh)
+            del host
+            *parents, last = entry.path.split("/")
+            node = params
+            for part in parents:
+                node = node.setdefault(part, {})
+            node[last] = leaf
+    return params, fingerprint.hexdigest()
+
+
+def check_tensors(source: Source, table: tuple[Entry, ...]) -> None:
+    """Compares the names, shapes and dtypes of `source` with what its config needs.
+
+    Raises:
+        UserError: Lists everything missing, extra, misshapen or of another dtype.
+    """
+    wanted = {
+        name: entry.file_shape
+        for entry in table
+        for name in entry.file_names(source.style, source.config.num_layers)
+    }
+    missing = [name for name in wanted if name not in source.tensors]
+    extra = [n for n in source.tensors if n not in wanted and n not in source.ignored]
+    shapes = [
+        f"{name} is {list(source.tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in wanted.items()
+        if name in source.tensors and source.tensors[name].shape != shape
+    ]
+    dtypes = [
+        f"{name} is {source.tensors[name].dtype}"
+        for name in wanted
+        if source.style == "hf"
+        and name in source.tensors
+        and source.tensors[name].dtype not in PLAIN_DTYPES
+    ]
+    faults = [
+        f"{len(items)} {what}: {first_few(items)}"
+        for what, items in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("of another shape", shapes),
+            (f"of an unsupported dtype (supported: {', '.join(PLAIN_DTYPES)})", dtypes),
+        )
+        if items
+    ]
+    if faults:
+        raise UserError(
+            f"{source.path}: tensors do not fit the {source.config.model_type} config; "
+            + "; ".join(faults)
+        )
+
+
+def _read_entry(
+    source: Source, entry: Entry, dtype: str | None, files: "_OpenFiles", fingerprint: Fingerprint
+) -> np.ndarray:
+    """One parameter of ours in host memory, layers stacked."""
+    names = entry.file_names(source.style, source.config.num_layers)
+    infos = [source.tensors[name] for name in names]
+    target = jnp.dtype(dtype) if dtype else _stored_dtype(infos)
+    shape = ((len(names),) if entry.stacked else ()) + entry.shape
+    out = None
+    for layer, (name, info) in enumerate(zip(names, infos, strict=True)):
+        raw, digests = files.read(info)
+        fingerprint.add(name, info.dtype, info.shape, digests)
+        value = decode(raw, info)
+        if count := count_nonfinite(value):
+            raise UserError(
+                f"{info.file}: {name}: {count} of {value.size} values are not finite; "
+                "the weights are damaged"
+            )
+        if source.interleaved and entry.heads:
+            value = deinterleave(value, entry.heads)
+        if not entry.stacked and not entry.transposed and value.dtype == target:
+            return value
+        if out is None:
+            out = np.empty(shape, target)
+        _copy_into(out[layer] if entry.stacked else out, value, entry.transposed)
+    assert out is not None
+    return out
+
+
+def _copy_into(out: np.ndarray, value: np.ndarray, transposed: bool) -> None:
+    if not transposed:
+        out[...] = value
+        return
+    for start in range(0, value.shape[0], TILE_ROWS):
+        rows = value[start : start + TILE_ROWS]
+        out[:, start : start + TILE_ROWS] = rows.astype(out.dtype, copy=False).T
+
+
+def _stored_dtype(infos: list[TensorInfo]) -> np.dtype:
+    stored = {PLAIN_DTYPES.get(info.dtype, np.dtype(np.float32)) for info in infos}
+    return stored.pop() if len(stored) == 1 else np.dtype(np.float32)
+
+
+def count_nonfinite(value: np.ndarray) -> int:
+    """How many values are NaN or infinite, by their exponent bits."""
+    bits, mask = {
+        "float32": (np.uint32, 0x7F800000),
+        "float16": (np.uint16, 0x7C00),
+        "bfloat16": (np.uint16, 0x7F80),
+    }[value.dtype.name]
+    flat = np.ascontiguousarray(value).reshape(-1).view(bits)
+    step = 1 << 20
+    return sum(
+        int(np.count_nonzero((flat[i : i + step] & bits(mask)) == bits(mask)))
+        for i in range(0, flat.size, step)
+    )
+
+
+def _put(path: str, host: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """Copies to the device; the copy is the device's own, so donation stays possible."""
+    if mesh is None:
+        return jax.block_until_ready(jax.device_put(host, may_alias=False))
+    from jaxpeft.sharding import param_sharding
+
+    sharding = param_sharding(path, host.shape, mesh)
+    return jax.block_until_ready(
+        jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    )
+
+
+def _check_tied_head(source: Source, files: "_OpenFiles") -> None:
+    """A head stored although tied must be the embedding, byte for byte."""
+    head, table = source.tensors.get("lm_head.weight"), "model.embed_tokens.weight"
+    if "lm_head.weight" not in source.ignored or head is None:
+        return
+    embedding = source.tensors[table]
+    if head == embedding or files.read(head)[1] == files.read(embedding)[1]:
+        return
+    raise UserError(
+        f"{head.file}: lm_head.weight differs from {table} although config.json says "
+        '"tie_word_embeddings": true; set it to false if the model has its own head'
+    )
+
+
+class _OpenFiles:
+    """File descriptors, opened once and closed by the caller's stack."""
+
+    def __init__(self, stack: contextlib.ExitStack):
+        self._stack = stack
+        self._fds: dict[pathlib.Path, int] = {}
+
+    def read(self, info: TensorInfo) -> tuple[np.ndarray, list[str]]:
+        if info.file not in self._fds:
+            fd = os.open(info.file, os.O_RDONLY)
+            self._stack.callback(os.close, fd)
+            self._fds[info.file] = fd
+        try:
+            return read_hashed(self._fds[info.file], info.offset, info.nbytes)
+        except EOFError as error:
+            raise UserError(f"{info.file}: cut short while reading: {error}") from error

@@ -1,0 +1,120 @@
+"""From what the user wrote to a folder or file on this machine."""
+
+import os
+import pathlib
+import re
+
+from jaxpeft.errors import UserError, nearest
+
+_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_SMALL = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*")
+_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth")
+
+
+def locate(path: str | os.PathLike, revision: str | None = None, *, weights: bool) -> pathlib.Path:
+    """Finds a model, downloading it from the Hugging Face hub only when given a hub id.
+
+    Args:
+        path: A folder, a ``.gguf`` file, or a hub id such as "org/name".
+        revision: Branch, tag or commit of a hub id.
+        weights: Whether the weights are wanted, or only config and tokenizer.
+
+    Returns:
+        An existing folder or ``.gguf`` file.
+
+    Raises:
+        UserError: Nothing there, something else there, or the hub has no such model.
+    """
+    text = os.fspath(path)
+    local = pathlib.Path(text).expanduser()
+    if "\0" in text or not text.strip():
+        raise UserError(f"model path {text!r}: expected a folder, a .gguf file or a hub id")
+    if local.exists():
+        if revision is not None:
+            raise UserError(
+                f"{text}: revision {revision!r} has no meaning for a local path; drop it"
+            )
+        return _check_local(local)
+    if looks_local(text):
+        raise UserError(
+            f"{text}: no such file or folder (from {pathlib.Path.cwd()}); {_near(local)}"
+            "no network access was tried, as this is not a hub id (org/name)"
+        )
+    return _from_hub(text, revision, weights)
+
+
+def looks_local(text: str) -> bool:
+    """Whether `text` can only mean a path: its form is none of a hub id's."""
+    return (
+        text.startswith((".", "/", "~"))
+        or "\\" in text
+        or text.count("/") > 1
+        or text.lower().endswith(_ENDINGS)
+        or not _HUB_ID.fullmatch(text)
+        or ("/" in text and pathlib.Path(text).parent.is_dir())
+    )
+
+
+def _check_local(local: pathlib.Path) -> pathlib.Path:
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            files = sorted(p.name for p in local.glob("*.gguf"))
+            if files:
+                raise UserError(f"{local}: a folder with GGUF files; name one: {local / files[0]}")
+        return local
+    if local.suffix.lower() == ".gguf":
+        return local if local.suffix == ".gguf" else local.resolve()
+    if local.suffix == ".safetensors":
+        raise UserError(f"{local}: give the folder that holds it, with its config.json")
+    raise UserError(f"{local}: expected a Hugging Face folder, a .gguf file or a hub id")
+
+
+def _near(local: pathlib.Path) -> str:
+    parent = local.parent
+    while not parent.is_dir():
+        local, parent = parent, parent.parent
+    close = nearest(local.name, [p.name for p in parent.iterdir()])
+    return f"near names: {', '.join(str(parent / name) for name in close)}; " if close else ""
+
+
+def _from_hub(text: str, revision: str | None, weights: bool) -> pathlib.Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    patterns: list[str] = [*_SMALL, *(_WEIGHTS if weights else ())]
+    name = f"{text} (revision {revision})" if revision else text
+    try:
+        folder = huggingface_hub.snapshot_download(
+            text, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+        )
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{name}: access to this model is restricted; accept its terms on the hub and log in "
+            "with `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{text}: the hub has no revision {revision!r} of this model") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{name}: no such folder here and no such model on the hub (or it is private: "
+            "`hf auth login`)"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{name}: no such folder here, not in the hub's local cache, and the hub was not "
+            "reached (offline, or HF_HUB_OFFLINE is set); download it once with a connection"
+        ) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{name}: the hub could not be read: {reason}") from error
+    return pathlib.Path(folder)

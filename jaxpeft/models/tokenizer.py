@@ -1,0 +1,69 @@
+"""Tokenizers of Hugging Face folders and GGUF files, always transformers' fast kind."""
+
+import pathlib
+from typing import Any
+
+from jaxpeft.errors import UserError
+from jaxpeft.models.hf import read_json
+
+# One of these makes a folder's tokenizer.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def has_tokenizer(place: pathlib.Path) -> bool:
+    """Whether a folder has tokenizer files; a GGUF file always does."""
+    return place.suffix == ".gguf" or any((place / name).is_file() for name in VOCABULARY_FILES)
+
+
+def read_tokenizer(place: pathlib.Path) -> Any:
+    """The tokenizer in a Hugging Face folder or a GGUF file. Runs no code from either.
+
+    Args:
+        place: A local folder, or a ``.gguf`` file.
+
+    Raises:
+        UserError: No tokenizer files, files transformers cannot read, or paths that leave the
+            folder.
+    """
+    if place.suffix == ".gguf":
+        from jaxpeft.models.gguf_tokenizer import read_gguf_tokenizer
+
+        return read_gguf_tokenizer(place)
+    if not has_tokenizer(place):
+        raise UserError(
+            f"{place}: no tokenizer: expected one of {', '.join(VOCABULARY_FILES)}; "
+            "copy the tokenizer files of the model into the folder"
+        )
+    _check_settings(place / "tokenizer_config.json")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(place), trust_remote_code=False, local_files_only=True, use_fast=True
+        )
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{place}: the tokenizer files cannot be read: {reason}; code in a model folder is "
+            "never run, and tokenizer.json is the file that works without"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{place}: only a slow tokenizer was found; save a fast one with "
+            "`AutoTokenizer.from_pretrained(...).save_pretrained(...)` where transformers can"
+        )
+    return tokenizer
+
+
+def _check_settings(path: pathlib.Path) -> None:
+    if not path.is_file():
+        return
+    for key, value in read_json(path).items():
+        if (
+            key.endswith("_file")
+            and isinstance(value, str)
+            and pathlib.PurePath(value).name != value
+        ):
+            raise UserError(
+                f"{path}: {key}: {value!r} is not a file name inside the folder; remove the key"
+            )
