@@ -1,0 +1,23 @@
+"""Data: rows of a file, checked, rendered, tokenised, packed, and read by step."""
+
+from jaxpeft.data.chat import render_messages
+from jaxpeft.data.encode import Examples, encode_file
+from jaxpeft.data.packing import pack
+from jaxpeft.data.plan import Plan, eval_batches, iterate, process_rows
+from jaxpeft.data.rows import Row, prompt_and_reference, read_rows
+from jaxpeft.data.settings import DataConfig
+
+__all__ = [
+    "DataConfig",
+    "Examples",
+    "Plan",
+    "Row",
+    "encode_file",
+    "eval_batches",
+    "iterate",
+    "pack",
+    "process_rows",
+    "prompt_and_reference",
+    "read_rows",
+    "render_messages",
+]
