@@ -48,4 +48,4 @@ def _equation(equation: Any) -> int:
         return params["length"] * _count(params["jaxpr"])
     if name == "cond":
         return max(_count(branch) for branch in params["branches"])
-    return sum(_count(inner) for inner in jax.core.jaxprs_in_params(params))
+    return sum(_count(inner) for inner in jex_core.jaxprs_in_params(params))

@@ -12,7 +12,7 @@ import jax
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
-from jaxpeft.linear import Node, materialise, shape_of
+from jaxpeft.linear import Node, dtype_of, materialise, shape_of
 from jaxpeft.methods import full, lora
 from jaxpeft.methods.base import Adapter, Method, Spec
 from jaxpeft.methods.full import Full
@@ -35,7 +35,7 @@ METHODS: dict[str, Any] = {LoRA.name: LoRA, Full.name: Full}
 """Config class by the name that YAML's ``method.name`` uses."""
 
 KINDS: dict[str, ModuleType] = {LoRA.name: lora, Full.name: full}
-"""By ``Spec.kind`` the module that reads such adapters: it has ``bind_leaf``."""
+"""By ``Spec.kind`` the module that reads such adapters: see `jaxpeft.methods.base.Kind`."""
 
 
 def init_adapter(method: Method, params: dict, key: jax.Array) -> Adapter:
@@ -73,6 +73,7 @@ def bind(params: dict, adapter: Adapter | None = None, *, dropout_key: Any = Non
     """
     if adapter is None:
         return {"params": params}
+    check_fit(params, adapter)
     kind, options = KINDS[adapter.spec.kind], dict(adapter.spec.options)
     bound = {}
     for path in adapter.spec.paths:
@@ -102,32 +103,32 @@ def merge(params: dict, adapter: Adapter) -> dict:
     Raises:
         UserError: If the adapter does not fit the base.
     """
-    check_fit(params, adapter)
-    bound = paths.flatten(bind(params, adapter)["params"])
-    base = paths.flatten(params)
-    merged = {}
-    for path, leaf in bound.items():
-        value = jax.jit(materialise)(leaf) if isinstance(leaf, Node) else leaf
-        merged[path] = value.astype(base[path].dtype) if path in base else value
+    merged = paths.flatten(bind(params, adapter)["params"])
+    for path, leaf in merged.items():
+        if isinstance(leaf, Node):
+            merged[path] = jax.jit(materialise)(leaf)
+    for path in adapter.spec.paths:
+        merged[path] = merged[path].astype(dtype_of(paths.get(params, path)))
     return paths.unflatten(merged)
 
 
 def check_fit(params: dict, adapter: Adapter) -> None:
-    """Raises a UserError unless every leaf of the adapter belongs to a leaf of the base."""
+    """Raises a UserError unless every leaf of the adapter belongs to a leaf of the base.
+
+    `bind` calls it: it looks at names and shapes only, and costs nothing in a traced function.
+    """
     lost = [path for path in adapter.spec.paths if paths.get(params, path) is None]
     if lost:
         raise UserError(
             f"the adapter addresses {len(lost)} leaves that this base lacks: {first_few(lost)}; "
             "it was made for another model."
         )
+    kind = KINDS[adapter.spec.kind]
     for path in adapter.spec.paths:
-        ours, leaf = shape_of(paths.get(params, path)), paths.get(adapter.params, path)
-        if "a" in leaf:
-            theirs = (*leaf["a"].shape[:-1], leaf["b"].shape[-1])
-        else:
-            theirs = leaf["value"].shape
-        if tuple(theirs) != tuple(ours):
+        ours = shape_of(paths.get(params, path))
+        theirs = kind.leaf_shape(paths.get(adapter.params, path))
+        if theirs != ours:
             raise UserError(
-                f"{path}: the adapter was made for shape {tuple(theirs)}, this base has "
-                f"{tuple(ours)}; it belongs to another model."
+                f"{path}: the adapter was made for shape {theirs}, this base has {ours}; "
+                "it belongs to another model."
             )

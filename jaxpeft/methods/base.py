@@ -11,7 +11,7 @@ Both trees are nested like the base parameters, one dict of arrays at each adapt
 """
 
 import dataclasses
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -49,6 +49,7 @@ class Adapter:
     spec: Spec = flax.struct.field(pytree_node=False)
 
 
+@runtime_checkable
 class Method(Protocol):
     """A frozen, validated record of what to train and how; see `jaxpeft.LoRA`."""
 
@@ -66,4 +67,8 @@ class Kind(Protocol):
         self, base: Any, params: dict, buffers: dict, key: jax.Array | None, options: dict
     ) -> Any:
         """The node that stands for `base` in the bound tree."""
+        ...
+
+    def leaf_shape(self, params: dict) -> tuple[int, ...]:
+        """The shape, layer axis included, of the base leaf that a leaf's `params` belong to."""
         ...

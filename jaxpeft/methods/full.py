@@ -46,3 +46,8 @@ def bind_leaf(base: Any, params: dict, buffers: dict, key: jax.Array | None, opt
     """The trained array itself."""
     del base, buffers, key, options
     return params["value"]
+
+
+def leaf_shape(params: dict) -> tuple[int, ...]:
+    """The shape of the leaf that is replaced."""
+    return tuple(params["value"].shape)

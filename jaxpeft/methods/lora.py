@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxpeft import paths
@@ -200,33 +201,45 @@ def bind_leaf(
     )
 
 
-def from_adapter(adapter: Adapter, base_params: dict) -> LoRA:
+def leaf_shape(params: dict) -> tuple[int, ...]:
+    """The shape of the kernel that the factors of one leaf belong to, layer axis included."""
+    return (*params["a"].shape[:-1], params["b"].shape[-1])
+
+
+def from_adapter(adapter: Adapter) -> LoRA:
     """The config of an adapter, rebuilt from its spec and buffers.
+
+    Targets come back as full module names; alpha and dropout as the shortest decimals that
+    give the same float32 buffers.
 
     Raises:
         UserError: If ranks, scales or dropout differ from layer to layer.
     """
-    import numpy as np
-
     names = []
-    seen: dict[str, set[float]] = {"rank": set(), "scale": set(), "dropout": set()}
+    seen: dict[str, set[Any]] = {"rank": set(), "scale": set(), "dropout": set()}
     for path in adapter.spec.paths:
         leaf = {k: np.atleast_1d(v) for k, v in paths.get(adapter.buffers, path).items()}
         on = leaf["rank"] > 0
         stacked = paths.is_stacked(path)
         names += [paths.module_name(path, int(i) if stacked else None) for i in np.flatnonzero(on)]
         for field, values in seen.items():
-            values.update(leaf[field][on].tolist())
+            values.update(leaf[field][on])
     mixed = [field for field, values in seen.items() if len(values) > 1]
     if mixed:
         raise UserError(f"layers of this adapter differ in {', '.join(mixed)}.")
     rank, scale, dropout = int(seen["rank"].pop()), seen["scale"].pop(), seen["dropout"].pop()
     rslora = dict(adapter.spec.options).get("rslora", False)
-    alpha = scale * (math.sqrt(rank) if rslora else rank)
     return LoRA(
         rank=rank,
-        alpha=float(np.float32(alpha)),
+        alpha=_shortest_decimal(scale, math.sqrt(rank) if rslora else rank),
         targets=tuple(names),
-        dropout=float(dropout),
+        dropout=_shortest_decimal(dropout, 1),
         rslora=rslora,
     )
+
+
+def _shortest_decimal(value: np.float32, divisor: float) -> float:
+    """The shortest decimal that is `value` in float32 after division by `divisor`."""
+    exact = float(value) * divisor
+    candidates = (float(f"{exact:.{digits}g}") for digits in range(1, 17))
+    return next((c for c in candidates if np.float32(c / divisor) == value), exact)

@@ -25,7 +25,9 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
         return speeds
     if scaling.kind == "linear":
         return speeds / scaling.factor
-    return _llama3(speeds, scaling)
+    if scaling.kind == "llama3":
+        return _llama3(speeds, scaling)
+    raise ValueError(f"RopeScaling.kind must be 'linear' or 'llama3', got {scaling.kind!r}.")
 
 
 def _llama3(speeds: np.ndarray, scaling: RopeScaling) -> np.ndarray:
