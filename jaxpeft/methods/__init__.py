@@ -108,7 +108,8 @@ def merge(params: dict, adapter: Adapter) -> dict:
         if isinstance(leaf, Node):
             merged[path] = jax.jit(materialise)(leaf)
     for path in adapter.spec.paths:
-        merged[path] = merged[path].astype(dtype_of(paths.get(params, path)))
+        if (base := paths.get(params, path)) is not None:
+            merged[path] = merged[path].astype(dtype_of(base))
     return paths.unflatten(merged)
 
 
@@ -117,18 +118,18 @@ def check_fit(params: dict, adapter: Adapter) -> None:
 
     `bind` calls it: it looks at names and shapes only, and costs nothing in a traced function.
     """
+    kind = KINDS[adapter.spec.kind]
     lost = [path for path in adapter.spec.paths if paths.get(params, path) is None]
-    if lost:
+    if lost and kind.NEEDS_BASE:
         raise UserError(
             f"the adapter addresses {len(lost)} leaves that this base lacks: {first_few(lost)}; "
             "it was made for another model."
         )
-    kind = KINDS[adapter.spec.kind]
     for path in adapter.spec.paths:
-        ours = shape_of(paths.get(params, path))
+        base = paths.get(params, path)
         theirs = kind.leaf_shape(paths.get(adapter.params, path))
-        if theirs != ours:
+        if base is not None and theirs != shape_of(base):
             raise UserError(
-                f"{path}: the adapter was made for shape {theirs}, this base has {ours}; "
-                "it belongs to another model."
+                f"{path}: the adapter was made for shape {theirs}, this base has "
+                f"{shape_of(base)}; it belongs to another model."
             )

@@ -61,7 +61,13 @@ class Method(Protocol):
 
 
 class Kind(Protocol):
-    """How one family of adapters reads its leaves: two pure functions a leaf."""
+    """How one family of adapters reads its leaves: two pure functions a leaf.
+
+    Attributes:
+        NEEDS_BASE: Whether nodes hold the base's leaf; where not, the base may lack it.
+    """
+
+    NEEDS_BASE: bool
 
     def bind_leaf(
         self, base: Any, params: dict, buffers: dict, key: jax.Array | None, options: dict

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jaxpeft import paths
 from jaxpeft.methods.base import Adapter, Spec
 
+NEEDS_BASE = False
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Full:

@@ -30,6 +30,8 @@ from jaxpeft.errors import UserError
 from jaxpeft.linear import Node, dtype_of, linear, materialise, shape_of
 from jaxpeft.methods.base import Adapter, Spec
 
+NEEDS_BASE = True
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA:
