@@ -141,13 +141,17 @@ def test_messages_without_a_chat_template_are_refused(encode):
     assert len(encode(PAIR, tokenizer=toy_tokenizer(None))) == 1
 
 
-def test_date_in_a_template_does_not_change_from_day_to_day():
+@pytest.mark.parametrize(
+    ("form", "date"), [("%d %b %Y", "26 Jul 2024"), ("%Y-%m-%d", "2024-07-26")]
+)
+def test_date_in_a_template_does_not_change_from_day_to_day(form, date):
     template = (
-        "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}"
-        "{% endif %}{{ date_string }}"
+        "{% if date_string is not defined and strftime_now is defined %}"
+        f"{{% set date_string = strftime_now('{form}') %}}"
+        "{% endif %}{% for m in messages %}{{ date_string }} {{ m['content'] }}{% endfor %}"
     )
     messages = [{"role": "user", "content": "Hi"}]
-    assert render_messages(toy_tokenizer(template), messages) == "26 Jul 2024"
+    assert render_messages(toy_tokenizer(template), messages) == f"{date} Hi"
 
 
 def test_long_rows_are_refused_with_lengths_and_the_length_to_set(encode):

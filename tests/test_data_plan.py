@@ -1,8 +1,11 @@
 import dataclasses
 import hashlib
 
+import jaxtyping
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxpeft.data import DataConfig, Examples, Plan, eval_batches, iterate
 from jaxpeft.data.plan import process_rows
@@ -55,6 +58,25 @@ def test_packed_sequence_has_every_array_as_written_by_hand():
     for name, values in expected.items():
         assert batch[name].dtype == (np.float32 if name == "weights" else np.int32)
         np.testing.assert_array_equal(batch[name], [values])
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=9), min_size=1, max_size=20),
+    st.integers(0, 2**32),
+)
+def test_packed_segments_are_the_examples_with_their_own_next_tokens(rows, seed):
+    plan = plan_of(examples_of(*[(ids, len(ids)) for ids in rows]), batch_size=1, seed=seed)
+    found = []
+    for step in range(plan.num_sequences):
+        batch = {name: array[0] for name, array in plan.batch(step).items()}
+        for segment in range(1, batch["segment_ids"].max() + 1):
+            inside = batch["segment_ids"] == segment
+            tokens = batch["tokens"][inside].tolist()
+            assert batch["positions"][inside].tolist() == list(range(len(tokens)))
+            assert batch["targets"][inside].tolist() == [*tokens[1:], 0]
+            assert batch["weights"][inside].tolist() == [1.0] * (len(tokens) - 1) + [0.0]
+            found.append(tokens)
+    assert sorted(found) == sorted(rows)
 
 
 def test_unpacked_sequences_are_as_long_as_the_longest_rounded_up_to_64():
@@ -184,9 +206,12 @@ def test_iteration_can_be_left_early():
         ({"eval": ""}, "DataConfig.eval"),
         ({"max_length": 1}, "DataConfig.max_length must be at least 2, got 1"),
         ({"workers": -1}, "DataConfig.workers"),
+        ({"on_long": "drpo"}, "DataConfig.on_long must be one of error, drop, truncate, got"),
+        ({"on_bad_row": "truncate"}, "DataConfig.on_bad_row must be one of error, drop, got"),
     ],
 )
-def test_config_refuses_nonsense(change, message):
+def test_config_refuses_nonsense(change, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside tests
     with pytest.raises(ValueError, match=message):
         DataConfig(**({"train": "train.jsonl"} | change))
 

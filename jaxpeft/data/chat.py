@@ -28,8 +28,13 @@ from typing import Any
 
 from jaxpeft.errors import UserError
 
-# Llama 3's own fallback. Templates that print the date of today would change the data daily.
-_DATE = "26 Jul 2024"
+# Put in front of templates that ask for the date of today, which would change the data daily;
+# the date is Llama 3's own fallback.
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}"
+    "{{ '2024-07-26' if format == '%Y-%m-%d' else '26 Jul 2024' }}"
+    "{%- endmacro -%}"
+)
 
 
 class RowError(ValueError):
@@ -79,12 +84,15 @@ def render_messages(
             "the model's tokenizer has no chat template, which rows with messages need; use a "
             "chat model, set tokenizer.chat_template, or give prompt and completion as text."
         )
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _FIXED_DATE + template
     try:
         return tokenizer.apply_chat_template(
             list(messages),
+            chat_template=template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            date_string=_DATE,
         )
     except (jinja2.TemplateError, TypeError) as error:
         raise RowError(f"the chat template refuses the messages: {error}") from None
@@ -146,9 +154,7 @@ class Encoder:
         added = tokenizer.added_tokens_decoder.items()
         self._ends = {index for index, token in added if not token.content.isspace()}
         self._ends.update(tokenizer.all_special_ids)
-        self._is_blank = functools.cache(
-            lambda ids: not tokenizer.decode(list(ids), skip_special_tokens=False).strip()
-        )
+        self._is_blank = functools.cache(lambda token: not tokenizer.decode([token]).strip())
 
     def encode(self, rows: Sequence[Rendered]) -> list[tuple[list[int], list[bool]] | RowError]:
         """Tokenises rows in one call.
@@ -184,7 +190,7 @@ class Encoder:
             start = len(ids_of(before))
             if ids[:start] != ids_of(before):
                 raise self._seam_error(row, ids, ids_of(before))
-            end = _common_length(ids, ids_of(through))
+            end = len(ids) if through == row.text else _common_length(ids, ids_of(through))
             if row.is_chat:
                 end = self._end_of_turn(ids, start, end)
             mask[start:end] = [True] * (end - start)
@@ -194,8 +200,8 @@ class Encoder:
         """Cuts blanks behind the turn's last special token, which the template writes."""
         for last in range(end - 1, start - 1, -1):
             if ids[last] in self._ends:
-                return last + 1 if self._is_blank(tuple(ids[last + 1 : end])) else end
-            if not self._is_blank((ids[last],)):
+                return last + 1
+            if not self._is_blank(ids[last]):
                 return end
         return end
 
