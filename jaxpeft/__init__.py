@@ -1,0 +1,73 @@
+"""jaxpeft: parameter-efficient fine-tuning of Flax language models as pure functions.
+
+Public names are imported when they are first used, so that ``import jaxpeft`` is quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxpeft.config import load_config as load_config
+    from jaxpeft.decoding import generate as generate
+    from jaxpeft.errors import UserError as UserError
+    from jaxpeft.evaluate import evaluate_loss as evaluate_loss
+    from jaxpeft.evaluate import exact_match as exact_match
+    from jaxpeft.flops import count_flops as count_flops
+    from jaxpeft.losses import cross_entropy as cross_entropy
+    from jaxpeft.losses import make_lm_loss as make_lm_loss
+    from jaxpeft.methods import Full as Full
+    from jaxpeft.methods import LoRA as LoRA
+    from jaxpeft.methods import bind as bind
+    from jaxpeft.methods import init_adapter as init_adapter
+    from jaxpeft.methods import merge as merge
+    from jaxpeft.methods.base import Adapter as Adapter
+    from jaxpeft.model import Model as Model
+    from jaxpeft.model import save_model as save_model
+    from jaxpeft.models.config import ModelConfig as ModelConfig
+    from jaxpeft.models.load import load_model as load_model
+    from jaxpeft.optim import OptimConfig as OptimConfig
+    from jaxpeft.optim import make_optimizer as make_optimizer
+    from jaxpeft.optim import make_schedule as make_schedule
+    from jaxpeft.optim import masked as masked
+    from jaxpeft.peft_format import load_adapter as load_adapter
+    from jaxpeft.peft_format import save_adapter as save_adapter
+    from jaxpeft.sharding import make_mesh as make_mesh
+    from jaxpeft.sharding import shard_params as shard_params
+    from jaxpeft.train_step import TrainState as TrainState
+    from jaxpeft.train_step import adapter_only as adapter_only
+    from jaxpeft.train_step import init_train_state as init_train_state
+    from jaxpeft.train_step import make_train_step as make_train_step
+
+_HOMES = {
+    "jaxpeft.config": ("load_config",),
+    "jaxpeft.decoding": ("generate",),
+    "jaxpeft.errors": ("UserError",),
+    "jaxpeft.evaluate": ("evaluate_loss", "exact_match"),
+    "jaxpeft.flops": ("count_flops",),
+    "jaxpeft.losses": ("cross_entropy", "make_lm_loss"),
+    "jaxpeft.methods": ("Full", "LoRA", "bind", "init_adapter", "merge"),
+    "jaxpeft.methods.base": ("Adapter",),
+    "jaxpeft.model": ("Model", "save_model"),
+    "jaxpeft.models.config": ("ModelConfig",),
+    "jaxpeft.models.load": ("load_model",),
+    "jaxpeft.optim": ("OptimConfig", "make_optimizer", "make_schedule", "masked"),
+    "jaxpeft.peft_format": ("load_adapter", "save_adapter"),
+    "jaxpeft.sharding": ("make_mesh", "shard_params"),
+    "jaxpeft.train_step": ("TrainState", "adapter_only", "init_train_state", "make_train_step"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from its module and keeps it."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -20,6 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxpeft.methods import bind
+from jaxpeft.methods.base import Adapter
+from jaxpeft.models.transformer import head_logits, head_weight
+
 CHUNK_TOKENS = 512
 
 
@@ -39,7 +43,7 @@ def cross_entropy(
         hidden: Final hidden states.
         head: ``head(head_params, x)`` gives float32 logits ``(*batch, vocab)`` for ``x``.
         head_params: The head's weights: a pytree.
-        targets: The token that should follow.
+        targets: The token that should follow; any number where the weight is 0.
         weights: How much each token counts; 0 for tokens that are not supervised.
         head_frozen: Promise that nothing in `head_params` is differentiated. The gradient with
             respect to it is then zero, and the step saves the head's products of the backward
@@ -74,7 +78,9 @@ def _token_losses(logits: Array, targets: Array, weights: Array) -> tuple[Array,
     log_total = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     correct = jnp.where(chosen >= best, weights, 0.0).sum()
-    return (weights * (log_total - chosen)).sum(), correct
+    # Not a product alone: a target that does not count may lie outside the vocabulary.
+    loss = jnp.where(weights != 0, weights * (log_total - chosen), 0.0)
+    return loss.sum(), correct
 
 
 def _rematerialised(head: Any, head_params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
@@ -125,3 +131,37 @@ def _fused_backward(head: Any, grads: Any, cotangents: Any) -> Any:
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
+
+
+def make_lm_loss(module: Any, *, head_frozen: bool, dropout: bool = False) -> Callable[..., Any]:
+    """The next-token loss of a decoder, as `jaxpeft.make_train_step` takes it.
+
+    Args:
+        module: A `jaxpeft.models.transformer.Transformer`.
+        head_frozen: See `cross_entropy`.
+        dropout: Whether the key of the step reaches the adapter.
+
+    Returns:
+        ``loss_fn(params, adapter, batch, key) -> (total, aux)`` for batches of
+        ``tokens, targets, weights, segment_ids, positions``.
+    """
+
+    def loss_fn(params: dict, adapter: Adapter | None, batch: dict, key: Any = None) -> Any:
+        variables = bind(params, adapter, dropout_key=key if dropout else None)
+        hidden = module.apply(
+            variables,
+            batch["tokens"],
+            segment_ids=batch["segment_ids"],
+            positions=batch["positions"],
+            return_hidden=True,
+        )
+        return cross_entropy(
+            hidden,
+            functools.partial(head_logits, module.config),
+            head_weight(module.config, variables["params"]),
+            batch["targets"],
+            batch["weights"],
+            head_frozen=head_frozen,
+        )
+
+    return loss_fn

@@ -6,7 +6,7 @@ import flax.struct
 import jax
 from jaxtyping import Array, Float, Int
 
-from jaxpeft.methods import bind
+from jaxpeft.methods import bind, merge
 from jaxpeft.methods.base import Adapter
 from jaxpeft.models.config import ModelConfig
 
@@ -56,6 +56,25 @@ class Model:
 @jax.jit
 def _logits(model: Model, input_ids: Any, adapter: Any, segment_ids: Any, positions: Any) -> Any:
     variables = bind(model.params, adapter)
-    return model.module.apply(
-        variables, input_ids, segment_ids=segment_ids, positions=positions
-    )
+    return model.module.apply(variables, input_ids, segment_ids=segment_ids, positions=positions)
+
+
+def save_model(
+    path: str, base: Model, *, adapter: Adapter | None = None, dtype: str | None = None
+) -> None:
+    """Writes a model as a Hugging Face folder that transformers loads.
+
+    Args:
+        path: The folder to make; an earlier model folder there is replaced when the new one is
+            whole.
+        base: The model.
+        adapter: Merged into the weights where given; the base itself stays as it is.
+        dtype: Of the saved weights; None keeps the base's.
+
+    Raises:
+        UserError: If the adapter cannot be merged, or `path` is no place for a model.
+    """
+    from jaxpeft.models.hf_save import save_hf
+
+    params = base.params if adapter is None else merge(base.params, adapter)
+    save_hf(path, base.config, params, base.tokenizer, dtype=dtype)

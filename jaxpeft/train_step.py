@@ -101,7 +101,11 @@ def init_train_state(
 
 
 def make_train_step(
-    loss_fn: LossFn, tx: MaskedTransformation, *, microbatches: int = 1
+    loss_fn: LossFn,
+    tx: MaskedTransformation,
+    *,
+    microbatches: int = 1,
+    state_shardings: Any = None,
 ) -> Callable[[TrainState, dict, Any], tuple[TrainState, dict]]:
     """Compiles a training step for any loss: the one the trainer itself uses.
 
@@ -112,11 +116,12 @@ def make_train_step(
             weights are added up over microbatches and divided once.
         tx: An optimizer from `jaxpeft.masked`.
         microbatches: In how many parts along its first axis a batch is visited.
+        state_shardings: Where the new state is to live; None leaves it to XLA.
 
     Returns:
         ``step(state, params, batch) -> (state, metrics)``, jitted; the state is donated.
-        Metrics are scalars: ``loss``, ``grad_norm`` (before clipping), ``weight``, ``finite``
-        and the sums of `aux`.
+        Metrics are scalars: ``loss``, ``grad_norm`` (before clipping), ``weight``, the
+        counters ``skipped`` and ``skipped_in_a_row``, and the sums of `aux`.
 
     Example:
         >>> tx = jp.masked(optax.adamw(1e-3), jp.adapter_only)
@@ -171,9 +176,12 @@ def make_train_step(
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
         )
-        return state, {**aux, "loss": loss, "grad_norm": norm, "finite": finite}
+        counters = {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+        return state, {**aux, "loss": loss, "grad_norm": norm, **counters}
 
-    return jax.jit(step, donate_argnums=0)
+    if state_shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

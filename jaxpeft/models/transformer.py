@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxpeft import paths
 from jaxpeft.linear import attend, embed, linear, shape_of
 from jaxpeft.models import rope
 from jaxpeft.models.attention import attention
@@ -244,7 +245,8 @@ class Transformer(nn.Module):
         Args:
             input_ids: Token ids; they must lie within the vocabulary.
             segment_ids: Which packed segment each token is in; 0 is padding. Default: all 1.
-            positions: Position within the segment. Default: 0, 1, 2, ...
+            positions: Position within the segment. Default: 0, 1, 2, ..., going on where the
+                cache ends; padded prompts in a cache need their own.
             cache: Keys and values so far; the tokens are appended to it.
             return_hidden: Return the final hidden states ``(batch, seq, d_model)`` instead.
 
@@ -256,7 +258,8 @@ class Transformer(nn.Module):
         if segment_ids is None:
             segment_ids = jnp.ones(input_ids.shape, jnp.int32)
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+            first = 0 if cache is None else cache.used
+            positions = jnp.broadcast_to(first + jnp.arange(input_ids.shape[1]), input_ids.shape)
         size, std = (c.vocab_size, c.d_model), c.initializer_range
         table = Weight("embedding", size, std, name="embed_tokens")()
         x = embed(input_ids, table).astype(self.compute_dtype)
@@ -296,11 +299,32 @@ class Transformer(nn.Module):
 
     def _head(self, x: Any, table: Any) -> Float[Array, "batch seq vocab"]:
         c = self.config
-        if c.tie_embeddings:
-            return attend(x, table)
-        size = (c.d_model, c.vocab_size)
-        head = Weight("kernel", size, c.initializer_range, name="lm_head")()
-        return linear(x, head).astype(jnp.float32)
+        if not c.tie_embeddings:
+            size = (c.d_model, c.vocab_size)
+            table = Weight("kernel", size, c.initializer_range, name="lm_head")()
+        return head_logits(c, table, x)
+
+
+def head_weight(config: ModelConfig, params: dict) -> Any:
+    """The weight that turns hidden states into logits: the head's kernel or the tied table.
+
+    Args:
+        config: Sizes and variants.
+        params: Bound parameters, ``bind(...)["params"]``.
+
+    Returns:
+        An array or a node, for `head_logits`.
+    """
+    return paths.get(params, paths.EMBEDDING if config.tie_embeddings else paths.HEAD)
+
+
+def head_logits(
+    config: ModelConfig, head: Any, hidden: Float[Array, "*batch d_model"]
+) -> Float[Array, "*batch vocab"]:
+    """Logits of final hidden states, in float32."""
+    if config.tie_embeddings:
+        return attend(hidden, head)
+    return linear(hidden, head).astype(jnp.float32)
 
 
 def _append(cache: Cache, positions: Any, segment_ids: Any) -> Cache:

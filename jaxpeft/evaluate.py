@@ -1,0 +1,216 @@
+"""Metrics of a model with and without adapters: loss, perplexity, accuracy, exact match.
+
+Command: ``python -m jaxpeft.evaluate --model PATH --data FILE [--adapter DIR ...]``
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+
+from jaxpeft import cli
+from jaxpeft.decoding import generate
+from jaxpeft.errors import UserError
+from jaxpeft.losses import make_lm_loss
+from jaxpeft.methods.base import Adapter
+from jaxpeft.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One answered row.
+
+    Attributes:
+        prompt: What was asked: the text, or the last message before the answer.
+        reference: The answer of the file.
+        answer: The generated text.
+    """
+
+    prompt: str
+    reference: str
+    answer: str
+
+    @property
+    def correct(self) -> bool:
+        """Whether both texts are equal but for white space around them."""
+        return self.answer.strip() == self.reference.strip()
+
+
+def evaluate_loss(
+    base: Model, batches: Iterable[dict], adapter: Adapter | None = None, put: Any = None
+) -> dict[str, float]:
+    """Teacher-forced metrics over supervised tokens.
+
+    Args:
+        base: The model.
+        batches: From `jaxpeft.data.eval_batches`.
+        adapter: What to put on the base.
+        put: Places a batch on devices; default: as it is.
+
+    Returns:
+        ``eval_loss`` (mean negative log-likelihood in nats), ``eval_perplexity`` and
+        ``eval_token_accuracy``.
+    """
+    total = weight = correct = 0.0
+    for batch in batches:
+        part = _batch_sums(base, adapter, put(batch) if put else batch)
+        total, weight, correct = (
+            old + float(new) for old, new in zip((total, weight, correct), part, strict=True)
+        )
+    loss = total / weight
+    return {
+        "eval_loss": loss,
+        "eval_perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "eval_token_accuracy": correct / weight,
+    }
+
+
+@jax.jit
+def _batch_sums(base: Model, adapter: Any, batch: Any) -> Any:
+    loss_fn = make_lm_loss(base.module.clone(remat="none"), head_frozen=True)
+    total, aux = loss_fn(base.params, adapter, batch)
+    return total, aux["weight"], aux["correct"]
+
+
+def exact_match(
+    base: Model,
+    rows: Sequence[dict],
+    adapter: Adapter | None = None,
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+) -> tuple[float, list[Sample]]:
+    """Answers every row greedily and compares with its reference.
+
+    Args:
+        base: The model, with its tokenizer.
+        rows: Rows of data; rows of plain text have no reference and are left out.
+        adapter: What to put on the base.
+        max_new_tokens: Longest answer.
+        batch_size: Prompts decoded at once.
+
+    Returns:
+        The share of answers that equal their reference, and all answers.
+
+    Raises:
+        UserError: If no row has a reference.
+    """
+    from jaxpeft.data import prompt_and_reference
+
+    pairs = [pair for row in rows if (pair := prompt_and_reference(row)) is not None]
+    if not pairs:
+        raise UserError("exact match needs rows with a prompt and an answer, there are none.")
+    answers = generate(
+        base,
+        [prompt for prompt, _ in pairs],
+        adapter=adapter,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    samples = [
+        Sample(prompt if isinstance(prompt, str) else prompt[-1]["content"], reference, answer)
+        for (prompt, reference), answer in zip(pairs, answers, strict=True)
+    ]
+    return sum(sample.correct for sample in samples) / len(samples), samples
+
+
+def evaluate_file(
+    base: Model,
+    path: str,
+    adapters: dict[str, Adapter | None],
+    *,
+    max_length: int = 512,
+    max_rows: int | None = None,
+    max_new_tokens: int = 32,
+    batch_size: int = 8,
+    on_long: Any = "error",
+) -> dict[str, dict[str, float]]:
+    """All metrics of several adapters on one file, on one base, without recompiling.
+
+    Args:
+        base: The model.
+        path: File of rows.
+        adapters: Adapters by the name to report them under; None is the base alone.
+        max_length: Longest row in tokens.
+        max_rows: Only the first rows; None is all.
+        max_new_tokens: Longest answer.
+        batch_size: Rows computed at once.
+        on_long: "error", "drop" or "truncate" for longer rows.
+
+    Returns:
+        Metrics by name; ``eval_exact_match`` where the rows have answers.
+    """
+    from jaxpeft import data
+
+    examples = data.encode_file(
+        path,
+        base.tokenizer,
+        max_length=max_length,
+        vocab_size=base.config.vocab_size,
+        on_long=on_long,
+    )
+    examples = examples.first(max_rows)
+    rows = [row.value for row in data.read_rows(path)][:max_rows]
+    answered = any(data.prompt_and_reference(row) is not None for row in rows)
+    batches = functools.partial(
+        data.eval_batches,
+        examples,
+        batch_size=batch_size,
+        max_length=max_length,
+        packing=False,
+        pad_id=base.config.pad_token_id,
+    )
+    results = {}
+    for name, adapter in adapters.items():
+        metrics = evaluate_loss(base, batches(), adapter)
+        if answered:
+            metrics["eval_exact_match"], _ = exact_match(
+                base, rows, adapter, max_new_tokens=max_new_tokens, batch_size=4 * batch_size
+            )
+        results[name] = metrics
+    return results
+
+
+def main(argv: list[str]) -> None:
+    """Prints a table: one line for the base and one for every adapter."""
+    parser = cli.make_parser("evaluate", "Evaluates a base model and adapters on a file of rows.")
+    parser.add_argument("--model", required=True, help="HF folder, hub id or GGUF file")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--data", required=True, help="a .jsonl or .json file of rows")
+    parser.add_argument("--adapter", action="append", default=[], help="adapter folder; repeat")
+    parser.add_argument("--dtype", default="float32", help="dtype of the base")
+    parser.add_argument("--max_length", type=int, default=512, help="longest row in tokens")
+    parser.add_argument("--max_rows", type=int, help="only the first rows")
+    parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows computed at once")
+    parser.add_argument("--no_base", action="store_true", help="leave the bare base out")
+    args, _ = cli.parse_arguments(parser, argv)
+    from rich.console import Console
+    from rich.table import Table
+
+    import jaxpeft as jp
+
+    base = jp.load_model(args.model, revision=args.revision, dtype=args.dtype)
+    adapters: dict[str, Any] = {} if args.no_base and args.adapter else {"base": None}
+    adapters |= {path: jp.load_adapter(path, base) for path in args.adapter}
+    results = evaluate_file(
+        base,
+        args.data,
+        adapters,
+        max_length=args.max_length,
+        max_rows=args.max_rows,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+    )
+    names = list(dict.fromkeys(key for metrics in results.values() for key in metrics))
+    table = Table("adapter", *[name.removeprefix("eval_").replace("_", " ") for name in names])
+    for name, metrics in results.items():
+        table.add_row(name, *[f"{metrics[key]:.4g}" for key in names])
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    cli.run(main)

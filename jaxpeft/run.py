@@ -1,0 +1,295 @@
+"""A training run in memory: base, adapter, optimizer and the state that changes.
+
+`jaxpeft.train` drives it. Everything here is the same on one device and on a mesh.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpeft import config as run_config
+from jaxpeft import data, paths, report, sharding
+from jaxpeft.checkpoint import Checkpoints
+from jaxpeft.config import RunConfig
+from jaxpeft.errors import UserError, first_few
+from jaxpeft.evaluate import Sample, evaluate_loss, exact_match
+from jaxpeft.losses import make_lm_loss
+from jaxpeft.methods import Adapter, Full, init_adapter
+from jaxpeft.model import Model, save_model
+from jaxpeft.optim import make_optimizer, make_schedule, masked
+from jaxpeft.peft_format import save_adapter
+from jaxpeft.train_step import TrainState, init_train_state, make_train_step
+
+
+@dataclasses.dataclass
+class Rows:
+    """Everything the data files give, checked before the model is loaded.
+
+    Attributes:
+        plan: Training batches by step.
+        steps: Updates of the run.
+        eval_examples: Held-out examples, or None.
+        eval_rows: The same as rows, for exact match.
+        notes: What was dropped or truncated, as lines for the table.
+    """
+
+    plan: data.Plan
+    steps: int
+    eval_examples: data.Examples | None
+    eval_rows: list[dict]
+    notes: list[tuple[str, str]]
+
+
+class Run:
+    """One run.
+
+    Attributes:
+        config: As the user wrote it.
+        rows: Its data.
+        base: The base model; leaves that full fine-tuning replaces are not held twice.
+        state: What training changes.
+        schedule: Learning rate by number of updates.
+    """
+
+    def __init__(self, config: RunConfig, base: Model, rows: Rows, mesh: jax.sharding.Mesh):
+        self.config, self.rows, self.mesh = config, rows, mesh
+        self.output = pathlib.Path(config.output_dir)
+        self._check_batches()
+        self.schedule = make_schedule(config.optim, rows.steps)
+        self.tx = masked(make_optimizer(config.optim, rows.steps), self._trainable)
+        adapter_key, state_key = jax.random.split(jax.random.key(config.train.seed))
+        adapter = jax.jit(functools.partial(init_adapter, config.method))(base.params, adapter_key)
+        self._check_trainable(base.params, adapter)
+        self.base_shapes = jax.eval_shape(lambda: base.params)
+        replaced = adapter.spec.paths if isinstance(config.method, Full) else ()
+        self.base = base.replace(params=paths.without(base.params, replaced))
+        start = functools.partial(init_train_state, tx=self.tx)
+        shapes = jax.eval_shape(start, self.base.params, adapter, key=state_key)
+        self.shardings = sharding.state_shardings(shapes, mesh)
+        self.state: TrainState = jax.jit(start, out_shardings=self.shardings)(
+            self.base.params, adapter, key=state_key
+        )
+
+    def put(self, batch: dict) -> dict:
+        """A batch on the mesh, rows split over data and fsdp."""
+        return jax.device_put(batch, sharding.batch_sharding(self.mesh))
+
+    def model(self) -> Model:
+        """The base, with such leaves of it as are trained as they stand."""
+        return self.base.replace(params=self.state.base(self.base.params))
+
+    def compile_step(self, run: Callable[[Callable], Any] = lambda compile_: compile_()) -> Any:
+        """Compiles the training step once, for the one shape of all batches.
+
+        Args:
+            run: Calls the compilation, perhaps in a thread.
+
+        Returns:
+            ``step(state, params, batch) -> (state, metrics)``.
+        """
+        train = self.config.train
+        dropout = getattr(self.config.method, "dropout", 0.0) > 0
+        module = self.base.module.clone(remat=train.remat)
+        step = make_train_step(
+            make_lm_loss(module, head_frozen=self.head_frozen, dropout=dropout),
+            self.tx,
+            microbatches=train.batch_size // (train.microbatch_size or train.batch_size),
+            state_shardings=self.shardings,
+        )
+        where = sharding.batch_sharding(self.mesh)
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            self.rows.plan.batch(0),
+        )
+        return run(step.lower(self.state, self.base.params, batch).compile)
+
+    @property
+    def head_frozen(self) -> bool:
+        """Whether nothing that makes logits is trained, so that the loss may fuse its gradient."""
+        head = paths.EMBEDDING if self.base.config.tie_embeddings else paths.HEAD
+        on_base = paths.get(self.state.trained["base"], head) is not None
+        return not on_base and head not in self.state.spec.paths
+
+    def evaluate(self) -> tuple[dict[str, float], list[Sample]]:
+        """Metrics of the model as it stands, and its answers if exact match is asked for."""
+        section, examples = self.config.evaluation, self.rows.eval_examples
+        assert examples is not None
+        model, adapter = self.model(), self.state.adapter
+        batches = data.eval_batches(
+            examples,
+            batch_size=section.batch_size,
+            max_length=self.config.data.max_length,
+            packing=self.config.data.packing,
+            pad_id=model.config.pad_token_id,
+        )
+        metrics, samples = evaluate_loss(model, batches, adapter, put=self.put), []
+        if section.exact_match:
+            metrics["eval_exact_match"], samples = exact_match(
+                model,
+                self.rows.eval_rows,
+                adapter,
+                max_new_tokens=section.max_new_tokens,
+                batch_size=4 * section.batch_size,
+            )
+        return metrics, samples
+
+    def save(self, checkpoints: Checkpoints, metrics: dict[str, float] | None = None) -> None:
+        """Starts saving the state; of the metric that decides about "best", less is better."""
+        metric, best = None, self.config.checkpoint.best
+        if best and metrics:
+            lower_is_better = best in ("eval_loss", "eval_perplexity")
+            metric = metrics[best] if lower_is_better else -metrics[best]
+        meta = {
+            "config": run_config.to_yaml(self.config),
+            "config_hash": run_config.config_hash(self.config),
+            "data_hash": self.rows.plan.hash,
+            "base": self.base.fingerprint,
+        }
+        checkpoints.save(int(self.state.step), leaves(self.state), meta=meta, metric=metric)
+
+    def restore(self, checkpoints: Checkpoints, step: int) -> None:
+        """Puts the state of a checkpoint in place.
+
+        Raises:
+            UserError: If data or base are not those the run began with.
+        """
+        meta = checkpoints.meta(step)
+        for what, saved, now in (
+            ("training data", meta["data_hash"], self.rows.plan.hash),
+            ("base weights", meta["base"], self.base.fingerprint),
+        ):
+            if saved != now:
+                raise UserError(
+                    f"{self.output}: the {what} are not those this run began with "
+                    f"({saved[:12]}, now {now[:12]}); put them back, or start anew with "
+                    "--overwrite or another output_dir."
+                )
+        like = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            self.state,
+            self.shardings,
+        )
+        restored = checkpoints.restore(step, like=leaves(like))
+        order = [restored[name] for name in leaves(self.state)]
+        self.state = jax.tree.unflatten(jax.tree.structure(self.state), order)
+
+    def export(self, checkpoints: Checkpoints) -> pathlib.Path:
+        """Writes what was trained, for use: the best state if the config says so, else the last.
+
+        Returns:
+            ``adapter/``, an HF PEFT folder, or ``model/``, a whole HF model, where base leaves
+            were trained.
+        """
+        if self.config.checkpoint.best and (best := checkpoints.best()) is not None:
+            self.restore(checkpoints, best)
+        place, model = export_path(self.config), self.model()
+        if place.name == "model":
+            save_model(str(place), model, adapter=self.state.adapter, dtype=self.config.model.dtype)
+        else:
+            save_adapter(str(place), self.state.adapter, model)
+        return place
+
+    def describe(self) -> tuple[list[tuple[str, str]], list[Any]]:
+        """The start-up table: facts of the run, and the modules that are adapted."""
+        config, plan, model = self.config, self.rows.plan, self.base.config
+        adapter = self.state.adapter
+        base_size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.base_shapes))
+        extra = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.state.trained["base"]))
+        trained = report.count_trainable(adapter) + extra
+        dtypes = (
+            f"base {config.model.dtype}, compute {self.base.module.compute_dtype}, adapter float32"
+        )
+        mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        rows = [
+            ("model", f"{config.model.path} ({model.model_type}, {base_size:,} parameters)"),
+            ("method", str(config.method)),
+            ("trainable", f"{trained:,} parameters, {100 * trained / base_size:.3f} % of the base"),
+            ("dtypes", dtypes),
+            ("data", f"{plan.num_sequences} sequences of {plan.seq_len} from {config.data.train}"),
+            (
+                "tokens per epoch",
+                f"{plan.tokens_per_epoch:,} without padding, "
+                f"{plan.supervised_tokens_per_epoch:,} supervised",
+            ),
+            (
+                "steps",
+                f"{self.rows.steps} of {config.train.batch_size} sequences; "
+                f"an epoch is {plan.num_sequences / config.train.batch_size:.1f}",
+            ),
+            ("mesh", f"{mesh} on {jax.device_count()} {jax.devices()[0].device_kind}"),
+            *self.rows.notes,
+        ]
+        if notes := sharding.unsharded(self.base_shapes, self.mesh):
+            rows.append(("replicated", first_few(notes)))
+        if config.optim.trainable:
+            rows.append(("trained base leaves", ", ".join(config.optim.trainable)))
+        return rows, report.describe_adapter(self.base_shapes, adapter)
+
+    def _trainable(self, tree: dict) -> dict:
+        """The label tree over base and adapter: all of the adapter, and what the config names."""
+        base = {path: self._is_named(path) for path in paths.flatten(tree["base"])}
+        return {
+            "base": paths.unflatten(base),
+            "adapter": jax.tree.map(lambda _: True, tree["adapter"]),
+        }
+
+    def _is_named(self, path: str) -> bool:
+        patterns = self.config.optim.trainable
+        return any(path == pattern or path.endswith("/" + pattern) for pattern in patterns)
+
+    def _check_trainable(self, params: dict, adapter: Adapter) -> None:
+        known = list(paths.flatten(params))
+        for pattern in self.config.optim.trainable:
+            if not any(path == pattern or path.endswith("/" + pattern) for path in known):
+                raise UserError(
+                    f"optim.trainable: {pattern!r} is the end of no base path; they are "
+                    f"{', '.join(known)}."
+                )
+        both = [path for path in adapter.spec.paths if self._is_named(path)]
+        if both:
+            raise UserError(f"optim.trainable: the method trains {first_few(both)} already.")
+        ranks = [
+            np.asarray(x)
+            for path, x in paths.flatten(adapter.buffers).items()
+            if path.endswith("/rank")
+        ]
+        if self.config.optim.name == "adafactor" and any(
+            (rank != adapter.spec.rank).any() for rank in ranks
+        ):
+            raise UserError(
+                "optim.name: adafactor scales by the mean over a whole stack, which layers that "
+                "are not adapted would change; adapt all layers of a kernel, or take adamw."
+            )
+
+    def _check_batches(self) -> None:
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        train, evaluation = self.config.train, self.config.evaluation
+        for name, size in (
+            ("train.batch_size", train.batch_size),
+            ("train.microbatch_size", train.microbatch_size or train.batch_size),
+            ("evaluation.batch_size", evaluation.batch_size),
+        ):
+            if size % shards:
+                lower = size // shards * shards
+                near = f"{lower} or {lower + shards}" if lower else str(shards)
+                raise UserError(
+                    f"{name}: {size} does not divide by the {shards} devices of the mesh's data "
+                    f"and fsdp axes; nearest: {near}."
+                )
+
+
+def export_path(config: RunConfig) -> pathlib.Path:
+    """Where the trained result goes: a PEFT folder, or a whole model if base leaves change."""
+    whole = isinstance(config.method, Full) or bool(config.optim.trainable)
+    return pathlib.Path(config.output_dir) / ("model" if whole else "adapter")
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+    """All leaves of a tree by a readable name, in the order of the tree."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}

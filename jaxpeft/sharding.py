@@ -1,0 +1,163 @@
+"""Where arrays live: one table of path patterns over the mesh ``("data", "fsdp", "tensor")``.
+
+A base leaf takes the first rule whose pattern matches its whole path. Dimensions that do not
+divide, and leaves without a rule, are replicated, and `unsharded` names them. An adapter's
+factors keep their kernel's tensor axis, are replicated over fsdp, and never split the rank; the
+optimizer's moments follow their parameter. Batches are split over data and fsdp.
+
+Reference:
+    Shoeybi et al., "Megatron-LM", 2019, https://arxiv.org/abs/1909.08053, section 3 (which side
+    of each matrix the tensor axis cuts).
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxpeft import paths
+from jaxpeft.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    ("embed_tokens/embedding", ("tensor", "fsdp")),
+    ("lm_head/kernel", ("fsdp", "tensor")),
+    ("layers/self_attn/(q|k|v)_proj/kernel", (None, "fsdp", "tensor")),
+    ("layers/self_attn/(q|k|v)_proj/bias", (None, "tensor")),
+    ("layers/self_attn/o_proj/kernel", (None, "tensor", "fsdp")),
+    ("layers/mlp/(gate|up)_proj/kernel", (None, "fsdp", "tensor")),
+    ("layers/mlp/(gate|up)_proj/bias", (None, "tensor")),
+    ("layers/mlp/down_proj/kernel", (None, "tensor", "fsdp")),
+    (".*/bias", ()),
+    (".*scale", ()),
+)
+"""Pattern of a base path, and the mesh axis of each dimension."""
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """The mesh over all devices.
+
+    Args:
+        data: Devices that hold copies of the base and see different rows.
+        fsdp: Devices the base is spread over; they see different rows too.
+        tensor: Devices each matrix is cut over. One axis may be -1: what is left.
+
+    Returns:
+        A mesh with axes "data", "fsdp" and "tensor", of type Auto.
+
+    Raises:
+        UserError: If the product is not the number of devices.
+    """
+    sizes, count = [data, fsdp, tensor], jax.device_count()
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and count % fixed == 0:
+        sizes[sizes.index(-1)] = count // fixed
+    if math.prod(sizes) != count:
+        asked = ", ".join(f"{axis}: {size}" for axis, size in zip(AXES, sizes, strict=True))
+        divisors = [str(n) for n in range(1, count + 1) if count % n == 0]
+        raise UserError(
+            f"mesh {{{asked}}} does not make {count} devices; each axis must be one of "
+            f"{', '.join(divisors)} with product {count}, one of them may be -1."
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec_of(path: str) -> tuple[str | None, ...] | None:
+    """The mesh axes that the rule table wants for a base leaf, or None without a rule."""
+    for pattern, axes in RULES:
+        if re.fullmatch(pattern, path):
+            return axes
+    return None
+
+
+def param_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where a base leaf lives; dimensions that do not divide are replicated."""
+    return _place(spec_of(path) or (), shape, mesh)
+
+
+def adapter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where an adapter's leaf lives.
+
+    Args:
+        path: Base path and name of the array: ``layers/self_attn/q_proj/kernel/a``.
+        shape: The array's shape.
+        mesh: The mesh.
+
+    Returns:
+        For a factor ``a`` the tensor axis on the kernel's input, for ``b`` on its output; a
+        whole replacement (``value``) like the base leaf; everything else replicated.
+    """
+    owner, _, name = path.rpartition("/")
+    axes = spec_of(owner) or ()
+    if name == "value":
+        return _place(axes, shape, mesh)
+    if name in ("a", "b") and len(axes) >= 2:
+        side = axes[-2] if name == "a" else axes[-1]
+        side = side if side == "tensor" else None
+        stack = (None,) * (len(shape) - 2)
+        return _place((*stack, side, None) if name == "a" else (*stack, None, side), shape, mesh)
+    return _place((), shape, mesh)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp; further dimensions whole."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Shardings for a `jaxpeft.train_step.TrainState` (or its shapes), leaf by leaf.
+
+    Trained arrays and their moments are found by the part of their path behind ``adapter`` or
+    ``base``; counters and keys are replicated.
+    """
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found = re.fullmatch(r"(?:.*/)?(adapter|base|buffers|frozen)/(.+)", name)
+        if found is None:
+            return replicated(mesh)
+        where = param_sharding if found[1] == "base" else adapter_sharding
+        return where(found[2], leaf.shape, mesh)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def shard_params(params: Mapping, mesh: Mesh) -> dict:
+    """Base parameters placed on the mesh by the table."""
+    return paths.unflatten(
+        {
+            path: jax.device_put(leaf, param_sharding(path, leaf.shape, mesh))
+            for path, leaf in paths.flatten(params).items()
+        }
+    )
+
+
+def unsharded(params: Mapping, mesh: Mesh) -> list[str]:
+    """Names base leaves that are replicated for want of a rule or of divisibility, and why."""
+    notes = []
+    for path, leaf in paths.flatten(params).items():
+        axes = spec_of(path)
+        if axes is None:
+            notes.append(f"{path}: no rule")
+            continue
+        for size, axis in zip(leaf.shape, axes, strict=False):
+            if axis and size % mesh.shape[axis]:
+                notes.append(f"{path}: {size} does not divide by {axis} {mesh.shape[axis]}")
+    return notes
+
+
+def _place(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    fitting = [
+        axis if axis and size % mesh.shape[axis] == 0 else None
+        for size, axis in zip(shape, axes, strict=False)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*fitting))
