@@ -1,0 +1,105 @@
+"""Folders written whole or not at all.
+
+The new folder is written beside its place, synced, and moved there; only then does an older one
+go away. A process killed at any moment leaves the old folder, the new one, or, for the instant
+between two renames, both under hidden names beside the place.
+"""
+
+import contextlib
+import errno
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Container, Iterator, Mapping
+
+from jaxpeft.errors import ResourceError, UserError, first_few
+
+
+def write_folder(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
+    """Makes `path` a folder with exactly these files.
+
+    Args:
+        path: The folder. It may exist and hold files of these names, but no others.
+        files: Content by file name.
+
+    Raises:
+        UserError: If `path` is a file, holds other files, or cannot be written.
+        ResourceError: If the disk is full.
+    """
+    folder = real_path(path)
+    require_replaceable(folder, files)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _sibling(folder) as temporary:
+            for name, content in files.items():
+                _write_synced(temporary / name, content)
+            _sync_folder(temporary)
+            _move_into_place(temporary, folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{folder}: no space left on the disk to save there.") from error
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}.") from error
+
+
+def real_path(path: str | os.PathLike) -> pathlib.Path:
+    """The absolute path behind all links: what is replaced is the folder, not a link to it."""
+    return pathlib.Path(os.path.realpath(path))
+
+
+def require_replaceable(folder: pathlib.Path, names: Container[str]) -> None:
+    """Raises a UserError if writing files of these `names` there would remove something else."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give the name of a folder.")
+    if not folder.exists():
+        return
+    others = sorted(p.name for p in folder.iterdir() if p.name not in names)
+    if others:
+        raise UserError(
+            f"{folder}: holds other files, which saving would remove: {first_few(others)}; "
+            "choose a new or empty folder."
+        )
+
+
+@contextlib.contextmanager
+def _sibling(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder beside `folder`, removed if it is still there at the end."""
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o777 & ~umask)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_synced(file: pathlib.Path, content: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move_into_place(temporary: pathlib.Path, folder: pathlib.Path) -> None:
+    """Renames; an older folder steps aside first and comes back if the second rename fails."""
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    aside = temporary.with_name(temporary.name + ".old")
+    folder.rename(aside)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
