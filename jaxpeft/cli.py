@@ -1,0 +1,200 @@
+"""What all ``python -m jaxpeft.VERB`` share: arguments, exit codes, and memory in huge pages.
+
+Exit codes: 0 done, 2 bad config or input, 3 diverged, 4 no usable checkpoint, 5 out of disk or
+memory, 6 interrupted but saved, 70 a bug, 130 interrupted, 141 the reader of a pipe went away.
+"""
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from jaxpeft.config_keys import Schema, describe
+from jaxpeft.errors import UserError, nearest
+
+_REEXECUTED = "JAXPEFT_REEXECUTED"
+_TUNABLE = "glibc.malloc.hugetlb"
+_THP_MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises a `UserError`."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def make_parser(verb: str, description: str, schema: Schema | None = None) -> Parser:
+    """A parser for ``python -m jaxpeft.VERB``.
+
+    Args:
+        verb: The module's name.
+        description: What the command does.
+        schema: Where given, ``--help`` lists the config's keys.
+    """
+    keys = f"keys of CONFIG that may follow:\n{describe(schema)}" if schema else None
+    return Parser(
+        prog=f"python -m jaxpeft.{verb}",
+        description=description,
+        epilog=keys,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: list[str], schema: Schema | None = None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command line, keeping config overrides apart.
+
+    Args:
+        parser: Knows the command's own options.
+        argv: The arguments after the command.
+        schema: The config's keys; without it there are no overrides.
+
+    Returns:
+        The parser's namespace, and the overrides for `jaxpeft.config.load_config`.
+
+    Raises:
+        UserError: For an unknown option, with the nearest known one.
+    """
+    own = list(parser._option_string_actions)
+    plain = {key.path for key in schema.keys if "." not in key.path} if schema else set()
+    rest, overrides, problems = [], [], []
+    todo = list(argv)
+    while todo:
+        token = todo.pop(0)
+        flag, equals, _ = token.partition("=")
+        name = flag[2:]
+        if token == "--":
+            rest += [token, *todo]
+            break
+        if not token.startswith("--") or flag in own:
+            rest.append(token)
+        elif schema is not None and ("." in name or name in plain or name in schema.sections()):
+            overrides.append(token)
+            if not equals:
+                if not todo or todo[0].startswith("--"):
+                    problems.append(f"{flag}: needs a value, as in {flag} VALUE")
+                else:
+                    overrides.append(todo.pop(0))
+        else:
+            problems.append(f"{flag}: {_explain(name, own, schema)}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return parser.parse_args(rest), overrides
+
+
+def _explain(name: str, own: list[str], schema: Schema | None) -> str:
+    """What to say about an unknown option."""
+    known = [flag for flag in own if flag.startswith("--")]
+    if schema is not None:
+        leaf = name.replace("-", "_")
+        paths = [key.path for key in schema.keys if key.path.rpartition(".")[2] == leaf]
+        if paths:
+            return f"unknown option, write {' or '.join('--' + p for p in dict.fromkeys(paths))}"
+        if leaf in schema.foreign:
+            return schema.explain("", leaf, [])
+        known += [f"--{key.path}" for key in schema.keys]
+    close = nearest(f"--{name}", known, 1)
+    return f"unknown option, did you mean {close[0]}?" if close else "unknown option; see --help"
+
+
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Calls `main` with the command line's arguments and exits.
+
+    What is the user's to mend is printed as ``error: ...`` without a traceback; only a bug in
+    jaxpeft shows one.
+
+    Args:
+        main: Returns the exit code, None for 0.
+
+    Raises:
+        SystemExit: Always.
+    """
+    try:
+        try:
+            code = main(sys.argv[1:]) or 0
+        except SystemExit as stop:  # argparse, after --help
+            code = stop.code
+        sys.stdout.flush()
+    except Exception as error:
+        code = _report(error)
+    except KeyboardInterrupt:
+        code = _say("interrupted", 130)
+    sys.exit(code)
+
+
+def _report(error: Exception) -> int:
+    """Prints what an exception means to the user; the exit code."""
+    if isinstance(error, UserError):
+        return _say(str(error), error.exit_code)
+    if isinstance(error, BrokenPipeError):
+        # Python flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    number, text = getattr(error, "errno", None), " ".join(str(error).split())
+    file = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+        return _say(
+            f"{file}the disk is full or a quota is reached; free some space, lower "
+            f"checkpoint.keep, or choose another output_dir ({text[:200]})",
+            5,
+        )
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return _say(f"{file}{os.strerror(number)}; choose another place", 2)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return _say(
+            "out of memory; lower train.microbatch_size (or the batch size) or data.max_length, "
+            f"or spread the model over more devices with mesh.fsdp ({text[:200] or 'host'})",
+            5,
+        )
+    traceback.print_exception(error)
+    return _say("this is a bug in jaxpeft; please report it with the lines above", 70)
+
+
+def _say(text: str, code: int) -> int:
+    for line in text.splitlines() or [""]:
+        print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+def enable_huge_pages() -> None:
+    """Starts this command once more, in the same process, with malloc using huge pages.
+
+    On Linux with glibc 2.35 or newer, ``GLIBC_TUNABLES=glibc.malloc.hugetlb=1`` lets malloc ask
+    for transparent huge pages where the kernel leaves that to programs (mode "madvise"); it is
+    read when a process starts, so the program is executed again with the same arguments and
+    process id. Call this before anything else of the command. It does nothing on other systems,
+    under pytest, where the variable is set already, or with ``JAXPEFT_HUGE_PAGES=0``.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    unwanted = (
+        os.environ.get("JAXPEFT_HUGE_PAGES") == "0"
+        or _REEXECUTED in os.environ
+        or "PYTEST_VERSION" in os.environ
+        or _TUNABLE in tunables
+    )
+    if unwanted or not _madvise_works():
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_TUNABLE}=1")))
+    os.environ[_REEXECUTED] = "1"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # orig_argv[0] may be a bare "python" that another PATH would find.
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _madvise_works() -> bool:
+    """Whether glibc and the kernel let a program choose huge pages."""
+    try:
+        library, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
+        new_enough = tuple(int(part) for part in version.split(".")[:2]) >= (2, 35)
+        return library == "glibc" and new_enough and "[madvise]" in _THP_MODE.read_text()
+    except (ValueError, OSError, AttributeError):
+        return False

@@ -1,0 +1,165 @@
+"""What PEFT, TRL and the Hugging Face Trainer call things, and what they are called here.
+
+A config that uses one of these names is answered with ours. An empty path means that there is
+no such setting here; the remark says why, or what to do instead.
+"""
+
+from typing import NamedTuple
+
+
+class Foreign(NamedTuple):
+    """A setting of another library.
+
+    Attributes:
+        library: Whose name it is.
+        path: Our dotted path, or "" where there is none.
+        remark: What differs, or what to do instead.
+    """
+
+    library: str
+    path: str
+    remark: str = ""
+
+
+_PEFT = {
+    "r": ("method.rank",),
+    "lora_r": ("method.rank",),
+    "lora_rank": ("method.rank",),
+    "lora_alpha": ("method.alpha",),
+    "lora_dropout": ("method.dropout",),
+    "target_modules": ("method.targets",),
+    "lora_target_modules": ("method.targets",),
+    "lora_target": ("method.targets",),
+    "exclude_modules": ("method.exclude",),
+    "use_rslora": ("method.rslora",),
+    "peft_type": ("method.name",),
+    "peft_config": ("method.name", "the section is called method"),
+    "lora": ("method.name", "write method: {name: lora, rank: 8}"),
+    "adapter": ("method.name", "the section is called method"),
+    "task_type": ("", "every model here is a causal language model; drop the key"),
+    "bias": ("", "biases stay frozen; drop the key"),
+    "fan_in_fan_out": ("", "kernels always are (in, out) here; drop the key"),
+    "inference_mode": ("", "adapters are always ready to train; drop the key"),
+    "base_model_name_or_path": ("model.path",),
+    "load_in_4bit": ("", "quantised bases are not available yet"),
+    "load_in_8bit": ("", "quantised bases are not available yet"),
+    "bnb_4bit_quant_type": ("", "quantised bases are not available yet"),
+    "bnb_4bit_compute_dtype": ("", "quantised bases are not available yet"),
+    "quantization": ("", "quantised bases are not available yet"),
+    "quantization_config": ("", "quantised bases are not available yet"),
+}
+
+_ACCUMULATION = (
+    "batch_size counts the sequences of one update over all devices; "
+    "microbatch_size those that are computed at once"
+)
+
+_TRAINER = {
+    "model_name_or_path": ("model.path",),
+    "model_name": ("model.path",),
+    "model_id": ("model.path",),
+    "model_revision": ("model.revision",),
+    "base_model": ("model.path",),
+    "torch_dtype": ("model.dtype",),
+    "bf16": ("model.dtype", "dtype: bfloat16 stores the base so; model.compute_dtype: computes"),
+    "fp16": ("model.dtype", "bfloat16 and float32 are supported"),
+    "tf32": ("", "jax's default matmul precision is used; drop the key"),
+    "trust_remote_code": ("", "no code is ever run from a model folder; drop the key"),
+    "attn_implementation": ("", "attention picks its own implementation; drop the key"),
+    "use_flash_attention_2": ("", "attention picks its own implementation; drop the key"),
+    "dataset_name": ("data.train", "a jsonl or json file of rows"),
+    "dataset": ("data.train", "a jsonl or json file of rows"),
+    "datasets": ("data.train", "a jsonl or json file of rows"),
+    "train_file": ("data.train",),
+    "train_dataset": ("data.train",),
+    "train_data": ("data.train",),
+    "validation_file": ("data.eval",),
+    "eval_file": ("data.eval",),
+    "eval_dataset": ("data.eval",),
+    "eval_data": ("data.eval",),
+    "test_file": ("data.eval",),
+    "max_seq_length": ("data.max_length", "in tokens"),
+    "max_seq_len": ("data.max_length", "in tokens"),
+    "sequence_len": ("data.max_length", "in tokens"),
+    "seq_length": ("data.max_length", "in tokens"),
+    "cutoff_len": ("data.max_length", "in tokens; rows that are longer: data.on_long"),
+    "sample_packing": ("data.packing",),
+    "dataset_num_proc": ("data.workers",),
+    "dataloader_num_workers": ("data.workers",),
+    "preprocessing_num_workers": ("data.workers",),
+    "completion_only_loss": ("", "prompt/completion rows always train on the completion"),
+    "assistant_only_loss": ("", "messages rows always train on the assistant's turns"),
+    "train_on_inputs": ("", "loss is on assistant turns, the completion, or a text row's tokens"),
+    "dataset_text_field": ("", 'the row format is fixed: rename the field to "text"'),
+    "chat_template": ("", "the tokenizer's own chat template is used"),
+    "lr": ("optim.learning_rate",),
+    "optimizer": ("optim.name",),
+    "optim_name": ("optim.name",),
+    "lr_scheduler_type": ("optim.schedule", "constant, linear or cosine"),
+    "lr_scheduler": ("optim.schedule", "constant, linear or cosine"),
+    "warmup_ratio": ("optim.warmup_steps", "a number of steps: the ratio times train.steps"),
+    "warmup": ("optim.warmup_steps", "a number of steps"),
+    "max_grad_norm": ("optim.clip_norm",),
+    "gradient_clipping": ("optim.clip_norm",),
+    "adam_beta1": ("optim.b1",),
+    "adam_beta2": ("optim.b2",),
+    "beta1": ("optim.b1",),
+    "beta2": ("optim.b2",),
+    "max_steps": ("train.steps",),
+    "num_steps": ("train.steps",),
+    "num_train_steps": ("train.steps",),
+    "total_steps": ("train.steps",),
+    "num_train_epochs": ("train.epochs", "give steps or epochs, not both"),
+    "num_epochs": ("train.epochs", "give steps or epochs, not both"),
+    "per_device_train_batch_size": ("train.batch_size", _ACCUMULATION),
+    "train_batch_size": ("train.batch_size", _ACCUMULATION),
+    "micro_batch_size": ("train.microbatch_size", _ACCUMULATION),
+    "gradient_accumulation_steps": ("train.microbatch_size", _ACCUMULATION),
+    "accumulation_steps": ("train.microbatch_size", _ACCUMULATION),
+    "auto_find_batch_size": ("train.microbatch_size", "choose it yourself"),
+    "gradient_checkpointing": ("train.remat", "none, dots or full"),
+    "data_seed": ("train.seed",),
+    "per_device_eval_batch_size": ("evaluation.batch_size",),
+    "eval_batch_size": ("evaluation.batch_size",),
+    "eval_steps": ("evaluation.every", "in steps"),
+    "eval_strategy": ("evaluation.every", "in steps; it also runs at the start and the end"),
+    "evaluation_strategy": ("evaluation.every", "in steps; it also runs at the start and the end"),
+    "do_eval": ("data.eval", "evaluation runs when this file is given"),
+    "do_train": ("", "the command trains; drop the key"),
+    "max_eval_samples": ("evaluation.max_rows",),
+    "save_steps": ("checkpoint.every", "in steps"),
+    "save_strategy": ("checkpoint.every", "in steps"),
+    "save_total_limit": ("checkpoint.keep",),
+    "load_best_model_at_end": ("checkpoint.best", "the metric to choose by, e.g. eval_loss"),
+    "metric_for_best_model": ("checkpoint.best", "e.g. eval_loss"),
+    "resume_from_checkpoint": ("", "the same command resumes by itself; --resume never: not"),
+    "overwrite_output_dir": ("", "give --overwrite on the command line"),
+    "logging_steps": ("", "every step is written to metrics.jsonl; drop the key"),
+    "logging_dir": ("output_dir", "logs go there"),
+    "report_to": ("track.tensorboard", "or track.wandb: the project's name"),
+    "wandb_project": ("track.wandb",),
+    "run_name": ("output_dir", "a run is called by its folder"),
+    "fsdp_config": ("mesh.fsdp", "the number of devices the base is spread over"),
+    "tensor_parallel_size": ("mesh.tensor",),
+    "deepspeed": ("mesh.fsdp", "the number of devices the base is spread over"),
+    "push_to_hub": ("", "nothing is uploaded"),
+    "hub_model_id": ("", "nothing is uploaded"),
+}
+
+_SECTIONS = {
+    "training": ("train", "the section's name"),
+    "trainer": ("train", "the section's name"),
+    "training_args": ("train", "the section's name"),
+    "optimization": ("optim", "the section's name"),
+    "validation": ("evaluation", "the section's name; the file of rows is data.eval"),
+    "checkpoints": ("checkpoint", "the section's name"),
+    "checkpointing": ("checkpoint", "the section's name"),
+    "sharding": ("mesh", "the section's name"),
+    "logging": ("track", "the section's name"),
+}
+
+FOREIGN: dict[str, Foreign] = {
+    **{name: Foreign("PEFT", *rest) for name, rest in _PEFT.items()},
+    **{name: Foreign("Hugging Face", *rest) for name, rest in _TRAINER.items()},
+    **{name: Foreign("", *rest) for name, rest in _SECTIONS.items()},
+}
