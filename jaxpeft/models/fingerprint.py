@@ -46,7 +46,7 @@ def read_hashed(fd: int, offset: int, nbytes: int) -> tuple[np.ndarray, list[str
         EOFError: The file ends too early.
     """
     buffer = np.empty(nbytes, np.uint8)
-    view = memoryview(buffer)
+    view = buffer.data
     digests = []
     for start in range(0, nbytes, CHUNK_BYTES):
         chunk = view[start : start + CHUNK_BYTES]

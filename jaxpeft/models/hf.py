@@ -190,9 +190,10 @@ def _read_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, TensorI
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map: expected an object from tensor to file name")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file or "\0" in file:
+        if not _is_shard_name(file):
             raise UserError(
-                f"{index}: weight_map: {name}: {file!r} is not a file name inside the folder"
+                f"{index}: weight_map: {name}: {file!r} is not a file name inside the folder "
+                "(expected *.safetensors)"
             )
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (folder / file).is_file()]
@@ -213,6 +214,15 @@ def _read_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, TensorI
             )
         tensors |= found
     return tensors
+
+
+def _is_shard_name(file: Any) -> bool:
+    return (
+        isinstance(file, str)
+        and pathlib.PurePath(file).name == file
+        and file.endswith(".safetensors")
+        and "\0" not in file
+    )
 
 
 def _no_weights(folder: pathlib.Path) -> str:

@@ -6,6 +6,8 @@ the parameters loaded so far where the device is the host, one stacked parameter
 """
 
 import contextlib
+import dataclasses
+import math
 import os
 import pathlib
 from typing import Any
@@ -23,6 +25,8 @@ from jaxpeft.models.source import PLAIN_DTYPES, Source, TensorInfo, decode, dein
 DTYPES = ("float32", "bfloat16", "float16")
 # Rows copied at once when a matrix is transposed: keeps both sides in the processor's cache.
 TILE_ROWS = 64
+# Values decoded at once: bounds what dequantising and casting need beside the target.
+SLAB_VALUES = 1 << 20
 
 
 def load_config(path: str | os.PathLike, revision: str | None = None) -> ModelConfig:
@@ -129,11 +133,20 @@ def load_model(
     return Model(
         params=params,
         config=config,
-        module=Transformer(config, compute_dtype),
+        module=Transformer(config, activation_dtype(compute_dtype, params)),
         tokenizer=tokenizer,
         fingerprint=fingerprint,
         name=str(path),
     )
+
+
+def activation_dtype(compute_dtype: str, params: dict) -> Any:
+    """The dtype of activations: "auto" is float32 on CPU, elsewhere that of the embedding."""
+    if compute_dtype != "auto":
+        return jnp.dtype(compute_dtype)
+    if jax.default_backend() == "cpu":
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(params["embed_tokens"]["embedding"].dtype)
 
 
 def read_params(
@@ -220,35 +233,55 @@ def _read_entry(
     names = entry.file_names(source.style, source.config.num_layers)
     infos = [source.tensors[name] for name in names]
     target = jnp.dtype(dtype) if dtype else _stored_dtype(infos)
-    shape = ((len(names),) if entry.stacked else ()) + entry.shape
-    out = None
+    out = np.empty(((len(names),) if entry.stacked else ()) + entry.shape, target)
     for layer, (name, info) in enumerate(zip(names, infos, strict=True)):
         raw, digests = files.read(info)
         fingerprint.add(name, info.dtype, info.shape, digests)
-        value = decode(raw, info)
-        if count := count_nonfinite(value):
+        heads = entry.heads if source.interleaved else 0
+        bad = _fill(out[layer] if entry.stacked else out, raw, info, entry.transposed, heads)
+        if bad:
             raise UserError(
-                f"{info.file}: {name}: {count} of {value.size} values are not finite; "
-                "the weights are damaged"
+                f"{info.file}: {name}: {bad} of {math.prod(info.shape)} values are not finite "
+                f"as {target.name}; the weights are damaged, or too large for this dtype"
             )
-        if source.interleaved and entry.heads:
-            value = deinterleave(value, entry.heads)
-        if not entry.stacked and not entry.transposed and value.dtype == target:
-            return value
-        if out is None:
-            out = np.empty(shape, target)
-        _copy_into(out[layer] if entry.stacked else out, value, entry.transposed)
-    assert out is not None
     return out
 
 
-def _copy_into(out: np.ndarray, value: np.ndarray, transposed: bool) -> None:
-    if not transposed:
-        out[...] = value
-        return
-    for start in range(0, value.shape[0], TILE_ROWS):
-        rows = value[start : start + TILE_ROWS]
-        out[:, start : start + TILE_ROWS] = rows.astype(out.dtype, copy=False).T
+def _fill(out: np.ndarray, raw: np.ndarray, info: TensorInfo, transposed: bool, heads: int) -> int:
+    """Decodes, transposes and casts one tensor into `out`, a slab of rows at a time.
+
+    Args:
+        out: Where it goes, in our layout and the target dtype.
+        raw: The tensor's bytes.
+        info: What they mean.
+        transposed: Whether `out` is the transpose of the tensor.
+        heads: Heads whose rows are interleaved; 0 for none.
+
+    Returns:
+        How many values of `out` are not finite.
+    """
+    rows = info.shape[0]
+    row_bytes = info.nbytes // rows
+    unit = rows // heads if heads else 1
+    step = max(SLAB_VALUES * rows // math.prod(info.shape) // unit, 1) * unit
+    bad = 0
+    for start in range(0, rows, step):
+        part = raw[start * row_bytes : (start + step) * row_bytes]
+        value = decode(
+            part, dataclasses.replace(info, shape=(len(part) // row_bytes, *info.shape[1:]))
+        )
+        if heads:
+            value = deinterleave(value, len(value) // unit)
+        with np.errstate(over="ignore"):  # counted below
+            value = value.astype(out.dtype, copy=False)
+        bad += count_nonfinite(value)
+        if transposed:
+            for tile in range(0, len(value), TILE_ROWS):
+                to = slice(start + tile, start + min(tile + TILE_ROWS, len(value)))
+                out[:, to] = value[tile : tile + TILE_ROWS].T
+        else:
+            out[start : start + len(value)] = value
+    return bad
 
 
 def _stored_dtype(infos: list[TensorInfo]) -> np.dtype:

@@ -1,0 +1,209 @@
+"""Hugging Face model folders written: what transformers and vLLM load without knowing us.
+
+Tensors are streamed to disk one layer at a time, so saving needs no second copy of the model. The
+folder is written under a temporary name beside its place and renamed when it is complete.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import pathlib
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft import paths
+from jaxpeft.errors import ResourceError, UserError, first_few
+from jaxpeft.models.config import ModelConfig
+from jaxpeft.models.hf_config import config_to_hf
+from jaxpeft.models.load import count_nonfinite
+from jaxpeft.models.names import Entry, name_table, param_shapes
+from jaxpeft.models.source import PLAIN_DTYPES
+
+SHARD_BYTES = 5_000_000_000
+_FILE_DTYPES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
+
+
+def save_hf(
+    path: str | os.PathLike,
+    config: ModelConfig,
+    params: dict,
+    tokenizer: Any = None,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+    Args:
+        path: The folder to make. An earlier model folder saved there is replaced.
+        config: The architecture.
+        params: Plain arrays, as `jaxpeft.merge` gives them.
+        tokenizer: The tokenizer to put beside the weights; None writes none.
+        dtype: "float32", "bfloat16" or "float16"; None keeps each parameter's own.
+        shard_bytes: Most bytes of weights in one file.
+
+    Raises:
+        UserError: Parameters that do not fit `config` or are not finite, an architecture
+            transformers cannot express, or a folder that cannot be written.
+        ResourceError: The disk is full.
+    """
+    _check_params(config, params)
+    leaves = paths.flatten(params)
+    settings = config_to_hf(config)
+    settings["dtype"] = dtype or str(leaves["embed_tokens/embedding"].dtype)
+    ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation = {key: value for key, value in ids.items() if value is not None}
+    with _new_folder(path) as folder:
+        _write_weights(folder, config, leaves, dtype, shard_bytes)
+        _write_json(folder / "config.json", settings)
+        _write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+
+
+def _check_params(config: ModelConfig, params: dict) -> None:
+    wanted = param_shapes(config)
+    found = {path: tuple(leaf.shape) for path, leaf in paths.flatten(params).items()}
+    faults = [
+        *(f"{path} is missing" for path in wanted.keys() - found.keys()),
+        *(f"{path} is unexpected" for path in found.keys() - wanted.keys()),
+        *(
+            f"{path} is {list(found[path])}, expected {list(shape)}"
+            for path, shape in wanted.items()
+            if found.get(path, shape) != shape
+        ),
+    ]
+    if faults:
+        raise UserError(f"parameters do not fit the config: {first_few(sorted(faults))}")
+
+
+def _write_weights(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    leaves: dict[str, Any],
+    dtype: str | None,
+    shard_bytes: int,
+) -> None:
+    shards: list[list[tuple[Entry, int, str, np.dtype]]] = [[]]
+    sizes = [0]
+    for entry in name_table(config):
+        target = jnp.dtype(dtype) if dtype else jnp.dtype(leaves[entry.path].dtype)
+        if target not in _FILE_DTYPES:
+            raise UserError(f"{entry.path}: dtype {target.name} has no place in a model folder")
+        nbytes = math.prod(entry.shape) * target.itemsize
+        for layer, name in enumerate(entry.file_names("hf", config.num_layers)):
+            if shards[-1] and sizes[-1] + nbytes > shard_bytes:
+                shards.append([])
+                sizes.append(0)
+            shards[-1].append((entry, layer, name, target))
+            sizes[-1] += nbytes
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        _write_shard(folder / file, leaves, shard)
+    if len(shards) > 1:
+        weight_map = {
+            name: file for file, shard in zip(files, shards, strict=True) for _, _, name, _ in shard
+        }
+        _write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map},
+        )
+
+
+def _write_shard(
+    path: pathlib.Path, leaves: dict[str, Any], shard: list[tuple[Entry, int, str, np.dtype]]
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for entry, _, name, dtype in shard:
+        end = position + math.prod(entry.shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _FILE_DTYPES[dtype],
+            "shape": list(entry.file_shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry, layer, name, dtype in shard:
+            leaf = leaves[entry.path]
+            value = np.asarray(_layer(leaf, layer) if entry.stacked else leaf)
+            with np.errstate(over="ignore"):  # counted below
+                value = value.astype(dtype, copy=False)
+            if bad := count_nonfinite(value):
+                raise UserError(
+                    f"{name}: {bad} of {value.size} values are not finite as {dtype.name}; "
+                    "nothing was saved"
+                )
+            value = np.ascontiguousarray(value.T if entry.transposed else value)
+            file.write(value.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _layer(leaf: Any, layer: int) -> Any:
+    """One layer as an array of its own, so that no host copy of the whole leaf is kept."""
+    if isinstance(leaf, np.ndarray):
+        return leaf[layer]
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+def _write_json(path: pathlib.Path, value: dict) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A temporary folder that takes its place at `path` if the block succeeds."""
+    place = pathlib.Path(os.path.realpath(path))
+    if place.exists() and not (place.is_dir() and _is_ours(place)):
+        raise UserError(f"{place}: exists and is no saved model; choose a new or empty folder")
+    temporary = None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        aside = temporary.with_name(temporary.name + ".old")
+        if place.exists():
+            place.rename(aside)
+        temporary.rename(place)
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{place}: no space left on the disk to save there") from error
+        raise UserError(f"{place}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_ours(place: pathlib.Path) -> bool:
+    """Whether a folder is empty or holds nothing but the files of a Hugging Face model."""
+    return all(
+        child.is_file()
+        and (
+            child.suffix == ".safetensors"
+            or child.name.startswith(("tokenizer", "chat_template", "special_tokens", "vocab"))
+            or child.name
+            in ("config.json", "generation_config.json", "model.safetensors.index.json")
+            or child.name in ("added_tokens.json", "merges.txt")
+        )
+        for child in place.iterdir()
+    )
