@@ -1,0 +1,144 @@
+"""TensorBoard's event files, as far as scalars need them, written without TensorBoard.
+
+A file is a row of records ``length | crc(length) | data | crc(data)``, where `data` is an
+``Event`` message of protocol buffers and the checksum is a masked CRC-32C. The packages that write
+these files import TensorFlow or PyTorch where they are installed, and write from a thread that
+a full disk stops; this writer does one ``write`` a step and raises what goes wrong.
+
+References:
+    https://github.com/tensorflow/tensorboard/blob/master/tensorboard/compat/proto/event.proto
+    https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
+"""
+
+import os
+import pathlib
+import socket
+import struct
+import time
+from collections.abc import Mapping
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_MASK = 0xFFFFFFFF
+
+
+class EventFile:
+    """A new event file in `folder`.
+
+    Args:
+        folder: Made where it is missing; a run's files share one folder.
+        first_step: What older files of the folder hold from this step on is hidden by TensorBoard:
+            a run that goes on from a checkpoint does those steps again.
+
+    Raises:
+        OSError: If it cannot be written; so do the methods.
+    """
+
+    def __init__(self, folder: pathlib.Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("ab", buffering=0)
+        self._write(encode_event(time.time(), version="brain.Event:2"))
+        self._write(encode_event(time.time(), step=first_step, session_start=True))
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends the scalars of one step."""
+        self._write(encode_event(time.time(), step=step, scalars=scalars))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _write(self, event: bytes) -> None:
+        data = encode_record(event)
+        if self._file.write(data) != len(data):
+            raise OSError(f"{self._file.name}: only a part could be written; is the disk full?")
+
+
+def encode_record(data: bytes) -> bytes:
+    """`data` with its length and both checksums around it."""
+    length = struct.pack("<Q", len(data))
+    return length + _checksum(length) + data + _checksum(data)
+
+
+def encode_event(
+    wall_time: float,
+    *,
+    step: int = 0,
+    scalars: Mapping[str, float] | None = None,
+    version: str = "",
+    session_start: bool = False,
+) -> bytes:
+    """An ``Event`` message: a version, the start of a session, or the scalars of a step.
+
+    Args:
+        wall_time: Seconds since 1970.
+        step: Left out where 0, as protocol buffers do.
+        scalars: Value by tag.
+        version: Of the file format, for the first event of a file.
+        session_start: Whether this event says that events from `step` on begin anew.
+
+    Returns:
+        The serialized message.
+    """
+    event = _field(1, _FIXED64, struct.pack("<d", wall_time))
+    if step:
+        event += _field(2, _VARINT, _varint(step))
+    if version:
+        event += _field(3, _BYTES, version.encode())
+    if scalars:
+        values = (
+            _field(1, _BYTES, tag.encode()) + _field(2, _FIXED32, _float32(value))
+            for tag, value in scalars.items()
+        )
+        event += _field(5, _BYTES, b"".join(_field(1, _BYTES, value) for value in values))
+    if session_start:
+        event += _field(7, _BYTES, _field(1, _VARINT, _varint(1)))
+    return event
+
+
+def crc32c(data: bytes) -> int:
+    """The Castagnoli checksum of RFC 3720, appendix B.4."""
+    crc = _MASK
+    for byte in data:
+        crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    return crc ^ _MASK
+
+
+def _table() -> list[int]:
+    table = []
+    for entry in range(256):
+        for _ in range(8):
+            entry = (entry >> 1) ^ (0x82F63B78 if entry & 1 else 0)
+        table.append(entry)
+    return table
+
+
+_TABLE = _table()
+
+
+def _checksum(data: bytes) -> bytes:
+    """The CRC, rotated and shifted so that a checksum of a checksum is still one."""
+    crc = crc32c(data)
+    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & _MASK)
+
+
+def _field(number: int, kind: int, content: bytes) -> bytes:
+    length = _varint(len(content)) if kind == _BYTES else b""
+    return _varint(number << 3 | kind) + length + content
+
+
+def _varint(value: int) -> bytes:
+    parts = bytearray()
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    parts.append(value)
+    return bytes(parts)
+
+
+def _float32(value: float) -> bytes:
+    """Little-endian; what is too large for 32 bits becomes infinite."""
+    try:
+        return struct.pack("<f", value)
+    except OverflowError:
+        return struct.pack("<f", float("inf") if value > 0 else float("-inf"))
