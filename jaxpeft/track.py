@@ -135,7 +135,7 @@ def make_trackers(
     """
     warn = warn or _print_warning
     folder = pathlib.Path(output_dir)
-    module = _import_wandb() if wandb is not None else None  # on all processes: all stop
+    module = import_wandb() if wandb is not None else None  # on all processes: all stop
     starts: dict[str, Callable[[], Sink]] = {}
     if tensorboard:
         starts["track.tensorboard"] = lambda: _TensorBoard(folder, first_step)
@@ -231,7 +231,12 @@ class _WandB:
         self._run.finish(exit_code=exit_code)
 
 
-def _import_wandb() -> Any:
+def import_wandb() -> Any:
+    """The package wandb; call it early to find out before a model is loaded.
+
+    Raises:
+        UserError: If it is not installed.
+    """
     way_out = "pip install wandb, or set track.wandb: null"
     try:
         module = importlib.import_module("wandb")
