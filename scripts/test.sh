@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then runs the tests. Nothing but the set-up uses the network.
+#
+# Usage: bash scripts/test.sh [PYTEST ARGUMENTS], for example: bash scripts/test.sh -m slow
+# PYTHON names another interpreter than python3: PYTHON=python3.13 bash scripts/test.sh
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh test
+export HF_HUB_OFFLINE=1
+exec .venv/bin/python -m pytest "$@"
