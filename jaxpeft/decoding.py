@@ -110,7 +110,9 @@ def prompt_tokens(tokenizer: Any, prompt: str | Sequence[dict]) -> list[int]:
     """Token ids of a text, or of chat messages up to where the assistant begins to speak."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    from jaxpeft.data import render_messages
+
+    text = render_messages(tokenizer, list(prompt), add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -35,14 +35,18 @@ class Rows:
         steps: Updates of the run.
         eval_examples: Held-out examples, or None.
         eval_rows: The same as rows, for exact match.
-        notes: What was dropped or truncated, as lines for the table.
+        train_rows: Rows to learn from.
+        dropped: Rows of the training file that were left out.
+        truncated: Rows of it that were cut.
     """
 
     plan: data.Plan
     steps: int
     eval_examples: data.Examples | None
     eval_rows: list[dict]
-    notes: list[tuple[str, str]]
+    train_rows: int
+    dropped: int
+    truncated: int
 
 
 class Run:
@@ -196,38 +200,35 @@ class Run:
 
     def describe(self) -> tuple[list[tuple[str, str]], list[Any]]:
         """The start-up table: facts of the run, and the modules that are adapted."""
-        config, plan, model = self.config, self.rows.plan, self.base.config
+        config, plan = self.config, self.rows.plan
         adapter = self.state.adapter
-        base_size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.base_shapes))
-        extra = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.state.trained["base"]))
-        trained = report.count_trainable(adapter) + extra
-        dtypes = (
-            f"base {config.model.dtype}, compute {self.base.module.compute_dtype}, adapter float32"
+        extra = sum(leaf.size for leaf in jax.tree.leaves(self.state.trained["base"]))
+        rows = report.describe_run(
+            trainable=report.count_trainable(adapter) + extra,
+            base_parameters=report.count_parameters(self.base_shapes),
+            dtypes={
+                "base": config.model.dtype,
+                "compute": self.base.module.compute_dtype,
+                "adapter": "float32",
+            },
+            tokens_per_epoch=plan.tokens_per_epoch,
+            supervised_per_epoch=plan.supervised_tokens_per_epoch,
+            rows=self.rows.train_rows,
+            steps=self.rows.steps,
+            epochs=self.rows.steps * plan.batch_size / plan.num_sequences,
+            first_step=int(self.state.step),
+            batch_size=plan.batch_size,
+            microbatch_size=config.train.microbatch_size,
+            seq_len=plan.seq_len,
+            mesh=dict(self.mesh.shape),
+            dropped=self.rows.dropped,
+            truncated=self.rows.truncated,
+            replicated=sharding.unsharded(self.base_shapes, self.mesh),
         )
-        mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
-        rows = [
-            ("model", f"{config.model.path} ({model.model_type}, {base_size:,} parameters)"),
-            ("method", str(config.method)),
-            ("trainable", f"{trained:,} parameters, {100 * trained / base_size:.3f} % of the base"),
-            ("dtypes", dtypes),
-            ("data", f"{plan.num_sequences} sequences of {plan.seq_len} from {config.data.train}"),
-            (
-                "tokens per epoch",
-                f"{plan.tokens_per_epoch:,} without padding, "
-                f"{plan.supervised_tokens_per_epoch:,} supervised",
-            ),
-            (
-                "steps",
-                f"{self.rows.steps} of {config.train.batch_size} sequences; "
-                f"an epoch is {plan.num_sequences / config.train.batch_size:.1f}",
-            ),
-            ("mesh", f"{mesh} on {jax.device_count()} {jax.devices()[0].device_kind}"),
-            *self.rows.notes,
-        ]
-        if notes := sharding.unsharded(self.base_shapes, self.mesh):
-            rows.append(("replicated", first_few(notes)))
+        rows.insert(0, ("model", f"{config.model.path} ({self.base.config.model_type})"))
+        rows.insert(1, ("method", str(config.method)))
         if config.optim.trainable:
-            rows.append(("trained base leaves", ", ".join(config.optim.trainable)))
+            rows.append(("base leaves trained", ", ".join(config.optim.trainable)))
         return rows, report.describe_adapter(self.base_shapes, adapter)
 
     def _trainable(self, tree: dict) -> dict:

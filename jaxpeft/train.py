@@ -28,6 +28,7 @@ from jaxpeft.config import RunConfig
 from jaxpeft.errors import DivergedError, InterruptedRunError, ResourceError, UserError
 from jaxpeft.metrics_log import MetricsLog
 from jaxpeft.models.load import load_config, load_model, load_tokenizer
+from jaxpeft.progress import Progress
 from jaxpeft.run import Rows, Run, export_path
 from jaxpeft.run_lock import RunLock
 from jaxpeft.signals import StopRequest
@@ -139,15 +140,15 @@ def read_data(config: RunConfig) -> Rows:
             f"optim.warmup_steps: {config.optim.warmup_steps} are more than the {steps} steps "
             f"that {config.train.epochs} epochs make; lower it."
         )
-    notes = [
-        (f"dropped from {file.path}", f"{count} ({reason})")
-        for file in (examples, held_out)
-        if file is not None
-        for reason, count in file.dropped.items()
-    ]
-    if examples.truncated:
-        notes.append((f"truncated in {examples.path}", str(examples.truncated)))
-    return Rows(plan, steps, held_out, held_out_rows, notes)
+    return Rows(
+        plan,
+        steps,
+        held_out,
+        held_out_rows,
+        train_rows=len(examples),
+        dropped=sum(examples.dropped.values()),
+        truncated=examples.truncated,
+    )
 
 
 def loop(run: Run, checkpoints: Checkpoints, stop: StopRequest, profile: range) -> None:
@@ -159,7 +160,7 @@ def loop(run: Run, checkpoints: Checkpoints, stop: StopRequest, profile: range) 
     if first == last:
         return
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(contextlib.closing(report.Progress(last, first)))
+        progress = stack.enter_context(contextlib.closing(Progress(last, first)))
         log = stack.enter_context(Log(run, first, progress))
         if first:
             progress.note(f"going on after step {first}")
@@ -213,7 +214,7 @@ def stop_diverged(run: Run, checkpoints: Checkpoints, log: "Log") -> None:
 class Log:
     """Where numbers go: ``metrics.jsonl``, ``samples.jsonl``, the progress line, trackers."""
 
-    def __init__(self, run: Run, first: int, progress: report.Progress):
+    def __init__(self, run: Run, first: int, progress: Progress):
         self.run, self.progress = run, progress
         self.skipped_in_a_row = self.last_step = 0
         self._stack = contextlib.ExitStack()
@@ -231,6 +232,7 @@ class Log:
                     track.wandb,
                     run.config.output_dir,
                     dataclasses.asdict(run.config),
+                    first_step=first,
                 )
             )
         )

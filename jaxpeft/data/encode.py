@@ -43,6 +43,12 @@ class Examples:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def first(self, count: int | None) -> "Examples":
+        """The first `count` examples; all of them for None."""
+        return dataclasses.replace(
+            self, tokens=self.tokens[:count], masks=self.masks[:count], lines=self.lines[:count]
+        )
+
 
 def encode_file(
     path: str | pathlib.Path,

@@ -1,0 +1,62 @@
+"""Answers prompts with a model and, if given, an adapter.
+
+Command: ``python -m jaxpeft.generate --model PATH [--adapter DIR] PROMPT [PROMPT ...]``
+"""
+
+import sys
+
+from jaxpeft import cli
+
+
+def main(argv: list[str]) -> None:
+    """Prints the answer to every prompt, in order."""
+    parser = cli.make_parser("generate", "Answers prompts with a base model and an adapter.")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text; - reads lines")
+    parser.add_argument("--model", required=True, help="HF folder, hub id or GGUF file")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--adapter", help="adapter folder")
+    parser.add_argument("--system", help="system message in front of every prompt")
+    parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
+    parser.add_argument("--dtype", default="float32", help="dtype of the base")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top_k", type=int, default=0, help="0 is off")
+    parser.add_argument("--top_p", type=float, default=1.0, help="1 is off")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    args, _ = cli.parse_arguments(parser, argv)
+    import jax
+
+    import jaxpeft as jp
+
+    texts = [
+        line
+        for prompt in args.prompts
+        for line in (sys.stdin.read().splitlines() if prompt == "-" else [prompt])
+        if line.strip()
+    ]
+    if not texts:
+        raise jp.UserError("no prompt: every line is empty.")
+    base = jp.load_model(args.model, revision=args.revision, dtype=args.dtype)
+    adapter = jp.load_adapter(args.adapter, base) if args.adapter else None
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    prompts = texts
+    if not args.raw:
+        if getattr(base.tokenizer, "chat_template", None) is None:
+            raise jp.UserError(f"{args.model}: has no chat template; add --raw to continue text.")
+        prompts = [[*system, {"role": "user", "content": text}] for text in texts]
+    answers = jp.generate(
+        base,
+        prompts,
+        adapter=adapter,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        key=jax.random.key(args.seed),
+    )
+    for answer in answers:
+        print(answer)
+
+
+if __name__ == "__main__":
+    cli.run(main)
