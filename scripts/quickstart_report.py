@@ -109,11 +109,12 @@ def next_commands(run: str) -> list[tuple[str, str]]:
     """What to do with the adapter now: pairs of a purpose and a command."""
     python = ".venv/bin/python -m"
     given = f"--model {DATA}/{MODEL_LINK} --adapter {run}/adapter"
-    question = f'--system "{INSTRUCTION}" --prompt "Who painted the Mona Lisa ?"'
+    question = f'--system "{INSTRUCTION}" "Who painted the Mona Lisa ?"'
+    data = f"--data {DATA}/eval.jsonl --max_new_tokens 8"
     return [
         ("ask the adapted model", f"{python} jaxpeft.generate {given} {question}"),
-        ("measure again", f"{python} jaxpeft.evaluate {given} --data {DATA}/eval.jsonl"),
-        ("write the merged model", f"{python} jaxpeft.merge {given} --out {run}/merged"),
+        ("measure again", f"{python} jaxpeft.evaluate {given} {data}"),
+        ("write the merged model", f"{python} jaxpeft.merge {given} --output {run}/merged"),
     ]
 
 

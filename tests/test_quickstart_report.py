@@ -1,5 +1,6 @@
 """The quickstart's closing table says what the run's files say."""
 
+import importlib
 import io
 import json
 import re
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+
+import jaxpeft
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -21,6 +24,10 @@ def write_jsonl(path, rows):
 
 def sample(step, prompt, reference, answer):
     return {"step": step, "prompt": prompt, "reference": reference, "answer": answer}
+
+
+class ArgumentsUnderstood(Exception):
+    """Raised where a command has read its arguments and begins its work."""
 
 
 @pytest.fixture
@@ -80,6 +87,18 @@ def test_output_is_plain_when_piped(run, capsys):
         "jaxpeft.evaluate",
         "jaxpeft.merge",
     ]
+
+
+def test_commands_that_come_next_understand_their_arguments(monkeypatch):
+    def load_model(path, **_):
+        assert path == "data/quickstart/smollm2-135m-instruct.gguf"
+        raise ArgumentsUnderstood
+
+    monkeypatch.setattr(jaxpeft, "load_model", load_model)
+    for _, command in qr.next_commands("runs/quickstart"):
+        _, _, module, *arguments = shlex.split(command)
+        with pytest.raises(ArgumentsUnderstood):
+            importlib.import_module(module).main(arguments)
 
 
 def test_a_resumed_run_counts_the_last_evaluation_of_a_step(run):
