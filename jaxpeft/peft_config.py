@@ -18,6 +18,7 @@ from jaxpeft.errors import UserError, first_few
 from jaxpeft.models.hf import read_json
 
 FILE = "adapter_config.json"
+FLOAT32_MAX = 3.4e38
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 """What PEFT adapts in Llama, Mistral and Qwen models when no targets are given."""
 
@@ -179,12 +180,12 @@ def parse_config(values: Mapping[str, Any], file: pathlib.Path) -> PeftLoraConfi
     _require_supported(values, file)
 
     def fail(key: str, expected: str) -> UserError:
-        return UserError(f"{file}: {key}: expected {expected}, got {values.get(key)!r}.")
+        return UserError(f"{file}: {key}: expected {expected}, got {values.get(key)!r:.60}.")
 
     def number(key: str, value: Any) -> int | float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise fail(key, "a number")
-        if not math.isfinite(value):
+        if not abs(value) <= FLOAT32_MAX:
             raise fail(key, "a finite number")
         return value
 

@@ -557,6 +557,7 @@ def test_another_width_is_told_in_one_line():
         ({"r": True}, "r: expected a whole number"),
         ({"lora_alpha": None}, "lora_alpha: expected a number, got None"),
         ({"lora_alpha": float("nan")}, "lora_alpha: expected a finite number"),
+        ({"lora_alpha": 10**400}, "lora_alpha: expected a finite number, got 1000"),
         ({"lora_dropout": 1.5}, "lora_dropout: expected a probability in [0, 1), got 1.5"),
         ({"use_rslora": "yes"}, "use_rslora: expected true or false, got 'yes'"),
         ({"rank_pattern": {"q_proj": 5}}, "another rank"),
