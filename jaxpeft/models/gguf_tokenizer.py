@@ -177,7 +177,8 @@ def _finish(
 ) -> Any:
     """Adds the special tokens, what is put around a text, and the chat template."""
     from tokenizers import AddedToken, processors
-    from transformers import PreTrainedTokenizerFast
+
+    from jaxpeft.models.tokenizer import import_transformers
 
     added = [
         AddedToken(token, normalized=False, special=kind == _CONTROL)
@@ -212,7 +213,7 @@ def _finish(
     extra = {}
     if template := metadata.get("tokenizer.chat_template"):
         extra["chat_template"] = template
-    return PreTrainedTokenizerFast(
+    return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=metadata.get(f"{arch}.context_length", 2**31 - 1),
         clean_up_tokenization_spaces=False,

@@ -1,5 +1,6 @@
 """Tokenizers of Hugging Face folders and GGUF files, always transformers' fast kind."""
 
+import os
 import pathlib
 from typing import Any
 
@@ -8,6 +9,19 @@ from jaxpeft.models.hf import read_json
 
 # One of these makes a folder's tokenizer.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def import_transformers() -> Any:
+    """The transformers package, without its advice to install torch, which is of no use here."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = before or "1"
+    try:
+        import transformers
+    finally:
+        if before is None:
+            del os.environ[name]
+    return transformers
 
 
 def has_tokenizer(place: pathlib.Path) -> bool:
@@ -35,10 +49,9 @@ def read_tokenizer(place: pathlib.Path) -> Any:
             "copy the tokenizer files of the model into the folder"
         )
     _check_settings(place / "tokenizer_config.json")
-    from transformers import AutoTokenizer
-
+    transformers = import_transformers()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(place), trust_remote_code=False, local_files_only=True, use_fast=True
         )
     except Exception as error:
