@@ -1,7 +1,7 @@
 """Data: rows of a file, checked, rendered, tokenised, packed, and read by step."""
 
 from jaxpeft.data.chat import render_messages
-from jaxpeft.data.encode import Examples, encode_file
+from jaxpeft.data.encode import Examples, encode_file, encode_rows
 from jaxpeft.data.packing import pack
 from jaxpeft.data.plan import Plan, eval_batches, iterate, process_rows
 from jaxpeft.data.rows import Row, prompt_and_reference, read_rows
@@ -13,6 +13,7 @@ __all__ = [
     "Plan",
     "Row",
     "encode_file",
+    "encode_rows",
     "eval_batches",
     "iterate",
     "pack",

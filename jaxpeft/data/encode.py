@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxpeft.data.chat import Encoder, Rendered, RowError, render_chat, render_plain
 from jaxpeft.data.problems import DROP_HINT, Problem, count_reasons, report
-from jaxpeft.data.rows import Row, conversation_of, scan_rows
+from jaxpeft.data.rows import Row, RowFile, check_rows, conversation_of, scan_rows
 from jaxpeft.data.settings import OnBadRow, OnLong
 from jaxpeft.errors import UserError
 
@@ -76,7 +76,55 @@ def encode_file(
         UserError: Naming all problems with their lines, the first 20 in full; or that no row
             is left, with counts.
     """
-    file = scan_rows(path)
+    return _encode(
+        scan_rows(path),
+        tokenizer,
+        max_length=max_length,
+        vocab_size=vocab_size,
+        on_long=on_long,
+        on_bad_row=on_bad_row,
+    )
+
+
+def encode_rows(
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    vocab_size: int | None = None,
+    on_long: OnLong = "error",
+) -> Examples:
+    """Checks, renders and tokenises rows held in memory.
+
+    Args:
+        rows: Objects with messages, with prompt and completion, or with text.
+        tokenizer: A tokenizer of transformers.
+        max_length: The longest example allowed, in tokens.
+        vocab_size: Rows of the model's embedding table; None trusts the tokenizer.
+        on_long: What to do with longer ones.
+
+    Returns:
+        At least one example; the line of a row is its place, from 1.
+
+    Raises:
+        UserError: Naming all problems with the rows' places.
+    """
+    file = check_rows(rows, "rows")
+    size = len(tokenizer) if vocab_size is None else vocab_size
+    return _encode(
+        file, tokenizer, max_length=max_length, vocab_size=size, on_long=on_long, on_bad_row="error"
+    )
+
+
+def _encode(
+    file: RowFile,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    vocab_size: int,
+    on_long: OnLong,
+    on_bad_row: OnBadRow,
+) -> Examples:
     problems = list(file.problems)
     tokens, masks, lines = [], [], []
     long: list[tuple[int, int]] = []

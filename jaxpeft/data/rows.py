@@ -5,8 +5,10 @@ lists of messages), or with ``text``. Other keys of the row are ignored.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from jaxpeft.data.files import read_json
@@ -68,6 +70,26 @@ def scan_rows(path: str | pathlib.Path) -> RowFile:
         if not found:
             rows.append(Row(line, value))
     return RowFile(file.path, file.sha256, rows, problems)
+
+
+def check_rows(values: Sequence[Any], name: str) -> RowFile:
+    """Checks rows held in memory.
+
+    Args:
+        values: The rows.
+        name: What to call them in errors.
+
+    Returns:
+        The rows that are right and the problems of the others; lines count from 1.
+    """
+    rows, problems = [], []
+    for line, value in enumerate(values, 1):
+        found = check_row(value)
+        problems += [Problem(line, text, "bad row", hint="") for text in found]
+        if not found:
+            rows.append(Row(line, value))
+    digest = hashlib.sha256(json.dumps(list(values), default=repr).encode()).hexdigest()
+    return RowFile(name, digest, rows, problems)
 
 
 def read_rows(path: str | pathlib.Path) -> list[Row]:

@@ -1,0 +1,28 @@
+"""Rows held in memory are encoded like the same rows in a file."""
+
+import json
+
+import numpy as np
+import pytest
+from toy_tokenizer import toy_tokenizer
+
+from jaxpeft.data import encode_file, encode_rows
+from jaxpeft.errors import UserError
+
+ROWS = [{"prompt": "ab", "completion": "c"}, {"text": "abc"}]
+
+
+def test_rows_in_memory_give_what_the_same_file_gives(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tokenizer = toy_tokenizer()
+    one = encode_rows(ROWS, tokenizer, max_length=16)
+    other = encode_file(path, tokenizer, max_length=16, vocab_size=len(tokenizer))
+    assert len(one) == len(other) == 2
+    for left, right in zip(one.tokens + one.masks, other.tokens + other.masks, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_bad_rows_in_memory_are_named_by_their_place():
+    with pytest.raises(UserError, match=r'^rows:2: "completion": missing'):
+        encode_rows([ROWS[0], {"prompt": "ab"}], toy_tokenizer(), max_length=16)
