@@ -1,0 +1,307 @@
+"""Checkpoints of a run: whole or invisible, verified before use, kept within a few.
+
+Orbax writes the arrays in the background; what makes a folder a checkpoint is ours. Orbax does not
+notice a flipped bit, takes a bare folder for the latest step and casts dtypes silently, so every
+step gets a manifest (`jaxpeft.manifest`) once Orbax is done, and exists only with it
+(`jaxpeft.checkpoint_folder`). What is saved for each leaf is in `jaxpeft.checkpoint_leaves`.
+
+Example:
+    >>> import tempfile, jax, jax.numpy as jnp
+    >>> state = {"adapter": {"a": jnp.ones((2, 3))}, "key": jax.random.key(0)}
+    >>> with Checkpoints(tempfile.mkdtemp()) as checkpoints:
+    ...     checkpoints.save(10, state, meta={"seed": 0})
+    ...     step = checkpoints.latest()
+    ...     restored = checkpoints.restore(step, like=state)
+    >>> step, float(restored["adapter"]["a"].sum())
+    (10, 6.0)
+"""
+
+import errno
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpeft import checkpoint_errors, checkpoint_leaves
+from jaxpeft.checkpoint_folder import CheckpointFolder
+from jaxpeft.errors import CheckpointError, UserError
+
+
+def _print_warning(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder. Use it as a context manager.
+
+    With several processes every method is called by all of them; the first process writes
+    manifests, verifies and deletes. Without a call of `save`, nothing is changed on disk but
+    damaged steps set aside by `latest`.
+
+    Args:
+        directory: The folder, made at the first save. Local (or mounted) disks only.
+        keep: How many of the newest steps to keep.
+        warn: Called with one line when a step is set aside; prints to stderr by default.
+
+    Raises:
+        UserError: `directory` is a URL or a file, or `keep` is below 1.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 2,
+        warn: Callable[[str], None] = _print_warning,
+    ):
+        if keep < 1:
+            raise UserError(f"checkpoint.keep must be at least 1, got {keep}")
+        self._folder = CheckpointFolder(directory, warn)
+        self._keep = keep
+        self._warn = warn
+        self._orbax: Any = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._last = (-1, 0)  # step and bytes of the save begun last
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        *,
+        meta: dict[str, Any],
+        metric: float | None = None,
+    ) -> None:
+        """Starts saving `state` and returns as soon as its values are copied off the devices.
+
+        Every method but `steps` and `best` waits for its end first and reports what went wrong. A
+        step that exists already is left as it is.
+
+        Args:
+            step: The number of updates done.
+            state: Nested dicts of arrays; may be donated as soon as this returns.
+            meta: JSON values to find again with `meta` (config, data hash, ...).
+            metric: The step with the lowest one is kept beside the newest.
+
+        Raises:
+            ResourceError: No room or no permission, now or in the save before; what was saved
+                earlier is untouched.
+            CheckpointError: A newer step exists, or the save before failed otherwise.
+            TypeError: A leaf is not an array or number, or `meta` is not JSON.
+            ValueError: `meta` holds NaN or infinity, which JSON has no word for.
+        """
+        self.wait()
+        leaves = checkpoint_leaves.flatten(state)
+        fields = {
+            "step": step,
+            "metric": float(metric) if metric is not None and math.isfinite(metric) else None,
+            "meta": {"environment": _environment(), **meta},
+            "leaves": {name: checkpoint_leaves.signature(leaf) for name, leaf in leaves.items()},
+        }
+        json.dumps(fields, allow_nan=False)
+        existing = self.steps()
+        if step in (*existing, self._last[0]):
+            return
+        if existing and step < existing[-1]:
+            raise CheckpointError(
+                f"{self._folder.directory}: step {existing[-1]} is newer than step {step} to be "
+                "saved; remove it, or start afresh with --overwrite or another output_dir"
+            )
+        # Small leaves are stored twice and described in 300 bytes each.
+        self._last = (step, checkpoint_leaves.num_bytes(leaves) + 2048 * len(leaves) + 65536)
+        try:
+            self._make_room(self._last[1])
+            response = self._checkpointer().save_async(
+                step, checkpoint_leaves.to_orbax(leaves), force=True
+            )
+        except Exception as error:
+            raise self._failure(error) from error
+        self._thread = threading.Thread(target=self._finish, args=(step, fields, response))
+        self._thread.start()
+
+    def steps(self) -> list[int]:
+        """The steps that exist, oldest first; their files are not verified yet."""
+        return self._folder.steps()
+
+    def latest(self) -> int | None:
+        """The newest step whose every file matches its sha256, or None if there are no steps.
+
+        Damaged steps newer than that are named through `warn` and set aside in `damaged/`.
+
+        Raises:
+            CheckpointError: Steps exist and all of them are damaged; nothing is moved then.
+        """
+        self.wait()
+        found = _on_first_process(self._folder.newest_whole)
+        self._forget()  # what was set aside may be saved again
+        return found
+
+    def best(self) -> int | None:
+        """The step saved with the lowest metric, the newest of equals; None if none has one."""
+        return self._folder.best()
+
+    def restore(self, step: int, like: Any) -> Any:
+        """Loads a step into the structure, shapes, dtypes and shardings of `like`.
+
+        Args:
+            step: A step from `steps` or `latest`; verified here unless `latest` did.
+            like: A tree of arrays or `jax.ShapeDtypeStruct`.
+
+        Returns:
+            A tree like `like`, equal to the saved one bit for bit.
+
+        Raises:
+            CheckpointError: The step does not exist, is damaged, or has other leaves than `like`;
+                the text names them.
+        """
+        from orbax.checkpoint import v1 as ocp
+
+        self.wait()
+        path = self._folder.existing(step)
+        first = jax.process_index() == 0
+        fields = self._folder.verify(step) if first else self._folder.read(step)
+        leaves = checkpoint_leaves.flatten(like)
+        checkpoint_leaves.check(leaves, fields["leaves"], str(path))
+        try:
+            tree = ocp.load(os.fspath(path), checkpoint_leaves.targets(leaves))
+        except Exception as error:
+            raise CheckpointError(
+                f"{path}: cannot be loaded: {checkpoint_errors.first_line(error)}"
+            ) from error
+        return checkpoint_leaves.from_orbax(tree, like)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The `meta` given to `save`, with `environment`: versions, device kind, XLA flags."""
+        self.wait()
+        self._folder.existing(step)
+        return self._folder.read(step)["meta"]
+
+    def wait(self) -> None:
+        """Waits until the save under way exists.
+
+        Raises:
+            ResourceError: It found no room, or no permission.
+            CheckpointError: It failed in another way.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise self._failure(error) from error
+
+    def close(self) -> None:
+        """Waits for the save under way and lets go of Orbax."""
+        try:
+            self.wait()
+        finally:
+            self._forget()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except UserError as failed:
+            if error is None:
+                raise
+            self._warn(str(failed))
+
+    def _forget(self) -> None:
+        orbax, self._orbax, self._last = self._orbax, None, (-1, 0)
+        if orbax is not None:
+            orbax.close()
+
+    def _checkpointer(self) -> Any:
+        from orbax.checkpoint import v1 as ocp
+
+        if self._orbax is None:
+            checkpoint_errors.silence_orbax_tracebacks()
+            context = ocp.Context()
+            # Shapes, dtypes and shardings come from the manifest and from `like`; without these
+            # two files a thousand small leaves take 220 kB less.
+            context.array_options.saving.array_metadata_store = None
+            context.array_options.saving.enable_write_sharding_file = False
+            directory = os.fspath(self._folder.directory)
+            self._orbax = ocp.training.Checkpointer(directory, context=context)
+        return self._orbax
+
+    def _make_room(self, needed_bytes: int) -> None:
+        self._folder.directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._folder.directory):
+            pass  # fails here if the folder is not writable
+        if self._orbax is None and jax.process_index() == 0:
+            self._folder.clean()
+        if self._orbax is None and jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("jaxpeft checkpoints are clean")
+        if shutil.disk_usage(self._folder.directory).free < needed_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _finish(self, step: int, fields: dict[str, Any], response: Any) -> None:
+        """Runs in a thread: lets what Orbax wrote exist, then drops old steps."""
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                self._folder.commit(step, fields)
+                self._folder.prune(self._keep)
+        except BaseException as error:
+            self._error = error
+
+    def _failure(self, error: BaseException) -> UserError:
+        """Cleans up after a failed save and says what went wrong."""
+        step, needed_bytes = self._last
+        described = checkpoint_errors.describe(error, self._folder.path(step), needed_bytes)
+        # Orbax raises a failed save's error again at every later call: begin with a new one.
+        self._orbax, self._last = None, (-1, 0)
+        checkpoint_errors.drop_coroutines(error)
+        if jax.process_index() == 0:
+            self._folder.remove_leftovers(unfinished=step)
+        return described
+
+
+def _environment() -> dict[str, Any]:
+    versions = {}
+    for name in ("jaxpeft", "jax", "jaxlib", "flax", "orbax-checkpoint"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "versions": versions,
+        "device_kind": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _on_first_process(find: Callable[[], int | None]) -> int | None:
+    """Calls `find` on the first process only and gives its answer, or its failure, to all."""
+    if jax.process_count() == 1:
+        return find()
+    from jax.experimental import multihost_utils
+
+    found: int | None = None
+    failure: UserError | None = None
+    if jax.process_index() == 0:
+        try:
+            found = find()
+        except UserError as error:
+            failure = error
+    code = -2 if failure else -1 if found is None else found
+    code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
+    if code == -2:
+        raise failure or CheckpointError("no usable checkpoint; the first process says why")
+    return None if code == -1 else code

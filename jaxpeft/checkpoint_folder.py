@@ -1,0 +1,187 @@
+"""The folder of a run's checkpoints on disk: which steps exist, are whole, stay or go.
+
+    checkpoints/
+      100/  state/...  manifest.json     a checkpoint; Orbax reads it as it stands
+      120/  state/...                    killed before its manifest: does not exist, set aside
+      140.orbax-checkpoint-tmp/          killed while Orbax wrote: removed at the next save
+      damaged/80/                        differs from its manifest: never used, never deleted
+
+A step goes by rename (`N.deleting`) before its files do, so no half-deleted folder looks whole.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxpeft import manifest
+from jaxpeft.errors import CheckpointError, ResourceError, UserError, first_few
+
+_LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleting)")
+
+
+class CheckpointFolder:
+    """The steps under `directory`; nothing is made or changed by looking.
+
+    Args:
+        directory: A local or mounted folder; need not exist yet.
+        warn: Called with one line when something is set aside or cannot be deleted.
+
+    Raises:
+        UserError: `directory` is a URL or a file.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], warn: Callable[[str], None]):
+        if "://" in os.fspath(directory):
+            raise UserError(f"{directory}: checkpoints go to a local or mounted folder, not a URL")
+        self.directory = Path(directory).absolute()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"{directory}: is a file, expected a folder for checkpoints")
+        self._warn = warn
+        self._verified: set[int] = set()
+
+    def path(self, step: int) -> Path:
+        """Where a step is, or will be."""
+        return self.directory / str(step)
+
+    def steps(self) -> list[int]:
+        """The steps that have a manifest, oldest first.
+
+        Raises:
+            ResourceError: The folder cannot be read.
+        """
+        return [step for step in self._numbers() if (self.path(step) / manifest.NAME).exists()]
+
+    def existing(self, step: int) -> Path:
+        """The path of a step that exists.
+
+        Raises:
+            CheckpointError: It does not; the text lists the steps that do.
+        """
+        steps = self.steps()
+        if step not in steps:
+            known = first_few([str(s) for s in reversed(steps)]) or "none"
+            raise CheckpointError(f"{self.directory}: has no step {step}; steps: {known}")
+        return self.path(step)
+
+    def read(self, step: int) -> dict[str, Any]:
+        """The fields of a step's manifest.
+
+        Raises:
+            CheckpointError: The manifest is damaged.
+        """
+        try:
+            return manifest.read(self.path(step))
+        except manifest.DamageError as error:
+            raise CheckpointError(f"{self.path(step)}: damaged: {error}") from error
+
+    def verify(self, step: int) -> dict[str, Any]:
+        """The fields of a step's manifest, every file checked (once for each step and object).
+
+        Raises:
+            CheckpointError: A file is missing, cut or altered; the text names it.
+        """
+        if step in self._verified:
+            return self.read(step)
+        try:
+            fields = manifest.verify(self.path(step))
+        except manifest.DamageError as error:
+            raise CheckpointError(f"{self.path(step)}: damaged: {error}") from error
+        self._verified.add(step)
+        return fields
+
+    def newest_whole(self) -> int | None:
+        """The newest step that verifies, or None if there are no steps; damaged ones are set aside.
+
+        Raises:
+            CheckpointError: Steps exist and all of them are damaged; nothing is moved then.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step)
+            except CheckpointError as error:
+                damaged[step] = str(error)
+                continue
+            for bad, text in damaged.items():
+                self._warn(f"{text}; set aside in {self._set_aside(bad)}; step {step} is used")
+            return step
+        if damaged:
+            raise CheckpointError(
+                f"no usable checkpoint: {first_few(list(damaged.values()))}; nothing was changed. "
+                "To start afresh, pass --overwrite or choose another output_dir."
+            )
+        return None
+
+    def best(self) -> int | None:
+        """The step with the lowest metric, the newest of equals; None if none has a metric."""
+        found = []
+        for step in self.steps():
+            try:
+                metric = manifest.read(self.path(step))["metric"]
+            except manifest.DamageError:
+                continue
+            if metric is not None:
+                found.append((metric, -step))
+        return -min(found)[1] if found else None
+
+    def commit(self, step: int, fields: dict[str, Any]) -> None:
+        """Makes what was written for a step durable and lets the step exist.
+
+        Raises:
+            OSError: The disk is full or does not let us write.
+        """
+        manifest.write(self.path(step), fields)
+        self._verified.add(step)
+
+    def prune(self, keep: int) -> None:
+        """Deletes all but the newest `keep` steps and the best; a failure is only a warning."""
+        best = self.best()
+        for step in self.steps()[:-keep]:
+            if step != best:
+                doomed = self.directory / f"{step}.deleting"
+                try:
+                    os.rename(self.path(step), doomed)
+                    shutil.rmtree(doomed)
+                except OSError as error:
+                    self._warn(f"{self.path(step)}: old step cannot be deleted: {error}")
+
+    def clean(self) -> None:
+        """Before a save: removes half-written and half-deleted steps, sets bare ones aside."""
+        self.remove_leftovers()
+        for step in self._numbers():
+            if not (self.path(step) / manifest.NAME).exists():
+                target = self._set_aside(step)
+                self._warn(f"{self.path(step)}: has no manifest (killed?); set aside in {target}")
+
+    def remove_leftovers(self, *, unfinished: int | None = None) -> None:
+        """Removes what an unfinished save or deletion left; `unfinished` is a step to drop too."""
+        if not self.directory.is_dir():
+            return
+        for path in self.directory.iterdir():
+            bare = path.name == str(unfinished) and not (path / manifest.NAME).exists()
+            if bare or _LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _numbers(self) -> list[int]:
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise ResourceError(f"{self.directory}: cannot be read: {error.strerror}") from error
+        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
+
+    def _set_aside(self, step: int) -> Path:
+        """Moves a step into `damaged/`, under a name not taken yet."""
+        target = self.directory / "damaged" / str(step)
+        number = 1
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{step}-{number}")
+        target.parent.mkdir(exist_ok=True)
+        os.rename(self.path(step), target)
+        self._verified.discard(step)
+        return target
