@@ -230,8 +230,8 @@ class Checkpoints:
             context = ocp.Context()
             # Shapes, dtypes and shardings come from the manifest and from `like`; without these
             # two files a thousand small leaves take 220 kB less.
-            context.array_options.saving.array_metadata_store = None
-            context.array_options.saving.enable_write_sharding_file = False
+            context.array.saving.array_metadata_store = None
+            context.array.saving.enable_write_sharding_file = False
             directory = os.fspath(self._folder.directory)
             self._orbax = ocp.training.Checkpointer(directory, context=context)
         return self._orbax

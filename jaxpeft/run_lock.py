@@ -1,0 +1,102 @@
+"""One run at a time in a folder.
+
+The lock is `flock` on `<folder>/.lock`: the kernel frees it when the process ends, however it ends,
+so a killed run never blocks the next. The file names its holder for the message.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxpeft.errors import ResourceError, UserError
+
+NAME = ".lock"
+
+
+def _print_note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+class RunLock:
+    """Holds a folder for one process while its ``with`` block runs. Forked children don't hold it.
+
+    Args:
+        output_dir: The run's folder; made if missing.
+        note: Called with one line when an ended run had left its lock; prints to stderr by default.
+
+    Raises:
+        UserError: On entering: another process holds the folder; names its pid and host.
+        ResourceError: On entering: the folder cannot be made or written.
+    """
+
+    def __init__(
+        self, output_dir: str | os.PathLike[str], note: Callable[[str], None] = _print_note
+    ):
+        self.path = Path(output_dir) / NAME
+        self._note = note
+        self._file: int | None = None
+
+    def __enter__(self) -> "RunLock":
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ResourceError(
+                f"{self.path.parent}: cannot be written: {error.strerror}; make it writable or "
+                "choose another output_dir"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = _describe(_holder(file))
+            os.close(file)
+            raise UserError(
+                f"{self.path.parent}: another run is writing here ({holder}); wait for it, stop "
+                "it, or choose another output_dir"
+            ) from error
+        except OSError as error:
+            os.close(file)
+            raise ResourceError(f"{self.path}: cannot be locked: {error.strerror}") from error
+        if left := _holder(file):
+            self._note(f"{self.path.parent}: taken over from a run that ended ({_describe(left)})")
+        self._write(file, {"pid": os.getpid(), "host": socket.gethostname()})
+        self._file = file
+        os.register_at_fork(after_in_child=self._forget)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._file is not None:
+            self._write(self._file, {})
+            self._forget()
+
+    def _write(self, file: int, holder: dict[str, Any]) -> None:
+        """A full disk must not stop a run: the lock holds without a name in it."""
+        try:
+            os.ftruncate(file, 0)
+            os.pwrite(file, json.dumps(holder).encode() if holder else b"", 0)
+        except OSError as error:
+            self._note(f"{self.path}: {error.strerror}")
+
+    def _forget(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _holder(file: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.pread(file, 4096, 0))
+        return holder if isinstance(holder, dict) else {}
+    except ValueError:
+        return {}
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "unknown process"
+    return f"pid {holder.get('pid')} on {holder.get('host')}"
