@@ -1,0 +1,85 @@
+"""Two processes save, choose and restore one checkpoint together."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHILD = """
+import json, os, sys
+import jax, jax.numpy as jnp
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxpeft.checkpoint import Checkpoints
+from jaxpeft.errors import CheckpointError
+
+folder, address, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(address, 2, index)
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+split, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data",), ()))
+
+def state(value):
+    def make():
+        return {"w": jnp.arange(32.0).reshape(8, 4) * value, "key": jax.random.key(value)}
+    return jax.jit(make, out_shardings={"w": split, "key": whole})()
+
+def empty(step):
+    multihost_utils.sync_global_devices(f"before {step}")
+    if index == 0:
+        open(f"{folder}/{step}/manifest.json", "w").close()
+    multihost_utils.sync_global_devices(f"after {step}")
+
+report, warnings = [], []
+with Checkpoints(folder, warn=warnings.append) as opened:
+    report.append(opened.latest())
+    for step in (1, 2, 3, 3):
+        opened.save(step, state(step), meta={})
+    report.append(opened.latest())
+    restored = opened.restore(3, like=state(0))
+    same = jax.jit(lambda a, b: jax.tree.map(lambda x, y: (x == y).all(), a, b))
+    report.append(all(map(bool, jax.tree.leaves(same(restored, state(3))))))
+    report.append(restored["w"].sharding == split)
+empty(3)
+with Checkpoints(folder, warn=warnings.append) as opened:
+    report.append(opened.latest())
+empty(2)
+with Checkpoints(folder) as opened:
+    try:
+        opened.latest()
+    except CheckpointError:
+        report.append("none is usable")
+print("report", json.dumps([report, len(warnings)]))
+"""
+
+
+@pytest.fixture
+def address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_two_processes_agree_on_what_was_saved_and_what_is_damaged(tmp_path, address):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, tmp_path / "checkpoints", address, str(index)],
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for index, child in enumerate(children):
+        out, err = child.communicate(timeout=120)
+        lines = [line for line in out.splitlines() if line.startswith("report ")]
+        assert lines, err[-2000:]
+        # None before the first save; the damaged step 3 is named by the first process only.
+        expected = [[None, 3, True, True, 2, "none is usable"], 1 if index == 0 else 0]
+        assert json.loads(lines[0].removeprefix("report ")) == expected
