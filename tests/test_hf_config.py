@@ -188,29 +188,29 @@ def config_fields(draw):
     else:
         windows = tuple(draw(st.lists(st.sampled_from([0, 4]), min_size=layers, max_size=layers)))
         windows = windows if any(windows) else ()
-    return dict(  # built in the test: checking shapes draws random numbers of its own
-        model_type=model_type,
-        vocab_size=vocab,
-        d_model=draw(sizes),
-        d_ff=draw(sizes),
-        num_layers=layers,
-        num_heads=kv * draw(sizes),
-        num_kv_heads=kv,
-        head_dim=2 * draw(sizes),
-        tie_embeddings=draw(st.booleans()),
-        rope_theta=draw(st.floats(1.0, 1e7)),
-        rope_scaling=draw(st.sampled_from(SCALINGS)),
-        rms_eps=draw(st.floats(1e-8, 1e-3)),
-        qkv_bias=bias or model_type == "qwen2",
-        out_bias=bias,
-        mlp_bias=model_type == "llama" and draw(st.booleans()),
-        qk_norm=model_type == "qwen3",
-        windows=windows,
-        max_positions=draw(sizes),
-        bos_token_id=draw(st.none() | st.integers(0, vocab - 1)),
-        eos_token_ids=tuple(draw(st.lists(st.integers(0, vocab - 1), max_size=3, unique=True))),
-        pad_token_id=draw(st.none() | st.integers(0, vocab - 1)),
-    )
+    return {  # built in the test: checking shapes draws random numbers of its own
+        "model_type": model_type,
+        "vocab_size": vocab,
+        "d_model": draw(sizes),
+        "d_ff": draw(sizes),
+        "num_layers": layers,
+        "num_heads": kv * draw(sizes),
+        "num_kv_heads": kv,
+        "head_dim": 2 * draw(sizes),
+        "tie_embeddings": draw(st.booleans()),
+        "rope_theta": draw(st.floats(1.0, 1e7)),
+        "rope_scaling": draw(st.sampled_from(SCALINGS)),
+        "rms_eps": draw(st.floats(1e-8, 1e-3)),
+        "qkv_bias": bias or model_type == "qwen2",
+        "out_bias": bias,
+        "mlp_bias": model_type == "llama" and draw(st.booleans()),
+        "qk_norm": model_type == "qwen3",
+        "windows": windows,
+        "max_positions": draw(sizes),
+        "bos_token_id": draw(st.none() | st.integers(0, vocab - 1)),
+        "eos_token_ids": tuple(draw(st.lists(st.integers(0, vocab - 1), max_size=3, unique=True))),
+        "pad_token_id": draw(st.none() | st.integers(0, vocab - 1)),
+    }
 
 
 @given(config_fields())
