@@ -198,6 +198,7 @@ def test_adapters_stacked_under_vmap_share_the_base(case, getkey):
 def test_a_node_is_an_argument_of_a_compiled_function(case, getkey):
     base, _ = make(case, getkey, stack=())
     x = jax.random.normal(getkey(), (2, D_IN))
+    chex.clear_trace_counter()
     run = jax.jit(chex.assert_max_traces(linear, n=1))
     for _ in range(2):
         trained = case.trained(getkey(), ())
