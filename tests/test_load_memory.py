@@ -1,0 +1,153 @@
+"""Loading holds the parameters, one stacked tensor and little more, and takes each byte once."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from safetensors.numpy import save_file
+from tiny_models import BF16, hf_tensors, write_hf
+
+from jaxpeft.models.load import load_params
+from jaxpeft.paths import flatten
+
+MB = 2**20
+WIDE = {
+    "model_type": "llama",
+    "vocab_size": 16384,
+    "hidden_size": 1024,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+WATCH = """
+import json, sys, threading, time
+peak, done = 0, False
+def anonymous():
+    text = open("/proc/self/status").read()
+    return int(text.split("RssAnon:")[1].split()[0]) * 1024
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+try:
+    from jaxpeft.models.load import load_params
+    from jaxpeft.paths import flatten
+    params, *_ = load_params(sys.argv[1], dtype=sys.argv[2])
+    sizes = [leaf.nbytes for leaf in flatten(params).values()]
+finally:
+    done = True
+    thread.join()
+print(json.dumps({"peak": peak, "loaded": sum(sizes), "largest": max(sizes)}))
+"""
+
+
+def write_wide(folder: pathlib.Path) -> pathlib.Path:
+    """A sharded bfloat16 model of 250 MB, one file a layer."""
+    d, ff, kv = 1024, 2560, 256
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(WIDE))
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(1 << 16, np.float32).astype(BF16)
+    layer_shapes = {
+        "input_layernorm": (d,),
+        "post_attention_layernorm": (d,),
+        "self_attn.q_proj": (d, d),
+        "self_attn.k_proj": (kv, d),
+        "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, d),
+        "mlp.gate_proj": (ff, d),
+        "mlp.up_proj": (ff, d),
+        "mlp.down_proj": (d, ff),
+    }
+    parts = [
+        {f"model.layers.{i}.{name}.weight": shape for name, shape in layer_shapes.items()}
+        for i in range(WIDE["num_hidden_layers"])
+    ]
+    parts.append({"model.embed_tokens.weight": (16384, d), "model.norm.weight": (d,)})
+    weight_map = {}
+    for i, part in enumerate(parts):
+        file = f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
+        save_file({name: np.resize(noise, shape) for name, shape in part.items()}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_anonymous_memory_stays_below_params_plus_largest_plus_300_mb(tmp_path, dtype):
+    folder = write_wide(tmp_path)
+    found = subprocess.run(
+        [sys.executable, "-c", WATCH, str(folder), dtype],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    result = json.loads(found.stdout)
+    assert result["loaded"] > 240 * MB
+    assert result["peak"] < result["loaded"] + result["largest"] + 300 * MB
+
+
+def test_every_byte_of_a_tensor_is_read_once(tmp_path, monkeypatch):
+    tensors = hf_tensors("llama")
+    write_hf(tmp_path, "llama", tensors, shards=2)
+    taken = []
+    preadv = os.preadv
+
+    def counted(fd, buffers, offset):
+        count = preadv(fd, buffers, offset)
+        taken.append(count)
+        return count
+
+    monkeypatch.setattr(os, "preadv", counted)
+    load_params(tmp_path)
+    assert sum(taken) == sum(value.nbytes for value in tensors.values())
+
+
+def test_the_fingerprint_is_this_hash_of_hashes(tmp_path, monkeypatch):
+    import hashlib
+
+    def sha(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()
+
+    monkeypatch.setattr("jaxpeft.models.fingerprint.CHUNK_BYTES", 1000)
+    tensors = hf_tensors("llama")
+    lines = []
+    for name, value in tensors.items():
+        raw = value.tobytes()
+        chunks = [sha(raw[i : i + 1000]) for i in range(0, len(raw), 1000)]
+        record = [name, "F32", list(value.shape), chunks]
+        lines.append(sha(json.dumps(record, separators=(",", ":")).encode()))
+    expected = sha("\n".join(sorted(lines)).encode())
+    assert load_params(write_hf(tmp_path, "llama", tensors))[3] == expected
+
+
+def test_parameters_on_a_mesh_have_the_same_values(tmp_path):
+    write_hf(tmp_path, "llama", hf_tensors("llama"))
+    mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    plain, spread = flatten(load_params(tmp_path)[0]), flatten(load_params(tmp_path, mesh=mesh)[0])
+    for path, leaf in plain.items():
+        np.testing.assert_array_equal(spread[path], leaf, err_msg=path)
+    kernel = spread["layers/mlp/up_proj/kernel"]
+    assert len(kernel.sharding.device_set) == 4
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+
+def test_loaded_parameters_can_be_donated(tmp_path):
+    params, *_ = load_params(write_hf(tmp_path, "llama", hf_tensors("llama")))
+    double = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree), donate_argnums=0)
+    jax.block_until_ready(double(params))
+    assert all(leaf.is_deleted() for leaf in flatten(params).values())
