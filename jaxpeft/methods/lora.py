@@ -233,9 +233,9 @@ def from_adapter(adapter: Adapter) -> LoRA:
     rslora = dict(adapter.spec.options).get("rslora", False)
     return LoRA(
         rank=rank,
-        alpha=_shortest_decimal(scale, math.sqrt(rank) if rslora else rank),
+        alpha=_shortest_decimal(scale, math.sqrt(rank) if rslora else float(rank)),
         targets=tuple(names),
-        dropout=_shortest_decimal(dropout, 1),
+        dropout=_shortest_decimal(dropout, 1.0),
         rslora=rslora,
     )
 

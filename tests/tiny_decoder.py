@@ -1,0 +1,61 @@
+"""A small random decoder that is built once a configuration, and batches for it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.methods import LoRA, init_adapter
+from jaxpeft.models.config import ModelConfig
+from jaxpeft.models.transformer import Transformer
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=48,
+    d_model=16,
+    d_ff=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    tie_embeddings=True,
+    initializer_range=0.2,
+)
+
+
+@functools.cache
+def decoder(config=CONFIG, remat="none", dtype=jnp.float32):
+    """The module and its parameters; biases and norms are drawn, too. Nobody changes them."""
+    module = Transformer(config, dtype, remat)
+    init = jax.jit(lambda key: module.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
+    params = init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    drawn = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return module, jax.tree.unflatten(tree, drawn)
+
+
+@functools.cache
+def make_adapter(method=LoRA(rank=2, alpha=4.0), config=CONFIG, trained=False):  # noqa: B008
+    """A new adapter, or one with all factors drawn as if it were trained."""
+    new = init_adapter(method, decoder(config)[1], jax.random.key(2))
+    if not trained:
+        return new
+    leaves, tree = jax.tree.flatten(new.params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    drawn = [jax.random.normal(k, x.shape) / 4 for k, x in zip(keys, leaves, strict=True)]
+    return new.replace(params=jax.tree.unflatten(tree, drawn))
+
+
+def make_batch(rows, seq, seed=0, vocab=CONFIG.vocab_size):
+    """Rows of random tokens with targets; row ``i`` supervises its last ``seq - 1 - i`` tokens."""
+    tokens = np.random.default_rng(seed).integers(0, vocab, (rows, seq + 1))
+    supervised = np.arange(seq)[None] > np.arange(rows)[:, None] % (seq - 1)
+    return {
+        "tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
+        "targets": jnp.asarray(tokens[:, 1:], jnp.int32),
+        "weights": jnp.asarray(supervised, jnp.float32),
+        "segment_ids": jnp.ones((rows, seq), jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(seq), (rows, seq)),
+    }
