@@ -4,10 +4,14 @@ Public names are imported when they are first used, so that ``import jaxpeft`` i
 """
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxpeft.config import load_config as load_config
+    from jaxpeft.data import Plan as Plan
+    from jaxpeft.data import encode_rows as encode_rows
     from jaxpeft.decoding import generate as generate
     from jaxpeft.errors import UserError as UserError
     from jaxpeft.evaluate import evaluate_loss as evaluate_loss
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "jaxpeft.config": ("load_config",),
+    "jaxpeft.data": ("Plan", "encode_rows"),
     "jaxpeft.decoding": ("generate",),
     "jaxpeft.errors": ("UserError",),
     "jaxpeft.evaluate": ("evaluate_loss", "exact_match"),
@@ -70,4 +75,19 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """Keeps public functions that a command shares its name with: ``generate`` and ``merge``.
+
+    Importing ``jaxpeft.generate``, the command, would put the module in the function's place. The
+    module is still found: ``from jaxpeft.generate import main``.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

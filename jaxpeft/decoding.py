@@ -2,7 +2,7 @@
 
 Prompts of different lengths share a batch: they are padded on the left, so that every row writes
 the same slot of the cache; padding is in segment 0, which no token sees. Prompt length and the
-number of slots are rounded up to buckets, and there is one compile a bucket: the adapter, the
+number of new slots are rounded up to buckets, and there is one compile a bucket: the adapter, the
 limit on new tokens and the sampling parameters are arguments.
 
 Reference:
@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
-from jaxpeft.errors import UserError
+from jaxpeft.errors import UserError, first_few
 from jaxpeft.methods import bind
 from jaxpeft.methods.base import Adapter
 from jaxpeft.model import Model
@@ -45,11 +46,16 @@ class Sampling:
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be at least 0, got {self.temperature!r}.")
+            raise UserError(f"temperature must be at least 0, got {self.temperature!r}.")
         if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, got {self.top_k!r}.")
+            raise UserError(f"top_k must be at least 0, got {self.top_k!r}.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}.")
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p!r}.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the largest logit wins: also where float32 rounds the temperature to 0."""
+        return self.temperature < float(np.finfo(np.float32).tiny)
 
 
 def generate(
@@ -61,42 +67,35 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    key: jax.Array | None = None,
+    key: Key[Array, ""] | None = None,
     batch_size: int = 16,
 ) -> list[str]:
-    """Continues prompts.
+    """Continues prompts until the model ends its turn.
 
     Args:
         base: The model, with its tokenizer.
-        prompts: Texts, continued as they are, or lists of chat messages, which are rendered
-            with the tokenizer's chat template.
+        prompts: Texts, continued as they are (behind the tokenizer's first special token, as in
+            training), or lists of chat messages, rendered with the tokenizer's chat template.
         adapter: What to put on the base.
         max_new_tokens: Longest continuation.
-        temperature: 0 is greedy.
-        top_k: 0 is off.
-        top_p: 1 is off.
-        key: PRNG key, needed to sample. A prompt's draw depends on the key and on its place in
-            `prompts` only.
+        temperature: Divides the logits before sampling; 0 takes the likeliest token.
+        top_k: Sample among the k likeliest tokens; 0 is off.
+        top_p: Sample among the fewest tokens that reach this probability together; 1 is off.
+        key: Typed PRNG key, needed to sample. A prompt's draws depend on the key and on its place
+            in `prompts`, not on the batch it is decoded in.
         batch_size: Prompts decoded at once.
 
     Returns:
         The new text of every prompt, without special tokens, in the order of `prompts`.
 
     Raises:
-        UserError: If sampling without a key, or a prompt is empty.
+        UserError: A number out of range, sampling without a key, a model without tokenizer or
+            chat template, or a prompt that is empty, malformed, or too long for the model.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    if sampling.temperature > 0 and key is None:
-        raise UserError("generate: sampling needs a key; pass key=jax.random.key(0).")
-    tokens = [prompt_tokens(base.tokenizer, prompt) for prompt in prompts]
-    for index, ids in enumerate(tokens):
-        if not ids:
-            raise UserError(f"generate: prompt {index} is empty.")
-        if max(ids) >= base.config.vocab_size:
-            raise UserError(f"generate: prompt {index} has a token id outside the vocabulary.")
     ids = generate_ids(
         base,
-        tokens,
+        encode_prompts(base, prompts),
         adapter=adapter,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
@@ -106,14 +105,50 @@ def generate(
     return [base.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
 
-def prompt_tokens(tokenizer: Any, prompt: str | Sequence[dict]) -> list[int]:
-    """Token ids of a text, or of chat messages up to where the assistant begins to speak."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    from jaxpeft.data import render_messages
+def encode_prompts(base: Model, prompts: Sequence[str | Sequence[dict]]) -> list[list[int]]:
+    """Token ids of prompts, the very ones that training puts in front of an answer.
 
-    text = render_messages(tokenizer, list(prompt), add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    Args:
+        base: The model, with its tokenizer.
+        prompts: Texts, or lists of chat messages up to where the assistant begins to speak.
+
+    Returns:
+        The ids of every prompt.
+
+    Raises:
+        UserError: No tokenizer, no chat template, or messages that it refuses.
+    """
+    from jaxpeft.data.chat import Encoder, Rendered, RowError, render_messages, render_plain
+    from jaxpeft.data.rows import check_row
+
+    if base.tokenizer is None:
+        raise UserError(
+            f"{base.name or 'the model'}: has no tokenizer; put its tokenizer files beside the "
+            "weights."
+        )
+    if isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts):
+        raise UserError("prompts must be a list of prompts; put square brackets around this one.")
+
+    def render(index: int, prompt: str | Sequence[dict]) -> Rendered:
+        if isinstance(prompt, str):
+            return render_plain(prompt, "")
+        answered = [*prompt, {"role": "assistant", "content": "-"}]
+        if problems := check_row({"messages": answered}):
+            raise UserError(f"prompt {index}: {first_few(problems)}.")
+        try:
+            text = render_messages(base.tokenizer, list(prompt), add_generation_prompt=True)
+        except RowError as error:
+            raise UserError(f"prompt {index}: {error}.") from None
+        return Rendered(text, (), is_chat=True)
+
+    rendered = [render(index, prompt) for index, prompt in enumerate(prompts)]
+    tokens = []
+    for index, row in enumerate(Encoder(base.tokenizer).encode(rendered)):
+        if isinstance(row, RowError):
+            raise UserError(f"prompt {index}: {row}.")
+        # Of a text without completion only the end that the encoder adds would be learned.
+        tokens.append([token for token, learned in zip(*row, strict=True) if not learned])
+    return tokens
 
 
 def stop_ids(base: Model) -> tuple[int, ...]:
@@ -130,17 +165,31 @@ def generate_ids(
     adapter: Adapter | None = None,
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
-    key: jax.Array | None = None,
+    key: Key[Array, ""] | None = None,
     batch_size: int = 16,
 ) -> list[list[int]]:
     """Continues prompts given as token ids; see `generate`.
 
+    Args:
+        base: The model; its tokenizer, if there is one, tells one more id that ends a turn.
+        prompts: Token ids of every prompt.
+        adapter: What to put on the base.
+        max_new_tokens: Longest continuation.
+        sampling: How to choose; greedy by default.
+        key: Typed PRNG key, needed to sample.
+        batch_size: Prompts decoded at once.
+
     Returns:
         New ids of every prompt, without the id that ended it.
+
+    Raises:
+        UserError: A number out of range, sampling without a key, or a prompt that is empty, too
+            long, or has ids outside the vocabulary.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     sampling = sampling or Sampling()
+    if not sampling.greedy and key is None:
+        raise UserError("sampling needs a key; pass key=jax.random.key(0), or temperature=0.")
+    _check_sizes(base, prompts, max_new_tokens, batch_size)
     key = jax.random.key(0) if key is None else key
     stops = stop_ids(base)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -157,10 +206,10 @@ def generate_ids(
             np.array(stops or (-1,), np.int32),
             jax.vmap(lambda i: jax.random.fold_in(key, i))(np.array(rows)),
             np.float32(sampling.temperature),
-            np.int32(sampling.top_k),
+            np.int32(min(sampling.top_k, base.config.vocab_size)),
             np.float32(sampling.top_p),
             new_slots=_round_up(max_new_tokens),
-            greedy=sampling.temperature == 0,
+            greedy=sampling.greedy,
         )
         for index, row in zip(chosen, np.asarray(new), strict=False):
             ids = row[:max_new_tokens].tolist()
@@ -169,7 +218,32 @@ def generate_ids(
     return answers
 
 
+def _check_sizes(
+    base: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
+) -> None:
+    """Raises a UserError for numbers out of range and for prompts that the model cannot read."""
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}.")
+    vocab, room = base.config.vocab_size, base.config.max_positions
+    for index, ids in enumerate(prompts):
+        if not ids:
+            raise UserError(f"prompt {index} is empty: it has no tokens.")
+        outside = [token for token in ids if not 0 <= token < vocab]
+        if outside:
+            raise UserError(
+                f"prompt {index}: token id {outside[0]} is outside the model's vocabulary of "
+                f"{vocab}; tokenizer and model do not belong together."
+            )
+        if len(ids) + max_new_tokens > room:
+            raise UserError(
+                f"prompt {index}: its {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed "
+                f"the model's {room} positions; shorten the prompt or lower max_new_tokens."
+            )
+
+
 def _pad_left(rows: list[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and segments ``(batch, bucket)``; what is real stands at the right."""
     width = _round_up(max(len(row) for row in rows))
     tokens = np.zeros((len(rows), width), np.int32)
     segments = np.zeros((len(rows), width), np.int32)
@@ -191,24 +265,26 @@ def _power_of_two(count: int) -> int:
 def _decode(
     base: Model,
     adapter: Adapter | None,
-    tokens: Any,
-    segments: Any,
-    limit: Any,
-    stops: Any,
-    keys: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
+    tokens: Int[Array, "batch width"],
+    segments: Int[Array, "batch width"],
+    limit: Int[Array, ""],
+    stops: Int[Array, "stops"],
+    keys: Key[Array, "batch"],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
     *,
     new_slots: int,
     greedy: bool,
-) -> Any:
-    """New ids ``(batch, new_slots)`` of left-padded prompts; what follows a stop is no answer."""
+) -> Int[Array, "batch new_slots"]:
+    """New ids of left-padded prompts; what follows a stop or the limit is no answer."""
     batch, width = tokens.shape
     variables = bind(base.params, adapter)
     head = head_weight(base.config, variables["params"])
+    lengths = segments.sum(axis=1)
 
     def run(ids: Any, segment_ids: Any, positions: Any, cache: Any) -> Any:
+        """Logits behind the last token of every row, and the cache with all tokens."""
         hidden, cache = base.module.apply(
             variables,
             ids,
@@ -222,46 +298,56 @@ def _decode(
     def choose(logits: Any, index: Any) -> Any:
         if greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        step_keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
-        kept = filter_logits(logits / temperature, top_k, top_p)
-        return jax.vmap(jax.random.categorical)(step_keys, kept).astype(jnp.int32)
+        # Below 0, so that a small temperature cannot overflow.
+        scores = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+        scores = jax.lax.cond(
+            (top_k > 0) | (top_p < 1),
+            lambda scores: filter_logits(scores, top_k, top_p),
+            lambda scores: scores,
+            scores,
+        )
+        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+        return jax.vmap(jax.random.categorical)(step_keys, scores).astype(jnp.int32)
+
+    def write(index: Any, out: Any, done: Any, logits: Any) -> Any:
+        token = jnp.where(done, stops[0], choose(logits, index))
+        return out.at[:, index].set(token), done | (token[:, None] == stops).any(axis=1)
 
     def more(carry: Any) -> Any:
-        index, _, _, _, done = carry
+        index, _, done, _ = carry
         return (index < limit) & ~done.all()
 
     def advance(carry: Any) -> Any:
-        index, token, out, cache, done = carry
-        out = out.at[:, index].set(jnp.where(done, stops[0], token))
-        done = done | (token[:, None] == stops).any(axis=1)
-        ones = jnp.ones((batch, 1), jnp.int32)
-        where = (lengths + index)[:, None]
-        logits, cache = run(token[:, None], ones, where, cache)
-        return index + 1, choose(logits, index + 1), out, cache, done
+        index, out, done, cache = carry
+        ones, positions = jnp.ones((batch, 1), jnp.int32), lengths + index - 1
+        logits, cache = run(out[:, index - 1, None], ones, positions[:, None], cache)
+        return index + 1, *write(index, out, done, logits), cache
 
-    lengths = segments.sum(axis=1)
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     cache = init_cache(base.config, batch, width + new_slots, base.module.compute_dtype)
     logits, cache = run(tokens, segments, positions, cache)
     out = jnp.full((batch, new_slots), stops[0], jnp.int32)
-    start = (jnp.int32(0), choose(logits, 0), out, cache, jnp.zeros(batch, bool))
-    return jax.lax.while_loop(more, advance, start)[2]
+    start = (jnp.int32(1), *write(0, out, jnp.zeros(batch, bool), logits), cache)
+    _, out, _, _ = jax.lax.while_loop(more, advance, start)
+    return out
 
 
-def filter_logits(logits: Any, top_k: Any, top_p: Any) -> Any:
+def filter_logits(
+    logits: Float[Array, "batch vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+) -> Float[Array, "batch vocab"]:
     """Sets logits to -inf outside the top k and outside the nucleus of mass `top_p`.
 
     Args:
-        logits: ``(batch, vocab)``, already divided by the temperature.
-        top_k: Scalar; 0 is off.
-        top_p: Scalar in (0, 1]; 1 is off. It applies to what top-k has left.
+        logits: Already divided by the temperature.
+        top_k: 0 is off.
+        top_p: In (0, 1]; 1 is off. It applies to what top-k has left.
 
     Returns:
-        ``(batch, vocab)``; at least the largest logit of every row stays.
+        The logits with at least the largest of every row left; what ties with the smallest one
+        left stays too.
     """
     ranked = jnp.sort(logits, axis=-1, descending=True)
-    place = jnp.arange(logits.shape[-1])
-    within = jnp.where(top_k > 0, place < top_k, True)
+    within = (jnp.arange(logits.shape[-1]) < top_k) | (top_k == 0)
     mass = jax.nn.softmax(jnp.where(within, ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(mass, axis=-1) - mass
     within &= (before < top_p) | (top_p >= 1)

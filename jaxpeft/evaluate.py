@@ -3,15 +3,20 @@
 Command: ``python -m jaxpeft.evaluate --model PATH --data FILE [--adapter DIR ...]``
 """
 
+from jaxpeft import cli
+
+if __name__ == "__main__":  # before anything heavy is imported: it starts the program anew
+    cli.enable_huge_pages()
+
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from jaxpeft import cli
 from jaxpeft.decoding import generate
 from jaxpeft.errors import UserError
 from jaxpeft.losses import make_lm_loss
@@ -40,7 +45,10 @@ class Sample:
 
 
 def evaluate_loss(
-    base: Model, batches: Iterable[dict], adapter: Adapter | None = None, put: Any = None
+    base: Model,
+    batches: Iterable[dict],
+    adapter: Adapter | None = None,
+    put: Callable[[dict], dict] | None = None,
 ) -> dict[str, float]:
     """Teacher-forced metrics over supervised tokens.
 
@@ -53,6 +61,9 @@ def evaluate_loss(
     Returns:
         ``eval_loss`` (mean negative log-likelihood in nats), ``eval_perplexity`` and
         ``eval_token_accuracy``.
+
+    Raises:
+        UserError: If there is no supervised token.
     """
     total = weight = correct = 0.0
     for batch in batches:
@@ -60,6 +71,8 @@ def evaluate_loss(
         total, weight, correct = (
             old + float(new) for old, new in zip((total, weight, correct), part, strict=True)
         )
+    if weight == 0:
+        raise UserError("evaluation needs batches with at least one supervised token.")
     loss = total / weight
     return {
         "eval_loss": loss,
@@ -120,47 +133,42 @@ def exact_match(
 def evaluate_file(
     base: Model,
     path: str,
-    adapters: dict[str, Adapter | None],
+    adapters: Mapping[str, Adapter | None],
     *,
     max_length: int = 512,
     max_rows: int | None = None,
     max_new_tokens: int = 32,
     batch_size: int = 8,
-    on_long: Any = "error",
 ) -> dict[str, dict[str, float]]:
     """All metrics of several adapters on one file, on one base, without recompiling.
 
     Args:
-        base: The model.
+        base: The model, with its tokenizer.
         path: File of rows.
         adapters: Adapters by the name to report them under; None is the base alone.
         max_length: Longest row in tokens.
         max_rows: Only the first rows; None is all.
         max_new_tokens: Longest answer.
-        batch_size: Rows computed at once.
-        on_long: "error", "drop" or "truncate" for longer rows.
+        batch_size: Packed sequences computed at once, and a quarter of the prompts.
 
     Returns:
         Metrics by name; ``eval_exact_match`` where the rows have answers.
+
+    Raises:
+        UserError: If the file cannot be used, or a row is longer than `max_length`.
     """
     from jaxpeft import data
 
-    examples = data.encode_file(
-        path,
-        base.tokenizer,
-        max_length=max_length,
-        vocab_size=base.config.vocab_size,
-        on_long=on_long,
-    )
-    examples = examples.first(max_rows)
     rows = [row.value for row in data.read_rows(path)][:max_rows]
     answered = any(data.prompt_and_reference(row) is not None for row in rows)
     batches = functools.partial(
         data.eval_batches,
-        examples,
+        data.encode_file(
+            path, base.tokenizer, max_length=max_length, vocab_size=base.config.vocab_size
+        ).first(max_rows),
         batch_size=batch_size,
         max_length=max_length,
-        packing=False,
+        packing=True,
         pad_id=base.config.pad_token_id,
     )
     results = {}
@@ -174,6 +182,23 @@ def evaluate_file(
     return results
 
 
+def print_results(results: Mapping[str, Mapping[str, float]], stream: Any) -> None:
+    """Prints one line for every entry of what `evaluate_file` returns."""
+    from rich import box
+    from rich.table import Table
+
+    from jaxpeft.report import make_console
+
+    names = list(dict.fromkeys(key for metrics in results.values() for key in metrics))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("adapter", overflow="fold")
+    for name in names:
+        table.add_column(name.removeprefix("eval_").replace("_", " "), justify="right")
+    for name, metrics in results.items():
+        table.add_row(name, *[f"{metrics[key]:.4g}" for key in names])
+    make_console(stream).print(table)
+
+
 def main(argv: list[str]) -> None:
     """Prints a table: one line for the base and one for every adapter."""
     parser = cli.make_parser("evaluate", "Evaluates a base model and adapters on a file of rows.")
@@ -185,16 +210,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max_length", type=int, default=512, help="longest row in tokens")
     parser.add_argument("--max_rows", type=int, help="only the first rows")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows computed at once")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences computed at once")
     parser.add_argument("--no_base", action="store_true", help="leave the bare base out")
     args, _ = cli.parse_arguments(parser, argv)
-    from rich.console import Console
-    from rich.table import Table
-
+    if args.no_base and not args.adapter:
+        raise UserError("--no_base leaves nothing to evaluate; give an --adapter too.")
+    for name in ("max_length", "max_rows", "max_new_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}.")
     import jaxpeft as jp
+    from jaxpeft.data import read_rows
 
+    read_rows(args.data)  # its problems are told before the model takes its time
     base = jp.load_model(args.model, revision=args.revision, dtype=args.dtype)
-    adapters: dict[str, Any] = {} if args.no_base and args.adapter else {"base": None}
+    adapters: dict[str, Adapter | None] = {} if args.no_base else {"base": None}
     adapters |= {path: jp.load_adapter(path, base) for path in args.adapter}
     results = evaluate_file(
         base,
@@ -205,11 +235,7 @@ def main(argv: list[str]) -> None:
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
     )
-    names = list(dict.fromkeys(key for metrics in results.values() for key in metrics))
-    table = Table("adapter", *[name.removeprefix("eval_").replace("_", " ") for name in names])
-    for name, metrics in results.items():
-        table.add_row(name, *[f"{metrics[key]:.4g}" for key in names])
-    Console().print(table)
+    print_results(results, sys.stdout)
 
 
 if __name__ == "__main__":

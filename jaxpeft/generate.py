@@ -3,9 +3,14 @@
 Command: ``python -m jaxpeft.generate --model PATH [--adapter DIR] PROMPT [PROMPT ...]``
 """
 
+from jaxpeft import cli
+
+if __name__ == "__main__":  # before anything heavy is imported: it starts the program anew
+    cli.enable_huge_pages()
+
 import sys
 
-from jaxpeft import cli
+from jaxpeft.errors import UserError
 
 
 def main(argv: list[str]) -> None:
@@ -23,11 +28,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top_k", type=int, default=0, help="0 is off")
     parser.add_argument("--top_p", type=float, default=1.0, help="1 is off")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts answered at once")
     args, _ = cli.parse_arguments(parser, argv)
-    import jax
-
-    import jaxpeft as jp
-
+    if args.raw and args.system is not None:
+        raise UserError("--system needs the chat template; leave out --raw or --system.")
     texts = [
         line
         for prompt in args.prompts
@@ -35,24 +39,26 @@ def main(argv: list[str]) -> None:
         if line.strip()
     ]
     if not texts:
-        raise jp.UserError("no prompt: every line is empty.")
+        raise UserError("no prompt: every line is empty.")
+    import jax
+
+    import jaxpeft as jp
+
     base = jp.load_model(args.model, revision=args.revision, dtype=args.dtype)
     adapter = jp.load_adapter(args.adapter, base) if args.adapter else None
-    system = [{"role": "system", "content": args.system}] if args.system else []
-    prompts = texts
-    if not args.raw:
-        if getattr(base.tokenizer, "chat_template", None) is None:
-            raise jp.UserError(f"{args.model}: has no chat template; add --raw to continue text.")
-        prompts = [[*system, {"role": "user", "content": text}] for text in texts]
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    if not args.raw and base.tokenizer is not None and not base.tokenizer.chat_template:
+        raise UserError(f"{args.model}: has no chat template; add --raw to continue the text.")
     answers = jp.generate(
         base,
-        prompts,
+        texts if args.raw else [[*system, {"role": "user", "content": text}] for text in texts],
         adapter=adapter,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         key=jax.random.key(args.seed),
+        batch_size=args.batch_size,
     )
     for answer in answers:
         print(answer)

@@ -68,7 +68,7 @@ def cross_entropy(
         return jnp.moveaxis(x.reshape(batch, chunks, width, *x.shape[2:]), 1, 0)
 
     pieces = (cut(hidden), cut(targets), cut(weights))
-    total = _fused if head_frozen else _rematerialised
+    total: Any = _fused if head_frozen else _rematerialised
     loss, correct = total(head, head_params, *pieces)
     return loss, {"weight": weights.sum(), "correct": jax.lax.stop_gradient(correct)}
 

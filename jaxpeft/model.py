@@ -4,8 +4,10 @@ from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxpeft.errors import UserError
 from jaxpeft.methods import bind, merge
 from jaxpeft.methods.base import Adapter
 from jaxpeft.models.config import ModelConfig
@@ -33,22 +35,25 @@ class Model:
 
     def __call__(
         self,
-        input_ids: Int[Array, "batch seq"],
+        input_ids: Int[Array | np.ndarray, "batch seq"],
         *,
         adapter: Adapter | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array | np.ndarray, "batch seq"] | None = None,
+        positions: Int[Array | np.ndarray, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq vocab"]:
         """Logits in float32, compiled; another adapter of the same shape costs no new compile.
 
         Args:
-            input_ids: Token ids.
+            input_ids: Token ids; they must lie within the vocabulary.
             adapter: What to put on the base; None for the base alone.
             segment_ids: Packed segments; 0 is padding. Default: one segment a row.
             positions: Positions within the segments. Default: 0, 1, 2, ...
 
         Returns:
             Logits.
+
+        Raises:
+            UserError: If the adapter was made for another model.
         """
         return _logits(self, input_ids, adapter, segment_ids, positions)
 
@@ -69,12 +74,16 @@ def save_model(
             whole.
         base: The model.
         adapter: Merged into the weights where given; the base itself stays as it is.
-        dtype: Of the saved weights; None keeps the base's.
+        dtype: Of the saved weights: "float32", "bfloat16" or "float16"; None keeps the base's.
 
     Raises:
-        UserError: If the adapter cannot be merged, or `path` is no place for a model.
+        UserError: An unknown dtype, an adapter that cannot be merged, or a `path` that is no
+            place for a model.
     """
     from jaxpeft.models.hf_save import save_hf
+    from jaxpeft.models.load import DTYPES
 
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}.")
     params = base.params if adapter is None else merge(base.params, adapter)
     save_hf(path, base.config, params, base.tokenizer, dtype=dtype)

@@ -64,7 +64,15 @@ class OptimConfig:
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by number of updates done, over a run of `steps` updates."""
+    """Learning rate by number of updates done.
+
+    Args:
+        config: The peak, the shape, and the warm-up.
+        steps: Updates of the whole run, the warm-up included.
+
+    Returns:
+        ``schedule(count)``.
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(1, steps - warmup)
     after: optax.Schedule = {
@@ -79,7 +87,15 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run: clipping by global norm, then the update rule with its schedule."""
+    """The optimizer of a run: clipping by global norm, then the update rule with its schedule.
+
+    Args:
+        config: Which rule, with its numbers.
+        steps: Updates of the whole run, for the schedule.
+
+    Returns:
+        A transformation over the trained leaves; `masked` keeps it off the others.
+    """
     rate, decay = make_schedule(config, steps), config.weight_decay
     if config.name == "adamw":
         rule = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay)

@@ -4,12 +4,12 @@
 """
 
 import dataclasses
-import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import config as run_config
@@ -21,12 +21,15 @@ from jaxpeft.evaluate import Sample, evaluate_loss, exact_match
 from jaxpeft.losses import make_lm_loss
 from jaxpeft.methods import Adapter, Full, init_adapter
 from jaxpeft.model import Model, save_model
+from jaxpeft.models.config import ModelConfig
+from jaxpeft.models.names import param_shapes
 from jaxpeft.optim import make_optimizer, make_schedule, masked
 from jaxpeft.peft_format import save_adapter
+from jaxpeft.run_folder import export_path
 from jaxpeft.train_step import TrainState, init_train_state, make_train_step
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """Everything the data files give, checked before the model is loaded.
 
@@ -38,6 +41,7 @@ class Rows:
         train_rows: Rows to learn from.
         dropped: Rows of the training file that were left out.
         truncated: Rows of it that were cut.
+        shared: Held-out examples that are training examples too.
     """
 
     plan: data.Plan
@@ -45,8 +49,14 @@ class Rows:
     eval_examples: data.Examples | None
     eval_rows: list[dict]
     train_rows: int
-    dropped: int
-    truncated: int
+    dropped: int = 0
+    truncated: int = 0
+    shared: int = 0
+
+    def lines_of_step(self, step: int) -> str:
+        """Which lines of the training file the update that makes this step learns from."""
+        lines = [str(line) for line in self.plan.rows_of(step - 1)]
+        return f"lines of its rows: {first_few(lines, 8)}"
 
 
 class Run:
@@ -63,21 +73,21 @@ class Run:
     def __init__(self, config: RunConfig, base: Model, rows: Rows, mesh: jax.sharding.Mesh):
         self.config, self.rows, self.mesh = config, rows, mesh
         self.output = pathlib.Path(config.output_dir)
-        self._check_batches()
         self.schedule = make_schedule(config.optim, rows.steps)
         self.tx = masked(make_optimizer(config.optim, rows.steps), self._trainable)
-        adapter_key, state_key = jax.random.split(jax.random.key(config.train.seed))
-        adapter = jax.jit(functools.partial(init_adapter, config.method))(base.params, adapter_key)
-        self._check_trainable(base.params, adapter)
         self.base_shapes = jax.eval_shape(lambda: base.params)
-        replaced = adapter.spec.paths if isinstance(config.method, Full) else ()
-        self.base = base.replace(params=paths.without(base.params, replaced))
-        start = functools.partial(init_train_state, tx=self.tx)
-        shapes = jax.eval_shape(start, self.base.params, adapter, key=state_key)
+        replaced = tuple(paths.flatten(self.base_shapes)) if isinstance(config.method, Full) else ()
+        self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
+
+        def start(params: dict, keys: jax.Array) -> TrainState:
+            adapter = init_adapter(config.method, params, keys[0])
+            kept = paths.without(params, replaced)
+            return init_train_state(kept, adapter, self.tx, keys[1])
+
+        keys = jax.random.split(jax.random.key(config.train.seed))
+        shapes = jax.eval_shape(start, base.params, keys)
         self.shardings = sharding.state_shardings(shapes, mesh)
-        self.state: TrainState = jax.jit(start, out_shardings=self.shardings)(
-            self.base.params, adapter, key=state_key
-        )
+        self.state: TrainState = jax.jit(start, out_shardings=self.shardings)(base.params, keys)
 
     def put(self, batch: dict) -> dict:
         """A batch on the mesh, rows split over data and fsdp."""
@@ -85,7 +95,7 @@ class Run:
 
     def model(self) -> Model:
         """The base, with such leaves of it as are trained as they stand."""
-        return self.base.replace(params=self.state.base(self.base.params))
+        return dataclasses.replace(self.base, params=self.state.base(self.base.params))
 
     def compile_step(self, run: Callable[[Callable], Any] = lambda compile_: compile_()) -> Any:
         """Compiles the training step once, for the one shape of all batches.
@@ -160,19 +170,10 @@ class Run:
         """Puts the state of a checkpoint in place.
 
         Raises:
-            UserError: If data or base are not those the run began with.
+            UserError: If the base is not that the run began with.
         """
-        meta = checkpoints.meta(step)
-        for what, saved, now in (
-            ("training data", meta["data_hash"], self.rows.plan.hash),
-            ("base weights", meta["base"], self.base.fingerprint),
-        ):
-            if saved != now:
-                raise UserError(
-                    f"{self.output}: the {what} are not those this run began with "
-                    f"({saved[:12]}, now {now[:12]}); put them back, or start anew with "
-                    "--overwrite or another output_dir."
-                )
+        saved = checkpoints.meta(step)["base"]
+        check_unchanged("base weights", saved, self.base.fingerprint, self.output)
         like = jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
             self.state,
@@ -229,65 +230,85 @@ class Run:
         rows.insert(1, ("method", str(config.method)))
         if config.optim.trainable:
             rows.append(("base leaves trained", ", ".join(config.optim.trainable)))
+        if self.rows.shared:
+            total = len(self.rows.eval_examples or ())
+            rows.append(("note", f"{self.rows.shared} of {total} rows of data.eval are trained on"))
         return rows, report.describe_adapter(self.base_shapes, adapter)
 
     def _trainable(self, tree: dict) -> dict:
         """The label tree over base and adapter: all of the adapter, and what the config names."""
-        base = {path: self._is_named(path) for path in paths.flatten(tree["base"])}
+        patterns = self.config.optim.trainable
         return {
-            "base": paths.unflatten(base),
+            "base": paths.unflatten(
+                {path: is_named(path, patterns) for path in paths.flatten(tree["base"])}
+            ),
             "adapter": jax.tree.map(lambda _: True, tree["adapter"]),
         }
 
-    def _is_named(self, path: str) -> bool:
-        patterns = self.config.optim.trainable
-        return any(path == pattern or path.endswith("/" + pattern) for pattern in patterns)
 
-    def _check_trainable(self, params: dict, adapter: Adapter) -> None:
-        known = list(paths.flatten(params))
-        for pattern in self.config.optim.trainable:
-            if not any(path == pattern or path.endswith("/" + pattern) for path in known):
-                raise UserError(
-                    f"optim.trainable: {pattern!r} is the end of no base path; they are "
-                    f"{', '.join(known)}."
-                )
-        both = [path for path in adapter.spec.paths if self._is_named(path)]
-        if both:
-            raise UserError(f"optim.trainable: the method trains {first_few(both)} already.")
-        ranks = [
-            np.asarray(x)
-            for path, x in paths.flatten(adapter.buffers).items()
-            if path.endswith("/rank")
-        ]
-        if self.config.optim.name == "adafactor" and any(
-            (rank != adapter.spec.rank).any() for rank in ranks
-        ):
+def check_model(config: RunConfig, model: ModelConfig) -> None:
+    """Finds out from sizes alone whether method and optimizer fit a model.
+
+    Raises:
+        UserError: A pattern matches nothing, a rank is too large, or a choice excludes another.
+    """
+    optim, shapes = config.optim, param_shapes(model)
+
+    def start() -> Adapter:
+        zeros = {path: jnp.zeros(shape) for path, shape in shapes.items()}
+        return init_adapter(config.method, paths.unflatten(zeros), jax.random.key(0))
+
+    spec = jax.eval_shape(start).spec
+    for pattern in optim.trainable:
+        if not any(is_named(path, (pattern,)) for path in shapes):
+            raise UserError(
+                f"optim.trainable: {pattern!r} is the end of no base path; they are "
+                f"{', '.join(shapes)}."
+            )
+    both = [path for path in spec.paths if is_named(path, optim.trainable)]
+    if both:
+        raise UserError(f"optim.trainable: the method trains {first_few(both)} already.")
+    if optim.name == "adafactor":  # ranks are values; the zeros are never made
+        buffers = paths.flatten(jax.jit(lambda: start().buffers)())
+        ranks = [value for path, value in buffers.items() if path.endswith("/rank")]
+        if any((np.asarray(rank) != spec.rank).any() for rank in ranks):
             raise UserError(
                 "optim.name: adafactor scales by the mean over a whole stack, which layers that "
                 "are not adapted would change; adapt all layers of a kernel, or take adamw."
             )
 
-    def _check_batches(self) -> None:
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        train, evaluation = self.config.train, self.config.evaluation
-        for name, size in (
-            ("train.batch_size", train.batch_size),
-            ("train.microbatch_size", train.microbatch_size or train.batch_size),
-            ("evaluation.batch_size", evaluation.batch_size),
-        ):
-            if size % shards:
-                lower = size // shards * shards
-                near = f"{lower} or {lower + shards}" if lower else str(shards)
-                raise UserError(
-                    f"{name}: {size} does not divide by the {shards} devices of the mesh's data "
-                    f"and fsdp axes; nearest: {near}."
-                )
+
+def check_batches(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises a UserError unless all batches can be split over the mesh."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    train = config.train
+    sizes = {"train.batch_size": train.batch_size}
+    if train.microbatch_size is not None:
+        sizes["train.microbatch_size"] = train.microbatch_size
+    if config.data.eval is not None:
+        sizes["evaluation.batch_size"] = config.evaluation.batch_size
+    for name, size in sizes.items():
+        if size % shards:
+            lower = size // shards * shards
+            near = f"{lower} or {lower + shards}" if lower else str(shards)
+            raise UserError(
+                f"{name}: {size} does not divide by the {shards} devices of the mesh's data and "
+                f"fsdp axes; nearest: {near}."
+            )
 
 
-def export_path(config: RunConfig) -> pathlib.Path:
-    """Where the trained result goes: a PEFT folder, or a whole model if base leaves change."""
-    whole = isinstance(config.method, Full) or bool(config.optim.trainable)
-    return pathlib.Path(config.output_dir) / ("model" if whole else "adapter")
+def check_unchanged(what: str, saved: str, now: str, output: pathlib.Path) -> None:
+    """Raises a UserError unless a run goes on with what it began with."""
+    if saved != now:
+        raise UserError(
+            f"{output}: the {what} are not those this run began with ({saved[:12]}, now "
+            f"{now[:12]}); put them back, or start anew with --overwrite or another output_dir."
+        )
+
+
+def is_named(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a base path is one of `patterns` or ends in one."""
+    return any(path == pattern or path.endswith("/" + pattern) for pattern in patterns)
 
 
 def leaves(tree: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ Reference:
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,13 +38,20 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 """Pattern of a base path, and the mesh axis of each dimension."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """The mesh over all devices.
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """The mesh over all devices, or over some.
 
     Args:
         data: Devices that hold copies of the base and see different rows.
         fsdp: Devices the base is spread over; they see different rows too.
         tensor: Devices each matrix is cut over. One axis may be -1: what is left.
+        devices: Which devices; None is all of them, of all processes.
 
     Returns:
         A mesh with axes "data", "fsdp" and "tensor", of type Auto.
@@ -52,7 +59,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     Raises:
         UserError: If the product is not the number of devices.
     """
-    sizes, count = [data, fsdp, tensor], jax.device_count()
+    sizes = [data, fsdp, tensor]
+    count = jax.device_count() if devices is None else len(devices)
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and count % fixed == 0:
         sizes[sizes.index(-1)] = count // fixed
@@ -60,10 +68,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         asked = ", ".join(f"{axis}: {size}" for axis, size in zip(AXES, sizes, strict=True))
         divisors = [str(n) for n in range(1, count + 1) if count % n == 0]
         raise UserError(
-            f"mesh {{{asked}}} does not make {count} devices; each axis must be one of "
+            f"mesh: {{{asked}}} does not make {count} devices; each axis must be one of "
             f"{', '.join(divisors)} with product {count}, one of them may be -1."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    axis_types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
 
 
 def spec_of(path: str) -> tuple[str | None, ...] | None:
@@ -117,22 +126,46 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """Shardings for a `jaxpeft.train_step.TrainState` (or its shapes), leaf by leaf.
 
     Trained arrays and their moments are found by the part of their path behind ``adapter`` or
-    ``base``; counters and keys are replicated.
+    ``base``; counters, keys, and moments of another shape than their array (Adafactor's) are
+    replicated.
+
+    Args:
+        state: The state; arrays or shapes.
+        mesh: The mesh.
+
+    Returns:
+        A tree like `state` of shardings.
     """
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
+    def owner_of(path: Any) -> tuple[str, str] | None:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         found = re.fullmatch(r"(?:.*/)?(adapter|base|buffers|frozen)/(.+)", name)
-        if found is None:
+        return (found[1], found[2]) if found else None
+
+    trained = jax.tree_util.tree_leaves_with_path(state.trained)
+    shapes = {owner_of(path): leaf.shape for path, leaf in trained}
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        owner = owner_of(path)
+        if owner is None or shapes.get(owner, leaf.shape) != leaf.shape:
             return replicated(mesh)
-        where = param_sharding if found[1] == "base" else adapter_sharding
-        return where(found[2], leaf.shape, mesh)
+        where = param_sharding if owner[0] == "base" else adapter_sharding
+        return where(owner[1], leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
 def shard_params(params: Mapping, mesh: Mesh) -> dict:
-    """Base parameters placed on the mesh by the table."""
+    """Base parameters placed on the mesh by the table.
+
+    Args:
+        params: Base parameters, a nested dict.
+        mesh: Over ``data``, ``fsdp`` and ``tensor``; see `make_mesh`.
+
+    Returns:
+        The same tree; leaves that fit no rule or do not divide are replicated (`unsharded` names
+        them).
+    """
     return paths.unflatten(
         {
             path: jax.device_put(leaf, param_sharding(path, leaf.shape, mesh))

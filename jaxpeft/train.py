@@ -11,28 +11,33 @@ if __name__ == "__main__":  # before anything heavy is imported: it starts the p
 import contextlib
 import dataclasses
 import functools
-import os
 import pathlib
-import shutil
-import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from jaxpeft import config as run_config
-from jaxpeft import data, report, sharding
+from jaxpeft import data, report, sharding, track
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
-from jaxpeft.errors import DivergedError, InterruptedRunError, ResourceError, UserError
-from jaxpeft.metrics_log import MetricsLog
+from jaxpeft.data.rows import scan_rows
+from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
+from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.load import load_config, load_model, load_tokenizer
-from jaxpeft.progress import Progress
-from jaxpeft.run import Rows, Run, export_path
+from jaxpeft.run import Rows, Run, check_batches, check_model, check_unchanged
+from jaxpeft.run_folder import (
+    CHECKPOINTS,
+    PROFILE,
+    check_folder,
+    discard,
+    export_path,
+    make_folder,
+    write_config,
+)
 from jaxpeft.run_lock import RunLock
+from jaxpeft.run_log import RunLog, evaluations
 from jaxpeft.signals import StopRequest
-from jaxpeft.track import make_trackers
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -73,44 +78,57 @@ def train(
         UserError: Bad input (then nothing was written), divergence, a full disk, or an
             interruption after saving; ``exit_code`` tells them apart.
     """
-    output = pathlib.Path(config.output_dir)
-    check_output(config, resume, overwrite)
-    rows = read_data(config)
+    output, speaks = pathlib.Path(config.output_dir), jax.process_index() == 0
+    check_folder(config, resume=resume, overwrite=overwrite)
+    if config.track.wandb is not None:
+        track.import_wandb()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    make_room(output)
+    check_batches(config, mesh)
+    model = load_config(config.model.path, config.model.revision)
+    check_model(config, model)
+    rows = read_data(config, model)
+    make_folder(output)
     with contextlib.ExitStack() as stack:
         stack.enter_context(RunLock(output))
         stop = stack.enter_context(StopRequest())
         if overwrite:
             discard(output)
         checkpoints = stack.enter_context(
-            Checkpoints(output / "checkpoints", keep=config.checkpoint.keep)
+            Checkpoints(output / CHECKPOINTS, keep=config.checkpoint.keep)
         )
         latest = checkpoints.latest()
+        if latest is not None:
+            began_with = checkpoints.meta(latest)["data_hash"]
+            check_unchanged("training data", began_with, rows.plan.hash, output)
         if latest == rows.steps and export_path(config).exists():
-            print(f"{output}: already finished, {export_path(config)} is ready.")
+            if speaks:
+                print(f"{output}: already finished, {export_path(config)} is ready.")
             return
-        base = load_model(
+        load = functools.partial(
+            load_model,
             config.model.path,
             revision=config.model.revision,
             dtype=config.model.dtype,
             compute_dtype=config.model.compute_dtype,
             mesh=mesh,
         )
-        run = Run(config, base, rows, mesh)
-        del base
+        run = Run(config, stop.run_interruptible(load, "loading the model"), rows, mesh)
         if latest is not None:
             run.restore(checkpoints, latest)
-        (output / "config.yaml").write_text(run_config.to_yaml(config))
-        report.print_run_table(*run.describe())
+        write_config(config)
+        if speaks:
+            report.print_run_table(*run.describe())
         loop(run, checkpoints, stop, profile)
-        print(f"{output}: finished, {run.export(checkpoints)} is ready.")
+        place = run.export(checkpoints)
+        if speaks:
+            scores, exported = evaluations(output), int(run.state.step)
+            result = [(place.name, f"{place} (step {exported})")]
+            report.print_final_table(scores.get(0), scores.get(exported), result)
 
 
-def read_data(config: RunConfig) -> Rows:
+def read_data(config: RunConfig, model: ModelConfig) -> Rows:
     """Reads and checks the data files; needs the tokenizer, not the weights."""
     section, batch_size = config.data, config.train.batch_size
-    model = load_config(config.model.path, config.model.revision)
     encode = functools.partial(
         data.encode_file,
         tokenizer=load_tokenizer(config.model.path, config.model.revision),
@@ -119,11 +137,13 @@ def read_data(config: RunConfig) -> Rows:
         on_long=section.on_long,
         on_bad_row=section.on_bad_row,
     )
-    examples, held_out, held_out_rows = encode(section.train), None, []
+    examples, held_out, held_out_rows, shared = encode(section.train), None, [], 0
     if section.eval:
         held_out = encode(section.eval).first(config.evaluation.max_rows)
-        values = {row.line: row.value for row in data.read_rows(section.eval)}
+        values = {row.line: row.value for row in scan_rows(section.eval).rows}
         held_out_rows = [values[line] for line in held_out.lines]
+        known = {tokens.tobytes() for tokens in examples.tokens}
+        shared = sum(tokens.tobytes() in known for tokens in held_out.tokens)
     plan = data.Plan(
         examples,
         batch_size=batch_size,
@@ -148,153 +168,74 @@ def read_data(config: RunConfig) -> Rows:
         train_rows=len(examples),
         dropped=sum(examples.dropped.values()),
         truncated=examples.truncated,
+        shared=shared,
     )
 
 
 def loop(run: Run, checkpoints: Checkpoints, stop: StopRequest, profile: range) -> None:
     """Trains from the state's step to the last one, with evaluations and checkpoints.
 
-    The metrics of a step are fetched while the device computes the next one.
+    The metrics of a step are fetched while the device computes the next one. A signal ends an
+    evaluation too, which is then made when the run goes on; but not one that decides whether the
+    checkpoint saved with it is the best.
     """
     first, last, config = int(run.state.step), run.rows.steps, run.config
-    if first == last:
-        return
+    best = config.checkpoint.best is not None
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(contextlib.closing(Progress(last, first)))
-        log = stack.enter_context(Log(run, first, progress))
+        log = stack.enter_context(RunLog(run, first))
         if first:
-            progress.note(f"going on after step {first}")
-        elif run.rows.eval_examples is not None:
-            log.evaluation(0)
-        with progress.paused("compiling"):
-            step_fn = run.compile_step(lambda c: stop.run_interruptible(c, "compiling"))
-        batches = data.iterate(run.rows.plan, first, last, workers=config.data.workers)
+            log.progress.note(f"going on after step {first}")
+        if log.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            stop_diverged(run, checkpoints, log)
+        if evaluates(run, first) and first not in evaluations(run.output):
+            log.evaluation(first, stop.run_interruptible)
+        if first == last:
+            return
+        with log.progress.paused("compiling"):
+            step_fn = run.compile_step(stop.run_interruptible)
+        batches: Any = data.iterate(run.rows.plan, first, last, workers=config.data.workers)
         stack.enter_context(contextlib.closing(batches))
+        trace = stack.enter_context(Trace(run.output / PROFILE, profile))
         log.start_clock()
         for step in range(first + 1, last + 1):
             batch = next(batches)
-            with traced(profile, step, run.output):
-                run.state, metrics = step_fn(run.state, run.base.params, run.put(batch))
-                log.step(step, metrics, batch)
-            evaluating = due(step, config.evaluation.every, last) and not stop.requested
-            evaluating = evaluating and run.rows.eval_examples is not None
-            saving = due(step, config.checkpoint.every, last) or bool(stop.requested)
-            scores = None
-            if evaluating or saving:
+            trace.before(step)
+            run.state, metrics = step_fn(run.state, run.base.params, run.put(batch))
+            log.step(step, metrics, batch)
+            if step == last:
                 log.flush()
-            if evaluating:
-                scores = log.evaluation(step)
-                saving = saving or config.checkpoint.best is not None
+            trace.after(step, log.flush)
             if log.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 stop_diverged(run, checkpoints, log)
-            if saving:
+            scores = None
+            if evaluates(run, step) and (best or not stop.requested):
+                with contextlib.suppress(InterruptedRunError):
+                    scores = log.evaluation(step, at_once if best else stop.run_interruptible)
+            interrupted = stop.requested  # asked once: the answer may change at any time
+            if due(step, config.checkpoint.every, last) or interrupted or (best and scores):
+                log.flush()
                 run.save(checkpoints, scores)
-            if stop.requested and step < last:
+                log.start_clock()
+            if interrupted:
                 checkpoints.wait()
                 raise InterruptedRunError(
-                    f"interrupted by {stop.requested} at step {step}, saved; run the same "
-                    "command to go on."
+                    f"interrupted by {interrupted} at step {step}, saved; run the same command "
+                    "to go on."
                 )
         checkpoints.wait()
 
 
-def stop_diverged(run: Run, checkpoints: Checkpoints, log: "Log") -> None:
+def stop_diverged(run: Run, checkpoints: Checkpoints, log: RunLog) -> None:
     """Saves the last good state and gives up."""
+    step, count = log.last_step, log.skipped_in_a_row
+    log.flush()
     run.save(checkpoints)
     checkpoints.wait()
-    step = log.last_step
-    lines = run.rows.plan.rows_of(step - 1)
     raise DivergedError(
-        f"loss or gradient was not finite {log.skipped_in_a_row} times in a row up to step "
-        f"{step} (rows of the last batch: {', '.join(map(str, lines[:8]))}); the last good state "
-        f"is kept in {run.output / 'checkpoints'}. Lower optim.learning_rate or look at the rows."
+        f"loss or gradient was not finite {count} times in a row up to step {step} "
+        f"({run.rows.lines_of_step(step)}); the last good state is kept in "
+        f"{run.output / CHECKPOINTS}. Lower optim.learning_rate or look at the rows."
     )
-
-
-class Log:
-    """Where numbers go: ``metrics.jsonl``, ``samples.jsonl``, the progress line, trackers."""
-
-    def __init__(self, run: Run, first: int, progress: Progress):
-        self.run, self.progress = run, progress
-        self.skipped_in_a_row = self.last_step = 0
-        self._stack = contextlib.ExitStack()
-        self._pending: tuple[int, dict, dict] | None = None
-        self._clock = 0.0
-        files = [MetricsLog(run.output / name) for name in ("metrics.jsonl", "samples.jsonl")]
-        self.metrics, self.samples = [self._stack.enter_context(file) for file in files]
-        for file in files:
-            file.truncate_after(first if first else -1)
-        track = run.config.track
-        self.tracker = self._stack.enter_context(
-            contextlib.closing(
-                make_trackers(
-                    track.tensorboard,
-                    track.wandb,
-                    run.config.output_dir,
-                    dataclasses.asdict(run.config),
-                    first_step=first,
-                )
-            )
-        )
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
-
-    def start_clock(self) -> None:
-        """Counts the time of the next step from here."""
-        self._clock = time.perf_counter()
-
-    def step(self, step: int, metrics: dict, batch: dict) -> None:
-        """Takes a step's metrics, still being computed, and writes those of the step before."""
-        self.flush()
-        counts = {
-            "tokens": int((batch["segment_ids"] > 0).sum()),
-            "supervised_tokens": int((batch["weights"] > 0).sum()),
-        }
-        self._pending = (step, metrics, counts)
-
-    def flush(self) -> None:
-        """Waits for the newest step's metrics and writes them."""
-        if self._pending is None:
-            return
-        step, metrics, counts = self._pending
-        self._pending = None
-        values = {name: float(value) for name, value in metrics.items()}
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        skipped = int(values["skipped"])
-        self.skipped_in_a_row, self.last_step = int(values["skipped_in_a_row"]), step
-        line = {
-            "loss": values["loss"],
-            "learning_rate": float(self.run.schedule(step - 1 - skipped)),
-            "grad_norm": values["grad_norm"],
-            "tokens_per_second": counts["tokens"] / seconds,
-            "supervised_tokens": counts["supervised_tokens"],
-            "seconds": seconds,
-            "skipped_updates": skipped,
-        }
-        self.write(step, line)
-        shown = ("loss", "learning_rate", "tokens_per_second")
-        self.progress.update(step, **{name: line[name] for name in shown}, skipped=skipped)
-
-    def evaluation(self, step: int) -> dict[str, float]:
-        """Evaluates the model as it stands and writes metrics and answers."""
-        with self.progress.paused("evaluating"):
-            scores, samples = self.run.evaluate()
-        self.write(step, scores)
-        for sample in samples:
-            self.samples.append({"step": step, **dataclasses.asdict(sample)})
-        self.progress.note(report.evaluation_line(step, scores))
-        self.start_clock()
-        return scores
-
-    def write(self, step: int, values: dict) -> None:
-        """Appends one line of metrics and passes it on to the trackers."""
-        self.metrics.append({"step": step, **values})
-        self.tracker.log(step, values)
 
 
 def due(step: int, every: int | None, last: int) -> bool:
@@ -302,51 +243,16 @@ def due(step: int, every: int | None, last: int) -> bool:
     return step == last or (every is not None and step % every == 0)
 
 
-def check_output(config: RunConfig, resume: bool, overwrite: bool) -> None:
-    """Refuses to mix runs: another config, or a run that is there but shall not be resumed."""
-    output = pathlib.Path(config.output_dir)
-    there = output / "config.yaml"
-    if overwrite or not there.exists():
-        return
-    if not resume:
-        raise UserError(
-            f"{output}: holds a run, and --resume never was given; add --overwrite to discard "
-            "it, or choose another output_dir."
-        )
-    old = run_config.load_config(str(there))
-    if run_config.config_hash(old) == run_config.config_hash(config):
-        return
-    changes = [
-        f"{path}: {before} -> {after}" for path, before, after in run_config.diff(old, config)
-    ]
-    raise UserError(
-        f"{output}: holds a run with another config ({'; '.join(changes)}); choose another "
-        "output_dir, or discard it with --overwrite."
-    )
+def evaluates(run: Run, step: int) -> bool:
+    """Whether an evaluation belongs to this step: at the start, every so many steps, at the end."""
+    every, last = run.config.evaluation.every, run.rows.steps
+    return run.rows.eval_examples is not None and (step == 0 or due(step, every, last))
 
 
-def make_room(output: pathlib.Path) -> None:
-    """Makes the folder and proves that it can be written to."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output) as probe:
-            probe.write(b"\0" * 4096)
-            probe.flush()
-            os.fsync(probe.fileno())
-    except NotADirectoryError:
-        raise UserError(f"{output}: is no folder; choose another output_dir.") from None
-    except FileExistsError:
-        raise UserError(f"{output}: is a file; choose another output_dir.") from None
-    except OSError as error:
-        raise ResourceError(f"{output}: cannot be written to: {error.strerror}.") from None
-
-
-def discard(output: pathlib.Path) -> None:
-    """Removes what an earlier run left, and nothing else."""
-    for name in ("checkpoints", "adapter", "model", "profile", "tensorboard"):
-        shutil.rmtree(output / name, ignore_errors=True)
-    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "wandb_run_id"):
-        (output / name).unlink(missing_ok=True)
+def at_once(work: Callable[[], Any], doing: str) -> Any:
+    """Does the work; takes the place of `StopRequest.run_interruptible`."""
+    del doing
+    return work()
 
 
 def parse_range(text: str | None) -> range:
@@ -359,14 +265,34 @@ def parse_range(text: str | None) -> range:
     return range(int(first), int(last) + 1)
 
 
-@contextlib.contextmanager
-def traced(profile: range, step: int, output: pathlib.Path) -> Iterator[None]:
-    """Records a profile from the first step of `profile` to its last."""
-    if profile and step == profile[0]:
-        jax.profiler.start_trace(output / "profile")
-    yield
-    if profile and step == profile[-1]:
-        jax.profiler.stop_trace()
+class Trace:
+    """Records a profile of some steps; of those that this process makes."""
+
+    def __init__(self, folder: pathlib.Path, steps: range):
+        self._folder, self._steps, self._on = folder, steps, False
+
+    def before(self, step: int) -> None:
+        """Begins to record at the first of the steps."""
+        if step in self._steps and not self._on:
+            jax.profiler.start_trace(self._folder)
+            self._on = True
+
+    def after(self, step: int, wait: Callable[[], None]) -> None:
+        """Waits for the last of the steps and writes the profile."""
+        if self._on and step == self._steps[-1]:
+            wait()
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._on:
+            self._on = False
+            jax.profiler.stop_trace()
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop()
 
 
 if __name__ == "__main__":

@@ -60,7 +60,14 @@ class TrainState:
 
 
 def adapter_only(tree: dict) -> dict:
-    """The usual choice of trained leaves: all of the adapter, nothing of the base."""
+    """The usual choice of trained leaves: all of the adapter, nothing of the base.
+
+    Args:
+        tree: ``{"base": base parameters, "adapter": trained arrays}``.
+
+    Returns:
+        A tree of the same structure: True at the leaves that are trained.
+    """
     return {
         "base": jax.tree.map(lambda _: False, tree["base"]),
         "adapter": jax.tree.map(lambda _: True, tree["adapter"]),
@@ -132,7 +139,7 @@ def make_train_step(
 
     def gradients(state: TrainState, params: dict, batch: Any) -> Any:
         def total(trained: Any, part: Any, key: jax.Array) -> Any:
-            now = state.replace(trained=trained)
+            now = state.replace(trained=trained)  # pyright: ignore[reportAttributeAccessIssue]
             out = loss_fn(now.base(params), now.adapter, part, key)
             value, aux = out if isinstance(out, tuple) else (out, {"weight": jnp.ones(())})
             return value, {**aux, "total": value}
@@ -158,7 +165,7 @@ def make_train_step(
         total, weight = aux.pop("total"), aux["weight"]
         scale = 1.0 / jnp.maximum(weight, 1e-30)
         grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
-        loss, norm = total * scale, optax.global_norm(grads)
+        loss, norm = total * scale, optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         tree = {"base": state.base(params), "adapter": state.adapter.params}
         updates, opt_state = tx.update(grads, state.opt_state, tree)
@@ -169,7 +176,7 @@ def make_train_step(
             (state.trained, state.opt_state),
         )
         bad = (~finite).astype(jnp.int32)
-        state = state.replace(
+        state = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
             step=state.step + 1,
             trained=trained,
             opt_state=opt_state,

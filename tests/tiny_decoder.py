@@ -28,24 +28,36 @@ CONFIG = ModelConfig(
 def decoder(config=CONFIG, remat="none", dtype=jnp.float32):
     """The module and its parameters; biases and norms are drawn, too. Nobody changes them."""
     module = Transformer(config, dtype, remat)
-    init = jax.jit(lambda key: module.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
-    params = init(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    drawn = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return module, jax.tree.unflatten(tree, drawn)
+
+    @jax.jit
+    def init(key):
+        params = module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        return jax.tree.map(jnp.add, params, jax.tree.map(lambda x: 0.1 * x, noise(params, key)))
+
+    return module, init(jax.random.key(0))
+
+
+def noise(tree, key):
+    """Normal numbers in the shapes of a tree."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, drawn)
 
 
 @functools.cache
 def make_adapter(method=LoRA(rank=2, alpha=4.0), config=CONFIG, trained=False):  # noqa: B008
     """A new adapter, or one with all factors drawn as if it were trained."""
-    new = init_adapter(method, decoder(config)[1], jax.random.key(2))
-    if not trained:
-        return new
-    leaves, tree = jax.tree.flatten(new.params)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    drawn = [jax.random.normal(k, x.shape) / 4 for k, x in zip(keys, leaves, strict=True)]
-    return new.replace(params=jax.tree.unflatten(tree, drawn))
+    params = decoder(config)[1]
+
+    @jax.jit
+    def init(key):
+        new = init_adapter(method, params, key)
+        if not trained:
+            return new
+        return new.replace(params=jax.tree.map(lambda x: x / 4, noise(new.params, key)))
+
+    return init(jax.random.key(2))
 
 
 def make_batch(rows, seq, seed=0, vocab=CONFIG.vocab_size):

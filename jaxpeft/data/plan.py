@@ -59,9 +59,9 @@ class Plan:
         *,
         batch_size: int,
         max_length: int,
-        packing: bool,
-        seed: int,
-        pad_id: int | None,
+        packing: bool = True,
+        seed: int = 0,
+        pad_id: int | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"Plan.batch_size must be at least 1, got {batch_size}.")

@@ -29,8 +29,27 @@ class ModelConfig:
 
     Attributes:
         model_type: The name in Hugging Face's ``config.json``, e.g. "llama".
+        vocab_size: Rows of the embedding table.
+        d_model: Width of the residual stream.
+        d_ff: Inner width of the MLP.
+        num_layers: How many blocks are stacked.
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads; each serves ``num_heads / num_kv_heads`` query heads.
+        head_dim: Channels of a head; not always ``d_model / num_heads``.
+        tie_embeddings: Whether the embedding table is the head, too.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: How they are stretched; None leaves them.
+        rms_eps: Added to the mean square in norms.
+        qkv_bias: Whether queries, keys and values have a bias.
+        out_bias: Whether attention's output projection has one.
+        mlp_bias: Whether the MLP's projections have one.
+        qk_norm: Whether queries and keys are normalised, head by head.
         windows: Sliding window of every layer in tokens; 0 means full attention.
+        max_positions: Longest sequence the model was made for.
+        bos_token_id: Begins a text, if anything does.
         eos_token_ids: All ids that end a turn, in the order of the files.
+        pad_token_id: Fills rows up, if the files name one.
+        initializer_range: Standard deviation of newly drawn weights.
     """
 
     model_type: str

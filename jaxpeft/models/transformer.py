@@ -10,6 +10,7 @@ Reference:
     https://arxiv.org/abs/2307.09288, section 2.2.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -152,7 +153,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "batch seq d_model"], layer: dict, shared: Shared
     ) -> tuple[Float[Array, "batch seq d_model"], Any]:
-        """Returns the layer's output and its keys and values if there is a cache."""
+        """Returns the layer's output and, if there is a cache, what it must remember."""
         c = self.config
         batch, seq, _ = x.shape
 
@@ -168,10 +169,14 @@ class Attention(nn.Module):
         q, k = rope.rotate(q, shared.cos, shared.sin), rope.rotate(k, shared.cos, shared.sin)
         stored = None
         if layer["cache"] is not None:
-            old_k, old_v = layer["cache"]
-            k = jax.lax.dynamic_update_slice_in_dim(old_k, k.astype(old_k.dtype), shared.used, 1)
-            v = jax.lax.dynamic_update_slice_in_dim(old_v, v.astype(old_v.dtype), shared.used, 1)
-            stored = (k, v)
+            # The new tokens' alone: the whole cache would be copied once more on its way out.
+            stored = tuple(
+                x.astype(old.dtype) for x, old in zip((k, v), layer["cache"], strict=True)
+            )
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, shared.used, axis=1)
+                for old, new in zip(layer["cache"], stored, strict=True)
+            )
         out = attention(
             q,
             k.astype(q.dtype),
@@ -263,7 +268,8 @@ class Transformer(nn.Module):
         size, std = (c.vocab_size, c.d_model), c.initializer_range
         table = Weight("embedding", size, std, name="embed_tokens")()
         x = embed(input_ids, table).astype(self.compute_dtype)
-        cache = None if cache is None else _append(cache, positions, segment_ids)
+        if cache is not None:
+            cache = _append(cache, 1, positions=positions, segment_ids=segment_ids)
         x, stored = self._run_layers(x, positions, segment_ids, cache)
         x = RMSNorm(c.rms_eps, name="norm")(x)
         if not return_hidden or self.is_initializing():
@@ -271,8 +277,8 @@ class Transformer(nn.Module):
             x = x if return_hidden else logits
         if cache is None:
             return x
-        k, v = stored
-        return x, cache.replace(k=k, v=v, used=cache.used + input_ids.shape[1])
+        cache = _append(cache, 2, k=stored[0], v=stored[1])
+        return x, dataclasses.replace(cache, used=cache.used + input_ids.shape[1])
 
     def _run_layers(self, x: Any, positions: Any, segment_ids: Any, cache: Cache | None) -> Any:
         c = self.config
@@ -292,7 +298,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
         )
         return layers(c, name="layers")(x, layer, shared)
@@ -327,10 +333,12 @@ def head_logits(
     return linear(hidden, head).astype(jnp.float32)
 
 
-def _append(cache: Cache, positions: Any, segment_ids: Any) -> Cache:
-    """The cache with the new tokens' positions and segments written behind the used slots."""
-    put = jax.lax.dynamic_update_slice_in_dim
-    return cache.replace(
-        positions=put(cache.positions, positions.astype(jnp.int32), cache.used, 1),
-        segment_ids=put(cache.segment_ids, segment_ids.astype(jnp.int32), cache.used, 1),
+def _append(cache: Cache, axis: int, **new: Any) -> Cache:
+    """The cache with `new` values of its fields written behind the used slots, along `axis`."""
+
+    def put(old: Any, value: Any) -> Any:
+        return jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), cache.used, axis)
+
+    return dataclasses.replace(
+        cache, **{name: put(getattr(cache, name), value) for name, value in new.items()}
     )

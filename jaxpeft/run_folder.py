@@ -1,0 +1,121 @@
+"""The folder of a run: who may write there, what an earlier run left, and how it is discarded.
+
+output_dir/
+  config.yaml                      resolved; written first and discarded last: marks a run
+  metrics.jsonl  samples.jsonl     numbers and answers by step
+  checkpoints/                     see `jaxpeft.checkpoint`
+  adapter/ or model/               the result
+  profile/  tensorboard/  wandb/   where asked for
+"""
+
+import errno
+import os
+import pathlib
+import shutil
+import tempfile
+
+from jaxpeft import config as run_config
+from jaxpeft.config import RunConfig
+from jaxpeft.errors import ResourceError, UserError, first_few
+from jaxpeft.methods import Full
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+CHECKPOINTS = "checkpoints"
+PROFILE = "profile"
+
+_OURS = (CHECKPOINTS, "adapter", "model", METRICS, SAMPLES)
+_TRACKED = (PROFILE, "tensorboard", "wandb", "wandb_run_id")
+
+
+def export_path(config: RunConfig) -> pathlib.Path:
+    """Where the trained result goes: a PEFT folder, or a whole model if base leaves change."""
+    whole = isinstance(config.method, Full) or bool(config.optim.trainable)
+    return pathlib.Path(config.output_dir) / ("model" if whole else "adapter")
+
+
+def check_folder(config: RunConfig, *, resume: bool = True, overwrite: bool = False) -> None:
+    """Refuses to mix runs. Changes nothing.
+
+    Args:
+        config: The run that wants the folder.
+        resume: Whether it may go on from what is there.
+        overwrite: Whether a run that is there shall be discarded.
+
+    Raises:
+        UserError: The folder holds another run, one that shall not be resumed, or files of these
+            names that belong to no run.
+    """
+    output = pathlib.Path(config.output_dir)
+    there = output / CONFIG
+    if not there.exists():
+        found = [name for name in _OURS if (output / name).exists()]
+        if found:
+            raise UserError(
+                f"{output}: holds {first_few(found)} but no {CONFIG}, so it is not clear whose "
+                "they are; choose another output_dir, or remove them."
+            )
+        return
+    if overwrite:
+        return
+    if not resume:
+        raise UserError(
+            f"{output}: holds a run, and --resume never was given; add --overwrite to discard "
+            "it, or choose another output_dir."
+        )
+    old = run_config.load_config(str(there))
+    if run_config.config_hash(old) == run_config.config_hash(config):
+        return
+    changes = [f"{path}: {was} -> {now}" for path, was, now in run_config.diff(old, config)]
+    raise UserError(
+        f"{output}: holds a run with another config ({first_few(changes, 12)}); choose another "
+        "output_dir, or discard it with --overwrite."
+    )
+
+
+def make_folder(output: pathlib.Path) -> None:
+    """Makes the folder and proves that it can be written to.
+
+    Raises:
+        UserError: It cannot.
+        ResourceError: The disk is full.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output) as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except (NotADirectoryError, FileExistsError):
+        raise UserError(
+            f"output_dir: {output} is a file or lies in one; choose another output_dir."
+        ) from None
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind = ResourceError if full else UserError
+        raise kind(
+            f"output_dir: {output} cannot be written to: {error.strerror}; "
+            + ("free some space" if full else "make it writable")
+            + ", or choose another output_dir."
+        ) from None
+
+
+def discard(output: pathlib.Path) -> None:
+    """Removes what an earlier run left, and nothing else; a folder without a run stays as it is."""
+    if not (output / CONFIG).exists():
+        return
+    for name in (*_OURS, *_TRACKED, CONFIG):
+        path = output / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_config(config: RunConfig) -> None:
+    """Writes ``config.yaml``, whole or not at all."""
+    place = pathlib.Path(config.output_dir) / CONFIG
+    temporary = place.with_name(f".{CONFIG}")
+    temporary.write_text(run_config.to_yaml(config))
+    os.replace(temporary, place)

@@ -1,0 +1,143 @@
+"""Where a run's numbers go: ``metrics.jsonl``, ``samples.jsonl``, the progress line, trackers."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+
+from jaxpeft import report
+from jaxpeft.config_keys import to_plain
+from jaxpeft.metrics_log import MetricsLog
+from jaxpeft.progress import Progress
+from jaxpeft.run import Run
+from jaxpeft.run_folder import METRICS, SAMPLES
+from jaxpeft.track import make_trackers
+
+_BUG_EXIT_CODE = 70
+
+
+class RunLog:
+    """Use it as a context manager.
+
+    Args:
+        run: What is trained.
+        first: Steps done before, by the run that is resumed: later lines of it are cut off.
+
+    Attributes:
+        progress: The live line.
+        last_step: The newest step whose metrics have arrived.
+        skipped_in_a_row: Updates skipped up to that step.
+    """
+
+    def __init__(self, run: Run, first: int):
+        self.run, self.last_step = run, first
+        self.skipped_in_a_row = int(run.state.skipped_in_a_row)
+        self._pending: tuple[int, dict, dict] | None = None
+        self._clock = 0.0
+        with contextlib.ExitStack() as stack:
+            files = [MetricsLog(run.output / name) for name in (METRICS, SAMPLES)]
+            self._metrics, self._samples = [stack.enter_context(file) for file in files]
+            start = first if first else -1
+            self._metrics.truncate_after(start)
+            evaluated = start in evaluations(run.output)
+            self._samples.truncate_after(start if evaluated else start - 1)
+            track = run.config.track
+            self._tracker = make_trackers(
+                track.tensorboard,
+                track.wandb,
+                run.config.output_dir,
+                to_plain(run.config),
+                first_step=first,
+            )
+            self.progress = stack.enter_context(
+                Progress(run.rows.steps, first, enabled=jax.process_index() == 0)
+            )
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        code = 0 if error is None else getattr(error, "exit_code", _BUG_EXIT_CODE)
+        with self._stack:
+            self._tracker.close(code)
+
+    def start_clock(self) -> None:
+        """Counts the time of the next step from here."""
+        self._clock = time.perf_counter()
+
+    def step(self, step: int, metrics: dict, batch: dict) -> None:
+        """Takes a step's metrics, still being computed, and writes those of the step before."""
+        self.flush()
+        counts = {
+            "tokens": int((batch["segment_ids"] > 0).sum()),
+            "supervised_tokens": int((batch["weights"] > 0).sum()),
+        }
+        self._pending = (step, metrics, counts)
+
+    def flush(self) -> None:
+        """Waits for the newest step's metrics and writes them."""
+        if self._pending is None:
+            return
+        step, metrics, counts = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in metrics.items()}
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        skipped, in_a_row = int(values["skipped"]), int(values["skipped_in_a_row"])
+        self.last_step, self.skipped_in_a_row = step, in_a_row
+        updates_before = step - skipped - (0 if in_a_row else 1)
+        line = {
+            "loss": values["loss"],
+            "learning_rate": float(cast(Any, self.run.schedule(updates_before))),
+            "grad_norm": values["grad_norm"],
+            "tokens_per_second": counts["tokens"] / seconds,
+            "supervised_tokens": counts["supervised_tokens"],
+            "seconds": seconds,
+            "skipped_updates": skipped,
+        }
+        self._write(step, line)
+        if in_a_row:
+            lines = self.run.rows.lines_of_step(step)
+            self.progress.note(f"step {step}: not finite, update skipped; {lines}")
+        shown = ("loss", "learning_rate", "tokens_per_second")
+        self.progress.update(step, **{name: line[name] for name in shown}, skipped=skipped)
+
+    def evaluation(self, step: int, call: Callable[..., Any]) -> dict[str, float]:
+        """Evaluates the model as it stands and writes metrics and answers.
+
+        Args:
+            step: Steps done.
+            call: ``call(work, "evaluating")`` does the work, or gives up.
+
+        Returns:
+            The metrics.
+        """
+        self.flush()
+        with self.progress.paused("evaluating"):
+            scores, samples = call(self.run.evaluate, "evaluating")
+        for sample in samples:
+            self._samples.append({"step": step, **dataclasses.asdict(sample)})
+        self._write(step, scores)
+        self.progress.note(report.evaluation_line(step, scores))
+        self.start_clock()
+        return scores
+
+    def _write(self, step: int, values: dict) -> None:
+        self._metrics.append({"step": step, **values})
+        self._tracker.log(step, values)
+
+
+def evaluations(output: pathlib.Path) -> dict[int, dict[str, Any]]:
+    """The evaluations in a run's ``metrics.jsonl``, by step."""
+    try:
+        lines = (output / METRICS).read_text().splitlines()
+    except FileNotFoundError:
+        return {}
+    found = [json.loads(line) for line in lines]
+    return {line["step"]: line for line in found if "eval_loss" in line}
