@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.methods import LoRA, init_adapter
+from jaxpeft import paths
+from jaxpeft.methods import Adapter, LoRA, init_adapter
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.transformer import Transformer
 
@@ -28,36 +29,32 @@ CONFIG = ModelConfig(
 def decoder(config=CONFIG, remat="none", dtype=jnp.float32):
     """The module and its parameters; biases and norms are drawn, too. Nobody changes them."""
     module = Transformer(config, dtype, remat)
-
-    @jax.jit
-    def init(key):
-        params = module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-        return jax.tree.map(jnp.add, params, jax.tree.map(lambda x: 0.1 * x, noise(params, key)))
-
-    return module, init(jax.random.key(0))
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
+    params = draw(shapes, seed=0, scale=0.2)
+    norms = {path: 1 + leaf for path, leaf in paths.flatten(params).items() if "norm" in path}
+    return module, paths.put(params, norms)
 
 
-def noise(tree, key):
-    """Normal numbers in the shapes of a tree."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
+def draw(shapes, seed, scale):
+    """Normal numbers in the shapes of a tree, by NumPy: nothing is compiled."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(scale * rng.standard_normal(x.shape, np.float32)), shapes
+    )
 
 
 @functools.cache
 def make_adapter(method=LoRA(rank=2, alpha=4.0), config=CONFIG, trained=False):  # noqa: B008
-    """A new adapter, or one with all factors drawn as if it were trained."""
-    params = decoder(config)[1]
-
-    @jax.jit
-    def init(key):
-        new = init_adapter(method, params, key)
-        if not trained:
-            return new
-        return new.replace(params=jax.tree.map(lambda x: x / 4, noise(new.params, key)))
-
-    return init(jax.random.key(2))
+    """An adapter as it starts, B at zero, or with all factors drawn as if it were trained."""
+    init = functools.partial(init_adapter, method, decoder(config)[1])
+    drawn = draw(jax.eval_shape(init, jax.random.key(0)).params, seed=1, scale=0.25)
+    if not trained:
+        leaves = paths.flatten(drawn)
+        zeros = {path: 0 * leaf for path, leaf in leaves.items() if path.endswith("/b")}
+        drawn = paths.put(drawn, zeros)
+    buffers = jax.jit(lambda key: init(key).buffers)(jax.random.key(0))
+    return Adapter(drawn, buffers, jax.eval_shape(init, jax.random.key(0)).spec)
 
 
 def make_batch(rows, seq, seed=0, vocab=CONFIG.vocab_size):
