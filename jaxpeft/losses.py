@@ -84,16 +84,20 @@ def _token_losses(logits: Array, targets: Array, weights: Array) -> tuple[Array,
 
 
 def _rematerialised(head: Any, head_params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
-    @jax.checkpoint
-    def losses(params: Any, h: Array, t: Array, w: Array) -> tuple[Array, Array]:
-        return _token_losses(head(params, h), t, w)
+    # The checkpoint is around the cond: what a cond keeps for the backward pass is stacked up
+    # once a chunk, the head included.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def losses(params: Any, chunk: Any) -> tuple[Array, Array]:
+        def work(c: Any) -> tuple[Array, Array]:
+            return _token_losses(head(params, c[0]), c[1], c[2])
+
+        def idle(c: Any) -> tuple[Array, Array]:
+            return jnp.zeros(()), jnp.zeros(())
+
+        return jax.lax.cond((chunk[2] != 0).any(), work, idle, chunk)
 
     def step(sums: Any, chunk: Any) -> Any:
-        zero = (jnp.zeros(()), jnp.zeros(()))
-        new = jax.lax.cond(
-            (chunk[2] != 0).any(), lambda c: losses(head_params, *c), lambda c: zero, chunk
-        )
-        return jax.tree.map(jnp.add, sums, new), None
+        return jax.tree.map(jnp.add, sums, losses(head_params, chunk)), None
 
     return jax.lax.scan(step, (jnp.zeros(()), jnp.zeros(())), (hidden, targets, weights))[0]
 
