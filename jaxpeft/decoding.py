@@ -132,6 +132,8 @@ def encode_prompts(base: Model, prompts: Sequence[str | Sequence[dict]]) -> list
     def render(index: int, prompt: str | Sequence[dict]) -> Rendered:
         if isinstance(prompt, str):
             return render_plain(prompt, "")
+        if not prompt:
+            raise UserError(f"prompt {index}: no messages.")
         answered = [*prompt, {"role": "assistant", "content": "-"}]
         if problems := check_row({"messages": answered}):
             raise UserError(f"prompt {index}: {first_few(problems)}.")

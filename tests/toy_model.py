@@ -1,10 +1,14 @@
 """A small random model with the toy tokenizer, and adapters that change what it says."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from toy_tokenizer import VOCAB_SIZE, toy_tokenizer
 
 import jaxpeft as jp
+from jaxpeft import paths
 from jaxpeft.models.transformer import Transformer
 
 CONFIG = {
@@ -20,27 +24,44 @@ CONFIG = {
     "max_positions": 128,
     "initializer_range": 0.6,
 }
+# One for all: a model's tokenizer is a static part of it, another one compiles anew.
+TOKENIZER = functools.cache(toy_tokenizer)
 
 
 def toy_model(key, tokenizer=True, **changes):
     """A model whose weights are large enough for its likeliest tokens to change with the text."""
     config = jp.ModelConfig(**{**CONFIG, **changes})
     module = Transformer(config, jnp.float32)
-    params = module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    params = draw(key, shapes_of(module), config.initializer_range)
+    norms = {path: jnp.ones_like(x) for path, x in paths.flatten(params).items() if "norm" in path}
     return jp.Model(
-        params=params,
+        params=paths.put(params, norms),
         config=config,
         module=module,
-        tokenizer=toy_tokenizer() if tokenizer is True else tokenizer or None,
+        tokenizer=TOKENIZER() if tokenizer is True else tokenizer or None,
         fingerprint="0" * 64,
         name="toy",
     )
 
 
+@functools.cache
+def shapes_of(module):
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
+
+
 def toy_adapter(key, base, **changes):
     """LoRA with both factors drawn at random."""
-    adapter = jp.init_adapter(jp.LoRA(**{"rank": 2, "alpha": 4.0, **changes}), base.params, key)
-    leaves, tree = jax.tree.flatten(adapter.params)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [jax.random.normal(k, x.shape) / 2 for k, x in zip(keys, leaves, strict=True)]
-    return adapter.replace(params=jax.tree.unflatten(tree, drawn))
+    method = jp.LoRA(**{"rank": 2, "alpha": 4.0, **changes})
+    init = functools.partial(jp.init_adapter, method, base.params)
+    shapes = jax.eval_shape(init, key)
+    buffers = jax.jit(lambda key: init(key).buffers)(key)
+    return jp.Adapter(draw(key, shapes.params, 0.5), buffers, shapes.spec)
+
+
+def draw(key, shapes, scale):
+    """Normal numbers in the shapes of a tree, by NumPy: nothing is compiled."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    return jax.tree.map(
+        lambda x: jnp.asarray(scale * rng.standard_normal(x.shape, np.float32)), shapes
+    )
