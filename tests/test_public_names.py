@@ -1,0 +1,134 @@
+"""The package's face: what it exports, how quickly, and that all of it is explained."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxpeft as jp
+
+HEAVY = (
+    "jax",
+    "flax",
+    "optax",
+    "transformers",
+    "datasets",
+    "grain",
+    "orbax",
+    "matplotlib",
+    "huggingface_hub",
+    "safetensors",
+    "gguf",
+    "rich",
+)
+RECORDS = [name for name in jp.__all__ if inspect.isclass(getattr(jp, name))]
+FUNCTIONS = [name for name in jp.__all__ if name not in RECORDS]
+
+
+def run(code):
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_at_most_forty_names_are_public():
+    assert len(jp.__all__) <= 40
+
+
+def test_importing_the_package_is_quick_and_imports_nothing_heavy():
+    code = f"""
+import sys, time
+start = time.process_time()
+import jaxpeft
+seconds = time.process_time() - start
+print([name for name in {HEAVY} if name in sys.modules], seconds < 0.5)
+"""
+    assert run(code) == "[] True\n"
+
+
+def test_loading_and_training_names_leave_out_what_only_some_commands_need():
+    heavy = [name for name in HEAVY if name not in ("jax", "flax", "optax", "rich")]  # flax: rich
+    code = f"""
+import sys, jaxpeft
+for name in jaxpeft.__all__:
+    getattr(jaxpeft, name)
+print([name for name in {heavy} if name in sys.modules])
+"""
+    assert run(code) == "[]\n"
+
+
+def test_editors_are_told_the_names_that_exist():
+    tree = ast.parse(pathlib.Path(inspect.getfile(jp)).read_text())
+    (block,) = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    told = {}
+    for statement in block.body:
+        assert isinstance(statement, ast.ImportFrom)
+        for alias in statement.names:
+            assert alias.asname == alias.name, "without `as` it counts as private"
+            told[alias.name] = getattr(importlib.import_module(statement.module), alias.name)
+    assert sorted(told) == jp.__all__
+    assert all(getattr(jp, name) is value for name, value in told.items())
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'jaxpeft' has no attribute 'generat'"):
+        _ = jp.generat
+    assert set(jp.__all__) <= set(dir(jp))
+
+
+@pytest.mark.parametrize("first", ["import jaxpeft.generate, jaxpeft.merge", "import jaxpeft"])
+def test_commands_do_not_take_the_place_of_the_functions_of_their_name(first):
+    code = f"""
+{first}
+import jaxpeft as jp
+from jaxpeft import generate, merge
+from jaxpeft.generate import main as generate_command
+from jaxpeft.merge import main as merge_command
+assert generate is jp.generate and merge is jp.merge
+print(generate.__module__, merge.__module__, generate_command.__module__, merge_command.__module__)
+"""
+    assert run(code) == "jaxpeft.decoding jaxpeft.methods jaxpeft.generate jaxpeft.merge\n"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstring_explains_every_argument_and_the_result(name):
+    function = getattr(jp, name)
+    text = inspect.getdoc(function)
+    arguments = text.partition("\nArgs:\n")[2].partition("\n\n")[0]
+    for parameter in inspect.signature(function).parameters.values():
+        assert f"    {parameter.name.lstrip('*')}: " in arguments.replace("*", ""), parameter
+    returns = ast.parse(inspect.getsource(inspect.unwrap(function))).body[0].returns
+    if ast.unparse(returns) != "None":
+        assert "\nReturns:\n" in text
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstring_names_the_errors_that_the_function_itself_raises(name):
+    function = getattr(jp, name)
+    (definition,) = ast.parse(inspect.getsource(inspect.unwrap(function))).body
+    raised = {
+        node.exc.func.id
+        for statement in definition.body
+        if not isinstance(statement, ast.FunctionDef)
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+    }
+    told = inspect.getdoc(function).partition("\nRaises:\n")[2]
+    assert all(error in told for error in raised)
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDS if name != "UserError"])
+def test_docstring_explains_every_field_or_argument_of_a_class(name):
+    text = inspect.getdoc(getattr(jp, name))
+    for parameter in inspect.signature(getattr(jp, name)).parameters:
+        assert f"    {parameter}: " in text
