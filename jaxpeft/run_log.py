@@ -6,9 +6,11 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxpeft import report
 from jaxpeft.config_keys import to_plain
@@ -38,6 +40,8 @@ class RunLog:
         self.run, self.last_step = run, first
         self.skipped_in_a_row = int(run.state.skipped_in_a_row)
         self._pending: tuple[int, dict, dict] | None = None
+        # All at once: a rate computed now would wait for the step that the device works on.
+        self._rates = np.asarray(jax.jit(jax.vmap(run.schedule))(jnp.arange(run.rows.steps)))
         self._clock = 0.0
         with contextlib.ExitStack() as stack:
             files = [MetricsLog(run.output / name) for name in (METRICS, SAMPLES)]
@@ -94,7 +98,7 @@ class RunLog:
         updates_before = step - skipped - (0 if in_a_row else 1)
         line = {
             "loss": values["loss"],
-            "learning_rate": float(cast(Any, self.run.schedule(updates_before))),
+            "learning_rate": float(self._rates[updates_before]),
             "grad_norm": values["grad_norm"],
             "tokens_per_second": counts["tokens"] / seconds,
             "supervised_tokens": counts["supervised_tokens"],

@@ -46,10 +46,10 @@ def write_rows(path: pathlib.Path, rows: list) -> None:
 
 
 def settings(files: Files, output: pathlib.Path, **changes) -> dict:
-    """A config as nested dicts; `changes` replace keys of sections, ``name=None`` a section."""
+    """A config as nested dicts; `changes` replace keys of sections, or named sections."""
     config = {
         "model": {"path": str(files.model)},
-        "method": {"name": "lora", "rank": 4, "alpha": 8},
+        "method": {"name": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "down_proj"]},
         "data": {"train": str(files.train), "eval": str(files.eval), "max_length": 32},
         "optim": {"learning_rate": 0.01},
         "train": {"steps": STEPS, "batch_size": 8},
@@ -58,7 +58,7 @@ def settings(files: Files, output: pathlib.Path, **changes) -> dict:
         "output_dir": str(output),
     }
     for section, values in changes.items():
-        if isinstance(values, dict):
+        if isinstance(values, dict) and "name" not in values:
             values = {**config.get(section, {}), **values}
         config[section] = values
     return config
