@@ -119,8 +119,8 @@ def make_train_step(
     Args:
         loss_fn: ``loss_fn(params, adapter, batch, key)``. It returns a scalar, or a pair
             ``(total, aux)`` where ``aux["weight"]`` is what the total is to be divided by (say,
-            the number of supervised tokens) and further entries are sums to report. Totals and
-            weights are added up over microbatches and divided once.
+            the number of supervised tokens; 1 if it is not there) and further entries are sums
+            to report. Totals and weights are added up over microbatches and divided once.
         tx: An optimizer from `jaxpeft.masked`.
         microbatches: In how many parts along its first axis a batch is visited.
         state_shardings: Where the new state is to live; None leaves it to XLA.
@@ -141,8 +141,8 @@ def make_train_step(
         def total(trained: Any, part: Any, key: jax.Array) -> Any:
             now = state.replace(trained=trained)  # pyright: ignore[reportAttributeAccessIssue]
             out = loss_fn(now.base(params), now.adapter, part, key)
-            value, aux = out if isinstance(out, tuple) else (out, {"weight": jnp.ones(())})
-            return value, {**aux, "total": value}
+            value, aux = out if isinstance(out, tuple) else (out, {})
+            return value, {"weight": jnp.ones(()), **aux, "total": value}
 
         slopes = jax.grad(total, has_aux=True)
         step_key = jax.random.fold_in(state.key, state.step)

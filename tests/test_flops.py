@@ -1,0 +1,83 @@
+"""The counter against a formula by hand and against XLA's own count of programs without loops."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_decoder import CONFIG
+
+from jaxpeft.flops import count_flops
+from jaxpeft.models.transformer import Transformer
+
+IDS = jax.ShapeDtypeStruct((3, 32), jnp.int32)
+
+
+def model(remat="none", **changes):
+    module = Transformer(dataclasses.replace(CONFIG, **changes), jnp.float32, remat)
+    return module, jax.eval_shape(module.init, jax.random.key(0), IDS)
+
+
+def by_hand(c, rows, seq):
+    """Products of one forward pass."""
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    kernels = c.d_model * (q + 2 * kv) + q * c.d_model + 3 * c.d_model * c.d_ff
+    scores_and_sums = 2 * rows * q * seq**2 * 2
+    layers = c.num_layers * (2 * rows * seq * kernels + scores_and_sums)
+    return layers, 2 * rows * seq * c.d_model * c.vocab_size
+
+
+@pytest.mark.parametrize("layers", [1, 2, 8])
+def test_a_forward_pass_costs_what_the_formula_says(layers):
+    module, variables = model(num_layers=layers)
+    assert count_flops(module.apply, variables, IDS) == sum(by_hand(module.config, 3, 32))
+
+
+def test_twice_the_depth_doubles_the_part_of_the_layers():
+    def cost(layers):
+        module, variables = model("full", num_layers=layers)
+        return count_flops(jax.grad(lambda v, ids: module.apply(v, ids).sum()), variables, IDS)
+
+    assert cost(4) - cost(2) == 2 * (cost(2) - cost(1)) > 0
+
+
+def test_rematerialised_layers_cost_one_more_forward_pass():
+    def cost(remat):
+        module, variables = model(remat)
+        return count_flops(jax.grad(lambda v, ids: module.apply(v, ids).sum()), variables, IDS)
+
+    # All of a layer but its last product, whose result the backward pass does not need.
+    layers, _ = by_hand(CONFIG, 3, 32)
+    last = CONFIG.num_layers * 2 * 3 * 32 * CONFIG.d_ff * CONFIG.d_model
+    assert cost("full") - cost("none") == layers - last
+
+
+def test_the_count_of_a_program_without_loops_is_that_of_xla():
+    wide = {"num_layers": 1, "d_model": 64, "d_ff": 128, "head_dim": 16}
+    module, variables = model(**wide)
+    function = jax.jit(jax.value_and_grad(lambda v, ids: jnp.square(module.apply(v, ids)).sum()))
+    xla = function.lower(variables, IDS).compile().cost_analysis()["flops"]
+    # XLA counts elementwise work as well.
+    assert 0.9 < count_flops(function, variables, IDS) / xla <= 1.0
+
+
+def test_work_whose_result_is_not_used_is_not_counted():
+    x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+
+    def body(carry, _):
+        used, unused = carry
+        return (used @ used, unused @ unused), None
+
+    def run(x):
+        return jax.lax.scan(body, (x, x), None, length=5)[0][0]
+
+    assert count_flops(run, x) == 5 * 2 * 4**3
+
+
+def test_the_most_expensive_branch_of_a_condition_counts():
+    x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+
+    def run(x):
+        return jax.lax.cond(x.sum() > 0, lambda y: y @ y, lambda y: y @ y @ y, x)
+
+    assert count_flops(jax.jit(run), x) == 2 * 2 * 4**3
