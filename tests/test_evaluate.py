@@ -1,0 +1,199 @@
+"""Metrics against float64 NumPy row by row, and exact match against answers made by hand."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from toy_model import toy_adapter, toy_model
+
+import jaxpeft as jp
+from jaxpeft import data, evaluate
+from jaxpeft.errors import UserError
+from jaxpeft.evaluate import Sample, evaluate_file, evaluate_loss, exact_match
+
+ROWS = [
+    {"prompt": "two and two is", "completion": " four"},
+    {"prompt": "Sing", "completion": ", o muse."},
+    {"text": "All is text."},
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+    {"prompt": "a", "completion": "b"},
+]
+LONGEST = 96
+
+
+def encode(base, rows=ROWS):
+    return data.encode_rows(rows, base.tokenizer, max_length=LONGEST)
+
+
+def batches(base, examples, batch_size=2, packing=True):
+    return data.eval_batches(
+        examples,
+        batch_size=batch_size,
+        max_length=LONGEST,
+        packing=packing,
+        pad_id=base.config.pad_token_id,
+    )
+
+
+def numpy_metrics(base, examples, adapter=None):
+    """Every example alone in a row, and the formulas in float64."""
+    losses, hits = [], []
+    for ids, learned in zip(examples.tokens, examples.masks, strict=True):
+        row = np.zeros((1, LONGEST), np.int32)
+        row[0, : len(ids)] = ids
+        logits = np.asarray(base(row, adapter=adapter)[0], np.float64)
+        for place in np.flatnonzero(learned[1:]):
+            scores, target = logits[place], ids[place + 1]
+            top = scores.max()
+            losses.append(top + np.log(np.exp(scores - top).sum()) - scores[target])
+            hits.append(scores.argmax() == target)
+    return {
+        "eval_loss": np.mean(losses),
+        "eval_perplexity": np.exp(np.mean(losses)),
+        "eval_token_accuracy": np.mean(hits),
+    }
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapter"])
+def test_metrics_match_float64_numpy_row_by_row(getkey, packing, adapted):
+    base = toy_model(getkey())
+    adapter = toy_adapter(getkey(), base) if adapted else None
+    (likely,) = jp.generate(base, ["Once"], adapter=adapter, max_new_tokens=12)
+    examples = encode(base, [*ROWS, {"prompt": "Once", "completion": likely}])
+    expected = numpy_metrics(base, examples, adapter)
+    assert 0 < expected["eval_token_accuracy"] < 1
+    metrics = evaluate_loss(base, batches(base, examples, packing=packing), adapter)
+    assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_are_placed_by_put(getkey):
+    base, placed = toy_model(getkey()), []
+    metrics = evaluate_loss(
+        base, batches(base, encode(base)), put=lambda batch: placed.append(batch) or batch
+    )
+    assert len(placed) == len(list(batches(base, encode(base))))
+    assert metrics == evaluate_loss(base, batches(base, encode(base)))
+
+
+def test_a_loss_too_large_for_a_perplexity_gives_infinity(getkey):
+    base = toy_model(getkey())
+    head = {"kernel": 1e4 * base.params["lm_head"]["kernel"]}
+    metrics = evaluate_loss(
+        base.replace(params={**base.params, "lm_head": head}), batches(base, encode(base))
+    )
+    assert metrics["eval_loss"] > 700
+    assert metrics["eval_perplexity"] == math.inf
+
+
+def test_nothing_supervised_is_an_error(getkey):
+    base = toy_model(getkey())
+    (batch,) = batches(base, encode(base), batch_size=8)
+    silent = {**batch, "weights": 0 * batch["weights"]}
+    for given in ([], [silent]):
+        with pytest.raises(UserError, match="at least one supervised token"):
+            evaluate_loss(base, given)
+
+
+def test_exact_match_ignores_blanks_around_and_nothing_else(getkey, monkeypatch):
+    answers = iter([" four\n", ", O muse.", "Ho", ""])
+    monkeypatch.setattr(
+        evaluate, "generate", lambda base, prompts, **_: [next(answers) for _ in prompts]
+    )
+    share, samples = exact_match(toy_model(getkey()), ROWS)
+    assert share == 0.5
+    assert samples == [
+        Sample("two and two is", "four", " four\n"),
+        Sample("Sing", ", o muse.", ", O muse."),
+        Sample("Hi", "Ho", "Ho"),
+        Sample("a", "b", ""),
+    ]
+    assert [sample.correct for sample in samples] == [True, False, True, False]
+
+
+def test_exact_match_of_the_models_own_answers_is_one(getkey):
+    base = toy_model(getkey())
+    adapter = toy_adapter(getkey(), base)
+    prompts = ["two and two is", "Sing", "a", "z"]
+    answers = jp.generate(base, prompts, adapter=adapter, max_new_tokens=8)
+    rows = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
+    assert exact_match(base, rows, adapter, max_new_tokens=8)[0] == 1.0
+    assert exact_match(base, rows, None, max_new_tokens=8)[0] < 1.0
+
+
+def test_exact_match_without_references_is_an_error(getkey):
+    with pytest.raises(UserError, match="needs rows with a prompt and an answer"):
+        exact_match(toy_model(getkey()), [{"text": "All is text."}])
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+def test_a_file_is_evaluated_for_every_adapter_with_one_compile(getkey, write, monkeypatch):
+    traced = []
+    original = evaluate.make_lm_loss
+    monkeypatch.setattr(
+        evaluate, "make_lm_loss", lambda *a, **k: traced.append(1) or original(*a, **k)
+    )
+    base = toy_model(getkey(), d_ff=20)
+    adapters = {
+        name: toy_adapter(getkey(), base, alpha=a) for name, a in (("one", 1.0), ("two", 9.0))
+    }
+    results = evaluate_file(
+        base, write(ROWS), adapters, max_length=LONGEST, batch_size=2, max_new_tokens=4
+    )
+    assert len(traced) == 1
+    for name, adapter in adapters.items():
+        loss = evaluate_loss(base, batches(base, encode(base)), adapter)
+        share, _ = exact_match(base, ROWS, adapter, max_new_tokens=4, batch_size=8)
+        assert results[name] == pytest.approx({**loss, "eval_exact_match": share})
+    assert results["one"]["eval_loss"] != results["two"]["eval_loss"]
+
+
+def test_only_the_first_rows_of_a_file_are_evaluated_if_wanted(getkey, write):
+    base = toy_model(getkey())
+    results = evaluate_file(
+        base,
+        write([{"text": "first"}, {"text": "second"}, *ROWS]),
+        {"base": None},
+        max_rows=2,
+        max_length=LONGEST,
+        batch_size=2,
+    )
+    rows = [{"text": "first"}, {"text": "second"}]
+    assert results == {"base": evaluate_loss(base, batches(base, encode(base, rows)))}
+
+
+def test_results_are_printed_as_one_line_for_each(getkey):
+    stream = io.StringIO()
+    evaluate.print_results(
+        {
+            "base": {"eval_loss": 2.0, "eval_perplexity": 7.38905609893},
+            "runs/[bold]a": {"eval_loss": 0.25, "eval_perplexity": 1.0},
+        },
+        stream,
+    )
+    lines = [line.split() for line in stream.getvalue().splitlines() if any(map(str.isalnum, line))]
+    assert lines == [
+        ["adapter", "loss", "perplexity"],
+        ["base", "2", "7.389"],
+        ["runs/[bold]a", "0.25", "1"],
+    ]
+
+
+def test_nothing_is_dropped_out_in_evaluation(getkey):
+    base, key = toy_model(getkey()), getkey()
+    plain, dropping = (
+        evaluate_loss(base, batches(base, encode(base)), toy_adapter(key, base, dropout=rate))
+        for rate in (0.0, 0.9)
+    )
+    assert plain == dropping
