@@ -142,6 +142,11 @@ def read_data(config: RunConfig, model: ModelConfig) -> Rows:
         held_out = encode(section.eval).first(config.evaluation.max_rows)
         values = {row.line: row.value for row in scan_rows(section.eval).rows}
         held_out_rows = [values[line] for line in held_out.lines]
+        if config.evaluation.exact_match and not any(map(data.prompt_and_reference, held_out_rows)):
+            raise UserError(
+                f"evaluation.exact_match: {section.eval} has plain text only; give rows with a "
+                "prompt and an answer, or set it to false."
+            )
         known = {tokens.tobytes() for tokens in examples.tokens}
         shared = sum(tokens.tobytes() in known for tokens in held_out.tokens)
     plan = data.Plan(

@@ -515,6 +515,27 @@ def test_a_signal_never_costs_an_evaluation_that_decides_about_the_best(
     assert steps_of(evaluation_lines(output)) == [0, 3, 6, 9, 12]
 
 
+@pytest.mark.parametrize("doing", ["loading the model", "evaluating", "compiling"])
+def test_a_signal_before_the_first_step_saves_nothing(files, tmp_path, monkeypatch, doing):
+    owner, name = {
+        "loading the model": (program, "load_model"),
+        "evaluating": (Run, "evaluate"),
+        "compiling": (Run, "compile_step"),
+    }[doing]
+    work = getattr(owner, name)
+
+    def slow(*args, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        return work(*args, **options)
+
+    monkeypatch.setattr(owner, name, slow)
+    changes = NO_EVAL if doing == "compiling" else {}
+    with pytest.raises(InterruptedRunError, match=f"SIGINT while {doing}: nothing new to save"):
+        program.main([write_config(files, tmp_path / "run", **changes)])
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_signal_in_the_last_step_leaves_the_export_for_later(files, plain, tmp_path, monkeypatch):
     config = write_config(files, tmp_path / "run", **NO_EVAL, checkpoint=None)
     stop_at(monkeypatch, STEPS, signal.SIGINT)
@@ -608,6 +629,11 @@ def bad_row(files, tmp_path):
     return {"data": {"train": str(tmp_path / "bad.jsonl")}}
 
 
+def no_answers(files, tmp_path):
+    write_rows(tmp_path / "eval.jsonl", [{"text": "abc"}])
+    return {"data": {"eval": str(tmp_path / "eval.jsonl")}, "evaluation": {"exact_match": True}}
+
+
 def output_in_a_file(files, tmp_path):
     (tmp_path / "file").write_text("")
     return {"output_dir": str(tmp_path / "file" / "run")}
@@ -622,6 +648,7 @@ BAD = {
     "missing data": ({"data": {"train": "nowhere.jsonl"}}, "nowhere.jsonl"),
     "missing held-out data": ({"data": {"eval": "nowhere.jsonl"}}, "nowhere.jsonl"),
     "bad row": (bad_row, r'bad\.jsonl:1: "completion": expected text, got null'),
+    "nothing to match": (no_answers, "evaluation.exact_match: .* has plain text only"),
     "model typo": ({"model": {"path": "./modle"}}, "modle"),
     "unknown key": ({"optim": {"learning_rat": 1}}, r"run\.yaml:\d+: .*learning_rate"),
     "no such target": ({"method": {"targets": ["q_prj"]}}, "targets pattern 'q_prj'"),
