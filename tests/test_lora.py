@@ -183,7 +183,9 @@ def test_dropout_of_zero_with_a_key_changes_nothing(getkey):
     ids=["adamw", "lion", "sgd"],
 )
 def test_layers_that_are_not_adapted_stay_zero(tx):
-    adapter = init_adapter(LoRA(rank=2, targets=r".*\.1\..*proj"), PARAMS, jax.random.key(1))
+    adapter = init_adapter(
+        LoRA(rank=2, targets=r".*\.1\..*(v|down)_proj"), PARAMS, jax.random.key(1)
+    )
     params, state = adapter.params, tx.init(adapter.params)
 
     @jax.jit
@@ -207,6 +209,7 @@ def test_columns_padded_with_zeros_stay_zero_and_change_nothing_else(getkey):
     a, b = jax.random.normal(getkey(), (8, 2)), jax.random.normal(getkey(), (2, 6))
     tx = optax.adamw(0.05, weight_decay=0.1)
 
+    @jax.jit
     def train(params):
         def loss(p):
             return jnp.square(LoRAKernel(w, p["a"], p["b"], scale=2.0).multiply(x)).sum()

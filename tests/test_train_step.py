@@ -37,6 +37,7 @@ UNIQUE = dataclasses.replace(
     CONFIG, vocab_size=52, d_model=20, d_ff=28, num_heads=4, num_kv_heads=1, head_dim=6
 )
 MODULE, PARAMS = decoder()
+FEW = LoRA(rank=2, targets=("v_proj", "down_proj"))
 BATCH = make_batch(6, 9)
 LOSS = make_lm_loss(MODULE, head_frozen=True)
 
@@ -44,7 +45,7 @@ LOSS = make_lm_loss(MODULE, head_frozen=True)
 def start(tx, adapter=None, trainable=adapter_only, loss=LOSS, **options):
     """A fresh state and a compiled step."""
     tx = masked(tx, trainable)
-    state = init_train_state(PARAMS, adapter or make_adapter(), tx, jax.random.key(5))
+    state = init_train_state(PARAMS, adapter or make_adapter(FEW), tx, jax.random.key(5))
     return state, make_train_step(loss, tx, **options)
 
 
@@ -182,7 +183,7 @@ def test_a_frozen_leaf_of_the_adapter_stays():
 
     state, step = start(optax.sgd(0.1), trainable=trainable)
     state, _ = step(state, PARAMS, BATCH)
-    before = paths.flatten(make_adapter().params)
+    before = paths.flatten(make_adapter(FEW).params)
     for path, leaf in paths.flatten(state.adapter.params).items():
         assert (leaf == before[path]).all() == path.endswith("/a")
 
@@ -215,17 +216,16 @@ def test_every_leaf_and_layer_has_a_gradient_by_the_second_step():
         assert (np.abs(slope).max(axis=(1, 2)) > 0).all(), path
 
 
-@pytest.mark.parametrize("microbatches", [2, 3])
-def test_accumulation_of_uneven_parts_equals_the_whole_batch(microbatches):
+def test_accumulation_of_uneven_parts_equals_the_whole_batch():
     whole, step = start(optax.sgd(1.0))
-    parts, accumulate = start(optax.sgd(1.0), microbatches=microbatches)
+    parts, accumulate = start(optax.sgd(1.0), microbatches=3)
     for _ in range(2):
         whole, expected = step(whole, PARAMS, BATCH)
         parts, actual = accumulate(parts, PARAMS, BATCH)
     for name in ("loss", "grad_norm", "weight", "correct"):
         np.testing.assert_allclose(actual[name], expected[name], rtol=1e-6)
     jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6),
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6, atol=1e-6),
         parts.adapter.params,
         whole.adapter.params,
     )
@@ -271,7 +271,7 @@ def test_a_loss_of_ones_own_trains_as_optax_alone_would():
         del key
         return jnp.square(MODULE.apply(bind(params, adapter), batch)).mean()
 
-    ids, adapter, tx = BATCH["tokens"], make_adapter(trained=True), optax.adam(0.01)
+    ids, adapter, tx = BATCH["tokens"], make_adapter(FEW, trained=True), optax.adam(0.01)
     state, step = start(tx, adapter, loss=loss)
     params, moments = adapter.params, tx.init(adapter.params)
     value = jax.jit(
@@ -296,7 +296,7 @@ def test_sums_beside_the_loss_are_reported_and_the_weight_is_optional():
         return jnp.square(jax.tree.leaves(adapter.params)[0]).sum(), {"rows": batch.sum()}
 
     state, step = start(optax.sgd(0.1), loss=loss, microbatches=3)
-    square = np.square(jax.tree.leaves(make_adapter().params)[0]).sum()
+    square = np.square(jax.tree.leaves(make_adapter(FEW).params)[0]).sum()
     _, metrics = step(state, PARAMS, jnp.ones((6,)))
     assert float(metrics["rows"]) == 6
     assert float(metrics["weight"]) == 3
@@ -318,7 +318,8 @@ def test_neither_steps_nor_other_numbers_of_a_method_compile_again():
     step = make_train_step(chex.assert_max_traces(loss, n=1), tx)
     losses = set()
     for alpha, dropout in ((4.0, 0.0), (8.0, 0.0), (8.0, 0.3)):
-        adapter = make_adapter(LoRA(rank=2, alpha=alpha, dropout=dropout), trained=True)
+        method = dataclasses.replace(FEW, alpha=alpha, dropout=dropout)
+        adapter = make_adapter(method, trained=True)
         state = init_train_state(PARAMS, adapter, tx, jax.random.key(0))
         for _ in range(2):
             state, metrics = step(state, PARAMS, BATCH)
@@ -328,7 +329,7 @@ def test_neither_steps_nor_other_numbers_of_a_method_compile_again():
 
 def test_dropout_is_a_function_of_the_seed_and_the_step():
     loss = make_lm_loss(MODULE, head_frozen=True, dropout=True)
-    adapter = make_adapter(LoRA(rank=2, dropout=0.5), trained=True)
+    adapter = make_adapter(dataclasses.replace(FEW, dropout=0.5), trained=True)
     tx = masked(optax.sgd(0.0), adapter_only)
     step = make_train_step(loss, tx)
 
