@@ -12,6 +12,7 @@ from tiny_run import evaluation_lines, make_files, training_lines, write_config
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = [sys.executable, "-m", "jaxpeft.train"]
+DROPOUT = {"method": {"dropout": 0.1}}
 FAULTY = [sys.executable, str(HERE / "faulty_train.py")]
 
 
@@ -52,7 +53,7 @@ def files(tmp_path_factory):
 def whole(files, tmp_path_factory):
     """What a run ends with that nothing disturbed."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    code, errors = run(*COMMAND, write_config(files, output))
+    code, errors = run(*COMMAND, write_config(files, output, **DROPOUT))
     assert code == 0, errors
     return final(output)
 
@@ -67,24 +68,16 @@ def stop(config: str, moment: str, name: str) -> str:
     return errors
 
 
-def test_killed_run_ends_byte_identical(files, tmp_path, whole):
-    config = write_config(files, tmp_path / "run")
-    stop(config, "step:5", "SIGKILL")
-    stop(config, "save:6", "SIGKILL")
-    stop(config, "evaluate:6", "SIGKILL")
-    stop(config, "export", "SIGKILL")
-    assert not (tmp_path / "run" / "adapter").exists()
-    code, errors = run(*COMMAND, config)
-    assert code == 0, errors
-    assert final(tmp_path / "run") == whole
-
-
-def test_interrupted_run_ends_byte_identical(files, tmp_path, whole):
-    config = write_config(files, tmp_path / "run")
+def test_run_stopped_in_every_way_ends_byte_identical(files, tmp_path, whole):
+    config = write_config(files, tmp_path / "run", **DROPOUT)
+    stop(config, "step:2", "SIGKILL")
     assert "at step 5, saved" in stop(config, "step:5", "SIGTERM")
     assert "while compiling: nothing new to save" in stop(config, "compile", "SIGINT")
     interrupt_twice(config)
-    assert "at step 6, saved" in stop(config, "evaluate:6", "SIGTERM")
+    stop(config, "evaluate:6", "SIGKILL")
+    stop(config, "save:9", "SIGKILL")
+    stop(config, "export", "SIGKILL")
+    assert not (tmp_path / "run" / "adapter").exists()
     code, errors = run(*COMMAND, config)
     assert code == 0, errors
     assert final(tmp_path / "run") == whole
