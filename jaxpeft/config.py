@@ -275,7 +275,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def config_hash(config: RunConfig) -> str:
-    """The sha256, in hex, of what determines the adapter a run ends with.
+    """The sha256, in hex, of what determines the states a run goes through.
 
     Left out is what may change when a run goes on: ``output_dir``, ``track``, ``evaluation``,
     ``checkpoint``, ``data.eval``, ``data.workers`` (batches do not depend on it) and ``mesh``

@@ -159,13 +159,13 @@ def evaluate_file(
     """
     from jaxpeft import data
 
-    rows = [row.value for row in data.read_rows(path)][:max_rows]
-    answered = any(data.prompt_and_reference(row) is not None for row in rows)
+    examples = data.encode_file(
+        path, base.tokenizer, max_length=max_length, vocab_size=base.config.vocab_size
+    ).first(max_rows)
+    answered = any(data.prompt_and_reference(row) is not None for row in examples.rows)
     batches = functools.partial(
         data.eval_batches,
-        data.encode_file(
-            path, base.tokenizer, max_length=max_length, vocab_size=base.config.vocab_size
-        ).first(max_rows),
+        examples,
         batch_size=batch_size,
         max_length=max_length,
         packing=True,
@@ -176,7 +176,11 @@ def evaluate_file(
         metrics = evaluate_loss(base, batches(), adapter)
         if answered:
             metrics["eval_exact_match"], _ = exact_match(
-                base, rows, adapter, max_new_tokens=max_new_tokens, batch_size=4 * batch_size
+                base,
+                examples.rows,
+                adapter,
+                max_new_tokens=max_new_tokens,
+                batch_size=4 * batch_size,
             )
         results[name] = metrics
     return results

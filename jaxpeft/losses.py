@@ -48,7 +48,7 @@ def cross_entropy(
         head_frozen: Promise that nothing in `head_params` is differentiated. The gradient with
             respect to it is then zero, and the step saves the head's products of the backward
             pass.
-        chunk_tokens: About how many tokens' logits exist at once.
+        chunk_tokens: About how many tokens' logits exist at once, at most a quarter of the batch.
 
     Returns:
         ``sum(weights * loss)``, and ``{"weight": sum(weights), "correct": weighted count of
@@ -59,7 +59,7 @@ def cross_entropy(
     weights = jnp.take_along_axis(weights, order, axis=1)
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
     batch, seq = targets.shape
-    width = max(1, min(seq, chunk_tokens // batch))
+    width = max(1, min(-(-seq // 4), chunk_tokens // batch))
     pad = -seq % width
     chunks = (seq + pad) // width
 

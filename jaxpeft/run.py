@@ -37,7 +37,6 @@ class Rows:
         plan: Training batches by step.
         steps: Updates of the run.
         eval_examples: Held-out examples, or None.
-        eval_rows: The same as rows, for exact match.
         train_rows: Rows to learn from.
         dropped: Rows of the training file that were left out.
         truncated: Rows of it that were cut.
@@ -47,7 +46,6 @@ class Rows:
     plan: data.Plan
     steps: int
     eval_examples: data.Examples | None
-    eval_rows: list[dict]
     train_rows: int
     dropped: int = 0
     truncated: int = 0
@@ -145,7 +143,7 @@ class Run:
         if section.exact_match:
             metrics["eval_exact_match"], samples = exact_match(
                 model,
-                self.rows.eval_rows,
+                examples.rows,
                 adapter,
                 max_new_tokens=section.max_new_tokens,
                 batch_size=4 * section.batch_size,
@@ -194,7 +192,8 @@ class Run:
             self.restore(checkpoints, best)
         place, model = export_path(self.config), self.model()
         if place.name == "model":
-            save_model(str(place), model, adapter=self.state.adapter, dtype=self.config.model.dtype)
+            dtype = self.config.model.dtype
+            save_model(str(place), model, adapter=self.state.adapter, dtype=dtype, overwrite=True)
         else:
             save_adapter(str(place), self.state.adapter, model)
         return place

@@ -21,7 +21,6 @@ from jaxpeft import config as run_config
 from jaxpeft import data, report, sharding, track
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
-from jaxpeft.data.rows import scan_rows
 from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.load import load_config, load_model, load_tokenizer
@@ -91,12 +90,10 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(RunLock(output))
         stop = stack.enter_context(StopRequest())
-        if overwrite:
-            discard(output)
         checkpoints = stack.enter_context(
             Checkpoints(output / CHECKPOINTS, keep=config.checkpoint.keep)
         )
-        latest = checkpoints.latest()
+        latest = None if overwrite else checkpoints.latest()
         if latest is not None:
             began_with = checkpoints.meta(latest)["data_hash"]
             check_unchanged("training data", began_with, rows.plan.hash, output)
@@ -113,6 +110,8 @@ def train(
             mesh=mesh,
         )
         run = Run(config, stop.run_interruptible(load, "loading the model"), rows, mesh)
+        if overwrite:  # only now: what can be wrong with the new run has been seen
+            discard(output)
         if latest is not None:
             run.restore(checkpoints, latest)
         write_config(config)
@@ -137,12 +136,10 @@ def read_data(config: RunConfig, model: ModelConfig) -> Rows:
         on_long=section.on_long,
         on_bad_row=section.on_bad_row,
     )
-    examples, held_out, held_out_rows, shared = encode(section.train), None, [], 0
+    examples, held_out, shared = encode(section.train), None, 0
     if section.eval:
         held_out = encode(section.eval).first(config.evaluation.max_rows)
-        values = {row.line: row.value for row in scan_rows(section.eval).rows}
-        held_out_rows = [values[line] for line in held_out.lines]
-        if config.evaluation.exact_match and not any(map(data.prompt_and_reference, held_out_rows)):
+        if config.evaluation.exact_match and not any(map(data.prompt_and_reference, held_out.rows)):
             raise UserError(
                 f"evaluation.exact_match: {section.eval} has plain text only; give rows with a "
                 "prompt and an answer, or set it to false."
@@ -169,7 +166,6 @@ def read_data(config: RunConfig, model: ModelConfig) -> Rows:
         plan,
         steps,
         held_out,
-        held_out_rows,
         train_rows=len(examples),
         dropped=sum(examples.dropped.values()),
         truncated=examples.truncated,
@@ -239,7 +235,8 @@ def stop_diverged(run: Run, checkpoints: Checkpoints, log: RunLog) -> None:
     raise DivergedError(
         f"loss or gradient was not finite {count} times in a row up to step {step} "
         f"({run.rows.lines_of_step(step)}); the last good state is kept in "
-        f"{run.output / CHECKPOINTS}. Lower optim.learning_rate or look at the rows."
+        f"{run.output / CHECKPOINTS}. Look at the rows, or lower "
+        "optim.learning_rate and start anew with --overwrite or another output_dir."
     )
 
 

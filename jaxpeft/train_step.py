@@ -82,6 +82,8 @@ def init_train_state(
     Args:
         params: Base parameters.
         adapter: The adapter to train; its arrays are copied, so donation leaves them alone.
+            Base leaves that are trained are kept in float32, whatever the base's dtype: an
+            update of 1e-3 would be lost in bfloat16.
         tx: An optimizer from `jaxpeft.masked`.
         key: Typed PRNG key for dropout.
 
@@ -91,7 +93,15 @@ def init_train_state(
     tree = {"base": params, "adapter": adapter.params}
     labels = tx.labels(tree)
     on = jax.tree.map(lambda label: label == TRAINABLE, labels)
-    trained = jax.tree.map(lambda t, leaf: jnp.copy(leaf) if t else None, on, tree)
+    trained = {
+        "base": jax.tree.map(
+            lambda t, leaf: jnp.array(leaf, jnp.float32) if t else None, on["base"], params
+        ),
+        "adapter": jax.tree.map(
+            lambda t, leaf: jnp.copy(leaf) if t else None, on["adapter"], adapter.params
+        ),
+    }
+    tree["base"] = _combine(trained["base"], params)
     frozen = jax.tree.map(lambda t, x: None if t else jnp.copy(x), on["adapter"], adapter.params)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(

@@ -101,7 +101,7 @@ pip_install=("$python" -m pip install --quiet --disable-pip-version-check --no-c
 # pip would compile ten thousand modules, few of which are ever imported. This compiles those that
 # are, whatever the environment says about writing bytecode, and shows that the packages load.
 env -u PYTHONDONTWRITEBYTECODE TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1 "$python" -c "
-import datasets, flax.linen, gguf, grain, jax, optax, orbax.checkpoint, pydantic, rich, yaml$modules
+import datasets, flax.linen, gguf, grain, jax, optax, orbax.checkpoint, rich, yaml$modules
 from transformers import AutoTokenizer, PreTrainedTokenizerFast"
 printf '%s %s\n' "$key" "$purpose" >"$stamp.new"
 mv "$stamp.new" "$stamp"

@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("jaxpeft", "beartype.beartype")
+install_import_hook("jaxpeft", "checker.check")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

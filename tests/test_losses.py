@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny_decoder import CONFIG, decoder, make_adapter, make_batch
 
 from jaxpeft.linear import attend
-from jaxpeft.losses import cross_entropy, make_lm_loss
+from jaxpeft.losses import CHUNK_TOKENS, cross_entropy, make_lm_loss
 from jaxpeft.methods import bind
 
 D, VOCAB = 8, 20
@@ -126,8 +126,9 @@ def test_chunks_without_supervised_tokens_are_skipped(frozen):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_memory_at_a_vocabulary_of_49152_is_far_below_the_logits(frozen):
-    rows, seq, vocab, d = 4, 512, 49152, 64
+@pytest.mark.parametrize(("seq", "chunk"), [(512, {"chunk_tokens": 64}), (4096, {})])
+def test_memory_at_a_vocabulary_of_49152_is_far_below_the_logits(frozen, seq, chunk):
+    rows, vocab, d = 4, 49152, 64
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     targets = jax.ShapeDtypeStruct((rows, seq), jnp.int32)
     wrt = (0,) if frozen else (0, 1)
@@ -138,14 +139,13 @@ def test_memory_at_a_vocabulary_of_49152_is_far_below_the_logits(frozen):
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     def chunked(hidden, table, targets, weights):
-        return cross_entropy(
-            hidden, head, table, targets, weights, head_frozen=frozen, chunk_tokens=64
-        )[0]
+        return cross_entropy(hidden, head, table, targets, weights, head_frozen=frozen, **chunk)[0]
 
     logits_bytes = rows * seq * vocab * 4
     assert temporary_bytes(naive) >= logits_bytes  # the bound can fail
     # A few copies of one chunk's logits; a trained head adds its own gradient, twice.
-    bound = 4 * 64 * vocab * 4 + (0 if frozen else 3 * vocab * d * 4) + 2 * rows * seq * d * 4
+    tokens = chunk.get("chunk_tokens", CHUNK_TOKENS)
+    bound = 4 * tokens * vocab * 4 + (0 if frozen else 3 * vocab * d * 4) + 2 * rows * seq * d * 4
     assert temporary_bytes(chunked) < bound < logits_bytes / 4
 
 

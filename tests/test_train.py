@@ -604,7 +604,7 @@ def test_bad_rows_are_dropped_from_held_out_data_too(files, tmp_path):
     changes = {"eval": str(tmp_path / "eval.jsonl"), "on_bad_row": "drop"}
     config = jp.load_config(write_config(files, tmp_path / "run", data=changes))
     read = program.read_data(config, load_config(files.model))
-    assert read.eval_rows == rows
+    assert read.eval_examples.rows == rows
     assert read.eval_examples is not None
     assert len(read.eval_examples) == len(rows)
 
@@ -698,3 +698,31 @@ def test_eight_devices_want_batches_that_divide(files, tmp_path):
     program.check_batches(config, mesh)
     with pytest.raises(UserError, match=r"train\.batch_size: 6 .* 4 devices .* nearest: 4 or 8"):
         program.check_batches(jp.load_config(str(path)), mesh)
+
+
+def test_overwriting_with_a_base_that_cannot_be_read_keeps_the_old_run(files, tmp_path):
+    output = tmp_path / "run"
+    config = write_config(files, output)
+    program.main([config])
+    before = (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    broken = tmp_path / "broken"
+    shutil.copytree(files.model, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        program.main([config, "--model.path", str(broken), "--overwrite"])
+    assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    program.main([config])  # says that it is finished
+
+
+def test_exact_match_asks_every_row_of_an_array_on_one_line(files, tmp_path):
+    rows = [json.loads(line) for line in pathlib.Path(files.eval).read_text().splitlines()]
+    array = tmp_path / "eval.json"
+    array.write_text(json.dumps(rows))
+    config = write_config(
+        files, tmp_path / "run", data={"eval": str(array)}, evaluation={"exact_match": True}
+    )
+    program.main([config])
+    samples = read_lines(tmp_path / "run" / "samples.jsonl")
+    asked = [line["reference"] for line in samples if line["step"] == 0]
+    assert asked == [row["completion"].strip() for row in rows]

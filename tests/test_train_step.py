@@ -109,7 +109,7 @@ def test_a_lora_step_costs_at_most_this_share_of_a_full_step(remat, most):
 
 def weight_gradients(method):
     """Kernels for which the compiled step has a product of their shape, either way around."""
-    step, arguments = abstract_step(UNIQUE, method, "none", shapes_of_batch(3, 7))
+    step, arguments = abstract_step(UNIQUE, method, "none", shapes_of_batch(5, 11))
     text = step.lower(*arguments).compile().as_text()
     products = {
         tuple(sorted(int(n) for n in dims.split(",") if int(n) > 1))
@@ -174,6 +174,23 @@ def test_relabelling_one_norm_trains_exactly_it():
     # The first step of Adam moves everything by the learning rate.
     moved = np.abs(after["norm/scale"] - before["norm/scale"])
     np.testing.assert_allclose(moved, 0.01, rtol=1e-3)
+
+
+def test_a_trained_leaf_of_a_bfloat16_base_moves_by_less_than_bfloat16_can_tell():
+    def trainable(tree):
+        labels = adapter_only(tree)
+        return {**labels, "base": paths.put(labels["base"], {"norm/scale": True})}
+
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    tx = masked(optax.adamw(1e-4, weight_decay=0.0), trainable)
+    state = init_train_state(half, make_adapter(), tx, jax.random.key(0))
+    state, _ = make_train_step(LOSS, tx)(state, half, BATCH)
+    moved = np.abs(
+        np.asarray(paths.get(state.base(half), "norm/scale"), np.float64)
+        - np.asarray(half["norm"]["scale"], np.float64)
+    )
+    np.testing.assert_allclose(moved, 1e-4, rtol=1e-2)  # bfloat16 steps by 4e-3 below 1
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
 
 
 def test_a_frozen_leaf_of_the_adapter_stays():

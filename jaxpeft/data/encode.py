@@ -26,6 +26,7 @@ class Examples:
         tokens: int32 ids, one array an example.
         masks: bool, of the same lengths: which tokens are learned.
         lines: The line each example comes from.
+        rows: The row itself.
         dropped: How many rows were left out, by reason.
         truncated: How many examples were cut to the longest length allowed.
         path: The file as the user wrote it.
@@ -35,6 +36,7 @@ class Examples:
     tokens: list[np.ndarray]
     masks: list[np.ndarray]
     lines: list[int]
+    rows: list[dict[str, Any]]
     dropped: dict[str, int]
     truncated: int
     path: str
@@ -46,7 +48,11 @@ class Examples:
     def first(self, count: int | None) -> "Examples":
         """The first `count` examples; all of them for None."""
         return dataclasses.replace(
-            self, tokens=self.tokens[:count], masks=self.masks[:count], lines=self.lines[:count]
+            self,
+            tokens=self.tokens[:count],
+            masks=self.masks[:count],
+            lines=self.lines[:count],
+            rows=self.rows[:count],
         )
 
 
@@ -126,7 +132,8 @@ def _encode(
     on_bad_row: OnBadRow,
 ) -> Examples:
     problems = list(file.problems)
-    tokens, masks, lines = [], [], []
+    tokens, masks, lines, rows = [], [], [], []
+    truncated = 0
     long: list[tuple[int, int]] = []
     for row, example in zip(file.rows, _encode_rows(file.rows, tokenizer), strict=True):
         if isinstance(example, RowError):
@@ -147,6 +154,8 @@ def _encode(
         tokens.append(ids)
         masks.append(mask)
         lines.append(row.line)
+        rows.append(row.value)
+        truncated += is_long
     if on_long == "error":
         problems += _long_problems(long, max_length)
     blocking = [
@@ -156,17 +165,18 @@ def _encode(
     ]
     if blocking:
         raise report(file.path, blocking)
-    reasons = {problem.line: problem.reason for problem in reversed(problems)}
-    if on_long == "drop":
-        reasons.update({line: TOO_LONG for line, _ in long})
     dropped: dict[str, int] = {}
-    for reason in reasons.values():
-        dropped[reason] = dropped.get(reason, 0) + 1
+    counted: set[int] = set()
+    for problem in problems:
+        if problem.row is None or problem.row not in counted:
+            dropped[problem.reason] = dropped.get(problem.reason, 0) + 1
+        if problem.row is not None:
+            counted.add(problem.row)
+    if long and on_long == "drop":
+        dropped[TOO_LONG] = len(long)
     if not tokens:
         raise UserError(f"{file.path}: no row is left: {count_reasons(dropped)}.")
-    kept = set(lines)
-    truncated = sum(line in kept for line, _ in long)
-    return Examples(tokens, masks, lines, dropped, truncated, file.path, file.sha256)
+    return Examples(tokens, masks, lines, rows, dropped, truncated, file.path, file.sha256)
 
 
 def _check_tokens(

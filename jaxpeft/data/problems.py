@@ -23,6 +23,7 @@ class Problem:
         reason: Short label, under which dropped rows are counted.
         hint: The way out, told once for all problems that share it.
         column: Column of the line, from 1, where it is known.
+        row: Place of the row among the file's rows, where several problems may share it.
         fatal: The rest of the file cannot be read, so dropping the row does not help.
     """
 
@@ -32,6 +33,7 @@ class Problem:
     hint: str = DROP_HINT
     column: int | None = None
     fatal: bool = False
+    row: int | None = None
 
     def describe(self, path: str) -> str:
         """The problem with its place in front."""

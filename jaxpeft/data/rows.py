@@ -64,9 +64,9 @@ def scan_rows(path: str | pathlib.Path) -> RowFile:
     """
     file = read_json(path)
     rows, problems = [], list(file.problems)
-    for line, value in file.values:
+    for place, (line, value) in enumerate(file.values):
         found = check_row(value)
-        problems += [Problem(line, text, "bad row") for text in found]
+        problems += [Problem(line, text, "bad row", row=place) for text in found]
         if not found:
             rows.append(Row(line, value))
     return RowFile(file.path, file.sha256, rows, problems)
@@ -85,7 +85,7 @@ def check_rows(values: Sequence[Any], name: str) -> RowFile:
     rows, problems = [], []
     for line, value in enumerate(values, 1):
         found = check_row(value)
-        problems += [Problem(line, text, "bad row", hint="") for text in found]
+        problems += [Problem(line, text, "bad row", hint="", row=line) for text in found]
         if not found:
             rows.append(Row(line, value))
     digest = hashlib.sha256(json.dumps(list(values), default=repr).encode()).hexdigest()
