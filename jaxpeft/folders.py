@@ -2,7 +2,8 @@
 
 The new folder is written beside its place, synced, and moved there; only then does an older one
 go away. A process killed at any moment leaves the old folder, the new one, or, for the instant
-between two renames, both under hidden names beside the place.
+between two renames, both under hidden names beside the place. A rename that fails brings the old
+folder back.
 """
 
 import contextlib
@@ -29,14 +30,35 @@ def write_folder(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
     """
     folder = real_path(path)
     require_replaceable(folder, files)
+    with new_folder(folder) as temporary:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A folder to fill, which takes its place at `path` if the block succeeds.
+
+    Whatever is at `path` is replaced: ask first whether it may go (`require_replaceable`).
+
+    Args:
+        path: The folder to make, with its parents; a link is followed.
+
+    Yields:
+        An empty folder beside `path`. It is gone afterwards: moved there, or removed.
+
+    Raises:
+        UserError: If something cannot be written, also within the block; `path` is then as before.
+        ResourceError: If the disk is full; `path` is then as before.
+    """
+    folder = real_path(path)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _sibling(folder) as temporary:
-            for name, content in files.items():
-                _write_synced(temporary / name, content)
-            _sync_folder(temporary)
+            yield temporary
+            _sync_tree(temporary)
             _move_into_place(temporary, folder)
-        _sync_folder(folder.parent)
+        _sync(folder.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{folder}: no space left on the disk to save there.") from error
@@ -75,15 +97,14 @@ def _sibling(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_synced(file: pathlib.Path, content: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _sync_tree(folder: pathlib.Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
 
 
-def _sync_folder(folder: pathlib.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -99,7 +120,7 @@ def _move_into_place(temporary: pathlib.Path, folder: pathlib.Path) -> None:
     folder.rename(aside)
     try:
         temporary.rename(folder)
-    except OSError:
+    except BaseException:
         aside.rename(folder)
         raise
     shutil.rmtree(aside, ignore_errors=True)

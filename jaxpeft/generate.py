@@ -32,6 +32,8 @@ def main(argv: list[str]) -> None:
     args, _ = cli.parse_arguments(parser, argv)
     if args.raw and args.system is not None:
         raise UserError("--system needs the chat template; leave out --raw or --system.")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed must lie in [0, 2**32), got {args.seed}.")
     texts = [
         line
         for prompt in args.prompts

@@ -65,25 +65,33 @@ def _logits(model: Model, input_ids: Any, adapter: Any, segment_ids: Any, positi
 
 
 def save_model(
-    path: str, base: Model, *, adapter: Adapter | None = None, dtype: str | None = None
+    path: str,
+    base: Model,
+    *,
+    adapter: Adapter | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes a model as a Hugging Face folder that transformers loads.
 
     Args:
-        path: The folder to make; an earlier model folder there is replaced when the new one is
-            whole.
+        path: The folder to make; it may exist if it is empty.
         base: The model.
         adapter: Merged into the weights where given; the base itself stays as it is.
         dtype: Of the saved weights: "float32", "bfloat16" or "float16"; None keeps the base's.
+        overwrite: Replace a model folder at `path`, once the new one is whole; never the folder
+            that `base` was loaded from.
 
     Raises:
-        UserError: An unknown dtype, an adapter that cannot be merged, or a `path` that is no
-            place for a model.
+        UserError: An unknown dtype, an adapter that cannot be merged, or a `path` that is taken
+            or cannot be written.
+        ResourceError: The disk is full.
     """
-    from jaxpeft.models.hf_save import save_hf
+    from jaxpeft.models.hf_save import require_place, save_hf
     from jaxpeft.models.load import DTYPES
 
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}.")
+    require_place(path, overwrite=overwrite, source=base.name or None)
     params = base.params if adapter is None else merge(base.params, adapter)
-    save_hf(path, base.config, params, base.tokenizer, dtype=dtype)
+    save_hf(path, base.config, params, base.tokenizer, dtype=dtype, overwrite=overwrite)

@@ -28,6 +28,7 @@ from jaxpeft.errors import UserError
 from jaxpeft.folders import real_path, require_replaceable, write_folder
 from jaxpeft.linear import shape_of
 from jaxpeft.methods import Adapter, LoRA, Spec, check_fit
+from jaxpeft.methods.lora import shortest_decimal
 from jaxpeft.models.hf import read_header, read_json
 from jaxpeft.models.source import TensorInfo
 from jaxpeft.peft_config import PeftLoraConfig
@@ -131,8 +132,9 @@ def _render(adapter: Adapter, base: Any) -> dict[str, bytes]:
             if r == 0:
                 continue
             ranks[name] = r
-            alphas[name] = exact_alpha(scale[at], r, rslora)
-            dropouts.add(float(str(np.float32(dropout[at]))))
+            alpha = shortest_decimal(scale[at], math.sqrt(r) if rslora else r)
+            alphas[name] = int(alpha) if alpha.is_integer() else alpha
+            dropouts.add(shortest_decimal(dropout[at]))
             tensors[f"{PREFIX}{name}.lora_A.weight"] = _contiguous(a[at][:, :r].T)
             tensors[f"{PREFIX}{name}.lora_B.weight"] = _contiguous(b[at][:r].T)
     if not ranks:
@@ -163,23 +165,6 @@ def _render(adapter: Adapter, base: Any) -> dict[str, bytes]:
         },
     }
     return files | {SIDE: _json(side)}
-
-
-def exact_alpha(scale: Any, rank: int, rslora: bool) -> int | float:
-    """The alpha with the fewest digits whose scale, in float32, is `scale`; an int if it is one.
-
-    Args:
-        scale: The factor of the low-rank product, float32.
-        rank: The rank.
-        rslora: Whether alpha was divided by the root of the rank.
-    """
-    divisor = math.sqrt(rank) if rslora else rank
-    raw = float(scale) * divisor
-    for digits in range(10):
-        alpha = round(raw, digits)
-        if np.float32(alpha / divisor) == np.float32(scale):
-            return int(alpha) if alpha == int(alpha) else alpha
-    return raw
 
 
 def _require_sound(name: str, rank: int, a: np.ndarray, b: np.ndarray) -> None:

@@ -1,15 +1,17 @@
-"""Shows that HF PEFT reads an adapter we saved and computes our logits with it.
+"""Shows that HF PEFT reads an adapter we saved, transformers the merged model, with our logits.
 
-Two steps, because the project's environment has no torch and the other one (``make_golden.py``
+Three steps, because the project's environment has no torch and the other one (``make_golden.py``
 says how to make it) has no jax::
 
-    .venv/bin/python scripts/check_peft.py write ADAPTER BASE logits.safetensors
+    .venv/bin/python scripts/check_peft.py write ADAPTER BASE logits.safetensors MERGED
     .venv-oracle/bin/python scripts/check_peft.py check ADAPTER BASE logits.safetensors
+    .venv-oracle/bin/python scripts/check_peft.py merged MERGED logits.safetensors
 
 ADAPTER is a folder written by ``jaxpeft.save_adapter``; BASE a Hugging Face folder or a ``.gguf``
-file. The first step writes our float32 logits. The second loads the same folder with ``peft``,
-and fails on a missing or unexpected key, on any warning of PEFT, on another best token, or on
-logits (bound or merged) that differ by more than 1e-4 of the largest one.
+file. The first step writes our float32 logits and, into the new folder MERGED, base and adapter as
+one model. The second loads ADAPTER with ``peft``, the third MERGED with ``transformers``. Both fail
+on a missing or unexpected key, on another best token, or on logits that differ by more than 1e-4 of
+the largest one; the second also on any warning of PEFT.
 """
 
 # pyright: reportMissingImports=false
@@ -18,6 +20,7 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +28,12 @@ TEXT = "Question: What is the capital of France? Answer: Paris, a city of 2 mill
 TOLERANCE = 1e-4
 
 
-def write(adapter_folder: Path, base_path: Path, file: Path) -> None:
-    """Writes tokens and our logits."""
+def write(adapter_folder: Path, base_path: Path, file: Path, merged: Path) -> None:
+    """Writes tokens, our logits and the merged model."""
     import jax.numpy as jnp
     from safetensors.numpy import save_file
 
+    from jaxpeft.model import save_model
     from jaxpeft.models.load import load_model
     from jaxpeft.peft_format import load_adapter
 
@@ -43,7 +47,9 @@ def write(adapter_folder: Path, base_path: Path, file: Path) -> None:
     adapted = np.asarray(base(jnp.asarray(ids), adapter=adapter))
     plain = np.asarray(base(jnp.asarray(ids)))
     save_file({"input_ids": ids, "logits": adapted, "base_logits": plain}, file)
-    print(f"wrote {file}: {ids.shape[1]} tokens, adapter moves logits by {gap(plain, adapted):.2e}")
+    save_model(str(merged), base, adapter=adapter)
+    print(f"wrote {merged} and {file}: {ids.shape[1]} tokens")
+    print(f"the adapter moves logits by {gap(plain, adapted):.2e} of the largest")
 
 
 def check(adapter_folder: Path, base_path: Path, file: Path) -> None:
@@ -60,13 +66,8 @@ def check(adapter_folder: Path, base_path: Path, file: Path) -> None:
         **where, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     golden = load_file(file)
-    ids = torch.from_numpy(golden["input_ids"]).long()
-
-    def logits(model: torch.nn.Module) -> np.ndarray:
-        with torch.no_grad():
-            return model(ids).logits.numpy()
-
-    faults = compare("base", golden["base_logits"], logits(base))
+    ids = golden["input_ids"]
+    faults = compare("base", golden["base_logits"], torch_logits(base, ids))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(base, adapter_folder)
@@ -77,8 +78,39 @@ def check(adapter_folder: Path, base_path: Path, file: Path) -> None:
     if result.unexpected_keys:
         faults.append(f"unexpected keys: {result.unexpected_keys[:3]}")
     print(f"keys: {len(missing)} missing, {len(result.unexpected_keys)} unexpected")
-    faults += compare("adapted", golden["logits"], logits(model.eval()))
-    faults += compare("merged", golden["logits"], logits(model.merge_and_unload()))
+    faults += compare("adapted", golden["logits"], torch_logits(model.eval(), ids))
+    merged = torch_logits(model.merge_and_unload(), ids)
+    faults += compare("merged by PEFT", golden["logits"], merged)
+    finish(faults)
+
+
+def check_merged(folder: Path, file: Path) -> None:
+    """Loads the merged model with transformers and compares; exits with an error if it differs."""
+    import torch
+    from safetensors.numpy import load_file
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    print("keys: " + ", ".join(f"{len(info[kind])} {kind.removesuffix('_keys')}" for kind in kinds))
+    faults = [f"{kind}: {sorted(info[kind])[:3]}" for kind in kinds if info[kind]]
+    golden = load_file(file)
+    logits = torch_logits(model.eval(), golden["input_ids"])
+    finish(faults + compare("merged by jaxpeft", golden["logits"], logits))
+
+
+def torch_logits(model: Any, ids: np.ndarray) -> np.ndarray:
+    """What a torch model computes."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(ids).long()).logits.numpy()
+
+
+def finish(faults: list[str]) -> None:
+    """Says "ok", or exits with what is wrong."""
     if faults:
         sys.exit("\n".join(faults))
     print("ok")
@@ -99,13 +131,20 @@ def compare(name: str, ours: np.ndarray, theirs: np.ndarray) -> list[str]:
 
 def main() -> None:
     """See the module docstring."""
-    parser = argparse.ArgumentParser(description="Compares an adapter of ours in HF PEFT.")
-    parser.add_argument("step", choices=["write", "check"])
-    parser.add_argument("adapter", type=Path)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("file", type=Path)
-    args = parser.parse_args()
-    (write if args.step == "write" else check)(args.adapter, args.base, args.file)
+    parser = argparse.ArgumentParser(description="Compares what we save in HF PEFT.")
+    steps = parser.add_subparsers(dest="step", required=True)
+    for name, function, arguments in (
+        ("write", write, ("adapter_folder", "base_path", "file", "merged")),
+        ("check", check, ("adapter_folder", "base_path", "file")),
+        ("merged", check_merged, ("folder", "file")),
+    ):
+        step = steps.add_parser(name, help=function.__doc__)
+        step.set_defaults(function=function)
+        for argument in arguments:
+            step.add_argument(argument, type=Path)
+    args = vars(parser.parse_args())
+    del args["step"]
+    args.pop("function")(**args)
 
 
 if __name__ == "__main__":

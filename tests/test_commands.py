@@ -161,6 +161,34 @@ def test_merge_keeps_the_dtype_in_which_a_model_is_stored(files, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, merged, rounded)
 
 
+def read_files(folder):
+    return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_merge_never_replaces_its_own_base(files, options):
+    before = read_files(files.model)
+    arguments = ["--model", files.model, "--adapter", files.adapter, "--output", files.model]
+    with pytest.raises(UserError, match=f"{files.model}: is the model that is read"):
+        merge_main([*arguments, *options])
+    assert read_files(files.model) == before
+
+
+def test_merge_replaces_another_model_only_when_told_to(loaded, tmp_path):
+    output = str(tmp_path / "merged")
+    jp.save_model(output, loaded.base)
+    before = read_files(output)
+    arguments = ["--model", loaded.model, "--adapter", loaded.adapter, "--output", output]
+    with pytest.raises(UserError, match=f"{output}: holds a model already; .* --overwrite"):
+        merge_main(arguments)
+    assert read_files(output) == before
+    # As float32, the model counts as loaded.
+    merge_main([*arguments, "--overwrite", "--dtype", "float32"])
+    expected = str(tmp_path / "expected")
+    jp.save_model(expected, loaded.base, adapter=loaded.trained)
+    assert read_files(output) == read_files(expected) != before
+
+
 @pytest.mark.parametrize(
     ("verb", "arguments", "words"),
     [
@@ -197,6 +225,8 @@ NO_MODEL = ["--model", "./nowhere"]
         ("generate", [*NO_MODEL, "  "], "no prompt: every line is empty"),
         ("generate", [*NO_MODEL, "--raw", "--system", "s", "Who?"], "--system needs the chat"),
         ("generate", [*NO_MODEL, "--max_new_tokens", "many", "Who?"], "invalid int value: 'many'"),
+        ("generate", [*NO_MODEL, "--seed", str(2**70), "Who?"], "--seed must lie in [0, 2**32)"),
+        ("generate", [*NO_MODEL, "--seed", "-1", "Who?"], "--seed must lie in [0, 2**32), got -1"),
         ("evaluate", [*NO_MODEL, "--data", "none.jsonl"], "none.jsonl"),
         ("evaluate", [*NO_MODEL, "--data", "d", "--no_base"], "leaves nothing to evaluate"),
         ("evaluate", [*NO_MODEL, "--data", "d", "--max_rows", "0"], "--max_rows must be at least"),

@@ -232,6 +232,7 @@ def test_llama3_scaling_is_recovered_from_the_stored_divisors(tmp_path, monkeypa
         (llama3_divisors(32.0, 1e9, high=2.0), r"entry 1 is .*, Llama 3's scaling by 32 gives"),
         (np.ones(4, np.float32), "expected 3 positive numbers"),
         (-np.ones(3, np.float32), "expected 3 positive numbers"),
+        (np.array([1, 2, np.inf], np.float32), "expected 3 positive numbers"),
     ],
 )
 def test_other_divisors_of_the_frequencies_are_refused(tmp_path, monkeypatch, divisors, message):
@@ -253,6 +254,10 @@ def test_linear_scaling_is_read(tmp_path):
     [
         ({"llama.rope.scaling.type": "yarn"}, r"rope\.scaling\.type: 'yarn' is not supported"),
         ({"llama.rope.scaling.type": "linear"}, r"rope\.scaling\.factor: expected a number"),
+        (
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float("inf")},
+            r"rope\.scaling\.factor: expected a number, got inf",
+        ),
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"split.count": 3}, "one of 3 parts of a split GGUF"),
         ({"llama.rope.dimension_count": 4}, r"rope\.dimension_count: 4 differs from the head"),

@@ -155,13 +155,51 @@ def test_rotary_settings_are_read_in_both_spellings(model_type, changes, theta, 
         ({"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling\.factor: expected a positive"),
         ({"rope_scaling": "linear"}, "rope_scaling: expected an object"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: only 1.0"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": float("inf")}},
+            r"rope_scaling\.factor: expected a positive number, got inf",
+        ),
+        ({"rope_scaling": {**LLAMA3, "factor": float("nan")}}, r"factor: .* number, got nan"),
+        ({"rope_scaling": {**LLAMA3, "factor": 10**400}}, r"factor: expected a positive number"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": float("inf")}}, r"low_freq_factor: exp"),
+        (
+            {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
+            r"rope_scaling\.high_freq_factor: 4 is not above low_freq_factor, 4",
+        ),
+        (
+            {"rope_parameters": {**LLAMA3, "high_freq_factor": 0.5}},
+            r"rope_parameters\.high_freq_factor: 0\.5 is not above low_freq_factor, 1",
+        ),
+        ({"initializer_range": float("inf")}, "initializer_range: expected a positive number"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq'"),
+        ({"quantization_config": {}}, "quantization_config: weights quantised by None"),
+        ({"quantization_config": "gptq"}, "quantization_config: weights quantised by 'gptq'"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_field(changes, message):
     with pytest.raises(UserError, match=message) as error:
         config_from_hf({**CONFIGS["llama"], **changes}, "m/config.json")
     assert str(error.value).startswith("m/config.json: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": 3}, "layer_types: expected a list, got 3"),
+        ({"layer_types": "full_attention"}, "layer_types: expected a list, got 'full_attention'"),
+        ({"layer_types": ["full_attention"]}, "layer_types: 1 entries for 2 layers"),
+        ({"layer_types": ["full_attention", {}]}, r"layer_types: \{\} is not supported"),
+        ({"layer_types": ["chunked", 3]}, "layer_types: 'chunked' is not supported"),
+        ({"max_window_layers": "x"}, "max_window_layers: expected a whole number of at least 0"),
+        ({"max_window_layers": -1}, "max_window_layers: expected a whole number of at least 0"),
+        ({"max_window_layers": 1.5}, "max_window_layers: expected a whole number of at least 0"),
+        ({"sliding_window": "x"}, "sliding_window: expected a positive whole number, got 'x'"),
+    ],
+)
+def test_windows_that_do_not_fit_are_refused_by_field(changes, message):
+    d = {**CONFIGS["qwen2"], "use_sliding_window": True, "sliding_window": 8, **changes}
+    with pytest.raises(UserError, match=f"^m/config.json: {message}"):
+        config_from_hf({**d, "num_hidden_layers": 2}, "m/config.json")
 
 
 def test_a_negative_token_id_means_none():

@@ -95,7 +95,7 @@ def test_non_finite_params_are_refused_and_nothing_is_left(tmp_path):
 def test_an_earlier_saved_model_is_replaced_whole(tmp_path):
     params, config = load_tiny(tmp_path / "in", "llama")
     save_hf(tmp_path / "out", config, params, shard_bytes=4000)
-    save_hf(tmp_path / "out", config, params)
+    save_hf(tmp_path / "out", config, params, overwrite=True)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -104,10 +104,41 @@ def test_an_earlier_saved_model_is_replaced_whole(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path):
+def test_an_earlier_saved_model_stays_unless_it_shall_be_overwritten(tmp_path):
+    params, config = load_tiny(tmp_path / "in", "llama")
+    place = tmp_path / "out"
+    place.mkdir()
+    save_hf(place, config, params)  # empty: nothing is lost
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    with pytest.raises(UserError, match=r"out: holds a model already; .*overwrite=True"):
+        save_hf(place, config, jax.tree.map(jnp.zeros_like, params))
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+
+
+def test_a_move_that_fails_brings_the_earlier_model_back(tmp_path, monkeypatch):
+    params, config = load_tiny(tmp_path / "in", "llama")
+    save_hf(tmp_path / "out", config, params)
+    rename, calls = pathlib.Path.rename, []
+
+    def second_fails(self, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", second_fails)
+    with pytest.raises(UserError, match="out: cannot be written: Permission denied"):
+        save_hf(tmp_path / "out", config, jax.tree.map(jnp.zeros_like, params), overwrite=True)
+    again, *_ = load_params(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_other_files_is_left_alone(tmp_path, overwrite):
     params, config = load_tiny(tmp_path / "in", "llama")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="exists and is no saved model"):
-        save_hf(tmp_path / "out", config, params)
+        save_hf(tmp_path / "out", config, params, overwrite=overwrite)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "x"

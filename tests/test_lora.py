@@ -14,7 +14,7 @@ from tiny_decoder import CONFIG, decoder, make_adapter
 from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.methods import LoRA, bind, init_adapter, merge
-from jaxpeft.methods.lora import LoRAKernel, drop, from_adapter
+from jaxpeft.methods.lora import LoRAKernel, drop, from_adapter, shortest_decimal
 
 BF16 = ml_dtypes.bfloat16
 IDS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -273,6 +273,18 @@ def test_the_config_is_rebuilt_from_spec_and_buffers(rslora):
         }
         buffers = {"layers": {"mlp": {"up_proj": {"kernel": leaf}}}}
         assert from_adapter(adapter.replace(buffers=buffers)) == method
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("alpha", [1.0, 16.0, 5.5, 0.1, 1e-4, 1e-11, 1 / 3])
+def test_alpha_is_found_again_from_the_scale(alpha, rslora):
+    for rank in range(1, 65):
+        divisor = rank**0.5 if rslora else rank
+        scale = np.float32(alpha / divisor)
+        found = shortest_decimal(scale, divisor)
+        assert np.float32(found / divisor) == scale
+        assert found == pytest.approx(alpha, rel=1e-6)
+        assert found == alpha or alpha == 1 / 3
 
 
 def test_adapters_whose_layers_differ_have_no_single_config():

@@ -95,3 +95,31 @@ def test_unknown_dtype_of_a_saved_model_is_refused(getkey, tmp_path):
     with pytest.raises(UserError, match="'float33' is not one of float32, bfloat16, float16"):
         jp.save_model(str(tmp_path / "out"), toy_model(getkey()), dtype="float33")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_never_saved_over_the_folder_it_was_loaded_from(getkey, tmp_path):
+    folder, link = tmp_path / "model", tmp_path / "link"
+    jp.save_model(str(folder), toy_model(getkey(), eos_token_ids=(1,)))
+    link.symlink_to(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    base = jp.load_model(str(folder))
+    for place in (folder, link, tmp_path / "x" / ".." / "model"):
+        with pytest.raises(UserError, match="model: is the model that is read"):
+            jp.save_model(str(place), base, dtype="bfloat16", overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    jp.save_model(str(tmp_path / "other"), base)
+    jp.save_model(str(tmp_path / "other"), base, overwrite=True)
+
+
+def test_a_hub_id_is_no_folder_here(getkey, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = toy_model(getkey()).replace(name="org/name")
+    jp.save_model("org/name", model)
+    assert (tmp_path / "org" / "name" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("compute_dtype", ["bf16", "float64", ""])
+def test_an_unknown_compute_dtype_is_refused_before_anything_is_read(compute_dtype):
+    words = f"compute_dtype: {compute_dtype!r} is not one of auto, float32, bfloat16, float16"
+    with pytest.raises(UserError, match=words):
+        jp.load_model("./nowhere", compute_dtype=compute_dtype)

@@ -89,6 +89,23 @@ def test_an_unknown_scaling_is_refused_by_name():
         rope.inverse_frequencies(config(RopeScaling(kind="yarn", factor=2.0)))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"factor": 0.0}, "RopeScaling.factor must be positive and finite, got 0.0"),
+        ({"factor": math.inf}, "RopeScaling.factor must be positive and finite, got inf"),
+        ({"factor": math.nan}, "RopeScaling.factor must be positive and finite, got nan"),
+        ({"low_freq_factor": -1.0}, "RopeScaling.low_freq_factor must be positive"),
+        ({"high_freq_factor": math.inf}, "RopeScaling.high_freq_factor must be positive and"),
+        ({"original_max_positions": 0}, "RopeScaling.original_max_positions must be positive"),
+        ({"low_freq_factor": 4.0}, r"must be above low_freq_factor \(4.0\), got 4.0"),
+    ],
+)
+def test_a_scaling_without_finite_frequencies_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(LLAMA3, **changes)
+
+
 def test_the_dtype_of_the_input_is_kept():
     cos, sin = rope.angles(config(), jnp.zeros((1, 2), jnp.int32))
     assert cos.dtype == jnp.float32

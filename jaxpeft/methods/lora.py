@@ -233,15 +233,26 @@ def from_adapter(adapter: Adapter) -> LoRA:
     rslora = dict(adapter.spec.options).get("rslora", False)
     return LoRA(
         rank=rank,
-        alpha=_shortest_decimal(scale, math.sqrt(rank) if rslora else float(rank)),
+        alpha=shortest_decimal(scale, math.sqrt(rank) if rslora else rank),
         targets=tuple(names),
-        dropout=_shortest_decimal(dropout, 1.0),
+        dropout=shortest_decimal(dropout),
         rslora=rslora,
     )
 
 
-def _shortest_decimal(value: np.float32, divisor: float) -> float:
-    """The shortest decimal that is `value` in float32 after division by `divisor`."""
+def shortest_decimal(value: Any, divisor: float = 1.0) -> float:
+    """The shortest decimal that is `value` in float32 after division by `divisor`.
+
+    It finds the number a user wrote behind a float32 buffer.
+
+    Args:
+        value: A float32 number.
+        divisor: What the number was divided by: the rank, or its root, if it is an alpha.
+
+    Example:
+        >>> shortest_decimal(np.float32(0.1 / 3), 3)
+        0.1
+    """
     exact = float(value) * divisor
     candidates = (float(f"{exact:.{digits}g}") for digits in range(1, 17))
     return next((c for c in candidates if np.float32(c / divisor) == value), exact)

@@ -1,6 +1,7 @@
 """What shapes a decoder: one frozen record for every supported architecture."""
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,17 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+
+    def __post_init__(self):
+        for field in ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions"):
+            value = getattr(self, field)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"RopeScaling.{field} must be positive and finite, got {value!r}.")
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"RopeScaling.high_freq_factor must be above low_freq_factor "
+                f"({self.low_freq_factor}), got {self.high_freq_factor}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

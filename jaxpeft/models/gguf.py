@@ -3,6 +3,7 @@
 Mistral models are written under the architecture "llama", which carries no sliding window.
 """
 
+import math
 import pathlib
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxpeft.errors import UserError
 from jaxpeft.models.config import ModelConfig, RopeScaling
 from jaxpeft.models.gguf_file import read_gguf
 from jaxpeft.models.hf_config import check_config
+from jaxpeft.models.rope import frequencies
 from jaxpeft.models.source import Source, TensorInfo, decode
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
@@ -138,7 +140,7 @@ def _rope_scaling(
     if kind == "none":
         return None
     factor = metadata.get(f"{arch}.rope.scaling.factor", metadata.get(f"{arch}.rope.scale_linear"))
-    if not isinstance(factor, float) or not factor > 0:
+    if not isinstance(factor, float) or not 0 < factor < math.inf:
         raise UserError(f"{path}: {arch}.rope.scaling.factor: expected a number, got {factor!r}")
     return RopeScaling(kind="linear", factor=factor)
 
@@ -156,12 +158,12 @@ def _llama3_scaling(
         file.seek(info.offset)
         raw = np.frombuffer(file.read(info.nbytes), np.uint8)
     stored = decode(raw, info).astype(np.float64).reshape(-1)
-    if stored.shape != (head_dim // 2,) or not np.all(stored > 0):
+    if stored.shape != (head_dim // 2,) or not np.all((stored > 0) & np.isfinite(stored)):
         raise UserError(f"{path}: rope_freqs.weight: expected {head_dim // 2} positive numbers")
     scaling = RopeScaling(kind="llama3", factor=float(stored.max()))
     if np.allclose(stored, 1.0):
         return None
-    expected = _llama3_divisors(scaling, theta, head_dim)
+    expected = frequencies(head_dim, theta) / frequencies(head_dim, theta, scaling)
     if not np.allclose(stored, expected, rtol=1e-4):
         worst = int(np.argmax(np.abs(stored - expected)))
         raise UserError(
@@ -169,18 +171,6 @@ def _llama3_scaling(
             f"by {scaling.factor:g} gives {expected[worst]:.6g}; other scalings are not supported"
         )
     return scaling
-
-
-def _llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
-    """What Llama 3's scaling divides each rotary frequency by, float64."""
-    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    low = scaling.original_max_positions / scaling.low_freq_factor
-    high = scaling.original_max_positions / scaling.high_freq_factor
-    smooth = (scaling.original_max_positions / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    between = 1 / ((1 - smooth) / scaling.factor + smooth)
-    return np.where(wavelength < high, 1.0, np.where(wavelength > low, scaling.factor, between))
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ writing rotary settings are read (``rope_parameters`` of transformers 5, ``rope_
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 from jaxpeft.errors import UserError
@@ -67,13 +68,14 @@ def config_from_hf(d: dict, where: str = "config.json") -> ModelConfig:
             f"{where}: model_type: {model_type!r} is not supported; supported: "
             f"{', '.join(SUPPORTED)} (Llama 2/3 and SmolLM2 are llama, Qwen2.5 is qwen2)"
         )
-    if d.get("quantization_config") is not None:
-        method = d["quantization_config"].get("quant_method", "unknown")
-        raise UserError(
-            f"{where}: quantization_config: weights quantised by {method!r} are not read; "
-            "give the unquantised model or a GGUF file"
-        )
     fields = _Fields({**DEFAULTS[model_type], **d}, where)
+    if (quantised := fields.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise fields.error(
+            "quantization_config",
+            f"weights quantised by {method!r} are not read; give the unquantised model or a GGUF "
+            "file",
+        )
     heads, d_model = fields.size("num_attention_heads"), fields.size("hidden_size")
     if d.get("head_dim") is None and model_type != "qwen3" and d_model % heads:
         raise fields.error("num_attention_heads", f"{heads} does not divide hidden_size {d_model}")
@@ -228,13 +230,15 @@ def _windows(fields: "_Fields", model_type: str) -> tuple[int, ...]:
     window = fields.size("sliding_window")
     kinds = fields.get("layer_types")
     if kinds is None:
-        first = fields.get("max_window_layers")
+        first = fields.size("max_window_layers", least=0)
         kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    if not isinstance(kinds, list):
+        raise fields.error("layer_types", f"expected a list, got {kinds!r}")
     if len(kinds) != layers:
         raise fields.error("layer_types", f"{len(kinds)} entries for {layers} layers")
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise fields.error("layer_types", f"{unknown[0]!r} is not supported")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise fields.error("layer_types", f"{kind!r} is not supported")
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     return windows if any(windows) else ()
 
@@ -273,11 +277,14 @@ def _rope(fields: "_Fields") -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind == "linear":
         return theta, RopeScaling(kind="linear", factor=rope.number("factor"))
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if not low < high:
+        raise rope.error("high_freq_factor", f"{high:g} is not above low_freq_factor, {low:g}")
     return theta, RopeScaling(
         kind="llama3",
         factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_max_positions=rope.size(
             "original_max_position_embeddings", fields.size("max_position_embeddings")
         ),
@@ -297,15 +304,17 @@ class _Fields:
         value = self.d.get(key)
         return default if value is None else value
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, least: int = 1) -> int:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            raise self.error(key, f"expected a positive whole number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+            what = "a positive whole number" if least else "a whole number of at least 0"
+            raise self.error(key, f"expected {what}, got {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if not numeric or not 0 < value <= sys.float_info.max:  # no NaN, no Infinity
             raise self.error(key, f"expected a positive number, got {value!r}")
         return float(value)
 

@@ -1,19 +1,14 @@
 """Hugging Face model folders written: what transformers and vLLM load without knowing us.
 
 Tensors are streamed to disk one layer at a time, so saving needs no second copy of the model. The
-folder is written under a temporary name beside its place and renamed when it is complete.
+folder is written under a temporary name beside its place and moved there when it is complete.
 """
 
-import contextlib
-import errno
 import json
 import math
 import os
 import pathlib
-import shutil
 import struct
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import paths
-from jaxpeft.errors import ResourceError, UserError, first_few
+from jaxpeft.errors import UserError, first_few
+from jaxpeft.folders import new_folder, real_path
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.hf_config import config_to_hf
 from jaxpeft.models.load import count_nonfinite
@@ -39,35 +35,70 @@ def save_hf(
     tokenizer: Any = None,
     *,
     dtype: str | None = None,
+    overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
     Args:
-        path: The folder to make. An earlier model folder saved there is replaced.
+        path: The folder to make; it may exist if it is empty.
         config: The architecture.
         params: Plain arrays, as `jaxpeft.merge` gives them.
         tokenizer: The tokenizer to put beside the weights; None writes none.
         dtype: "float32", "bfloat16" or "float16"; None keeps each parameter's own.
+        overwrite: Replace a model folder at `path`, once the new one is whole.
         shard_bytes: Most bytes of weights in one file.
 
     Raises:
         UserError: Parameters that do not fit `config` or are not finite, an architecture
-            transformers cannot express, or a folder that cannot be written.
+            transformers cannot express, or a `path` that is taken or cannot be written.
         ResourceError: The disk is full.
     """
+    require_place(path, overwrite=overwrite)
     _check_params(config, params)
     leaves = paths.flatten(params)
     settings = config_to_hf(config)
     settings["dtype"] = dtype or str(leaves["embed_tokens/embedding"].dtype)
     ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = {key: value for key, value in ids.items() if value is not None}
-    with _new_folder(path) as folder:
+    with new_folder(path) as folder:
         _write_weights(folder, config, leaves, dtype, shard_bytes)
         _write_json(folder / "config.json", settings)
         _write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
+
+
+def require_place(
+    path: str | os.PathLike, *, overwrite: bool = False, source: str | os.PathLike | None = None
+) -> None:
+    """Finds out whether a model folder may be made at `path`, before any work is done for it.
+
+    Args:
+        path: The folder to make.
+        overwrite: Whether a model folder there may be replaced.
+        source: Where the model to be saved was read from; that is never replaced.
+
+    Raises:
+        UserError: `path` is the source, a file, a folder with other files than a model's, or a
+            model folder that may not be replaced.
+    """
+    place = real_path(path)
+    if not place.exists():
+        return
+    # A source that does not exist here is a hub id.
+    origin = None if source is None else pathlib.Path(os.path.expanduser(source))
+    if origin is not None and origin.exists() and origin.samefile(place):
+        raise UserError(
+            f"{place}: is the model that is read, which saving would remove; choose another folder"
+        )
+    if not (place.is_dir() and _is_ours(place)):
+        raise UserError(f"{place}: exists and is no saved model; choose a new or empty folder")
+    if not overwrite and any(place.iterdir()):
+        raise UserError(
+            f"{place}: holds a model already; choose another folder, or replace it with "
+            "--overwrite (overwrite=True)"
+        )
 
 
 def _check_params(config: ModelConfig, params: dict) -> None:
@@ -150,8 +181,6 @@ def _write_shard(
                 )
             value = np.ascontiguousarray(value.T if entry.transposed else value)
             file.write(value.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _layer(leaf: Any, layer: int) -> Any:
@@ -162,36 +191,7 @@ def _layer(leaf: Any, layer: int) -> Any:
 
 
 def _write_json(path: pathlib.Path, value: dict) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A temporary folder that takes its place at `path` if the block succeeds."""
-    place = pathlib.Path(os.path.realpath(path))
-    if place.exists() and not (place.is_dir() and _is_ours(place)):
-        raise UserError(f"{place}: exists and is no saved model; choose a new or empty folder")
-    temporary = None
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-        temporary.chmod(0o755)
-        yield temporary
-        aside = temporary.with_name(temporary.name + ".old")
-        if place.exists():
-            place.rename(aside)
-        temporary.rename(place)
-        shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"{place}: no space left on the disk to save there") from error
-        raise UserError(f"{place}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_ours(place: pathlib.Path) -> bool:

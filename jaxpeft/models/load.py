@@ -124,6 +124,8 @@ def load_model(
     Raises:
         UserError: Anything missing, extra, misshapen, damaged, non-finite or unsupported.
     """
+    if compute_dtype not in ("auto", *DTYPES):
+        raise UserError(f"compute_dtype: {compute_dtype!r} is not one of auto, {', '.join(DTYPES)}")
     from jaxpeft.model import Model
     from jaxpeft.models.transformer import Transformer
 

@@ -18,9 +18,17 @@ from jaxpeft.models.config import ModelConfig, RopeScaling
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     """Rotation speed of every pair of channels, in radians a position: ``(head_dim / 2,)``."""
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    speeds = 1.0 / config.rope_theta**exponent
-    scaling = config.rope_scaling
+    return frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+
+
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """`inverse_frequencies` of a model with these settings, in float64.
+
+    Raises:
+        ValueError: An unknown kind of scaling.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    speeds = 1.0 / theta**exponent
     if scaling is None:
         return speeds
     if scaling.kind == "linear":
