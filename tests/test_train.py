@@ -292,6 +292,22 @@ def test_full_fine_tuning_writes_a_model(files, tmp_path):
     assert len(trained.tokenizer) == len(base.tokenizer)
 
 
+def test_a_run_that_goes_on_replaces_the_model_it_wrote(files, tmp_path):
+    output = tmp_path / "run"
+    changes = {
+        "train": {"steps": 2},
+        "optim": {"trainable": ["norm/scale"]},
+        "checkpoint": {"every": 1},
+    }
+    losses(files, output, **changes)
+    weights = output / "model" / "model.safetensors"
+    expected = weights.read_bytes()
+    weights.write_bytes(b"of an earlier step")
+    shutil.rmtree(output / "checkpoints" / "2")
+    losses(files, output, **changes)
+    assert weights.read_bytes() == expected
+
+
 def test_relabelled_norm_is_trained_and_nothing_else_of_the_base(files, tmp_path, monkeypatch):
     runs = record_runs(monkeypatch)
     output = tmp_path / "run"
