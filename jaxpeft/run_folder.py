@@ -58,6 +58,13 @@ def check_folder(config: RunConfig, *, resume: bool = True, overwrite: bool = Fa
             )
         return
     if overwrite:
+        inputs = (config.model.path, config.data.train, config.data.eval or "")
+        inside = [name for name in inputs if name and _lies_in(name, output)]
+        if inside:
+            raise UserError(
+                f"{output}: --overwrite would discard what this run reads: {first_few(inside)}; "
+                "choose another output_dir."
+            )
         return
     if not resume:
         raise UserError(
@@ -72,6 +79,11 @@ def check_folder(config: RunConfig, *, resume: bool = True, overwrite: bool = Fa
         f"{output}: holds a run with another config ({first_few(changes, 12)}); choose another "
         "output_dir, or discard it with --overwrite."
     )
+
+
+def _lies_in(path: str, folder: pathlib.Path) -> bool:
+    place = pathlib.Path(path).expanduser()
+    return place.exists() and place.resolve().is_relative_to(folder.resolve())
 
 
 def make_folder(output: pathlib.Path) -> None:

@@ -742,3 +742,14 @@ def test_exact_match_asks_every_row_of_an_array_on_one_line(files, tmp_path):
     samples = read_lines(tmp_path / "run" / "samples.jsonl")
     asked = [line["reference"] for line in samples if line["step"] == 0]
     assert asked == [row["completion"].strip() for row in rows]
+
+
+def test_overwriting_what_the_run_itself_reads_is_refused(files, plain, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(plain, output)
+    inside = output / "model"
+    shutil.copytree(files.model, inside)
+    config = write_config(files, output, model={"path": str(inside)})
+    with pytest.raises(UserError, match="would discard what this run reads"):
+        program.main([config, "--overwrite"])
+    assert (inside / "model.safetensors").exists()
