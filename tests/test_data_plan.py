@@ -18,6 +18,7 @@ def examples_of(*pairs):
         tokens=[np.array(ids, np.int32) for ids, _ in pairs],
         masks=[np.arange(len(ids)) >= len(ids) - learned for ids, learned in pairs],
         lines=[10 * (index + 1) for index in range(len(pairs))],
+        rows=[{} for _ in pairs],
         dropped={},
         truncated=0,
         path="train.jsonl",
