@@ -33,6 +33,11 @@ class Model:
     fingerprint: str = flax.struct.field(pytree_node=False, default="")
     name: str = flax.struct.field(pytree_node=False, default="")
 
+    def __repr__(self) -> str:
+        """One line instead of all arrays."""
+        size = sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(self.params))
+        return f"Model({self.name!r}, {self.config.model_type}, {size:,} parameters)"
+
     def __call__(
         self,
         input_ids: Int[Array | np.ndarray, "batch seq"],

@@ -90,6 +90,7 @@ def init_train_state(
     Returns:
         The state.
     """
+    check_masked(tx)
     tree = {"base": params, "adapter": adapter.params}
     labels = tx.labels(tree)
     on = jax.tree.map(lambda label: label == TRAINABLE, labels)
@@ -147,6 +148,8 @@ def make_train_step(
         >>> state, metrics = step(state, base.params, batch)
     """
 
+    check_masked(tx)
+
     def gradients(state: TrainState, params: dict, batch: Any) -> Any:
         def total(trained: Any, part: Any, key: jax.Array) -> Any:
             now = state.replace(trained=trained)  # pyright: ignore[reportAttributeAccessIssue]
@@ -199,6 +202,15 @@ def make_train_step(
     if state_shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def check_masked(tx: Any) -> None:
+    """Raises a TypeError, with the way out, for an optimizer that is not masked."""
+    if not isinstance(tx, MaskedTransformation):
+        raise TypeError(
+            "the optimizer must know what is trained: wrap it, as in "
+            "jaxpeft.masked(tx, jaxpeft.adapter_only)."
+        )
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

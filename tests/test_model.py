@@ -1,6 +1,7 @@
 """The model record: calls, what recompiles them, and model folders out and in."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -123,3 +124,8 @@ def test_an_unknown_compute_dtype_is_refused_before_anything_is_read(compute_dty
     words = f"compute_dtype: {compute_dtype!r} is not one of auto, float32, bfloat16, float16"
     with pytest.raises(UserError, match=words):
         jp.load_model("./nowhere", compute_dtype=compute_dtype)
+
+
+def test_a_model_is_shown_in_one_line(getkey):
+    base = toy_model(getkey())
+    assert re.fullmatch(r"Model\('toy', llama, [\d,]+ parameters\)", repr(base))

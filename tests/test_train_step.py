@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import re
+from typing import Any
 
 import chex
 import jax
@@ -20,7 +21,7 @@ from jaxpeft.methods import Full, LoRA, bind, init_adapter
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.transformer import Transformer
 from jaxpeft.optim import MaskedTransformation, masked
-from jaxpeft.train_step import adapter_only, init_train_state, make_train_step
+from jaxpeft.train_step import adapter_only, check_masked, init_train_state, make_train_step
 
 SMOLLM2_135M = ModelConfig(
     model_type="llama",
@@ -382,3 +383,14 @@ def test_full_fine_tuning_is_the_same_step():
         expected = leaf - 0.1 * paths.get(slopes, path)
         actual = paths.get(state.adapter.params, path)["value"]
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_optimizer_that_does_not_know_what_is_trained_is_refused():
+    """With the way out; under the tests' type checker the two callers refuse it first."""
+    plain: Any = optax.adamw(1e-3)
+    with pytest.raises(TypeError, match=r"wrap it, as in jaxpeft\.masked"):
+        check_masked(plain)
+    with pytest.raises(TypeError, match="Masked"):
+        make_train_step(LOSS, plain)
+    with pytest.raises(TypeError, match="Masked"):
+        init_train_state(PARAMS, make_adapter(FEW), plain, jax.random.key(0))
