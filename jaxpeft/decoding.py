@@ -282,7 +282,7 @@ def _decode(
     """New ids of left-padded prompts; what follows a stop or the limit is no answer."""
     batch, width = tokens.shape
     variables = bind(base.params, adapter)
-    head = head_weight(base.config, variables["params"])
+    head = head_weight(variables)
     lengths = segments.sum(axis=1)
 
     def run(ids: Any, segment_ids: Any, positions: Any, cache: Any) -> Any:
@@ -295,7 +295,7 @@ def _decode(
             cache=cache,
             return_hidden=True,
         )
-        return head_logits(base.config, head, hidden[:, -1]), cache
+        return head_logits(head, hidden[:, -1]), cache
 
     def choose(logits: Any, index: Any) -> Any:
         if greedy:

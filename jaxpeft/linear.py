@@ -17,23 +17,41 @@ model code calls   an array does            a node answers        shapes
 
 **Layer axis.** Stacked layers put one axis in front of *every* leaf of a node, scalars
 included (a scale is an ``(L,)`` array), and ``nn.scan`` slices it off: inside a layer a node
-looks as if it had never been stacked. What all layers share is no leaf of a node that is
-scanned. `materialise`, `shape_of` and `dtype_of` also answer for the whole stack.
+looks as if it had never been stacked. `materialise`, `shape_of` and `dtype_of` also answer for
+the whole stack. What all layers share (VeRA's matrices) is a node's field ``shared``: `take_shared`
+moves it to a second collection, which ``nn.scan`` broadcasts, and `give_shared` puts it back
+inside the layer.
+
+**Tied heads.** A model whose head is the embedding table has no ``lm_head/kernel``; `Transposed`
+stands for the table in that role, and a node that is looked up differently from how it is attended
+says so with ``attends_base``.
 
 **dtype.** Results have the dtype of `x`; a table is read in its own dtype and its reader casts.
 A method adds a node class, nothing else changes; ``tests/test_linear.py`` runs every node through
 scan, remat, vmap, grad, jit and a sharded base.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+SHARED = "shared"
+"""What all layers, or all places of an adapter, share: a collection, a field, a key of trees."""
+
 
 class Node:
-    """Base class of weights that are more than an array. See the module's table."""
+    """Base class of weights that are more than an array. See the module's table.
+
+    Attributes:
+        attends_base: Whether `attend` reads the frozen base alone: what is trained in the table
+            then does not reach a tied head.
+    """
+
+    attends_base: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,3 +120,76 @@ def shape_of(weight: Any) -> tuple[int, ...]:
 def dtype_of(weight: Any) -> Any:
     """The dtype of a weight, that of its innermost base."""
     return weight.dtype
+
+
+@flax.struct.dataclass
+class Transposed(Node):
+    """An embedding table in the role of a head's kernel.
+
+    Attributes:
+        table: ``(vocab, d_model)``, an array or a node.
+    """
+
+    table: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(d_model, vocab)``."""
+        return shape_of(self.table)[::-1]
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the table."""
+        return dtype_of(self.table)
+
+    def multiply(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        """Scores of all rows, in the dtype of `x`."""
+        return attend(x, self.table).astype(x.dtype)
+
+    def materialise(self) -> Float[Array, "d_model vocab"]:
+        """The table's transpose."""
+        return materialise(self.table).T
+
+
+def take_shared(tree: Mapping) -> tuple[dict, dict]:
+    """Moves what the layers of nodes share out of a bound tree.
+
+    Args:
+        tree: Nested dicts of arrays and nodes.
+
+    Returns:
+        The tree with None in the nodes' fields ``shared``, and those fields by the same paths: a
+        tuple of them, outermost node first. Places without any are left out.
+    """
+    rest, shared = {}, {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            rest[key], inner = take_shared(value)
+        else:
+            rest[key], inner = _take(value)
+        if inner:
+            shared[key] = inner
+    return rest, shared
+
+
+def give_shared(node: Any, shared: tuple) -> Any:
+    """Puts back what `take_shared` took off a node: the inverse, inside a layer."""
+    if not isinstance(node, Node) or not shared:
+        return node
+    own, rest = (shared[0], shared[1:]) if hasattr(node, "shared") else (None, shared)
+    changes: dict[str, Any] = {} if own is None else {"shared": own}
+    if hasattr(node, "base"):
+        changes["base"] = give_shared(node.base, rest)
+    return node.replace(**changes)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _take(node: Any) -> tuple[Any, tuple]:
+    if not isinstance(node, Node):
+        return node, ()
+    found, changes = (), {}
+    if getattr(node, "shared", None) is not None:
+        found, changes["shared"] = (node.shared,), None  # pyright: ignore
+    if hasattr(node, "base"):
+        changes["base"], inner = _take(node.base)  # pyright: ignore
+        found += inner
+    return (node.replace(**changes) if found else node), found  # pyright: ignore

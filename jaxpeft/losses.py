@@ -137,13 +137,20 @@ def _fused_backward(head: Any, grads: Any, cotangents: Any) -> Any:
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def make_lm_loss(module: Any, *, head_frozen: bool, dropout: bool = False) -> Callable[..., Any]:
+def make_lm_loss(
+    module: Any,
+    *,
+    head_frozen: bool,
+    dropout: bool = False,
+    penalty: Callable[[Adapter], Any] | None = None,
+) -> Callable[..., Any]:
     """The next-token loss of a decoder, as `jaxpeft.make_train_step` takes it.
 
     Args:
         module: A `jaxpeft.models.transformer.Transformer`.
         head_frozen: See `cross_entropy`.
         dropout: Whether the key of the step reaches the adapter.
+        penalty: A scalar of the adapter that is added to the mean loss, or None.
 
     Returns:
         ``loss_fn(params, adapter, batch, key) -> (total, aux)`` for batches of
@@ -159,13 +166,17 @@ def make_lm_loss(module: Any, *, head_frozen: bool, dropout: bool = False) -> Ca
             positions=batch["positions"],
             return_hidden=True,
         )
-        return cross_entropy(
+        total, aux = cross_entropy(
             hidden,
-            functools.partial(head_logits, module.config),
-            head_weight(module.config, variables["params"]),
+            head_logits,
+            head_weight(variables),
             batch["targets"],
             batch["weights"],
             head_frozen=head_frozen,
         )
+        extra = None if penalty is None or adapter is None else penalty(adapter)
+        if extra is not None:  # times the weight: the total is divided by it
+            total += extra * aux["weight"]
+        return total, aux
 
     return loss_fn

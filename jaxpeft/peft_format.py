@@ -1,50 +1,39 @@
 """HF PEFT folders, in and out: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-PEFT stores ``lora_A.weight`` as ``(rank, d_in)`` and ``lora_B.weight`` as ``(d_out, rank)`` under
-``base_model.model.MODULE``, one pair a module: the transposes of our ``a`` and ``b``, with the
-layers taken apart and the padding of the rank cut off. Beside PEFT's files lies ``jaxpeft.json``:
-which base the adapter was trained on, and the sha256 of the other files. PEFT ignores it, and
-folders without it load too.
+What the two files say of a method is its family's business (`jaxpeft.methods.exchange`); this
+module reads and writes the folder. Beside PEFT's files lies ``jaxpeft.json``: which base the
+adapter was trained on, and the sha256 of the other files. PEFT ignores it, and folders without it
+load too.
 
 Loading is strict: every tensor has its place, every place its tensor, and the config must say of
 every module what the tensors say.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import paths, peft_config
 from jaxpeft.errors import UserError
 from jaxpeft.folders import real_path, require_replaceable, write_folder
-from jaxpeft.linear import shape_of
-from jaxpeft.methods import Adapter, LoRA, Spec, check_fit
-from jaxpeft.methods.lora import shortest_decimal
+from jaxpeft.methods import KINDS, Adapter, check_fit
+from jaxpeft.methods.base import Label
+from jaxpeft.methods.exchange import COMMON, CONFIG, PeftFormat, Tensors, Values, require_supported
 from jaxpeft.models.hf import read_header, read_json
-from jaxpeft.models.source import TensorInfo
-from jaxpeft.peft_config import PeftLoraConfig
-from jaxpeft.peft_tensors import (
-    PREFIX,
-    check_modules,
-    check_shapes,
-    read_finite,
-    sort_tensors,
-)
+from jaxpeft.models.source import decode
 
 TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
 SIDE = "jaxpeft.json"
 FORMAT = 1
-OURS = frozenset({peft_config.FILE, TENSORS, CARD, SIDE})
+FORMAT_PT = {"format": "pt"}
+BASE_NAME = "base_model_name_or_path"
+OURS = frozenset({CONFIG, TENSORS, CARD, SIDE})
 
 
 def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Any) -> None:
@@ -55,23 +44,24 @@ def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Any) -> None:
 
     Args:
         path: The folder; it may hold an older adapter, but no other files.
-        adapter: A LoRA adapter.
+        adapter: An adapter of a method that PEFT has too.
         base: The `jaxpeft.Model` it was trained on.
 
     Raises:
-        UserError: If the adapter is of another kind, does not fit `base` or is not finite, or if
-            `path` is a file or holds other files.
+        UserError: If PEFT has no such method, if the adapter does not fit `base` or is not finite,
+            or if `path` is a file or holds other files.
         ResourceError: If the disk is full.
     """
     folder = real_path(path)
     require_replaceable(folder, OURS)
-    if adapter.spec.kind != LoRA.name:
+    peft = KINDS[adapter.spec.kind].peft
+    if peft is None:
         raise UserError(
-            f"{folder}: PEFT folders are written for LoRA adapters so far, this one is of kind "
-            f"{adapter.spec.kind!r}; save the merged model instead."
+            f"{folder}: PEFT has no folders for adapters of kind {adapter.spec.kind!r}; save the "
+            "merged model instead."
         )
     check_fit(base.params, adapter)
-    write_folder(folder, _render(adapter, base))
+    write_folder(folder, _render(peft, adapter, base))
 
 
 def load_adapter(path: str | os.PathLike, base: Any, *, allow_other_base: bool = False) -> Adapter:
@@ -90,93 +80,47 @@ def load_adapter(path: str | os.PathLike, base: Any, *, allow_other_base: bool =
             finite, not supported yet, or made for another base.
     """
     folder = pathlib.Path(path)
-    if not (folder / peft_config.FILE).exists() and (folder / "adapter").is_dir():
+    if not (folder / CONFIG).exists() and (folder / "adapter").is_dir():
         folder = folder / "adapter"
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder; an adapter on the hub is fetched with `hf download`."
         )
-    config = peft_config.read_config(folder / peft_config.FILE)
+    place = folder / CONFIG
+    if not place.is_file():
+        raise UserError(f"{place}: no such file; a PEFT folder has one beside its tensors.")
+    values = read_json(place)
+    peft = _format_of(values, place)
+    require_supported(values, place, peft)
     file = folder / TENSORS
     if not file.is_file():
         raise UserError(f"{folder}: {_no_tensors(folder)}")
     _check_side_file(folder, base, allow_other_base)
-    tensors = read_header(file)
-    modules = sort_tensors(file, tensors, base)
-    sites = paths.module_names(base.params)
-    check_modules(file, config, modules, sites, base)
-    check_shapes(file, config, modules, sites, base)
-    return _assemble(config, modules, sites, base)
+    adapter = peft.read(Values(values, place, peft.defaults), _open(file), base)
+    return dataclasses.replace(adapter, base_name=Label(values.get(BASE_NAME) or ""))
 
 
 # Saving.
 
 
-def _render(adapter: Adapter, base: Any) -> dict[str, bytes]:
+def _render(peft: PeftFormat, adapter: Adapter, base: Any) -> dict[str, bytes]:
     """The content of every file of the folder, `SIDE` last."""
     from safetensors.numpy import save
 
-    tensors: dict[str, np.ndarray] = {}
-    ranks, alphas, dropouts = {}, {}, set()
-    rslora = bool(dict(adapter.spec.options).get("rslora", False))
-    for path in adapter.spec.paths:
-        a, b = (np.asarray(paths.get(adapter.params, f"{path}/{key}")) for key in "ab")
-        scale, rank, dropout = (
-            np.asarray(paths.get(adapter.buffers, f"{path}/{key}"))
-            for key in ("scale", "rank", "dropout")
-        )
-        for layer in range(len(a)) if paths.is_stacked(path) else [None]:
-            at = () if layer is None else layer
-            name, r = paths.module_name(path, layer), int(rank[at])
-            _require_sound(name, r, a[at], b[at])
-            if r == 0:
-                continue
-            ranks[name] = r
-            alpha = shortest_decimal(scale[at], math.sqrt(r) if rslora else r)
-            alphas[name] = int(alpha) if alpha.is_integer() else alpha
-            dropouts.add(shortest_decimal(dropout[at]))
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = _contiguous(a[at][:, :r].T)
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = _contiguous(b[at][:r].T)
-    if not ranks:
-        raise UserError("the adapter adapts no module: all its ranks are 0.")
-    if len(dropouts) > 1:
-        raise UserError(
-            f"PEFT folders hold one dropout rate for all layers, this adapter has {dropouts}."
-        )
-    values = peft_config.write_values(
-        ranks=ranks,
-        alphas=alphas,
-        dropout=dropouts.pop(),
-        rslora=rslora,
-        names=paths.module_names(base.params),
-        base_name=base.name,
-    )
+    own, tensors = peft.write(adapter, base)
+    values = COMMON | dict(peft.defaults) | own | {"peft_type": peft.type, BASE_NAME: base.name}
     files = {
-        peft_config.FILE: _json(values),
-        TENSORS: save(tensors, {"format": "pt"}),
-        CARD: _card(base.name, ranks, values).encode(),
+        CONFIG: _json(values),
+        TENSORS: save({key: np.ascontiguousarray(x) for key, x in tensors.items()}, FORMAT_PT),
+        CARD: _card(peft, base.name, sum(x.size for x in tensors.values())).encode(),
     }
     side = {
         "format": FORMAT,
         "base": {"name": base.name, "fingerprint": base.fingerprint},
         "versions": {name: _version(name) for name in ("jaxpeft", "jax", "flax")},
-        "sha256": {
-            name: hashlib.sha256(files[name]).hexdigest() for name in (peft_config.FILE, TENSORS)
-        },
+        "sha256": {name: hashlib.sha256(files[name]).hexdigest() for name in (CONFIG, TENSORS)},
     }
     return files | {SIDE: _json(side)}
-
-
-def _require_sound(name: str, rank: int, a: np.ndarray, b: np.ndarray) -> None:
-    """Checks that factors are finite and that cutting the padding off changes nothing."""
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise UserError(f"{name}: the adapter holds values that are not finite; it diverged.")
-    if np.any(np.any(a[:, rank:] != 0, axis=0) & np.any(b[rank:] != 0, axis=1)):
-        raise ValueError(f"{name}: the padding beyond rank {rank} is not zero in both factors.")
-
-
-def _contiguous(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array, np.float32)
 
 
 def _json(values: dict) -> bytes:
@@ -190,19 +134,17 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _card(base_name: str, ranks: dict[str, int], values: dict) -> str:
-    targets = ", ".join(sorted({name.rpartition(".")[2] for name in ranks}))
+def _card(peft: PeftFormat, base_name: str, size: int) -> str:
     return f"""---
 base_model: {json.dumps(base_name)}
 library_name: peft
 pipeline_tag: text-generation
-tags: [lora, jaxpeft]
+tags: [{peft.type.lower()}, jaxpeft]
 ---
 
-# LoRA adapter
+# {peft.title}
 
-A low-rank adapter of {len(ranks)} modules ({targets}) with rank {values["r"]} and alpha
-{values["lora_alpha"]}, trained with jaxpeft on `{base_name}`.
+{size:,} numbers, trained with jaxpeft on `{base_name}`.
 
 ```python
 from peft import PeftModel
@@ -221,6 +163,26 @@ adapter = jp.load_adapter(THIS_FOLDER, base)
 
 
 # Loading.
+
+
+def _format_of(values: dict, place: pathlib.Path) -> PeftFormat:
+    formats = {kind.peft.type: kind.peft for kind in KINDS.values() if kind.peft is not None}
+    kind = values.get("peft_type")
+    if kind not in formats:
+        known = ", ".join(sorted(formats))
+        raise UserError(f"{place}: peft_type: {kind!r} is not supported; supported: {known}.")
+    return formats[kind]
+
+
+def _open(file: pathlib.Path) -> Tensors:
+    infos = read_header(file)
+
+    def read(key: str) -> np.ndarray:
+        info = infos[key]
+        return decode(np.fromfile(info.file, np.uint8, info.nbytes, offset=info.offset), info)
+
+    shapes = {key: info.shape for key, info in infos.items()}
+    return Tensors(file, shapes, {key: info.dtype for key, info in infos.items()}, read)
 
 
 def _no_tensors(folder: pathlib.Path) -> str:
@@ -262,45 +224,3 @@ def _check_side_file(folder: pathlib.Path, base: Any, allow_other_base: bool) ->
             f"base is {base.name!r} (fingerprint {base.fingerprint[:12]}); load that base, or pass "
             "allow_other_base=True."
         )
-
-
-def _assemble(
-    config: PeftLoraConfig,
-    modules: Mapping[str, Mapping[str, TensorInfo]],
-    sites: Mapping[str, paths.Site],
-    base: Any,
-) -> Adapter:
-    """Reads the factors and stacks them, with ranks padded to the largest."""
-    ranks = {name: config.rank_of(name) for name in modules}
-    width = max(ranks.values())
-    factors: dict[str, dict[str, np.ndarray]] = {}
-    buffers: dict[str, dict[str, np.ndarray]] = {}
-    for name, pair in modules.items():
-        path, layer = sites[name].path, sites[name].layer
-        if path not in factors:
-            *stack, d_in, d_out = shape_of(paths.get(base.params, path))
-            factors[path] = {
-                "a": np.zeros((*stack, d_in, width), np.float32),
-                "b": np.zeros((*stack, width, d_out), np.float32),
-            }
-            buffers[path] = {
-                "scale": np.zeros(stack, np.float32),
-                "rank": np.zeros(stack, np.int32),
-                "dropout": np.full(stack, config.dropout, np.float32),
-            }
-        at, rank = () if layer is None else layer, ranks[name]
-        factors[path]["a"][at][:, :rank] = read_finite(pair["A"], f"{name}.lora_A.weight").T
-        factors[path]["b"][at][:rank] = read_finite(pair["B"], f"{name}.lora_B.weight").T
-        buffers[path]["scale"][at] = config.scale_of(name)
-        buffers[path]["rank"][at] = rank
-    spec = Spec(
-        kind=LoRA.name,
-        paths=tuple(sorted(factors)),
-        rank=width,
-        options=(("rslora", True),) if config.rslora else (),
-    )
-    params, frozen = (
-        jax.tree.map(jnp.array, paths.unflatten({path: tree[path] for path in spec.paths}))
-        for tree in (factors, buffers)
-    )
-    return Adapter(params, frozen, spec)

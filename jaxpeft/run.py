@@ -19,7 +19,8 @@ from jaxpeft.config import RunConfig
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.evaluate import Sample, evaluate_loss, exact_match
 from jaxpeft.losses import make_lm_loss
-from jaxpeft.methods import Adapter, Full, init_adapter
+from jaxpeft.methods import Adapter, Context, Full
+from jaxpeft.methods.binding import head_is_frozen
 from jaxpeft.model import Model, save_model
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.names import param_shapes
@@ -72,13 +73,17 @@ class Run:
         self.config, self.rows, self.mesh = config, rows, mesh
         self.output = pathlib.Path(config.output_dir)
         self.schedule = make_schedule(config.optim, rows.steps)
-        self.tx = masked(make_optimizer(config.optim, rows.steps), self._trainable)
+        rule = config.method.wrap_optimizer(make_optimizer(config.optim, rows.steps), rows.steps)
+        self.tx = masked(rule, self._trainable)
         self.base_shapes = jax.eval_shape(lambda: base.params)
         replaced = tuple(paths.flatten(self.base_shapes)) if isinstance(config.method, Full) else ()
         self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
 
+        batches = (rows.plan.batch(step) for step in range(rows.steps))
+        context = Context(base.config, base.module, base.tokenizer, batches)
+
         def start(params: dict, keys: jax.Array) -> TrainState:
-            adapter = init_adapter(config.method, params, keys[0])
+            adapter = config.method.init(params, keys[0], context)
             kept = paths.without(params, replaced)
             return init_train_state(kept, adapter, self.tx, keys[1])
 
@@ -108,7 +113,12 @@ class Run:
         dropout = getattr(self.config.method, "dropout", 0.0) > 0
         module = self.base.module.clone(remat=train.remat)
         step = make_train_step(
-            make_lm_loss(module, head_frozen=self.head_frozen, dropout=dropout),
+            make_lm_loss(
+                module,
+                head_frozen=self.head_frozen,
+                dropout=dropout,
+                penalty=self.config.method.penalty,
+            ),
             self.tx,
             microbatches=train.batch_size // (train.microbatch_size or train.batch_size),
             state_shardings=self.shardings,
@@ -123,9 +133,7 @@ class Run:
     @property
     def head_frozen(self) -> bool:
         """Whether nothing that makes logits is trained, so that the loss may fuse its gradient."""
-        head = paths.EMBEDDING if self.base.config.tie_embeddings else paths.HEAD
-        on_base = paths.get(self.state.trained["base"], head) is not None
-        return not on_base and head not in self.state.spec.paths
+        return head_is_frozen(self.base.params, self.state.adapter, self.state.trained["base"])
 
     def evaluate(self) -> tuple[dict[str, float], list[Sample]]:
         """Metrics of the model as it stands, and its answers if exact match is asked for."""
@@ -241,7 +249,7 @@ class Run:
             "base": paths.unflatten(
                 {path: is_named(path, patterns) for path in paths.flatten(tree["base"])}
             ),
-            "adapter": jax.tree.map(lambda _: True, tree["adapter"]),
+            "adapter": self.config.method.trainable(tree["adapter"]),
         }
 
 
@@ -251,11 +259,11 @@ def check_model(config: RunConfig, model: ModelConfig) -> None:
     Raises:
         UserError: A pattern matches nothing, a rank is too large, or a choice excludes another.
     """
-    optim, shapes = config.optim, param_shapes(model)
+    optim, shapes, context = config.optim, param_shapes(model), Context(config=model)
 
     def start() -> Adapter:
         zeros = {path: jnp.zeros(shape) for path, shape in shapes.items()}
-        return init_adapter(config.method, paths.unflatten(zeros), jax.random.key(0))
+        return config.method.init(paths.unflatten(zeros), jax.random.key(0), context)
 
     spec = jax.eval_shape(start).spec
     for pattern in optim.trainable:

@@ -181,7 +181,7 @@ def make_train_step(
         loss, norm = total * scale, optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         tree = {"base": state.base(params), "adapter": state.adapter.params}
-        updates, opt_state = tx.update(grads, state.opt_state, tree)
+        updates, opt_state = tx.update(grads, state.opt_state, tree, buffers=state.buffers)
         trained = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.trained, updates)
         trained, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),

@@ -14,7 +14,9 @@ from tiny_decoder import CONFIG, decoder, make_adapter
 from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.methods import LoRA, bind, init_adapter, merge
-from jaxpeft.methods.lora import LoRAKernel, drop, from_adapter, shortest_decimal
+from jaxpeft.methods.exchange import shortest_decimal
+from jaxpeft.methods.lora import config_of
+from jaxpeft.methods.lora_nodes import LoRAKernel, drop
 
 BF16 = ml_dtypes.bfloat16
 IDS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -272,7 +274,7 @@ def test_the_config_is_rebuilt_from_spec_and_buffers(rslora):
             "dropout": np.full(3, 0.05, np.float32),
         }
         buffers = {"layers": {"mlp": {"up_proj": {"kernel": leaf}}}}
-        assert from_adapter(adapter.replace(buffers=buffers)) == method
+        assert config_of(adapter.replace(buffers=buffers)) == method
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -293,7 +295,7 @@ def test_adapters_whose_layers_differ_have_no_single_config():
     leaf = {**leaf, "scale": jnp.array([1.0, 2.0])}
     mixed = adapter.replace(buffers={"layers": {"mlp": {"up_proj": {"kernel": leaf}}}})
     with pytest.raises(UserError, match="differ in scale"):
-        from_adapter(mixed)
+        config_of(mixed)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxpeft import paths, peft_config
+from jaxpeft import paths
 from jaxpeft.errors import ResourceError, UserError
-from jaxpeft.methods import Full, LoRA, init_adapter, merge
-from jaxpeft.methods.lora import LoRAKernel, from_adapter
+from jaxpeft.methods import Full, LoRA, init_adapter, lora_peft, merge
+from jaxpeft.methods.exchange import Selection, Values
+from jaxpeft.methods.lora import config_of
+from jaxpeft.methods.lora_nodes import LoRAKernel
 from jaxpeft.model import Model
 from jaxpeft.models.load import load_params
 from jaxpeft.models.transformer import Transformer
@@ -202,13 +204,15 @@ def test_saved_config_equals_that_of_peft(tmp_path, name):
 def test_saved_config_means_what_that_of_peft_means(tmp_path, name):
     folder, base = golden(name)
     save_adapter(tmp_path / "out", load_adapter(folder, base), base)
-    ours, theirs = (
-        peft_config.read_config(place / "adapter_config.json")
-        for place in (tmp_path / "out", folder)
-    )
+
+    def parsed(place):
+        values = json.loads((place / "adapter_config.json").read_text())
+        return lora_peft.parse(Values(values, place, lora_peft.DEFAULTS))
+
+    ours, theirs = parsed(tmp_path / "out"), parsed(folder)
     for module in (*paths.module_names(base.params), "model.embed_tokens"):
-        assert ours.selects(module) == theirs.selects(module)
-        if ours.selects(module):
+        assert ours.selection.selects(module) == theirs.selection.selects(module)
+        if ours.selection.selects(module):
             assert ours.rank_of(module) == theirs.rank_of(module)
             assert ours.scale_of(module) == theirs.scale_of(module)
 
@@ -233,7 +237,7 @@ def test_saved_alpha_and_dropout_are_those_of_the_config(tmp_path, getkey, alpha
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["lora_alpha"], config["lora_dropout"]) == (alpha, 0.35)
     assert isinstance(config["lora_alpha"], int if alpha.is_integer() else float)
-    assert from_adapter(load_adapter(tmp_path / "out", base)).alpha == alpha
+    assert config_of(load_adapter(tmp_path / "out", base)).alpha == alpha
 
 
 def test_saved_bytes_depend_on_the_adapter_only(tmp_path):
@@ -571,8 +575,8 @@ def test_another_width_is_told_in_one_line():
         ({"exclude_modules": ["v_proj"]}, "does not select"),
         ({"layers_to_transform": [0]}, "does not select"),
         ({"layers_to_transform": "0"}, "layers_to_transform: expected a whole number"),
-        ({"peft_type": "LOHA"}, "peft_type: only 'LORA' is supported so far, got 'LOHA'"),
-        ({"task_type": "SEQ_CLS"}, "task_type: only 'CAUSAL_LM' is supported so far"),
+        ({"peft_type": "LOHA"}, "peft_type: 'LOHA' is not supported; supported: LORA"),
+        ({"task_type": "SEQ_CLS"}, "task_type: only 'CAUSAL_LM' is supported"),
         ({"init_lora_weights": "pissa"}, "changes the base model"),
         ({"use_dora": True}, "not supported yet: use_dora=true"),
         ({"modules_to_save": ["lm_head"]}, 'not supported yet: modules_to_save=["lm_head"]'),
@@ -626,8 +630,6 @@ def test_settings_that_change_nothing_are_accepted(tmp_path):
 )
 def test_targets_select_what_peft_selects(settings, selected):
     """Expected sets by hand from PEFT's ``check_target_module_exists``."""
-    usual = {"rank": 4, "alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "dropout": 0.0}
-    usual |= {"rslora": False, "exclude": (), "layers": None, "layers_pattern": ()}
-    config = peft_config.PeftLoraConfig(**(usual | settings))
-    layers = {i for i in range(3) if config.selects(f"model.layers.{i}.self_attn.q_proj")}
+    selection = Selection(**settings)
+    layers = {i for i in range(3) if selection.selects(f"model.layers.{i}.self_attn.q_proj")}
     assert layers == selected

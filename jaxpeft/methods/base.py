@@ -1,4 +1,4 @@
-"""What every method shares: the adapter, its static description, and the method's own face.
+"""What every method shares: the adapter, its static description, and the face of a family.
 
 An adapter is a tree of its own, never spliced into the base:
 
@@ -7,14 +7,26 @@ An adapter is a tree of its own, never spliced into the base:
 * ``spec``: static and hashable. All numbers are arrays, so adapters that differ in alpha or
   dropout share one compilation and stack under ``jax.vmap``.
 
-Both trees are nested like the base parameters, one dict of arrays at each adapted leaf.
+Both trees are nested like the base parameters, one dict of arrays at each adapted place; what all
+places share (VeRA's matrices) lies under the key ``shared``.
+
+A family is one file: a config class (`Method`), its nodes, and a `Kind` that says how they are
+bound. **Identity:** where a place has a buffer ``rank``, a layer of rank 0 whose arrays are all
+zero is left as it is, with zero gradients; so layers of a stack that are not adapted stay, and an
+adapter of zeros is "no adapter" in a mixed batch.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.struct
 import jax
+
+from jaxpeft.linear import Node, materialise
+
+if TYPE_CHECKING:
+    from jaxpeft.methods.exchange import PeftFormat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +35,7 @@ class Spec:
 
     Attributes:
         kind: Name of the method family, a key of ``jaxpeft.methods.KINDS``.
-        paths: "/"-joined paths of the adapted base leaves, sorted.
+        paths: "/"-joined paths of the adapted places, sorted.
         rank: Inner width all layers are padded to; 0 where there is none.
         options: Further static choices of the family, as sorted pairs.
     """
@@ -34,6 +46,20 @@ class Spec:
     options: tuple[tuple[str, Any], ...] = ()
 
 
+class Label(str):
+    """A text that says something about an adapter and does not tell two of them apart.
+
+    All labels are equal: they are static parts of pytrees, and adapters that differ in nothing
+    else share one compilation.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Label)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 @flax.struct.dataclass
 class Adapter:
     """Trained arrays, frozen arrays and the static description that reads them.
@@ -42,39 +68,170 @@ class Adapter:
         params: Nested like the base; at each path of the spec a dict of trained arrays.
         buffers: The same nesting with frozen arrays.
         spec: What the trees mean.
+        base_name: The base it was trained on, as `jaxpeft.load_model` takes it; "" if not known.
     """
 
     params: dict
     buffers: dict
     spec: Spec = flax.struct.field(pytree_node=False)
+    base_name: Label = flax.struct.field(pytree_node=False, default=Label(""))
 
 
-@runtime_checkable
-class Method(Protocol):
-    """A frozen, validated record of what to train and how; see `jaxpeft.LoRA`."""
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an initialisation may need beside the parameters; all of it is optional.
+
+    Attributes:
+        config: The base's `jaxpeft.ModelConfig`.
+        module: Its Linen module.
+        tokenizer: Its tokenizer.
+        batches: Batches as the training step takes them, for initialisations from data.
+    """
+
+    config: Any = None
+    module: Any = None
+    tokenizer: Any = None
+    batches: Iterable[Mapping[str, Any]] | None = None
+
+
+NO_CONTEXT = Context()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A frozen, validated record of what to train and how; see `jaxpeft.LoRA`.
+
+    Attributes:
+        init_from: An adapter to go on from, as `jaxpeft.load_adapter` takes it; the other values
+            must then describe that adapter.
+    """
 
     name: ClassVar[str]
 
-    def init(self, params: dict, key: jax.Array) -> Adapter:
-        """A new adapter for base `params` (arrays or shapes)."""
-        ...
+    init_from: str | None = None
+
+    def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
+        """A new adapter.
+
+        Args:
+            params: Base parameters; shapes are enough for initialisations that don't read them.
+            key: Typed PRNG key.
+            context: What else there is; a method that misses something says so.
+
+        Returns:
+            The adapter; ``jax.jit`` of this function works.
+        """
+        raise NotImplementedError
+
+    def trainable(self, params: dict) -> dict:
+        """Which leaves of an adapter's `params` are trained: a tree of booleans, all by default."""
+        return jax.tree.map(lambda _: True, params)
+
+    def penalty(self, adapter: Adapter) -> Any:
+        """A scalar added to the mean loss of a step, or None."""
+        del adapter
+        return None
+
+    def wrap_optimizer(self, tx: Any, steps: int) -> Any:
+        """The optimizer of the trained leaves, with what the method adds to it.
+
+        Args:
+            tx: An optax transformation. Its update gets ``buffers=``, those of the adapter, as an
+                extra argument.
+            steps: Updates of the whole run.
+        """
+        del steps
+        return tx
 
 
-class Kind(Protocol):
-    """How one family of adapters reads its leaves: two pure functions a leaf.
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """What a family sees of one adapted place when it is bound.
 
     Attributes:
-        NEEDS_BASE: Whether nodes hold the base's leaf; where not, the base may lack it.
+        path: The place.
+        base: The base's leaf there: an array, a node, or None where the base has none.
+        params: The adapter's trained arrays of this place.
+        buffers: Its frozen arrays.
+        shared: Trained and frozen arrays that all places share.
+        options: The spec's options as a dict.
+        key: Typed PRNG key of this step and place, or None to drop nothing.
+        layers: How many layers the arrays are stacks of, None where they are not stacked.
+        bound: The tree as bound so far, for neighbours such as a kernel's bias.
     """
 
-    NEEDS_BASE: bool
+    path: str
+    base: Any
+    params: dict
+    buffers: dict
+    shared: dict
+    options: dict
+    key: Any = None
+    layers: int | None = None
+    bound: dict = dataclasses.field(default_factory=dict)
 
-    def bind_leaf(
-        self, base: Any, params: dict, buffers: dict, key: jax.Array | None, options: dict
-    ) -> Any:
-        """The node that stands for `base` in the bound tree."""
-        ...
+    def beside(self, name: str) -> str:
+        """The path of another leaf of the same module: ``beside("bias")``."""
+        return f"{self.path.rpartition('/')[0]}/{name}"
 
-    def leaf_shape(self, params: dict) -> tuple[int, ...]:
-        """The shape, layer axis included, of the base leaf that a leaf's `params` belong to."""
-        ...
+    def keys(self) -> Any:
+        """The key as every leaf of a node: one a layer where layers are stacked; None stays."""
+        if self.key is None or self.layers is None:
+            return self.key
+        return jax.random.split(self.key, self.layers)
+
+
+def merge_leaf(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
+    """The usual way to merge: every bound node as the matrix it stands for.
+
+    Args:
+        leaf: The place.
+        nodes: What `Kind.bind` made of it.
+
+    Returns:
+        Arrays by path.
+    """
+    del leaf
+    return {
+        path: jax.jit(materialise)(node) if isinstance(node, Node) else node
+        for path, node in nodes.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How one family of adapters is read: pure functions of a place.
+
+    Attributes:
+        config: The family's config class; its ``name`` is the kind's.
+        bind: What stands in the bound tree, by path: usually ``{leaf.path: node}``.
+        leaf_shape: The shape, layer axis included, of the base leaf that a place's trained arrays
+            belong to; None where any fits.
+        config_of: The config that describes an adapter, rebuilt from its spec and buffers.
+        needs_base: Whether nodes hold the base's leaf; where not, the base may lack it.
+        merge: Merged arrays by path, from a place and its nodes.
+        no_merge: Why adapters of this family cannot be merged, "" if they can.
+        weigh: ``weigh(adapter, weight)``: the adapter with its change of the model multiplied by a
+            scalar; None where that has no meaning.
+        virtual_tokens: How many virtual tokens an adapter puts in front of every segment.
+        check: ``check(params, adapter)`` raises a UserError where shapes alone don't tell that an
+            adapter fits.
+        peft: How HF PEFT writes such adapters, None if it has none.
+    """
+
+    config: type[Method]
+    bind: Callable[[Leaf], dict[str, Any]]
+    leaf_shape: Callable[[dict], tuple[int, ...] | None]
+    config_of: Callable[[Adapter], Method]
+    needs_base: bool = True
+    merge: Callable[[Leaf, dict[str, Any]], dict[str, Any]] = merge_leaf
+    no_merge: str = ""
+    weigh: Callable[[Adapter, Any], Adapter] | None = None
+    virtual_tokens: Callable[[Adapter], int] = lambda adapter: 0
+    check: Callable[[dict, Adapter], None] | None = None
+    peft: "PeftFormat | None" = None
+
+    @property
+    def name(self) -> str:
+        """The family's name."""
+        return self.config.name

@@ -6,50 +6,46 @@ Reference:
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from jaxpeft import paths
-from jaxpeft.methods.base import Adapter, Spec
-
-NEEDS_BASE = False
+from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Method
+from jaxpeft.methods.replace import bind_value, replacement, value_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Full:
+class Full(Method):
     """Trains every parameter of the base, in float32."""
 
     name: ClassVar[str] = "full"
 
-    def init(self, params: dict, key: jax.Array) -> Adapter:
-        """A float32 copy of all base leaves; `key` is not used.
+    def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
+        """A float32 copy of all base leaves; `key` and `context` are not used.
 
         Args:
             params: Base parameters.
             key: Typed PRNG key, there for the common signature.
+            context: The same.
 
         Returns:
             An adapter with ``{"value": array}`` at the path of every base leaf.
         """
-        del key
-        return replacement(paths.flatten(params))
+        del key, context
+        return replacement(self.name, paths.flatten(params))
 
 
-def replacement(leaves: dict[str, Any]) -> Adapter:
-    """An adapter whose arrays stand in for the base leaves at their paths."""
-    values = {path: {"value": jnp.array(leaf, jnp.float32)} for path, leaf in leaves.items()}
-    spec = Spec(kind=Full.name, paths=tuple(sorted(leaves)))
-    return Adapter(paths.unflatten(values), {}, spec)
+def config_of(adapter: Adapter) -> Full:
+    """There is only one."""
+    del adapter
+    return Full()
 
 
-def bind_leaf(base: Any, params: dict, buffers: dict, key: jax.Array | None, options: dict) -> Any:
-    """The trained array itself."""
-    del base, buffers, key, options
-    return params["value"]
-
-
-def leaf_shape(params: dict) -> tuple[int, ...]:
-    """The shape of the leaf that is replaced."""
-    return tuple(params["value"].shape)
+KIND = Kind(
+    config=Full,
+    bind=bind_value,
+    leaf_shape=value_shape,
+    config_of=config_of,
+    needs_base=False,
+)

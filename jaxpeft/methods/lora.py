@@ -19,22 +19,21 @@ import math
 import zlib
 from typing import Any, ClassVar
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.linear import Node, dtype_of, linear, materialise, shape_of
-from jaxpeft.methods.base import Adapter, Spec
-
-NEEDS_BASE = True
+from jaxpeft.linear import shape_of
+from jaxpeft.methods import lora_peft
+from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
+from jaxpeft.methods.exchange import shortest_decimal
+from jaxpeft.methods.lora_nodes import LoRAKernel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRA:
+class LoRA(Method):
     """Which kernels to adapt, and how strongly.
 
     Attributes:
@@ -74,7 +73,7 @@ class LoRA:
         """What the product of the factors is multiplied with."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def init(self, params: dict, key: jax.Array) -> Adapter:
+    def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that leaves the model's function unchanged.
 
         A is uniform in ``(-1/sqrt(d_in), 1/sqrt(d_in))`` (PEFT's Kaiming with ``a = sqrt(5)``),
@@ -83,6 +82,7 @@ class LoRA:
         Args:
             params: Base parameters; shapes are enough.
             key: Typed PRNG key.
+            context: Not used.
 
         Returns:
             The adapter; ``jax.jit`` of this function works and places it like the base.
@@ -90,6 +90,7 @@ class LoRA:
         Raises:
             UserError: If a pattern matches nothing or the rank exceeds a kernel's sides.
         """
+        del context
         chosen = paths.match(self.targets, self.exclude, paths.module_names(params))
         layers: dict[str, list[int | None]] = {}
         for site in chosen.values():
@@ -123,84 +124,17 @@ class LoRA:
         return Adapter(paths.unflatten(factors), paths.unflatten(buffers), spec)
 
 
-@flax.struct.dataclass
-class LoRAKernel(Node):
-    """A frozen kernel with its low-rank factors.
-
-    Attributes:
-        base: Kernel ``(d_in, d_out)``, an array or a node.
-        a: ``(d_in, rank)``, float32.
-        b: ``(rank, d_out)``, float32.
-        scale: Scalar.
-        dropout: Scalar probability; used only with a key.
-        key: PRNG key of this step and kernel, or None to drop nothing.
-    """
-
-    base: Any
-    a: Any
-    b: Any
-    scale: Any
-    dropout: Any = 0.0
-    key: Any = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base kernel."""
-        return shape_of(self.base)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base kernel."""
-        return dtype_of(self.base)
-
-    def multiply(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        """Computes ``x @ (base + scale * a @ b)`` without forming the sum.
-
-        Args:
-            x: Activations, in the compute dtype.
-
-        Returns:
-            Activations in the dtype of `x`. The branch and the sum are computed in the
-            factors' dtype (float32) and rounded once, as PEFT does.
-
-        Example:
-            >>> kernel = LoRAKernel(base=jnp.eye(2), a=jnp.ones((2, 1)), b=jnp.ones((1, 2)), scale=2.0)
-            >>> kernel.multiply(jnp.array([1.0, 0.0]))
-            Array([3., 2.], dtype=float32)
-        """  # noqa: E501
-        y = linear(x, self.base)
-        h = x.astype(self.a.dtype)
-        if self.key is not None:
-            h = drop(h, self.dropout, self.key)
-        # Two dimensions: the factors' gradients then contract one dimension, a plain product.
-        flat = h.reshape(-1, h.shape[-1])
-        low = ((flat @ self.a) @ self.b) * self.scale
-        return (y.astype(low.dtype) + low.reshape(y.shape)).astype(x.dtype)
-
-    def materialise(self) -> Float[Array, "*stack d_in d_out"]:
-        """``base + scale * a @ b`` in float32, rounded to the base's dtype; also of a stack."""
-        scale = jnp.asarray(self.scale, jnp.float32)[..., None, None]
-        product = jnp.matmul(self.a, self.b, precision=jax.lax.Precision.HIGHEST)
-        total = materialise(self.base).astype(jnp.float32) + scale * product
-        return total.astype(self.dtype)
-
-
-def drop(x: Float[Array, "..."], rate: Any, key: jax.Array) -> Float[Array, "..."]:
-    """Inverted dropout: zeros with probability `rate`, the rest divided by ``1 - rate``."""
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0.0)
-
-
-def bind_leaf(
-    base: Any, params: dict, buffers: dict, key: jax.Array | None, options: dict
-) -> LoRAKernel:
+def bind(leaf: Leaf) -> dict[str, Any]:
     """The node that stands for a kernel adapted with LoRA."""
-    del options
-    if key is not None and (stack := shape_of(params["a"])[:-2]):
-        key = jax.random.split(key, stack)
-    return LoRAKernel(
-        base, params["a"], params["b"], buffers["scale"], dropout=buffers["dropout"], key=key
+    node = LoRAKernel(
+        leaf.base,
+        leaf.params["a"],
+        leaf.params["b"],
+        leaf.buffers["scale"],
+        dropout=leaf.buffers["dropout"],
+        key=leaf.keys(),
     )
+    return {leaf.path: node}
 
 
 def leaf_shape(params: dict) -> tuple[int, ...]:
@@ -208,7 +142,7 @@ def leaf_shape(params: dict) -> tuple[int, ...]:
     return (*params["a"].shape[:-1], params["b"].shape[-1])
 
 
-def from_adapter(adapter: Adapter) -> LoRA:
+def config_of(adapter: Adapter) -> LoRA:
     """The config of an adapter, rebuilt from its spec and buffers.
 
     Targets come back as full module names; alpha and dropout as the shortest decimals that
@@ -240,19 +174,21 @@ def from_adapter(adapter: Adapter) -> LoRA:
     )
 
 
-def shortest_decimal(value: Any, divisor: float = 1.0) -> float:
-    """The shortest decimal that is `value` in float32 after division by `divisor`.
+def weigh(adapter: Adapter, weight: Any) -> Adapter:
+    """The adapter with all its scales multiplied by `weight`."""
+    buffers = paths.flatten(adapter.buffers)
+    scaled = {
+        path: value * weight if path.endswith("/scale") else value
+        for path, value in buffers.items()
+    }
+    return adapter.replace(buffers=paths.unflatten(scaled))  # pyright: ignore
 
-    It finds the number a user wrote behind a float32 buffer.
 
-    Args:
-        value: A float32 number.
-        divisor: What the number was divided by: the rank, or its root, if it is an alpha.
-
-    Example:
-        >>> shortest_decimal(np.float32(0.1 / 3), 3)
-        0.1
-    """
-    exact = float(value) * divisor
-    candidates = (float(f"{exact:.{digits}g}") for digits in range(1, 17))
-    return next((c for c in candidates if np.float32(c / divisor) == value), exact)
+KIND = Kind(
+    config=LoRA,
+    bind=bind,
+    leaf_shape=leaf_shape,
+    config_of=config_of,
+    weigh=weigh,
+    peft=lora_peft.PEFT,
+)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpeft import paths
-from jaxpeft.linear import attend, embed, linear, shape_of
+from jaxpeft.linear import SHARED, Transposed, attend, embed, give_shared, linear, shape_of
 from jaxpeft.models import rope
 from jaxpeft.models.attention import attention
 from jaxpeft.models.config import ModelConfig
@@ -80,6 +80,8 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], init: Any) -> A
     if module.is_initializing() or not module.has_variable("params", name):
         return module.param(name, init, shape)
     value = module.get_variable("params", name)
+    if module.has_variable(SHARED, name):
+        value = give_shared(value, module.get_variable(SHARED, name))
     if shape_of(value) != tuple(shape):
         where = "/".join((*module.path, name))
         raise ValueError(f"{where} has shape {shape_of(value)}, the config asks for {shape}.")
@@ -273,7 +275,7 @@ class Transformer(nn.Module):
         x, stored = self._run_layers(x, positions, segment_ids, cache)
         x = RMSNorm(c.rms_eps, name="norm")(x)
         if not return_hidden or self.is_initializing():
-            logits = self._head(x, table)
+            logits = head_logits(self._head(table), x)
             x = x if return_hidden else logits
         if cache is None:
             return x
@@ -297,39 +299,43 @@ class Transformer(nn.Module):
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
+            variable_broadcast=SHARED,
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
         )
         return layers(c, name="layers")(x, layer, shared)
 
-    def _head(self, x: Any, table: Any) -> Float[Array, "batch seq vocab"]:
+    def _head(self, table: Any) -> Any:
         c = self.config
-        if not c.tie_embeddings:
-            size = (c.d_model, c.vocab_size)
-            table = Weight("kernel", size, c.initializer_range, name="lm_head")()
-        return head_logits(c, table, x)
+        if c.tie_embeddings and not self.has_variable("params", "lm_head"):
+            return Transposed(table)
+        size = (c.d_model, c.vocab_size)
+        return Weight("kernel", size, c.initializer_range, name="lm_head")()
 
 
-def head_weight(config: ModelConfig, params: dict) -> Any:
+def head_weight(variables: dict) -> Any:
     """The weight that turns hidden states into logits: the head's kernel or the tied table.
 
     Args:
-        config: Sizes and variants.
-        params: Bound parameters, ``bind(...)["params"]``.
+        variables: From `jaxpeft.bind`.
 
     Returns:
         An array or a node, for `head_logits`.
     """
-    return paths.get(params, paths.EMBEDDING if config.tie_embeddings else paths.HEAD)
+    shared = variables.get(SHARED, {})
+    for path in (paths.HEAD, paths.EMBEDDING):
+        weight = paths.get(variables["params"], path)
+        if weight is not None:
+            weight = give_shared(weight, paths.get(shared, path, ()))
+            return weight if path == paths.HEAD else Transposed(weight)
+    raise ValueError("the variables have neither a head nor an embedding table.")
 
 
-def head_logits(
-    config: ModelConfig, head: Any, hidden: Float[Array, "*batch d_model"]
-) -> Float[Array, "*batch vocab"]:
+def head_logits(head: Any, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
     """Logits of final hidden states, in float32."""
-    if config.tie_embeddings:
-        return attend(hidden, head)
+    if isinstance(head, Transposed):
+        return attend(hidden, head.table)
     return linear(hidden, head).astype(jnp.float32)
 
 

@@ -1,0 +1,212 @@
+"""Where base and adapter meet: ``bind`` and ``merge``.
+
+``bind`` is called inside the traced function: ``module.apply(bind(params, adapter), tokens)``.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxpeft import paths
+from jaxpeft.errors import UserError, first_few
+from jaxpeft.linear import SHARED, Transposed, dtype_of, shape_of, take_shared
+from jaxpeft.methods.base import Adapter, Context, Label, Leaf, Method
+from jaxpeft.methods.registry import KINDS
+
+
+def init_adapter(method: Method, base: Any, key: jax.Array, *, batches: Any = None) -> Adapter:
+    """A new adapter of `method`.
+
+    Args:
+        method: A config such as ``LoRA(rank=16)``.
+        base: A `jaxpeft.Model`, or its parameters alone; for methods that draw at random and
+            need nothing else of the model, their shapes are enough.
+        key: Typed PRNG key (``jax.random.key(0)``).
+        batches: Batches as the training step takes them, for initialisations from data.
+
+    Returns:
+        An adapter; but for a few soft prompts it leaves the model's function unchanged.
+
+    Raises:
+        UserError: If a target pattern matches no module, or the method needs what is not there.
+    """
+    if isinstance(base, Mapping):
+        return method.init(dict(base), key, Context(batches=batches))
+    context = Context(base.config, base.module, base.tokenizer, batches)
+    adapter = method.init(base.params, key, context)
+    return dataclasses.replace(adapter, base_name=Label(base.name))
+
+
+def bind(
+    params: dict,
+    adapter: Adapter | Sequence[Adapter] | None = None,
+    *,
+    weights: Sequence[Any] | None = None,
+    dropout_key: Any = None,
+) -> dict:
+    """Builds the variables that ``module.apply`` takes.
+
+    Call it inside the function that is traced or differentiated; it costs nothing there.
+
+    Args:
+        params: Base parameters, a nested dict.
+        adapter: What to put on them; None gives the base alone, several are put on one after the
+            other: changes of a kernel by LoRA add up.
+        weights: For several adapters, what each one's change is multiplied with; 1 by default.
+        dropout_key: Typed PRNG key of this step; None drops nothing, as at inference.
+
+    Returns:
+        ``{"params": tree}``, where the adapted leaves are nodes (see `jaxpeft.linear`), and
+        ``"shared"`` beside it where nodes have what all layers share.
+
+    Raises:
+        UserError: If an adapter addresses leaves that the base lacks, or with other shapes, or if
+            it has no meaning to multiply its change.
+    """
+    tree = params
+    for position, one in enumerate(adapters_of(adapter, weights)):
+        key = dropout_key
+        if key is not None and position:
+            key = jax.random.fold_in(key, position)
+        check_fit(params, one)
+        for path in one.spec.paths:
+            tree = paths.put(tree, KINDS[one.spec.kind].bind(make_leaf(tree, one, path, key)))
+    tree, shared = take_shared(tree)
+    return {"params": tree, SHARED: shared} if shared else {"params": tree}
+
+
+def adapters_of(
+    adapter: Adapter | Sequence[Adapter] | None, weights: Sequence[Any] | None = None
+) -> list[Adapter]:
+    """The adapters of an argument that may be one, several or none, multiplied by their weights."""
+    if adapter is None:
+        return []
+    several = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+    if weights is None:
+        return several
+    if len(weights) != len(several):
+        raise UserError(f"weights: {len(weights)} weights for {len(several)} adapters.")
+    for one in several:
+        if KINDS[one.spec.kind].weigh is None:
+            raise UserError(
+                f"weights: an adapter of kind {one.spec.kind!r} is no sum that could be weighted; "
+                "leave weights out."
+            )
+    return [
+        KINDS[one.spec.kind].weigh(one, weight)  # pyright: ignore[reportOptionalCall]
+        for one, weight in zip(several, weights, strict=True)
+    ]
+
+
+def make_leaf(tree: dict, adapter: Adapter, path: str, key: Any = None) -> Leaf:
+    """What `adapter` brings to `path` and finds there.
+
+    Args:
+        tree: Base parameters, with what other adapters put on them.
+        adapter: The adapter.
+        path: One of its places.
+        key: Typed PRNG key of the step, or None.
+    """
+    base = paths.get(tree, path)
+    if base is None and path == paths.HEAD:
+        table = paths.get(tree, paths.EMBEDDING)
+        base = None if table is None else Transposed(table)
+    if key is not None:
+        key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    return Leaf(
+        path=path,
+        base=base,
+        params=paths.get(adapter.params, path, {}),
+        buffers=paths.get(adapter.buffers, path, {}),
+        shared=adapter.params.get(SHARED, {}) | adapter.buffers.get(SHARED, {}),
+        options=dict(adapter.spec.options),
+        key=key,
+        layers=shape_of(base)[0] if base is not None and paths.is_stacked(path) else None,
+        bound=tree,
+    )
+
+
+def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
+    """Plain arrays that compute what base and adapter compute together.
+
+    Args:
+        params: Base parameters; they stay as they are.
+        adapter: An adapter of a mergeable kind, or several to merge one after the other.
+
+    Returns:
+        A tree like `params`, in its dtypes; leaves that no adapter touches are shared with it.
+        Where a tied table and the head come to differ there is an ``lm_head/kernel`` more.
+
+    Raises:
+        UserError: If an adapter does not fit the base, or cannot be merged.
+    """
+    tree = params
+    for one in adapters_of(adapter):
+        kind = KINDS[one.spec.kind]
+        if kind.no_merge:
+            raise UserError(f"an adapter of kind {kind.name!r} cannot be merged: {kind.no_merge}")
+        check_fit(params, one)
+        merged: dict[str, Any] = {}
+        for path in one.spec.paths:
+            leaf = make_leaf(tree, one, path)
+            for place, array in kind.merge(leaf, kind.bind(leaf)).items():
+                before = paths.get(tree, place)
+                before = leaf.base if before is None and place == path else before
+                merged[place] = array if before is None else array.astype(dtype_of(before))
+        if unties(tree, one) and paths.HEAD not in merged:
+            merged[paths.HEAD] = paths.get(tree, paths.EMBEDDING).T
+        tree = paths.put(tree, merged)
+    return tree
+
+
+def unties(params: dict, adapter: Adapter) -> bool:
+    """Whether an adapter of a tied model changes the table for look-ups, but not for the head."""
+    if paths.get(params, paths.HEAD) is not None or paths.EMBEDDING not in adapter.spec.paths:
+        return False
+    node = KINDS[adapter.spec.kind].bind(make_leaf(params, adapter, paths.EMBEDDING))
+    return bool(getattr(node[paths.EMBEDDING], "attends_base", False))
+
+
+def check_fit(params: dict, adapter: Adapter) -> None:
+    """Raises a UserError unless every leaf of the adapter belongs to a leaf of the base.
+
+    `bind` calls it: it looks at names and shapes only, and costs nothing in a traced function.
+    """
+    kind = KINDS[adapter.spec.kind]
+    bases = {path: make_leaf(params, adapter, path).base for path in adapter.spec.paths}
+    lost = [path for path, base in bases.items() if base is None]
+    if lost and kind.needs_base:
+        raise UserError(
+            f"the adapter addresses {len(lost)} leaves that this base lacks: {first_few(lost)}; "
+            "it was made for another model."
+        )
+    for path, base in bases.items():
+        theirs = kind.leaf_shape(paths.get(adapter.params, path, {}))
+        if base is not None and theirs is not None and theirs != shape_of(base):
+            raise UserError(
+                f"{path}: the adapter was made for shape {theirs}, this base has "
+                f"{shape_of(base)}; it belongs to another model."
+            )
+    if kind.check is not None:
+        kind.check(params, adapter)
+
+
+def head_is_frozen(params: dict, adapter: Adapter | None, trained: Any = None) -> bool:
+    """Whether nothing that makes logits is trained, so that the loss may fuse its gradient.
+
+    Args:
+        params: Base parameters: arrays, nodes or shapes.
+        adapter: What is trained.
+        trained: Base leaves that are trained as well, nested like `params`, None elsewhere.
+    """
+    head = paths.HEAD if paths.get(params, paths.HEAD) is not None else paths.EMBEDDING
+    if trained is not None and paths.get(trained, head) is not None:
+        return False
+    if adapter is None:
+        return True
+    if paths.HEAD in adapter.spec.paths:
+        return False
+    return head not in adapter.spec.paths or unties(params, adapter)

@@ -1,0 +1,400 @@
+"""What every family needs to read and write HF PEFT folders.
+
+A family brings a `PeftFormat`: the name and keys of its ``adapter_config.json``, a function that
+turns config and tensors into an adapter, and one for the way back. Everything is strict: `Values`
+refuses wrong types and settings that cannot be honoured, `Tensors` accounts for every tensor, and
+`Selection` follows the target rules of HF PEFT 0.21 (``check_target_module_exists``).
+"""
+
+import collections
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft import paths
+from jaxpeft.errors import UserError, first_few
+from jaxpeft.linear import shape_of
+from jaxpeft.methods.base import Adapter
+
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+FLOAT32_MAX = 3.4e38
+FLOATS = ("F32", "F16", "BF16")
+
+COMMON: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "peft_type": None,
+    "peft_version": "0.21.0",
+    "revision": None,
+    "task_type": "CAUSAL_LM",
+}
+"""Keys of every ``adapter_config.json`` of PEFT 0.21, with their usual values."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftFormat:
+    """How HF PEFT writes the adapters of one family.
+
+    Attributes:
+        type: PEFT's ``peft_type``, such as "LORA".
+        defaults: Every further key that PEFT writes, with the value that changes nothing.
+        read_keys: Keys that `read` understands.
+        harmless_keys: Keys whose value does not change what a trained adapter computes.
+        read: ``read(values, tensors, base)``: the adapter; `base` is a `jaxpeft.Model`. It calls
+            `Tensors.require` for all tensors before it reads one.
+        write: ``write(adapter, base)``: the family's keys of the config that differ from
+            `defaults`, and the tensors.
+        tags: What the model card says of it, such as "LoRA adapter".
+    """
+
+    type: str
+    defaults: Mapping[str, Any]
+    read_keys: tuple[str, ...]
+    harmless_keys: tuple[str, ...] = ()
+    read: Callable[["Values", "Tensors", Any], Adapter]
+    write: Callable[[Adapter, Any], tuple[dict[str, Any], dict[str, np.ndarray]]]
+    title: str
+
+
+class Values:
+    """An ``adapter_config.json``, read key by key; a wrong type is a UserError with the place."""
+
+    def __init__(self, values: Mapping[str, Any], file: Any, defaults: Mapping[str, Any]):
+        self.values, self.file, self.defaults = values, file, defaults
+
+    def get(self, key: str) -> Any:
+        """The value as it stands, or PEFT's default."""
+        return self.values.get(key, self.defaults.get(key))
+
+    def wrong(self, key: str, expected: str) -> UserError:
+        """The error about a key's value."""
+        return UserError(f"{self.file}: {key}: expected {expected}, got {self.get(key)!r:.60}.")
+
+    def number(self, key: str) -> int | float:
+        """A finite number."""
+        return self._number(key, self.get(key))
+
+    def count(self, key: str) -> int:
+        """A whole number of at least 1."""
+        return self._count(key, self.get(key))
+
+    def flag(self, key: str) -> bool:
+        """True or false."""
+        if not isinstance(value := self.get(key), bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def names(self, key: str, empty: Any = ()) -> str | tuple[str, ...]:
+        """A regex, or a list of names; `empty` for null."""
+        value = self.get(key)
+        if value is None:
+            return empty
+        if isinstance(value, str):
+            self._require_regex(value, key)
+            return value
+        if not isinstance(value, list | tuple) or not all(isinstance(i, str) for i in value):
+            raise self.wrong(key, "a string or a list of strings")
+        return tuple(value)
+
+    def ints(self, key: str) -> tuple[int, ...] | None:
+        """A whole number or a list of them, or None."""
+        value = self.get(key)
+        if value is None:
+            return None
+        value = [value] if type(value) is int else value
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self.wrong(key, "a whole number or a list of them")
+        return tuple(value)
+
+    def pattern(self, key: str, *, whole: bool) -> dict[str, Any]:
+        """Numbers by name or regex; whole ones of at least 1, or any."""
+        value = self.get(key) or {}
+        if not isinstance(value, dict):
+            raise self.wrong(key, "an object of names and numbers")
+        check = self._count if whole else self._number
+        for name in value:
+            self._require_regex(name, key)
+        return {name: check(key, item) for name, item in value.items()}
+
+    def selection(self, default: str | tuple[str, ...] = ()) -> "Selection":
+        """Which modules the config adapts; `default` where it names none."""
+        layers, pattern = self.ints("layers_to_transform"), self.names("layers_pattern")
+        return Selection(
+            targets=self.names("target_modules", default),
+            exclude=self.names("exclude_modules"),
+            layers=layers or None,
+            layers_pattern=(pattern,) if isinstance(pattern, str) else pattern,
+        )
+
+    def _number(self, key: str, value: Any) -> int | float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.wrong(key, "a number")
+        if not abs(value) <= FLOAT32_MAX:
+            raise self.wrong(key, "a finite number")
+        return value
+
+    def _count(self, key: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.wrong(key, "a whole number of at least 1")
+        return value
+
+    def _require_regex(self, pattern: str, key: str) -> None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"{self.file}: {key}: {pattern!r} is not a valid regex: {error}."
+            ) from None
+
+
+def require_supported(values: Mapping[str, Any], file: Any, peft: PeftFormat) -> None:
+    """Raises a UserError for settings that say something and are not understood."""
+    task = values.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise UserError(f"{file}: task_type: only 'CAUSAL_LM' is supported, got {task!r}.")
+    known = {*COMMON, *peft.read_keys, *peft.harmless_keys, "runtime_config"}
+    unsupported, unknown = [], []
+    for key, value in values.items():
+        if key in known or not value or value == peft.defaults.get(key):
+            continue
+        (unsupported if key in peft.defaults else unknown).append(f"{key}={json.dumps(value)[:60]}")
+    if unsupported:
+        raise UserError(f"{file}: not supported yet: {first_few(unsupported)}.")
+    if unknown:
+        raise UserError(
+            f"{file}: unknown settings: {first_few(unknown)}; a newer PEFT may have written them. "
+            "Remove those that do not change what the adapter computes."
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which modules an ``adapter_config.json`` adapts.
+
+    Attributes:
+        targets: "all-linear", a regex, or names and suffixes.
+        exclude: A regex, or names and suffixes; empty for nothing.
+        layers: Layer indices to adapt, or None for all.
+        layers_pattern: Names of the list of layers, or empty for any.
+    """
+
+    targets: str | tuple[str, ...]
+    exclude: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+
+    def selects(self, name: str) -> bool:
+        """Whether PEFT would adapt the module with this full name."""
+        if self.exclude and paths.name_matches(self.exclude, name):
+            return False
+        if isinstance(self.targets, str):
+            if self.targets.lower() == paths.ALL_LINEAR:
+                return name.rpartition(".")[2] not in ("lm_head", "embed_tokens")
+            return paths.name_matches(self.targets, name)
+        if name in self.targets:
+            return True  # PEFT does not look at the layer of a module named in full
+        if not paths.name_matches(self.targets, name):
+            return False
+        return self.layers is None or self._layer_of(name) in self.layers
+
+    def select(self, sites: Mapping[str, paths.Site], where: Any) -> dict[str, paths.Site]:
+        """The selected part of `sites`; selecting nothing is a UserError about the file `where`."""
+        chosen = {name: site for name, site in sites.items() if self.selects(name)}
+        if not chosen:
+            raise UserError(
+                f"{where}: target_modules {self.targets!r:.80} selects no module of this base; "
+                "the adapter was made for another model."
+            )
+        return chosen
+
+    def _layer_of(self, name: str) -> int | None:
+        prefixes = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern]
+        for prefix in prefixes or [r".*?\.[^.]*"]:
+            found = re.match(rf"{prefix}\.(\d+)\.", name)
+            if found:
+                return int(found.group(1))
+        return None
+
+
+def first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first key that matches the end of `name` as PEFT reads it, or `default`."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+class Tensors:
+    """The tensors of an ``adapter_model.safetensors``; nothing is read before `require`.
+
+    Attributes:
+        file: Their file, for errors.
+        shapes: Shape by key.
+        dtypes: Dtype by key, as safetensors calls it.
+    """
+
+    def __init__(
+        self,
+        file: Any,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, str],
+        read: Callable[[str], np.ndarray],
+    ):
+        self.file, self.shapes, self.dtypes, self._read = file, dict(shapes), dict(dtypes), read
+
+    def require(self, wanted: Mapping[str, Sequence[int]], base_name: str) -> None:
+        """Raises a UserError unless the file holds exactly these keys, in shape and as floats.
+
+        Args:
+            wanted: Shape by key.
+            base_name: What the base is called.
+        """
+        missing = [key for key in wanted if key not in self.shapes]
+        if missing:
+            raise UserError(
+                f"{self.file}: {len(missing)} tensors are missing: {first_few(missing, 3)}; the "
+                f"file is incomplete, or made for another base than {base_name!r}."
+            )
+        extra = sorted(self.shapes.keys() - wanted.keys())
+        if extra:
+            raise UserError(
+                f"{self.file}: {len(extra)} unexpected tensors: {first_few(extra, 3)}; "
+                f"{CONFIG} and the base {base_name!r} have no place for them."
+            )
+        wrong = [
+            f"{key} is {list(self.shapes[key])}, expected {list(shape)}"
+            for key, shape in wanted.items()
+            if self.shapes[key] != tuple(shape)
+        ]
+        if wrong:
+            raise UserError(
+                f"{self.file}: {len(wrong)} tensors do not fit {CONFIG} or the base "
+                f"{base_name!r}: {first_few(wrong, 3)}; the adapter was made for another model."
+            )
+        self.require_floats(wanted)
+
+    def require_floats(self, keys: Iterable[str]) -> None:
+        """Raises a UserError unless these tensors hold float32, float16 or bfloat16."""
+        odd = [f"{key} is {self.dtypes[key]}" for key in keys if self.dtypes[key] not in FLOATS]
+        if odd:
+            raise UserError(
+                f"{self.file}: {len(odd)} tensors of an unsupported dtype (supported: "
+                f"{', '.join(FLOATS)}): {first_few(odd, 3)}."
+            )
+
+    def raw(self, key: str) -> np.ndarray:
+        """One tensor in its own dtype."""
+        return self._read(key)
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor as float32; a value that is not finite is an error."""
+        value = self.raw(key).astype(np.float32)
+        if count := int(np.count_nonzero(~np.isfinite(value))):
+            raise UserError(
+                f"{self.file}: {key.removeprefix(PREFIX)}: {count} of {value.size} values are not "
+                "finite; the adapter is damaged or its training diverged."
+            )
+        return value
+
+
+# From modules to stacked layers, and back.
+
+
+def stack(
+    modules: Mapping[str, Mapping[str, Any]], sites: Mapping[str, paths.Site], params: Mapping
+) -> dict[str, dict[str, jax.Array]]:
+    """Arrays of single modules as arrays of stacked layers, zero where a layer has none.
+
+    Args:
+        modules: By full module name the arrays of one layer; an array (say, ``a``) has the same
+            shape in all layers of a stack: pad it where ranks differ.
+        sites: Where modules live, from `jaxpeft.paths.module_names`.
+        params: Base parameters, for the number of layers.
+
+    Returns:
+        By path of the base leaf the stacked arrays, for `jaxpeft.paths.unflatten`.
+    """
+    stacked: dict[str, dict[str, np.ndarray]] = {}
+    for name, arrays in modules.items():
+        path, layer = sites[name].path, sites[name].layer
+        layers = () if layer is None else (shape_of(paths.get(params, path))[0],)
+        place = stacked.setdefault(path, {})
+        for key, value in arrays.items():
+            value = np.asarray(value)
+            if key not in place:
+                place[key] = np.zeros((*layers, *value.shape), value.dtype)
+            place[key][() if layer is None else layer] = value
+    return jax.tree.map(jnp.array, stacked)
+
+
+def modules_of(adapter: Adapter) -> Iterator[tuple[str, str, Any]]:
+    """Every adapted module of an adapter whose places have a buffer ``rank``.
+
+    Yields:
+        Its full name, its path, and the index of its layer in stacked arrays, as in
+        ``np.asarray(leaf)[index]`` (``()`` where nothing is stacked).
+    """
+    for path in adapter.spec.paths:
+        rank = np.asarray(paths.get(adapter.buffers, f"{path}/rank"))
+        for layer in range(len(rank)) if paths.is_stacked(path) else [None]:
+            index = () if layer is None else layer
+            if rank[index] > 0:
+                yield paths.module_name(path, layer), path, index
+
+
+def targets_value(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Short names for ``target_modules`` if they select exactly the chosen modules, else full ones.
+
+    Args:
+        chosen: Full names of the adapted modules.
+        names: Full names of all modules that PEFT might select.
+    """
+    chosen = set(chosen)
+    suffixes = sorted({name.rpartition(".")[2] for name in chosen})
+    by_suffix = {name for name in names if paths.name_matches(suffixes, name)}
+    return suffixes if by_suffix == chosen else sorted(chosen)
+
+
+def default_and_exceptions(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and the others by escaped full name, as PEFT's patterns want it."""
+    counts = collections.Counter(values.values())
+    default = max(counts, key=lambda value: (counts[value], value))
+    others = {re.escape(name): value for name, value in values.items() if value != default}
+    return default, others
+
+
+def contiguous(array: Any) -> np.ndarray:
+    """The array as safetensors stores it: float32, rows in order."""
+    return np.ascontiguousarray(array, np.float32)
+
+
+def require_finite(name: str, *arrays: Any) -> None:
+    """Raises a UserError if a module's trained values are not finite."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise UserError(f"{name}: the adapter holds values that are not finite; it diverged.")
+
+
+def shortest_decimal(value: Any, divisor: float = 1.0) -> float:
+    """The shortest decimal that is `value` in float32 after division by `divisor`.
+
+    It finds the number a user wrote behind a float32 buffer.
+
+    Args:
+        value: A float32 number.
+        divisor: What the number was divided by: the rank, or its root, if it is an alpha.
+
+    Example:
+        >>> shortest_decimal(np.float32(0.1 / 3), 3)
+        0.1
+    """
+    exact = float(value) * divisor
+    candidates = (float(f"{exact:.{digits}g}") for digits in range(1, 17))
+    return next((c for c in candidates if np.float32(c / divisor) == value), exact)

@@ -1,0 +1,83 @@
+"""LoRA's kernel node: a frozen kernel with its low-rank factors.
+
+Reference:
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021,
+    https://arxiv.org/abs/2106.09685, equation 3.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxpeft.linear import Node, dtype_of, linear, materialise, shape_of
+
+
+@flax.struct.dataclass
+class LoRAKernel(Node):
+    """A frozen kernel with its low-rank factors.
+
+    Attributes:
+        base: Kernel ``(d_in, d_out)``, an array or a node.
+        a: ``(d_in, rank)``, float32.
+        b: ``(rank, d_out)``, float32.
+        scale: Scalar.
+        dropout: Scalar probability; used only with a key.
+        key: PRNG key of this step and kernel, or None to drop nothing.
+    """
+
+    base: Any
+    a: Any
+    b: Any
+    scale: Any
+    dropout: Any = 0.0
+    key: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the base kernel."""
+        return shape_of(self.base)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the base kernel."""
+        return dtype_of(self.base)
+
+    def multiply(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        """Computes ``x @ (base + scale * a @ b)`` without forming the sum.
+
+        Args:
+            x: Activations, in the compute dtype.
+
+        Returns:
+            Activations in the dtype of `x`. The branch and the sum are computed in the
+            factors' dtype (float32) and rounded once, as PEFT does.
+
+        Example:
+            >>> kernel = LoRAKernel(base=jnp.eye(2), a=jnp.ones((2, 1)), b=jnp.ones((1, 2)), scale=2.0)
+            >>> kernel.multiply(jnp.array([1.0, 0.0]))
+            Array([3., 2.], dtype=float32)
+        """  # noqa: E501
+        y = linear(x, self.base)
+        h = x.astype(self.a.dtype)
+        if self.key is not None:
+            h = drop(h, self.dropout, self.key)
+        # Two dimensions: the factors' gradients then contract one dimension, a plain product.
+        flat = h.reshape(-1, h.shape[-1])
+        low = ((flat @ self.a) @ self.b) * self.scale
+        return (y.astype(low.dtype) + low.reshape(y.shape)).astype(x.dtype)
+
+    def materialise(self) -> Float[Array, "*stack d_in d_out"]:
+        """``base + scale * a @ b`` in float32, rounded to the base's dtype; also of a stack."""
+        scale = jnp.asarray(self.scale, jnp.float32)[..., None, None]
+        product = jnp.matmul(self.a, self.b, precision=jax.lax.Precision.HIGHEST)
+        total = materialise(self.base).astype(jnp.float32) + scale * product
+        return total.astype(self.dtype)
+
+
+def drop(x: Float[Array, "..."], rate: Any, key: jax.Array) -> Float[Array, "..."]:
+    """Inverted dropout: zeros with probability `rate`, the rest divided by ``1 - rate``."""
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0)

@@ -1,0 +1,17 @@
+"""The list of methods: one line a family. Whatever depends on the kind of an adapter looks here."""
+
+from typing import Any
+
+from jaxpeft.methods import full, lora
+from jaxpeft.methods.base import Kind
+
+_ALL = (
+    lora.KIND,
+    full.KIND,
+)
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
+"""By ``Spec.kind`` what reads such adapters."""
+
+METHODS: dict[str, Any] = {kind.name: kind.config for kind in _ALL}
+"""Config class by the name that YAML's ``method.name`` uses."""

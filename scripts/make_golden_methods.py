@@ -1,0 +1,90 @@
+"""Writes ``tests/golden/methods``: adapters of every method, as HF PEFT saves and computes them.
+
+It needs torch and PEFT, in the virtual environment that ``scripts/make_golden.py`` describes::
+
+    .venv-oracle/bin/python scripts/make_golden_methods.py [--only NAME ...]
+
+For every entry of `ADAPTERS` it writes ``NAME/``, the folder of ``save_pretrained`` with trained
+values that are random and not neutral, and ``NAME.safetensors``: two rows of tokens, their mask,
+the float32 logits at the tokens' own positions and, where PEFT can merge, those of the merged
+model. ``tests/test_golden_methods.py`` finds the files by itself.
+"""
+
+# pyright: reportMissingImports=false
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import torch
+from make_golden import load, sample_inputs, write_inputs
+
+# name: (base, config class of PEFT, settings)
+ADAPTERS: dict[str, tuple[str, str, dict]] = {
+    "lora": ("qwen2", "LoraConfig", {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"}),
+}
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Moves every trained value so that each one matters: vectors a little, matrices by rows."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            continue
+        noise = torch.randn(parameter.shape, generator=generator)
+        spread = 0.3 if parameter.ndim < 2 or min(parameter.shape) == 1 else 0.5
+        with torch.no_grad():
+            if parameter.ndim < 2 or min(parameter.shape) == 1:
+                parameter.add_(noise * spread)
+            else:
+                parameter.copy_(noise * spread / parameter.shape[-1] ** 0.5)
+
+
+def logits_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Float32 logits at the tokens' own positions, zero where the input is padding."""
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    mask = inputs["attention_mask"]
+    return (logits[:, -mask.shape[1] :].float() * mask[..., None]).contiguous()
+
+
+def write_adapter(root: Path, name: str, seed: int) -> None:
+    """Writes one PEFT folder and what the adapted and the merged model compute."""
+    base, config_class, settings = ADAPTERS[name]
+    config = getattr(peft, config_class)(task_type="CAUSAL_LM", **settings)
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(load(root / "models" / base), config).eval()
+    randomise(model, seed)
+    folder = root / "methods" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    file = folder / "adapter_config.json"
+    written = json.loads(file.read_text()) | {"base_model_name_or_path": base}
+    for key, value in written.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            written[key] = sorted(value)  # PEFT holds sets, whose order changes from run to run
+    file.write_text(json.dumps(written, indent=2, sort_keys=True))
+    inputs = sample_inputs(seed)
+    tensors = {"logits": logits_of(model, inputs)}
+    if hasattr(model, "merge_and_unload"):
+        tensors["merged"] = logits_of(model.merge_and_unload(), inputs)
+    write_inputs(root / "methods" / f"{name}.safetensors", inputs, **tensors)
+
+
+def main() -> None:
+    """Writes everything, or what ``--only`` names."""
+    parser = argparse.ArgumentParser(description="Writes tests/golden/methods.")
+    parser.add_argument("--out", type=Path, default=Path("tests/golden"))
+    parser.add_argument("--only", nargs="*", default=list(ADAPTERS), choices=list(ADAPTERS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    (args.out / "methods").mkdir(exist_ok=True)
+    for name in args.only:
+        write_adapter(args.out, name, seed=300 + sum(name.encode()) % 97)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Every adapter that HF PEFT wrote: its logits bound and merged, and the same files back.
+
+The folders were made with torch and PEFT by ``scripts/make_golden_methods.py``.
+"""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxpeft.methods import KINDS, merge
+from jaxpeft.model import Model
+from jaxpeft.models.load import load_params
+from jaxpeft.models.transformer import Transformer
+from jaxpeft.peft_format import load_adapter, save_adapter
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+NAMES = sorted(file.stem for file in (GOLDEN / "methods").glob("*.safetensors"))
+COPIES = (".base_layer.weight",)
+"""Copies of base weights that PEFT puts beside some adapters, and does not need."""
+
+
+@functools.cache
+def load_base(name):
+    params, config, tokenizer, fingerprint = load_params(GOLDEN / "models" / name)
+    return Model(params, config, Transformer(config), tokenizer, fingerprint, name)
+
+
+@functools.cache
+def golden(name):
+    folder = GOLDEN / "methods" / name
+    values = json.loads((folder / "adapter_config.json").read_text())
+    base = load_base(values["base_model_name_or_path"])
+    return folder, base, load_adapter(folder, base), load_file(folder.with_suffix(".safetensors"))
+
+
+def run(base, adapter, expected):
+    mask = jnp.asarray(expected["attention_mask"])
+    logits = base(jnp.asarray(expected["input_ids"]), adapter=adapter, segment_ids=mask)
+    return np.asarray(logits)[expected["attention_mask"].astype(bool)]
+
+
+def assert_same_logits(actual, expected):
+    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
+    np.testing.assert_array_equal(actual.argmax(-1), expected.argmax(-1))
+
+
+every_golden = pytest.mark.parametrize("name", NAMES)
+
+
+@every_golden
+def test_an_adapter_of_peft_gives_its_logits(name):
+    _, base, adapter, expected = golden(name)
+    wanted = expected["logits"][expected["attention_mask"].astype(bool)]
+    assert_same_logits(run(base, adapter, expected), wanted)
+    assert np.abs(run(base, None, expected) - wanted).max() > 0.1
+
+
+@every_golden
+def test_an_adapter_of_peft_merges_to_its_merged_logits(name):
+    _, base, adapter, expected = golden(name)
+    if "merged" not in expected:
+        assert KINDS[adapter.spec.kind].no_merge
+        return
+    merged = base.replace(params=merge(base.params, adapter))
+    wanted = expected["merged"][expected["attention_mask"].astype(bool)]
+    assert_same_logits(run(merged, None, expected), wanted)
+
+
+@every_golden
+def test_an_adapter_of_peft_is_saved_with_the_same_keys_shapes_and_values(name, tmp_path):
+    folder, base, adapter, _ = golden(name)
+    save_adapter(tmp_path / "out", adapter, base)
+    ours, theirs = (
+        load_file(place / "adapter_model.safetensors") for place in (tmp_path / "out", folder)
+    )
+    theirs = {key: value for key, value in theirs.items() if not key.endswith(COPIES)}
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        np.testing.assert_allclose(ours[key], value, rtol=1e-6, atol=1e-7)
+        assert ours[key].dtype == value.dtype
+
+
+@every_golden
+def test_a_saved_config_has_the_keys_and_settings_of_peft(name, tmp_path):
+    folder, base, adapter, _ = golden(name)
+    save_adapter(tmp_path / "out", adapter, base)
+    ours, theirs = (
+        json.loads((place / "adapter_config.json").read_text())
+        for place in (tmp_path / "out", folder)
+    )
+    assert ours.keys() == theirs.keys()
+    loose = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+    loose += ("layers_to_transform", "layers_pattern", "init_lora_weights", "init_weights")
+    assert {k: v for k, v in ours.items() if k not in loose} == {
+        k: v for k, v in theirs.items() if k not in loose
+    }
+
+
+@every_golden
+def test_what_is_saved_loads_as_the_same_adapter(name, tmp_path):
+    _, base, adapter, _ = golden(name)
+    save_adapter(tmp_path / "out", adapter, base)
+    again = load_adapter(tmp_path / "out", base)
+    assert again.spec == adapter.spec
+    for old, new in ((adapter.params, again.params), (adapter.buffers, again.buffers)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), old, new)

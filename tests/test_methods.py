@@ -1,0 +1,203 @@
+"""What every method promises, on one small decoder: a new one is tested once it is registered.
+
+Reference values come from the method's own merged arrays, from plain loops, or from the base.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_decoder import CONFIG, decoder, draw, make_batch
+
+import jaxpeft as jp
+from jaxpeft import paths, sharding
+from jaxpeft.linear import SHARED, Node
+from jaxpeft.methods import KINDS, METHODS, Context, bind, merge
+from jaxpeft.models.config import ModelConfig
+
+SMALL = {"rank": 2, "alpha": 4.0, "num_tokens": 3, "block_size": 4, "hidden_size": 8, "steps": 4}
+BIASED = ModelConfig(**{**dataclasses.asdict(CONFIG), "model_type": "qwen2", "qkv_bias": True})
+
+
+def small(cls, **values):
+    """A config of the class, with small sizes where it has such fields."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{key: value for key, value in (SMALL | values).items() if key in names})
+
+
+every_method = pytest.mark.parametrize("method", [small(c) for c in METHODS.values()], ids=METHODS)
+
+
+def fresh(method, config=BIASED):
+    module, params = decoder(config)
+    return method.init(params, jax.random.key(0), Context(config=config, module=module))
+
+
+def trained(method, config=BIASED, seed=1):
+    """An adapter moved away from where it starts, as by training."""
+    adapter = fresh(method, config)
+    moved = jax.tree.map(jnp.add, adapter.params, draw(adapter.params, seed, 0.15))
+    return adapter.replace(params=moved)
+
+
+def logits(adapter, config=BIASED, remat="none", params=None, batch=None):
+    module, base = decoder(config, remat)
+    batch = make_batch(2, 8) if batch is None else batch
+    ids = batch["tokens"]
+    count = 0 if adapter is None else KINDS[adapter.spec.kind].virtual_tokens(adapter)
+    if count:
+        ids = jp.with_prompt(adapter, ids)
+    variables = bind(base if params is None else params, adapter)
+    return module.apply(variables, ids)[:, count:]
+
+
+def loss_of(adapter, remat="none", params=None):
+    out = jax.nn.log_softmax(logits(adapter, remat=remat, params=params))
+    return -jnp.take_along_axis(out, make_batch(2, 8)["targets"][..., None], -1).mean()
+
+
+def assert_close(actual, expected, rtol=1e-4, atol=1e-5):
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=rtol, atol=atol), actual, expected
+    )
+
+
+@every_method
+def test_a_new_adapter_fits_its_base_and_its_trees_agree_with_its_spec(method):
+    adapter = fresh(method)
+    for path in adapter.spec.paths:
+        assert paths.get(adapter.params, path)
+    places = set(paths.flatten(adapter.params))
+    known = (*adapter.spec.paths, SHARED)
+    assert all(any(place.startswith(path + "/") for path in known) for place in places)
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapter.params)} == {jnp.dtype("float32")}
+    assert hash(adapter.spec) == hash(fresh(method).spec)
+
+
+@every_method
+def test_a_new_adapter_changes_nothing_or_is_a_prompt(method):
+    adapter = fresh(method)
+    kind = KINDS[adapter.spec.kind]
+    if kind.no_merge:
+        assert np.isfinite(logits(adapter)).all()
+    else:
+        assert_close(logits(adapter), logits(None), rtol=1e-5, atol=1e-5)
+
+
+@every_method
+def test_a_trained_adapter_changes_the_model_the_same_when_merged(method):
+    adapter = trained(method)
+    bound, plain = logits(adapter), logits(None)
+    assert np.abs(bound - plain).max() > 1e-2
+    if KINDS[adapter.spec.kind].no_merge:
+        with pytest.raises(jp.UserError, match="cannot be merged"):
+            merge(decoder(BIASED)[1], adapter)
+        return
+    merged = merge(decoder(BIASED)[1], adapter)
+    assert not any(isinstance(leaf, Node) for leaf in paths.flatten(merged).values())
+    assert_close(logits(None, params=merged), bound)
+
+
+@every_method
+def test_remat_and_jit_change_neither_value_nor_gradient(method):
+    adapter = trained(method)
+
+    def run(remat):
+        def loss(p):
+            return loss_of(adapter.replace(params=p), remat)
+
+        return jax.jit(jax.value_and_grad(loss))(adapter.params)
+
+    assert_close(run("full"), run("none"))
+
+
+@every_method
+def test_gradients_are_those_of_finite_differences(method):
+    adapter = trained(method)
+
+    def loss(p):
+        return loss_of(adapter.replace(params=p))
+
+    direction = draw(adapter.params, seed=5, scale=1.0)
+    slope = optax.tree.vdot(jax.grad(loss)(adapter.params), direction)
+    step = 1e-2 / float(optax.tree.norm(direction))
+
+    def at(t):
+        return float(loss(jax.tree.map(lambda p, d: p + t * d, adapter.params, direction)))
+
+    # Central differences of fourth order.
+    near, far = (at(step) - at(-step)) / (2 * step), (at(2 * step) - at(-2 * step)) / (4 * step)
+    assert slope == pytest.approx((4 * near - far) / 3, rel=5e-2, abs=5e-3)
+
+
+@every_method
+def test_several_adapters_under_vmap_share_the_base(method):
+    several = [trained(method, seed=seed) for seed in (1, 2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
+    actual = jax.jit(jax.vmap(logits))(stacked)
+    for one, expected in zip(actual, map(logits, several), strict=True):
+        assert_close(one, expected)
+
+
+@every_method
+def test_a_base_sharded_over_eight_devices_gives_the_same(method):
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+    adapter, base = trained(method), decoder(BIASED)[1]
+    placed = sharding.shard_params(base, mesh)
+
+    @jax.jit
+    def run(p, params):
+        return jax.value_and_grad(lambda p: loss_of(adapter.replace(params=p), params=params))(p)
+
+    assert_close(run(adapter.params, placed), run(adapter.params, base))
+
+
+@every_method
+def test_adamw_leaves_what_is_not_adapted_where_it_is(method):
+    """Two steps through the public training step: the loss goes down, the base stays."""
+    base = decoder(BIASED)[1]
+    adapter = fresh(method)
+    tx = jp.masked(optax.adamw(2e-2, weight_decay=0.0), jp.adapter_only)
+    state = jp.init_train_state(base, adapter, tx, jax.random.key(0))
+
+    def loss_fn(params, adapter, batch, key):
+        del params, batch, key
+        return loss_of(adapter)
+
+    step = jp.make_train_step(loss_fn, tx)
+    losses = []
+    for _ in range(4):
+        state, metrics = step(state, base, make_batch(2, 8))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.adapter.params, adapter.params)
+    assert all(jax.tree.leaves(moved))
+
+
+@every_method
+def test_a_layer_of_rank_zero_and_zeros_is_left_as_it_is(method):
+    adapter = fresh(method)
+    places = [p for p in adapter.spec.paths if paths.get(adapter.buffers, f"{p}/rank") is not None]
+    if set(places) != set(adapter.spec.paths):
+        pytest.skip("a kind whose places have no rank")  # prompts and whole replacements
+    nothing = jax.tree.map(jnp.zeros_like, adapter)
+    assert_close(logits(nothing), logits(None), rtol=1e-6, atol=1e-6)
+
+    def loss(p):
+        return loss_of(nothing.replace(params=p))
+
+    assert optax.tree.norm(jax.grad(loss)(nothing.params)) == 0
+
+
+@every_method
+def test_the_config_is_rebuilt_from_the_adapter(method):
+    adapter = fresh(method)
+    again = KINDS[adapter.spec.kind].config_of(adapter)
+    rebuilt = fresh(again)
+    assert rebuilt.spec == adapter.spec
+    assert jax.tree.map(jnp.shape, rebuilt.params) == jax.tree.map(jnp.shape, adapter.params)
+    own = {k: v for k, v in adapter.buffers.items() if k != SHARED}
+    assert_close({k: v for k, v in rebuilt.buffers.items() if k != SHARED}, own)
