@@ -257,7 +257,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
         path: A YAML file.
         overrides: Flags as on a command line: ``["--optim.learning_rate", "3e-4"]`` or
-            ``["--optim.learning_rate=3e-4"]``; lists as ``[a, b]`` or ``a,b``; the last one wins.
+            ``["--optim.learning_rate=3e-4"]``; lists as ``[a, b]`` or ``a,b``, names with values
+            as ``{a: 1}``; the last one wins.
 
     Returns:
         The validated config.
@@ -282,7 +283,8 @@ def config_hash(config: RunConfig) -> str:
     (another mesh gives the same rows in the same order and differs by rounding only).
     """
     kept = {path: value for path, value in flatten(config).items() if not _NOT_HASHED.match(path)}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(dict(sorted(kept.items())))  # in mappings the order of names says something
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def diff(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:

@@ -122,6 +122,11 @@ def is_section(field: dataclasses.Field, hint: Any) -> bool:
     return variants_of(field) is not None or dataclasses.is_dataclass(hint)
 
 
+def is_mapping(hint: Any) -> bool:
+    """Whether a value of this type is names with values, such as ``Mapping[str, int]``."""
+    return typing.get_origin(hint) is Mapping
+
+
 def to_plain(config: Any) -> dict[str, Any]:
     """A config as nested dicts of plain values; variants say their ``name`` first."""
     plain: dict[str, Any] = {}
@@ -130,13 +135,13 @@ def to_plain(config: Any) -> dict[str, Any]:
         if is_section(field, hint):
             head = {"name": type(value).name} if variants_of(field) is not None else {}
             value = head | to_plain(value)
-        plain[field.name] = list(value) if isinstance(value, tuple) else value
+        plain[field.name] = _plain(value)
     return plain
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """A config as ``{"optim.learning_rate": 2e-4, ...}``."""
-    return dict(_flatten(to_plain(config), ""))
+    """A config as ``{"optim.learning_rate": 2e-4, ...}``; a mapping stays one value."""
+    return dict(_flatten(config, ""))
 
 
 def describe(schema: Schema) -> str:
@@ -178,21 +183,32 @@ def _hints(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def _attribute_docs(cls: type) -> dict[str, str]:
-    """First sentences of the ``Attributes:`` of a Google style docstring."""
-    body = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+    """First sentences of the ``Attributes:`` of a Google style docstring, bases first."""
     docs: dict[str, str] = {}
-    for match in re.finditer(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", body, re.MULTILINE):
-        text = " ".join(match[2].split())
-        docs[match[1]] = re.split(r"(?<=\.) (?=[A-Z])", text)[0]
+    for owner in reversed(cls.__mro__):
+        body = inspect.cleandoc(owner.__doc__ or "").partition("Attributes:\n")[2]
+        for match in re.finditer(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", body, re.MULTILINE):
+            text = " ".join(match[2].split())
+            docs[match[1]] = re.split(r"(?<=\.) (?=[A-Z])", text)[0]
     return docs
 
 
-def _flatten(plain: Mapping[str, Any], path: str):
-    for name, value in plain.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, _join(path, name))
+def _flatten(config: Any, path: str):
+    for field, hint in fields_of(type(config)):
+        value, inner = getattr(config, field.name), _join(path, field.name)
+        if is_section(field, hint):
+            if variants_of(field) is not None:
+                yield _join(inner, "name"), type(value).name
+            yield from _flatten(value, inner)
         else:
-            yield _join(path, name), value
+            yield inner, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML and JSON have it."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _join(path: str, name: str) -> str:
@@ -209,6 +225,8 @@ def _unique(items: Iterable) -> list:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {item}' for name, item in value.items())}}}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

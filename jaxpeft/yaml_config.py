@@ -17,7 +17,14 @@ from typing import Any, Literal
 
 import yaml
 
-from jaxpeft.config_keys import Schema, fields_of, is_section, to_plain, variants_of
+from jaxpeft.config_keys import (
+    Schema,
+    fields_of,
+    is_mapping,
+    is_section,
+    to_plain,
+    variants_of,
+)
 from jaxpeft.errors import UserError, nearest
 from jaxpeft.yaml_nodes import (
     Place,
@@ -46,7 +53,8 @@ def load(schema: Schema, path: str, overrides: Sequence[str] = (), example: str 
         schema: The classes to fill.
         path: A YAML file.
         overrides: Flags as on a command line: ``["--optim.learning_rate", "3e-4"]`` or
-            ``["--optim.learning_rate=3e-4"]``; lists as ``[a, b]`` or ``a,b``; the last one wins.
+            ``["--optim.learning_rate=3e-4"]``; lists as ``[a, b]`` or ``a,b``, names with values
+            as ``{a: 1}``; the last one wins.
         example: A command that works, for the error about a missing file.
 
     Returns:
@@ -69,7 +77,7 @@ def loads(schema: Schema, text: str, file: str, overrides: Sequence[str] = ()) -
             value,
             text=str in kinds,
             lists=any(typing.get_origin(kind) is tuple for kind in kinds),
-            keys=not kinds,
+            keys=not kinds or any(map(is_mapping, kinds)),
         )
         try:
             root = put(root, flag, node)
@@ -189,6 +197,14 @@ class _Reader:
 
     def value(self, hint: Any, node: yaml.Node, path: str, place: Place) -> Any:
         """The value of a field, or `_BAD` after noting why not."""
+        mapping = next(filter(is_mapping, _kinds(hint)), None)
+        if mapping is not None and isinstance(node, yaml.MappingNode):
+            item = typing.get_args(mapping)[1]
+            values = {
+                name: self.value(item, child, _join(path, name), self.place(key))
+                for name, (key, child) in self.pairs(node, path).items()
+            }
+            return _BAD if any(value is _BAD for value in values.values()) else values
         try:
             return _resolve(hint, node)
         except _Mismatch as error:
@@ -265,6 +281,8 @@ def _expected(hint: Any) -> str:
             parts.append("one of " + ", ".join(typing.get_args(kind)))
         elif typing.get_origin(kind) is tuple:
             parts.append(f"a list of {_expected(typing.get_args(kind)[0])}")
+        elif is_mapping(kind):
+            parts.append(f"names, each with {_expected(typing.get_args(kind)[1])}")
         else:
             parts.append(names[kind])
     return " or ".join(parts + ["null"] * nullable)

@@ -169,7 +169,7 @@ def flag_node(flag: str, index: int, value: str, *, text: bool, lists: bool, key
         text: Whether the flag's field may hold text: then only plain words with commas make a
             list, for a regex may hold commas too.
         lists: Whether the field may hold a list.
-        keys: Whether the flag names a section.
+        keys: Whether the flag names a section, or a field of names with values.
     """
     mark: Any = _FlagMark(flag, index)
     if (lists and value.startswith("[")) or (keys and value.startswith("{")):

@@ -1,6 +1,9 @@
 """The YAML config: what is read, what is refused, and where an error points."""
 
+import copy
 import dataclasses
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,9 @@ from jaxpeft.data import DataConfig
 from jaxpeft.errors import UserError
 from jaxpeft.foreign_names import FOREIGN
 from jaxpeft.methods import METHODS, Full, LoRA
+from jaxpeft.methods.base import FrozenMap
 from jaxpeft.optim import OptimConfig
-from jaxpeft.yaml_config import loads
+from jaxpeft.yaml_config import dumps, loads
 
 SMALL = """\
 model: {path: base}
@@ -59,6 +63,8 @@ class Values:
     count: int = 0
     flag: bool = False
     names: str | tuple[str, ...] = ()
+    ranks: Mapping[str, int] = FrozenMap()
+    alphas: Mapping[str, float] = FrozenMap()
 
 
 def value(key, text):
@@ -412,15 +418,10 @@ def test_written_config_reads_back_equal(drawn):
 
 def test_every_key_is_written_out(load):
     written = yaml.safe_load(cfg.to_yaml(load(SMALL)))
-    assert written["method"] == {
-        "name": "lora",
-        "rank": 8,
-        "alpha": 16.0,
-        "targets": "all-linear",
-        "dropout": 0.0,
-        "rslora": False,
-        "exclude": [],
-    }
+    fields = {field.name for field in dataclasses.fields(LoRA)}
+    assert set(written["method"]) == {"name", *fields}
+    expected = {"name": "lora", "rank": 8, "alpha": 16.0, "targets": "all-linear", "exclude": []}
+    assert expected.items() <= written["method"].items()
     known = {key.path for key in cfg.SCHEMA.keys if key.variant in ("", "lora")}
     assert set(flatten(load(SMALL))) == known
 
@@ -453,3 +454,82 @@ def test_every_key_has_a_sentence_in_the_help():
 
 def test_methods_carry_the_name_they_are_registered_by():
     assert {name: method.name for name, method in METHODS.items()} == {n: n for n in METHODS}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_reached_by_its_name_and_reads_back_equal(load, name):
+    config = load(SMALL.replace("{name: lora}", f"{{name: {name}}}"))
+    assert type(config.method) is METHODS[name]
+    assert load(cfg.to_yaml(config)) == config
+    assert hash(config.method) == hash(load(cfg.to_yaml(config)).method)
+
+
+def test_names_with_values_are_read_in_order_and_write_themselves_back():
+    text = "ranks: {down_proj: 16, 'layers.0.*q_proj': 4}\nalphas:\n  b: 1e1\n  a: 2\n"
+    read = loads(Schema(Values), text, "v.yaml")
+    assert list(read.ranks.items()) == [("down_proj", 16), ("layers.0.*q_proj", 4)]
+    assert list(read.alphas.items()) == [("b", 10.0), ("a", 2.0)]
+    assert all(isinstance(alpha, float) for alpha in read.alphas.values())
+    assert loads(Schema(Values), dumps(read), "v.yaml") == read
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--ranks", "{down_proj: 16, up_proj: 2}"],
+        ["--ranks={down_proj: 16, up_proj: 2}"],
+        ["--ranks.down_proj", "16", "--ranks.up_proj", "2"],
+    ],
+)
+def test_flags_give_names_with_values(flags):
+    assert loads(Schema(Values), "count: 1\n", "v.yaml", flags).ranks == {
+        "down_proj": 16,
+        "up_proj": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (
+            "ranks: {q_proj: 1.5}",
+            "v.yaml:1: ranks.q_proj: expected a whole number, got 1.5",
+        ),
+        (
+            "ranks: 8",
+            "v.yaml:1: ranks: expected names, each with a whole number, got 8",
+        ),
+        (
+            "alphas: [a, b]",
+            "v.yaml:1: alphas: expected names, each with a number, got a list",
+        ),
+        (
+            "ranks:\n  a: 1\n  a: 2",
+            "v.yaml:3: ranks.a: given twice, also on line 2; keep one of the two",
+        ),
+    ],
+)
+def test_names_with_wrong_values_are_refused_where_they_stand(line, problem):
+    with pytest.raises(UserError) as caught:
+        loads(Schema(Values), line + "\n", "v.yaml")
+    assert str(caught.value) == problem
+
+
+def test_a_mapping_is_one_key_and_its_order_is_part_of_it():
+    first, second = (
+        Values(ranks=FrozenMap({"a": 1, "b": 2})),
+        Values(ranks=FrozenMap({"b": 2, "a": 1})),
+    )
+    assert flatten(first)["ranks"] == {"a": 1, "b": 2}
+    assert first != second
+    assert FrozenMap({"a": 1}) == {"a": 1}
+
+
+def test_a_frozen_map_can_be_hashed_copied_and_not_changed():
+    patterns = FrozenMap({"q_proj": 4})
+    assert hash(patterns) == hash(FrozenMap([("q_proj", 4)]))
+    assert copy.deepcopy(patterns) == pickle.loads(pickle.dumps(patterns)) == patterns
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        patterns.q_proj = 8
+    with pytest.raises(TypeError):
+        patterns["q_proj"] = 8  # pyright: ignore
