@@ -9,7 +9,6 @@ if __name__ == "__main__":  # before anything heavy is imported: it starts the p
     cli.enable_huge_pages()
 
 import dataclasses
-import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from jaxpeft.errors import UserError
 from jaxpeft.losses import make_lm_loss
 from jaxpeft.methods.base import Adapter
 from jaxpeft.model import Model
+from jaxpeft.prompting import virtual_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,17 +163,17 @@ def evaluate_file(
         path, base.tokenizer, max_length=max_length, vocab_size=base.config.vocab_size
     ).first(max_rows)
     answered = any(data.prompt_and_reference(row) is not None for row in examples.rows)
-    batches = functools.partial(
-        data.eval_batches,
-        examples,
-        batch_size=batch_size,
-        max_length=max_length,
-        packing=True,
-        pad_id=base.config.pad_token_id,
-    )
     results = {}
     for name, adapter in adapters.items():
-        metrics = evaluate_loss(base, batches(), adapter)
+        virtual = virtual_ids(adapter)
+        batches = data.eval_batches(
+            examples.with_prefix(virtual),
+            batch_size=batch_size,
+            max_length=max_length + len(virtual),
+            packing=True,
+            pad_id=base.config.pad_token_id,
+        )
+        metrics = evaluate_loss(base, batches, adapter)
         if answered:
             metrics["eval_exact_match"], _ = exact_match(
                 base,
@@ -209,7 +209,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", required=True, help="HF folder, hub id or GGUF file")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--data", required=True, help="a .jsonl or .json file of rows")
-    parser.add_argument("--adapter", action="append", default=[], help="adapter folder; repeat")
+    parser.add_argument(
+        "--adapter", action="append", default=[], help="adapter folder or hub id; repeat"
+    )
     parser.add_argument("--dtype", default="float32", help="dtype of the base")
     parser.add_argument("--max_length", type=int, default=512, help="longest row in tokens")
     parser.add_argument("--max_rows", type=int, help="only the first rows")

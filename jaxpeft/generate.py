@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text; - reads lines")
     parser.add_argument("--model", required=True, help="HF folder, hub id or GGUF file")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--adapter", help="adapter folder")
+    parser.add_argument("--adapter", help="adapter folder or hub id")
     parser.add_argument("--system", help="system message in front of every prompt")
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
     parser.add_argument("--dtype", default="float32", help="dtype of the base")

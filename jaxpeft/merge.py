@@ -11,7 +11,7 @@ def main(argv: list[str]) -> None:
     parser = cli.make_parser("merge", "Writes base and adapter as one Hugging Face model.")
     parser.add_argument("--model", required=True, help="HF folder, hub id or GGUF file")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--adapter", required=True, help="adapter folder")
+    parser.add_argument("--adapter", required=True, help="adapter folder or hub id")
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder there")
     parser.add_argument("--dtype", help="dtype of the merged weights; default: as stored")

@@ -25,6 +25,8 @@ from jaxpeft.methods import KINDS, Adapter, check_fit
 from jaxpeft.methods.base import Label
 from jaxpeft.methods.exchange import COMMON, CONFIG, PeftFormat, Tensors, Values, require_supported
 from jaxpeft.models.hf import read_header, read_json
+from jaxpeft.models.locate import locate_adapter
+from jaxpeft.models.shapes import load_shapes
 from jaxpeft.models.source import decode
 
 TENSORS = "adapter_model.safetensors"
@@ -64,12 +66,21 @@ def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Any) -> None:
     write_folder(folder, _render(peft, adapter, base))
 
 
-def load_adapter(path: str | os.PathLike, base: Any, *, allow_other_base: bool = False) -> Adapter:
+def load_adapter(
+    path: str | os.PathLike,
+    base: Any = None,
+    *,
+    revision: str | None = None,
+    allow_other_base: bool = False,
+) -> Adapter:
     """Reads a PEFT folder, strictly.
 
     Args:
-        path: A PEFT folder, ours or PEFT's own, or a run's folder with one in ``adapter``.
-        base: The `jaxpeft.Model` to put it on.
+        path: A PEFT folder, ours or PEFT's own, a run's folder with one in ``adapter``, or a hub
+            id "org/name".
+        base: The `jaxpeft.Model` to put it on. Without it shapes are checked against the config
+            of the base that the adapter names, and which weights it was trained on is not.
+        revision: Branch, tag or commit of a hub id.
         allow_other_base: Accept an adapter that was trained on other weights.
 
     Returns:
@@ -78,26 +89,42 @@ def load_adapter(path: str | os.PathLike, base: Any, *, allow_other_base: bool =
     Raises:
         UserError: If anything is missing, unexpected, damaged, of another shape or rank, not
             finite, not supported yet, or made for another base.
+
+    Example:
+        >>> adapter = jp.load_adapter("some/adapter")  # doctest: +SKIP
+        >>> revision = adapter.base_revision or None  # doctest: +SKIP
+        >>> base = jp.load_model(adapter.base_name, revision=revision)  # doctest: +SKIP
     """
-    folder = pathlib.Path(path)
-    if not (folder / CONFIG).exists() and (folder / "adapter").is_dir():
-        folder = folder / "adapter"
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder; an adapter on the hub is fetched with `hf download`."
-        )
-    place = folder / CONFIG
-    if not place.is_file():
-        raise UserError(f"{place}: no such file; a PEFT folder has one beside its tensors.")
-    values = read_json(place)
-    peft = _format_of(values, place)
-    require_supported(values, place, peft)
+    folder, place, values, peft = _open_folder(path, revision)
+    name, version = values.get(BASE_NAME) or "", values.get("revision") or ""
+    for key, value in ((BASE_NAME, name), ("revision", version)):
+        if not isinstance(value, str):
+            raise UserError(f"{place}: {key}: expected a text, got {value!r:.60}.")
+    if pathlib.Path(name).expanduser().exists():
+        version = ""  # a local base has none
+    base = _shapes_of(place, name, version) if base is None else base
     file = folder / TENSORS
     if not file.is_file():
         raise UserError(f"{folder}: {_no_tensors(folder)}")
     _check_side_file(folder, base, allow_other_base)
     adapter = peft.read(Values(values, place, peft.defaults), _open(file), base)
-    return dataclasses.replace(adapter, base_name=Label(values.get(BASE_NAME) or ""))
+    return dataclasses.replace(adapter, base_name=Label(name), base_revision=Label(version))
+
+
+def peek_kind(path: str | os.PathLike) -> str:
+    """The family of a saved adapter, from its ``adapter_config.json`` alone.
+
+    Args:
+        path: As `load_adapter` takes it.
+
+    Returns:
+        A key of ``jaxpeft.methods.KINDS``.
+
+    Raises:
+        UserError: If there is no such adapter, or it is of no supported family.
+    """
+    peft = _open_folder(path, None)[3]
+    return next(name for name, kind in KINDS.items() if kind.peft is peft)
 
 
 # Saving.
@@ -108,7 +135,10 @@ def _render(peft: PeftFormat, adapter: Adapter, base: Any) -> dict[str, bytes]:
     from safetensors.numpy import save
 
     own, tensors = peft.write(adapter, base)
-    values = COMMON | dict(peft.defaults) | own | {"peft_type": peft.type, BASE_NAME: base.name}
+    named = {"peft_type": peft.type, BASE_NAME: base.name}
+    if str(adapter.base_name) == base.name and adapter.base_revision:
+        named["revision"] = str(adapter.base_revision)
+    values = COMMON | dict(peft.defaults) | own | named
     files = {
         CONFIG: _json(values),
         TENSORS: save({key: np.ascontiguousarray(x) for key, x in tensors.items()}, FORMAT_PT),
@@ -163,6 +193,35 @@ adapter = jp.load_adapter(THIS_FOLDER, base)
 
 
 # Loading.
+
+
+def _open_folder(
+    path: str | os.PathLike, revision: str | None
+) -> tuple[pathlib.Path, pathlib.Path, dict[str, Any], PeftFormat]:
+    """The folder, its config's place and values, and the format it has."""
+    folder = locate_adapter(path, revision, (CONFIG, TENSORS, SIDE))
+    if not (folder / CONFIG).exists() and (folder / "adapter").is_dir():
+        folder = folder / "adapter"
+    place = folder / CONFIG
+    if not place.is_file():
+        raise UserError(f"{place}: no such file; a PEFT folder has one beside its tensors.")
+    values = read_json(place)
+    peft = _format_of(values, place)
+    require_supported(values, place, peft)
+    return folder, place, values, peft
+
+
+def _shapes_of(place: pathlib.Path, name: str, version: str) -> Any:
+    """The base that an adapter names, without its weights."""
+    if not name:
+        raise UserError(f"{place}: names no base in {BASE_NAME}; pass it: load_adapter(..., base).")
+    try:
+        return load_shapes(name, version or None)
+    except UserError as error:
+        raise UserError(
+            f"{place}: the base it names cannot be found ({error}); load a base yourself and pass "
+            "it: load_adapter(..., base)."
+        ) from error
 
 
 def _format_of(values: dict, place: pathlib.Path) -> PeftFormat:

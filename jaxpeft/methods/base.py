@@ -109,12 +109,14 @@ class Adapter:
         buffers: The same nesting with frozen arrays.
         spec: What the trees mean.
         base_name: The base it was trained on, as `jaxpeft.load_model` takes it; "" if not known.
+        base_revision: Its branch, tag or commit on the hub; "" for none.
     """
 
     params: dict
     buffers: dict
     spec: Spec = flax.struct.field(pytree_node=False)
     base_name: Label = flax.struct.field(pytree_node=False, default=Label(""))
+    base_revision: Label = flax.struct.field(pytree_node=False, default=Label(""))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,11 @@ class Method:
     name: ClassVar[str]
 
     init_from: str | None = None
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Virtual tokens that its adapters put in front of every segment."""
+        return 0
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter.

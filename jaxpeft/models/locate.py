@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 
 from jaxpeft.errors import UserError, nearest
 
@@ -50,7 +51,37 @@ def locate(path: str | os.PathLike, revision: str | None = None, *, weights: boo
             f"{text}: no such file or folder (from {pathlib.Path.cwd()}); {_near(local)}"
             "no network access was tried, as this is not a hub id (org/name)"
         )
-    return _from_hub(text, revision, weights)
+    return _from_hub(text, revision, [*_SMALL, *(_WEIGHTS if weights else ())], "model")
+
+
+def locate_adapter(
+    path: str | os.PathLike, revision: str | None, files: Iterable[str]
+) -> pathlib.Path:
+    """Finds an adapter's folder, downloading it only when given a hub id.
+
+    Args:
+        path: A folder, or a hub id "org/name".
+        revision: Branch, tag or commit of a hub id.
+        files: Names of the files that are wanted from the hub.
+
+    Returns:
+        An existing folder.
+
+    Raises:
+        UserError: Nothing there, or the hub has no such adapter.
+    """
+    text = os.fspath(path)
+    local = pathlib.Path(text).expanduser()
+    if local.exists() and revision is not None:
+        raise UserError(f"{text}: revision {revision!r} has no meaning for a local path; drop it")
+    if text.strip() and local.is_dir():
+        return local
+    if local.exists() or looks_local(text) or "/" not in text:
+        raise UserError(
+            f"{text}: no such folder (from {pathlib.Path.cwd()}); no network access was tried, as "
+            "this is not a hub id (org/name)"
+        )
+    return _from_hub(text, revision, files, "adapter")
 
 
 def looks_local(text: str) -> bool:
@@ -87,26 +118,25 @@ def _near(local: pathlib.Path) -> str:
     return f"near names: {', '.join(str(parent / name) for name in close)}; " if close else ""
 
 
-def _from_hub(text: str, revision: str | None, weights: bool) -> pathlib.Path:
+def _from_hub(text: str, revision: str | None, files: Iterable[str], what: str) -> pathlib.Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    patterns: list[str] = [*_SMALL, *(_WEIGHTS if weights else ())]
     name = f"{text} (revision {revision})" if revision else text
     try:
         folder = huggingface_hub.snapshot_download(
-            text, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            text, revision=revision, allow_patterns=[*files], ignore_patterns=["*/*"]
         )
     except errors.GatedRepoError as error:
         raise UserError(
-            f"{name}: access to this model is restricted; accept its terms on the hub and log in "
+            f"{name}: access to this {what} is restricted; accept its terms on the hub and log in "
             "with `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"{text}: the hub has no revision {revision!r} of this model") from error
+        raise UserError(f"{text}: the hub has no revision {revision!r} of this {what}") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"{name}: no such folder here and no such model on the hub (or it is private: "
+            f"{name}: no such folder here and no such {what} on the hub (or it is private: "
             "`hf auth login`)"
         ) from error
     except errors.LocalEntryNotFoundError as error:

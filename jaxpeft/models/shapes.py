@@ -1,0 +1,77 @@
+"""A base known by its config alone: every weight has its shape, none has its numbers."""
+
+import dataclasses
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from jaxpeft import paths
+from jaxpeft.errors import UserError
+from jaxpeft.models.load import load_config
+from jaxpeft.models.names import param_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Weightless:
+    """Stands for a base weight that is not at hand; whoever reads its numbers gets a `UserError`.
+
+    Attributes:
+        shape: Of the weight, layer axis included.
+        path: Where it stands.
+        base_name: The base it belongs to.
+    """
+
+    shape: tuple[int, ...]
+    path: str
+    base_name: str
+
+    @property
+    def dtype(self) -> Any:
+        """That of a weight as it is usually loaded."""
+        return np.dtype(np.float32)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def refuse(self, *_: Any, **__: Any) -> NoReturn:
+        """Says that the numbers are not there."""
+        raise UserError(
+            f"{self.path}: this adapter needs the weights of its base to be loaded; pass it: "
+            f"load_adapter(..., base=load_model({self.base_name!r}))."
+        )
+
+    __array__ = __getitem__ = __matmul__ = __mul__ = astype = refuse
+
+    @property
+    def T(self) -> NoReturn:
+        """The transpose, which would be read."""
+        self.refuse()
+
+
+jax.tree_util.register_pytree_node(  # so that a jitted function reads it too
+    Weightless, Weightless.refuse, Weightless.refuse
+)
+
+
+def load_shapes(name: str, revision: str | None = None) -> Any:
+    """A `jaxpeft.Model` without weights, from a model's config.
+
+    Args:
+        name: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        revision: Branch, tag or commit of a hub id.
+
+    Returns:
+        The model; its leaves are `Weightless`, its fingerprint is not known.
+
+    Raises:
+        UserError: Nothing there, or an unsupported model.
+    """
+    from jaxpeft.model import Model
+    from jaxpeft.models.transformer import Transformer
+
+    config = load_config(name, revision)
+    leaves = {path: Weightless(shape, path, name) for path, shape in param_shapes(config).items()}
+    return Model(paths.unflatten(leaves), config, Transformer(config), name=name)
