@@ -18,6 +18,7 @@ from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.evaluate import Sample, evaluate_loss, exact_match
+from jaxpeft.init_from import check_init_from, load_start
 from jaxpeft.losses import make_lm_loss
 from jaxpeft.methods import Adapter, Context, Full
 from jaxpeft.methods.binding import head_is_frozen
@@ -82,15 +83,19 @@ class Run:
         batches = (rows.plan.batch(step) for step in range(rows.steps))
         context = Context(base.config, base.module, base.tokenizer, batches)
 
-        def start(params: dict, keys: jax.Array) -> TrainState:
-            adapter = config.method.init(params, keys[0], context)
+        def start(params: dict, keys: jax.Array, adapter: Adapter | None) -> TrainState:
+            if adapter is None:
+                adapter = config.method.init(params, keys[0], context)
             kept = paths.without(params, replaced)
             return init_train_state(kept, adapter, self.tx, keys[1])
 
-        keys = jax.random.split(jax.random.key(config.train.seed))
-        shapes = jax.eval_shape(start, base.params, keys)
+        keys, saved = jax.random.split(jax.random.key(config.train.seed)), None
+        if config.method.init_from is not None:
+            saved = load_start(config.method, base, keys[0], context)
+        shapes = jax.eval_shape(start, base.params, keys, saved)
         self.shardings = sharding.state_shardings(shapes, mesh)
-        self.state: TrainState = jax.jit(start, out_shardings=self.shardings)(base.params, keys)
+        place = jax.jit(start, out_shardings=self.shardings)
+        self.state: TrainState = place(base.params, keys, saved)
 
     def put(self, batch: dict) -> dict:
         """A batch on the mesh, rows split over data and fsdp."""
@@ -253,13 +258,16 @@ class Run:
         }
 
 
-def check_model(config: RunConfig, model: ModelConfig) -> None:
+def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> None:
     """Finds out from sizes alone whether method and optimizer fit a model.
 
     Raises:
-        UserError: A pattern matches nothing, a rank is too large, or a choice excludes another.
+        UserError: A pattern matches nothing, a rank is too large, a choice excludes another, or
+            there is no adapter to go on from.
     """
-    optim, shapes, context = config.optim, param_shapes(model), Context(config=model)
+    check_init_from(config.method)
+    optim, shapes = config.optim, param_shapes(model)
+    context = Context(config=model, tokenizer=tokenizer)
 
     def start() -> Adapter:
         zeros = {path: jnp.zeros(shape) for path, shape in shapes.items()}

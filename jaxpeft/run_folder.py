@@ -58,7 +58,10 @@ def check_folder(config: RunConfig, *, resume: bool = True, overwrite: bool = Fa
             )
         return
     if overwrite:
-        inputs = (config.model.path, config.data.train, config.data.eval or "")
+        inputs = (
+            *(config.model.path, config.data.train, config.data.eval or ""),
+            config.method.init_from or "",
+        )
         inside = [name for name in inputs if name and _lies_in(name, output)]
         if inside:
             raise UserError(

@@ -1,0 +1,132 @@
+"""Going on from a saved adapter: ``method.init_from``.
+
+The method section still describes what is trained, and the saved adapter must be just that: the
+same family, places, shapes, ranks and scales. Dropout alone is the new run's own, for it changes
+nothing that was learned. Whatever else the adapter holds frozen comes from the saved one.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpeft import paths
+from jaxpeft.errors import UserError, first_few
+from jaxpeft.methods import KINDS, Adapter, Context, Method
+from jaxpeft.peft_format import load_adapter, peek_kind
+
+_COMPARED = ("rank", "scale")
+_OWN = "dropout"
+
+
+def check_init_from(method: Method) -> None:
+    """Finds out before the model is loaded whether there is an adapter of the method's family.
+
+    Raises:
+        UserError: There is none, or it is of another family.
+    """
+    if method.init_from is None:
+        return
+    if KINDS[method.name].peft is None:
+        raise UserError(
+            f"method.init_from: what {method.name!r} trains is saved as a whole model; give that "
+            "as model.path."
+        )
+    try:
+        kind = peek_kind(method.init_from)
+    except UserError as error:
+        raise UserError(f"method.init_from: {error}") from error
+    if kind != method.name:
+        raise UserError(
+            f"method.init_from: {method.init_from} holds an adapter of kind {kind!r}, method.name "
+            f"is {method.name!r}; set one to match the other."
+        )
+
+
+def load_start(method: Method, base: Any, key: jax.Array, context: Context) -> Adapter:
+    """The adapter that a run goes on from.
+
+    Args:
+        method: With `init_from`.
+        base: The `jaxpeft.Model`.
+        key: Typed PRNG key of the initialisation that does not take place.
+        context: As `Method.init` takes it.
+
+    Returns:
+        The saved adapter with the dropout of `method`.
+
+    Raises:
+        UserError: If it cannot be loaded, or is not what `method` describes.
+    """
+    assert method.init_from is not None
+    check_init_from(method)
+    saved = load_adapter(method.init_from, base)
+    described = jax.eval_shape(lambda params: method.init(params, key, context), base.params)
+    differences = [*_compare_trees(saved, described)]
+    if not differences:
+        numbers = _numbers(method, base.params, key, context)  # ranks are values, not shapes
+        buffers = paths.flatten(saved.buffers)
+        differences += _compare_numbers(buffers, numbers)
+        own = {path: value for path, value in numbers.items() if path.endswith(f"/{_OWN}")}
+        saved = dataclasses.replace(saved, buffers=paths.unflatten(buffers | own))
+    if differences:
+        raise UserError(
+            f"method.init_from: {method.init_from} is not what the method section describes: "
+            f"{first_few(differences, 3)}; describe it as its adapter_config.json does."
+        )
+    return saved
+
+
+def _numbers(method: Method, params: dict, key: jax.Array, context: Context) -> dict[str, Any]:
+    """Ranks, scales and dropout rates as the method would set them; nothing else is computed."""
+
+    @jax.jit
+    def numbers(params: dict) -> dict[str, Any]:
+        buffers = paths.flatten(method.init(params, key, context).buffers)
+        return {
+            path: value
+            for path, value in buffers.items()
+            if path.rpartition("/")[2] in (*_COMPARED, _OWN)
+        }
+
+    return numbers(params)
+
+
+def _compare_trees(saved: Adapter, described: Adapter):
+    """What differs in places, static choices and shapes, in words."""
+    theirs, ours = saved.spec, described.spec
+    for path in sorted({*theirs.paths, *ours.paths}):
+        if path not in ours.paths:
+            yield f"it adapts {path}, the section does not"
+        elif path not in theirs.paths:
+            yield f"it does not adapt {path}"
+    if theirs.rank != ours.rank:
+        yield f"its rank is {theirs.rank}, not {ours.rank}"
+    before, now = dict(theirs.options), dict(ours.options)
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            yield f"its {name} is {before.get(name)}, not {now.get(name)}"
+    for part in ("params", "buffers"):
+        shapes, wanted = (
+            {path: tuple(leaf.shape) for path, leaf in paths.flatten(getattr(one, part)).items()}
+            for one in (saved, described)
+        )
+        for path in sorted({*shapes, *wanted}):
+            if shapes.get(path) != wanted.get(path):
+                yield f"{path} is {_shape(shapes.get(path))}, not {_shape(wanted.get(path))}"
+
+
+def _compare_numbers(buffers: Mapping[str, Any], numbers: Mapping[str, Any]):
+    for path, value in numbers.items():
+        if path.rpartition("/")[2] not in _COMPARED:
+            continue
+        theirs, ours = np.asarray(buffers[path]), np.asarray(value)
+        wrong = ~np.isclose(theirs, ours, rtol=1e-6, atol=0)
+        if wrong.any():
+            yield f"{path} is {theirs[wrong].flat[0]:g}, not {ours[wrong].flat[0]:g}"
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
