@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from jaxpeft.methods import bind as bind
     from jaxpeft.methods import init_adapter as init_adapter
     from jaxpeft.methods import merge as merge
+    from jaxpeft.methods.algebra import stack_adapters as stack_adapters
     from jaxpeft.methods.base import Adapter as Adapter
+    from jaxpeft.methods.combine import combine as combine
+    from jaxpeft.methods.convert import to_lora as to_lora
     from jaxpeft.model import Model as Model
     from jaxpeft.model import save_model as save_model
     from jaxpeft.models.config import ModelConfig as ModelConfig
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from jaxpeft.optim import masked as masked
     from jaxpeft.peft_format import load_adapter as load_adapter
     from jaxpeft.peft_format import save_adapter as save_adapter
+    from jaxpeft.prompting import with_prompt as with_prompt
     from jaxpeft.sharding import make_mesh as make_mesh
     from jaxpeft.sharding import shard_params as shard_params
     from jaxpeft.train_step import TrainState as TrainState
@@ -51,12 +55,16 @@ _HOMES = {
     "jaxpeft.flops": ("count_flops",),
     "jaxpeft.losses": ("cross_entropy", "make_lm_loss"),
     "jaxpeft.methods": ("Full", "LoRA", "bind", "init_adapter", "merge"),
+    "jaxpeft.methods.algebra": ("stack_adapters",),
     "jaxpeft.methods.base": ("Adapter",),
+    "jaxpeft.methods.combine": ("combine",),
+    "jaxpeft.methods.convert": ("to_lora",),
     "jaxpeft.model": ("Model", "save_model"),
     "jaxpeft.models.config": ("ModelConfig",),
     "jaxpeft.models.load": ("load_model",),
     "jaxpeft.optim": ("OptimConfig", "make_optimizer", "make_schedule", "masked"),
     "jaxpeft.peft_format": ("load_adapter", "save_adapter"),
+    "jaxpeft.prompting": ("with_prompt",),
     "jaxpeft.sharding": ("make_mesh", "shard_params"),
     "jaxpeft.train_step": ("TrainState", "adapter_only", "init_train_state", "make_train_step"),
 }

@@ -24,8 +24,10 @@ from jaxtyping import Array, Float, Int, Key
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.methods import bind
 from jaxpeft.methods.base import Adapter
+from jaxpeft.methods.mixed import check_index
 from jaxpeft.model import Model
 from jaxpeft.models.transformer import head_logits, head_weight, init_cache
+from jaxpeft.prompting import virtual_ids
 
 BUCKET = 32
 
@@ -69,6 +71,8 @@ def generate(
     top_p: float = 1.0,
     key: Key[Array, ""] | None = None,
     batch_size: int = 16,
+    task: int = 0,
+    index: Sequence[int] | None = None,
 ) -> list[str]:
     """Continues prompts until the model ends its turn.
 
@@ -84,6 +88,9 @@ def generate(
         key: Typed PRNG key, needed to sample. A prompt's draws depend on the key and on its place
             in `prompts`, not on the batch it is decoded in.
         batch_size: Prompts decoded at once.
+        task: Which task's soft prompt, for multitask prompt tuning.
+        index: For adapters from `jaxpeft.stack_adapters`, which of them each prompt gets, -1 for
+            none.
 
     Returns:
         The new text of every prompt, without special tokens, in the order of `prompts`.
@@ -101,6 +108,8 @@ def generate(
         sampling=sampling,
         key=key,
         batch_size=batch_size,
+        task=task,
+        index=index,
     )
     return [base.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
@@ -169,6 +178,8 @@ def generate_ids(
     sampling: Sampling | None = None,
     key: Key[Array, ""] | None = None,
     batch_size: int = 16,
+    task: int = 0,
+    index: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continues prompts given as token ids; see `generate`.
 
@@ -180,6 +191,8 @@ def generate_ids(
         sampling: How to choose; greedy by default.
         key: Typed PRNG key, needed to sample.
         batch_size: Prompts decoded at once.
+        task: Which task's soft prompt, for multitask prompt tuning.
+        index: Which of stacked adapters each prompt gets, -1 for none.
 
     Returns:
         New ids of every prompt, without the id that ended it.
@@ -191,7 +204,13 @@ def generate_ids(
     sampling = sampling or Sampling()
     if not sampling.greedy and key is None:
         raise UserError("sampling needs a key; pass key=jax.random.key(0), or temperature=0.")
-    _check_sizes(base, prompts, max_new_tokens, batch_size)
+    virtual = virtual_ids(adapter, task).tolist()
+    _check_sizes(base, prompts, max_new_tokens, batch_size, len(virtual))
+    which = None if index is None else check_index(adapter, index, len(prompts))
+    prompts = [
+        [*ids] if which is not None and which[i] == -1 else [*virtual, *ids]
+        for i, ids in enumerate(prompts)
+    ]
     key = jax.random.key(0) if key is None else key
     stops = stop_ids(base)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -210,6 +229,7 @@ def generate_ids(
             np.float32(sampling.temperature),
             np.int32(min(sampling.top_k, base.config.vocab_size)),
             np.float32(sampling.top_p),
+            None if which is None else which[rows],
             new_slots=_round_up(max_new_tokens),
             greedy=sampling.greedy,
         )
@@ -221,7 +241,11 @@ def generate_ids(
 
 
 def _check_sizes(
-    base: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
+    base: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    virtual: int,
 ) -> None:
     """Raises a UserError for numbers out of range and for prompts that the model cannot read."""
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
@@ -237,10 +261,11 @@ def _check_sizes(
                 f"prompt {index}: token id {outside[0]} is outside the model's vocabulary of "
                 f"{vocab}; tokenizer and model do not belong together."
             )
-        if len(ids) + max_new_tokens > room:
+        if virtual + len(ids) + max_new_tokens > room:
+            soft = f"{virtual} virtual tokens, " if virtual else ""
             raise UserError(
-                f"prompt {index}: its {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed "
-                f"the model's {room} positions; shorten the prompt or lower max_new_tokens."
+                f"prompt {index}: {soft}its {len(ids)} tokens and max_new_tokens={max_new_tokens} "
+                f"exceed the model's {room} positions; shorten the prompt or lower max_new_tokens."
             )
 
 
@@ -275,13 +300,14 @@ def _decode(
     temperature: Float[Array, ""],
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
+    index: Int[Array, "batch"] | None,
     *,
     new_slots: int,
     greedy: bool,
 ) -> Int[Array, "batch new_slots"]:
     """New ids of left-padded prompts; what follows a stop or the limit is no answer."""
     batch, width = tokens.shape
-    variables = bind(base.params, adapter)
+    variables = bind(base.params, adapter, index=index)
     head = head_weight(variables)
     lengths = segments.sum(axis=1)
 

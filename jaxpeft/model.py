@@ -4,13 +4,16 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.errors import UserError
 from jaxpeft.methods import bind, merge
 from jaxpeft.methods.base import Adapter
+from jaxpeft.methods.mixed import check_index
 from jaxpeft.models.config import ModelConfig
+from jaxpeft.prompting import hide_unused, put_before_segments, virtual_ids
 
 
 @flax.struct.dataclass
@@ -45,27 +48,71 @@ class Model:
         adapter: Adapter | None = None,
         segment_ids: Int[Array | np.ndarray, "batch seq"] | None = None,
         positions: Int[Array | np.ndarray, "batch seq"] | None = None,
+        task: Any = 0,
+        index: Any = None,
     ) -> Float[Array, "batch seq vocab"]:
         """Logits in float32, compiled; another adapter of the same shape costs no new compile.
+
+        The virtual tokens of a soft prompt stand in front of every segment; their own logits are
+        cut off.
 
         Args:
             input_ids: Token ids; they must lie within the vocabulary.
             adapter: What to put on the base; None for the base alone.
             segment_ids: Packed segments; 0 is padding. Default: one segment a row.
             positions: Positions within the segments. Default: 0, 1, 2, ...
+            task: Which task's prompt, for multitask prompt tuning: a number, or one a row.
+            index: For adapters from `jaxpeft.stack_adapters`, which of them each row gets, -1 for
+                none.
 
         Returns:
             Logits.
 
         Raises:
-            UserError: If the adapter was made for another model.
+            UserError: If the adapter was made for another model, has no such task, or has a prompt
+                and `segment_ids` are traced; if an index addresses none of the adapters.
         """
-        return _logits(self, input_ids, adapter, segment_ids, positions)
+        if index is not None and not isinstance(index, jax.core.Tracer):
+            index = check_index(adapter, index, input_ids.shape[0])
+        virtual = virtual_ids(adapter, task)
+        if count := virtual.shape[-1]:
+            inputs = (input_ids, segment_ids, positions)
+            return self._prompted(virtual, count, adapter, index, *inputs)
+        return _logits(self, input_ids, adapter, segment_ids, positions, index)
+
+    def _prompted(
+        self,
+        virtual: np.ndarray,
+        count: int,
+        adapter: Any,
+        index: Any,
+        input_ids: Any,
+        segment_ids: Any,
+        positions: Any,
+    ) -> Any:
+        """Logits of the tokens behind a soft prompt."""
+        if segment_ids is not None:
+            long = put_before_segments(virtual, input_ids, segment_ids)
+            at = long.positions
+            if positions is not None:
+                at[np.arange(len(at))[:, None], long.places] = np.asarray(positions) + count
+            inputs = hide_unused(long.input_ids, long.segment_ids, at, virtual, index)
+            logits = _logits(self, long.input_ids, adapter, *inputs, index)
+            return jnp.take_along_axis(logits, long.places[..., None], axis=1)
+        shape = (input_ids.shape[0], count)
+        ids = jnp.concatenate([np.broadcast_to(virtual, shape), input_ids], axis=1)
+        if positions is not None:
+            front = np.broadcast_to(np.arange(count), shape)
+            positions = jnp.concatenate([front, jnp.asarray(positions) + count], axis=1)
+        inputs = hide_unused(ids, None, positions, virtual, index)
+        return _logits(self, ids, adapter, *inputs, index)[:, count:]
 
 
 @jax.jit
-def _logits(model: Model, input_ids: Any, adapter: Any, segment_ids: Any, positions: Any) -> Any:
-    variables = bind(model.params, adapter)
+def _logits(
+    model: Model, input_ids: Any, adapter: Any, segment_ids: Any, positions: Any, index: Any
+) -> Any:
+    variables = bind(model.params, adapter, index=index)
     return model.module.apply(variables, input_ids, segment_ids=segment_ids, positions=positions)
 
 

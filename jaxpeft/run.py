@@ -215,9 +215,10 @@ class Run:
         """The start-up table: facts of the run, and the modules that are adapted."""
         config, plan = self.config, self.rows.plan
         adapter = self.state.adapter
+        trained = self.config.method.trainable(adapter.params)
         extra = sum(leaf.size for leaf in jax.tree.leaves(self.state.trained["base"]))
         rows = report.describe_run(
-            trainable=report.count_trainable(adapter) + extra,
+            trainable=report.count_trainable(adapter, trained) + extra,
             base_parameters=report.count_parameters(self.base_shapes),
             dtypes={
                 "base": config.model.dtype,
@@ -245,7 +246,7 @@ class Run:
         if self.rows.shared:
             total = len(self.rows.eval_examples or ())
             rows.append(("note", f"{self.rows.shared} of {total} rows of data.eval are trained on"))
-        return rows, report.describe_adapter(self.base_shapes, adapter)
+        return rows, report.describe_adapter(self.base_shapes, adapter, trained)
 
     def _trainable(self, tree: dict) -> dict:
         """The label tree over base and adapter: all of the adapter, and what the config names."""

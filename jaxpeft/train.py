@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxpeft import config as run_config
 from jaxpeft import data, report, sharding, track
@@ -84,8 +85,9 @@ def train(
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     check_batches(config, mesh)
     model = load_config(config.model.path, config.model.revision)
-    check_model(config, model)
-    rows = read_data(config, model)
+    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    check_model(config, model, tokenizer)
+    rows = read_data(config, model, tokenizer)
     make_folder(output)
     with contextlib.ExitStack() as stack:
         stack.enter_context(RunLock(output))
@@ -125,16 +127,19 @@ def train(
             report.print_final_table(scores.get(0), scores.get(exported), result)
 
 
-def read_data(config: RunConfig, model: ModelConfig) -> Rows:
+def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> Rows:
     """Reads and checks the data files; needs the tokenizer, not the weights."""
     section, batch_size = config.data, config.train.batch_size
+    virtual = config.method.num_virtual_tokens
+    prefix = model.vocab_size + np.arange(virtual, dtype=np.int32)
     encode = functools.partial(
         data.encode_file,
-        tokenizer=load_tokenizer(config.model.path, config.model.revision),
+        tokenizer=tokenizer or load_tokenizer(config.model.path, config.model.revision),
         max_length=section.max_length,
         vocab_size=model.vocab_size,
         on_long=section.on_long,
         on_bad_row=section.on_bad_row,
+        num_virtual_tokens=virtual,
     )
     examples, held_out, shared = encode(section.train), None, 0
     if section.eval:
@@ -147,7 +152,7 @@ def read_data(config: RunConfig, model: ModelConfig) -> Rows:
         known = {tokens.tobytes() for tokens in examples.tokens}
         shared = sum(tokens.tobytes() in known for tokens in held_out.tokens)
     plan = data.Plan(
-        examples,
+        examples.with_prefix(prefix),
         batch_size=batch_size,
         max_length=section.max_length,
         packing=section.packing,
@@ -165,7 +170,7 @@ def read_data(config: RunConfig, model: ModelConfig) -> Rows:
     return Rows(
         plan,
         steps,
-        held_out,
+        held_out and held_out.with_prefix(prefix),
         train_rows=len(examples),
         dropped=sum(examples.dropped.values()),
         truncated=examples.truncated,

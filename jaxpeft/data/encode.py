@@ -55,6 +55,27 @@ class Examples:
             rows=self.rows[:count],
         )
 
+    def with_prefix(self, ids: np.ndarray) -> "Examples":
+        """The examples with the virtual tokens of a soft prompt in front.
+
+        Neither they nor what was an example's first token are learned, so that losses with and
+        without a prompt are over the same tokens.
+
+        Args:
+            ids: int32 of shape ``(n,)``, ids from the size of the vocabulary on.
+
+        Returns:
+            The same examples, each ``n`` tokens longer.
+        """
+        if not len(ids):
+            return self
+        unlearned = np.zeros(len(ids) + 1, bool)
+        return dataclasses.replace(
+            self,
+            tokens=[np.concatenate([ids, tokens]).astype(np.int32) for tokens in self.tokens],
+            masks=[np.concatenate([unlearned, mask[1:]]) for mask in self.masks],
+        )
+
 
 def encode_file(
     path: str | pathlib.Path,
@@ -64,6 +85,7 @@ def encode_file(
     vocab_size: int,
     on_long: OnLong = "error",
     on_bad_row: OnBadRow = "error",
+    num_virtual_tokens: int = 0,
 ) -> Examples:
     """Reads, checks, renders and tokenises a file.
 
@@ -74,6 +96,7 @@ def encode_file(
         vocab_size: Rows of the model's embedding table.
         on_long: What to do with longer ones.
         on_bad_row: What to do with rows that cannot be used.
+        num_virtual_tokens: Room that every example leaves for `Examples.with_prefix`.
 
     Returns:
         At least one example.
@@ -89,6 +112,7 @@ def encode_file(
         vocab_size=vocab_size,
         on_long=on_long,
         on_bad_row=on_bad_row,
+        virtual=num_virtual_tokens,
     )
 
 
@@ -130,7 +154,14 @@ def _encode(
     vocab_size: int,
     on_long: OnLong,
     on_bad_row: OnBadRow,
+    virtual: int = 0,
 ) -> Examples:
+    room = max_length - virtual
+    if room < 2:
+        raise UserError(
+            f"data.max_length: {max_length} leaves no room behind {virtual} virtual tokens; "
+            "raise it, or train fewer of them."
+        )
     problems = list(file.problems)
     tokens, masks, lines, rows = [], [], [], []
     truncated = 0
@@ -140,13 +171,13 @@ def _encode(
             problems.append(Problem(row.line, str(example), "chat template or tokenizer"))
             continue
         ids, mask = example
-        is_long = len(ids) > max_length
+        is_long = len(ids) > room
         problem = _check_tokens(row.line, ids, mask, vocab_size, tokenizer)
         if problem is None and is_long:
             long.append((row.line, len(ids)))
             if on_long != "truncate":
                 continue
-            ids, mask = ids[:max_length], mask[:max_length]
+            ids, mask = ids[:room], mask[:room]
             problem = _check_tokens(row.line, ids, mask, vocab_size, tokenizer)
         if problem is not None:
             problems.append(problem)
@@ -157,7 +188,7 @@ def _encode(
         rows.append(row.value)
         truncated += is_long
     if on_long == "error":
-        problems += _long_problems(long, max_length)
+        problems += _long_problems(long, max_length, virtual)
     blocking = [
         problem
         for problem in problems
@@ -193,11 +224,12 @@ def _check_tokens(
     return None
 
 
-def _long_problems(long: list[tuple[int, int]], max_length: int) -> list[Problem]:
-    longest = max((length for _, length in long), default=0)
+def _long_problems(long: list[tuple[int, int]], max_length: int, virtual: int) -> list[Problem]:
+    longest = max((length for _, length in long), default=0) + virtual
+    soft = f" and {virtual} virtual tokens" if virtual else ""
     hint = f'set data.max_length to {longest}, or data.on_long to "drop" or "truncate"'
     return [
-        Problem(line, f"{length} tokens, more than max_length {max_length}", TOO_LONG, hint)
+        Problem(line, f"{length} tokens{soft}, more than max_length {max_length}", TOO_LONG, hint)
         for line, length in long
     ]
 

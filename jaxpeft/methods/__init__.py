@@ -1,21 +1,31 @@
 """The methods, and the one place where base and adapter meet; see `jaxpeft.methods.base`."""
 
+from jaxpeft.methods.adalora import AdaLoRA
 from jaxpeft.methods.base import Adapter, Context, Kind, Leaf, Method, Spec
 from jaxpeft.methods.binding import bind, check_fit, init_adapter, merge
+from jaxpeft.methods.bitfit import BitFit
 from jaxpeft.methods.full import Full
+from jaxpeft.methods.ln_tuning import LNTuning
 from jaxpeft.methods.lora import LoRA
+from jaxpeft.methods.oft import OFT
+from jaxpeft.methods.prompt import PromptTuning
 from jaxpeft.methods.registry import KINDS, METHODS
 
 __all__ = [
     "KINDS",
     "METHODS",
+    "OFT",
+    "AdaLoRA",
     "Adapter",
+    "BitFit",
     "Context",
     "Full",
     "Kind",
+    "LNTuning",
     "Leaf",
     "LoRA",
     "Method",
+    "PromptTuning",
     "Spec",
     "bind",
     "check_fit",

@@ -2,12 +2,17 @@
 
 from typing import Any
 
-from jaxpeft.methods import full, lora
+from jaxpeft.methods import adalora, bitfit, full, ln_tuning, lora, oft, prompt
 from jaxpeft.methods.base import Kind
 
 _ALL = (
     lora.KIND,
     full.KIND,
+    prompt.KIND,
+    adalora.KIND,
+    oft.KIND,
+    ln_tuning.KIND,
+    bitfit.KIND,
 )
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
