@@ -179,7 +179,7 @@ def give_shared(node: Any, shared: tuple) -> Any:
     own, rest = (shared[0], shared[1:]) if hasattr(node, "shared") else (None, shared)
     changes: dict[str, Any] = {} if own is None else {"shared": own}
     if hasattr(node, "base"):
-        changes["base"] = give_shared(node.base, rest)
+        changes["base"] = give_shared(node.base, rest)  # pyright: ignore
     return node.replace(**changes)  # pyright: ignore[reportAttributeAccessIssue]
 
 

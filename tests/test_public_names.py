@@ -97,7 +97,7 @@ from jaxpeft.merge import main as merge_command
 assert generate is jp.generate and merge is jp.merge
 print(generate.__module__, merge.__module__, generate_command.__module__, merge_command.__module__)
 """
-    assert run(code) == "jaxpeft.decoding jaxpeft.methods jaxpeft.generate jaxpeft.merge\n"
+    assert run(code) == "jaxpeft.decoding jaxpeft.methods.binding jaxpeft.generate jaxpeft.merge\n"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
