@@ -12,6 +12,8 @@ from typing import Any, Literal
 import jax
 import optax
 
+from jaxpeft.optim_lora import EMBEDDING_RATE, lora_plus, project_b
+
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -31,6 +33,9 @@ class OptimConfig:
         b2: Second decay rate.
         trainable: Base leaves to train as well: patterns matched against the end of their
             paths, such as "norm/scale".
+        lora_plus_ratio: LoRA+: how many times faster factors B learn than factors A; None for
+            the same rate. See `jaxpeft.optim_lora`.
+        lora_fa: LoRA-FA: factors A stay as they were drawn, and B's gradient is projected.
     """
 
     name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
@@ -42,6 +47,8 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     trainable: tuple[str, ...] = ()
+    lora_plus_ratio: float | None = None
+    lora_fa: bool = False
 
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
@@ -61,6 +68,13 @@ class OptimConfig:
         for field in ("b1", "b2"):
             if not 0.0 <= getattr(self, field) < 1.0:
                 raise ValueError(f"optim.{field} must be in [0, 1), got {getattr(self, field)!r}.")
+        ratio = self.lora_plus_ratio
+        if ratio is not None and not (math.isfinite(ratio) and ratio >= 1):
+            raise ValueError(
+                f"optim.lora_plus_ratio must be finite and at least 1, or null, got {ratio!r}."
+            )
+        if ratio is not None and self.lora_fa:
+            raise ValueError("optim.lora_fa must be false beside lora_plus_ratio: A is frozen.")
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -96,27 +110,44 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     Returns:
         A transformation over the trained leaves; `masked` keeps it off the others.
     """
+    if config.lora_plus_ratio is None:
+        rule = make_rule(config, steps)
+    else:
+
+        def scaled(factor: float, decay: bool) -> optax.GradientTransformation:
+            rate = config.learning_rate * factor if factor else EMBEDDING_RATE
+            weight_decay = config.weight_decay if decay else 0.0
+            group = dataclasses.replace(config, learning_rate=rate, weight_decay=weight_decay)
+            return make_rule(group, steps)
+
+        rule = lora_plus(scaled, config.lora_plus_ratio)
+    parts = [rule]
+    if config.lora_fa:
+        parts.insert(0, project_b())
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    return optax.chain(*parts) if len(parts) > 1 else rule
+
+
+def make_rule(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """The update rule alone, with its schedule; see `make_optimizer`."""
     rate, decay = make_schedule(config, steps), config.weight_decay
     if config.name == "adamw":
-        rule = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay)
-    elif config.name == "lion":
-        rule = optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=decay)
-    elif config.name == "adafactor":
+        return optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay)
+    if config.name == "lion":
+        return optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=decay)
+    if config.name == "adafactor":
         # optax's own decay is not multiplied with the learning rate.
-        rule = optax.adafactor(
+        return optax.adafactor(
             rate,
             multiply_by_parameter_scale=False,
             weight_decay_rate=(lambda count: decay * rate(count)) if decay else None,
         )
-    else:
-        rule = optax.chain(
-            optax.trace(config.b1),
-            optax.add_decayed_weights(decay),
-            optax.scale_by_learning_rate(rate),
-        )
-    if config.clip_norm is None:
-        return rule
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+    return optax.chain(
+        optax.trace(config.b1),
+        optax.add_decayed_weights(decay),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 TRAINABLE, FROZEN = "trainable", "frozen"
@@ -140,8 +171,9 @@ def masked(
 
     Returns:
         ``optax.partition`` over the labels "trainable" and "frozen" of the whole tree. Its
-        gradients may hold None at frozen leaves, its updates then do too. It carries
-        ``labels`` for `jaxpeft.make_train_step`.
+        gradients may hold None at frozen leaves, its updates then do too. `tx` gets the whole
+        tree, frozen leaves too, as the extra argument ``whole=``. It carries ``labels`` for
+        `jaxpeft.make_train_step`.
     """
 
     def labels(tree: Any) -> Any:
@@ -154,7 +186,7 @@ def masked(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         if params is None:
             raise ValueError("masked: update needs params, the whole tree that was labelled.")
-        return partition(params).update(updates, state, params, **extra)
+        return partition(params).update(updates, state, params, whole=params, **extra)
 
     result = MaskedTransformation(lambda params: partition(params).init(params), update)
     result.labels = labels

@@ -117,7 +117,11 @@ def name_matches(pattern: str | Sequence[str], name: str) -> bool:
 
 
 def match(
-    targets: str | Sequence[str], exclude: str | Sequence[str], names: Mapping[str, Site]
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str],
+    names: Mapping[str, Site],
+    *,
+    what: str = "linear module",
 ) -> dict[str, Site]:
     """Selects the modules to adapt, as PEFT does, but strictly.
 
@@ -126,6 +130,7 @@ def match(
             full name, or a list of names or dotted suffixes.
         exclude: The same forms, evaluated first; empty for nothing.
         names: All candidates, from `module_names`.
+        what: What a candidate is, for errors.
 
     Returns:
         The selected part of `names`.
@@ -138,10 +143,10 @@ def match(
         chosen = {name: site for name, site in names.items() if site.path != HEAD}
     else:
         for item in [targets] if isinstance(targets, str) else targets:
-            _require_match("targets", item, isinstance(targets, str), names)
+            _require_match("targets", item, isinstance(targets, str), names, what)
         chosen = {name: site for name, site in names.items() if name_matches(targets, name)}
     for item in ([exclude] if isinstance(exclude, str) else exclude) if exclude else []:
-        _require_match("exclude", item, isinstance(exclude, str), names)
+        _require_match("exclude", item, isinstance(exclude, str), names, what)
     if exclude:
         chosen = {name: site for name, site in chosen.items() if not name_matches(exclude, name)}
     if not chosen:
@@ -149,7 +154,9 @@ def match(
     return chosen
 
 
-def _require_match(field: str, pattern: str, is_regex: bool, names: Mapping[str, Site]) -> None:
+def _require_match(
+    field: str, pattern: str, is_regex: bool, names: Mapping[str, Site], what: str
+) -> None:
     try:
         found = any(name_matches(pattern if is_regex else [pattern], name) for name in names)
     except re.error as error:
@@ -160,7 +167,7 @@ def _require_match(field: str, pattern: str, is_regex: bool, names: Mapping[str,
     close = nearest(pattern.rpartition(".")[2], suffixes) or suffixes
     hint = " A tied head shares the embedding and has no kernel." if pattern == "lm_head" else ""
     raise UserError(
-        f"{field} pattern {pattern!r} matches no linear module of this model; closest names: "
+        f"{field} pattern {pattern!r} matches no {what} of this model; closest names: "
         f"{first_few(close, 8)}. As in PEFT, a list holds names or suffixes, and a single "
         f"string is {ALL_LINEAR!r} or a regex matched against the full name, such as "
         f"{next(iter(names))!r}.{hint}"

@@ -24,6 +24,29 @@ from make_golden import load, sample_inputs, write_inputs
 # name: (base, config class of PEFT, settings)
 ADAPTERS: dict[str, tuple[str, str, dict]] = {
     "lora": ("qwen2", "LoraConfig", {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"}),
+    "ln_tuning": ("llama2", "LNTuningConfig", {}),
+    "ln_tuning_qk": (
+        "qwen3",
+        "LNTuningConfig",
+        {"target_modules": ["input_layernorm", "q_norm", "layers.1.self_attn.k_norm"]},
+    ),
+    "adalora": (
+        "llama3",
+        "AdaLoraConfig",
+        {
+            "init_r": 5,
+            "target_r": 3,
+            "lora_alpha": 7,
+            "total_step": 9,
+            "target_modules": ["q_proj", "down_proj"],
+        },
+    ),
+    "oft": ("llama2", "OFTConfig", {"oft_block_size": 8, "target_modules": "all-linear"}),
+    "oft_exact": (
+        "mistral",
+        "OFTConfig",
+        {"oft_block_size": 4, "use_cayley_neumann": False, "target_modules": ["q_proj", "v_proj"]},
+    ),
 }
 
 

@@ -106,6 +106,8 @@ def test_remat_and_jit_change_neither_value_nor_gradient(method):
     adapter = trained(method)
 
     def run(remat):
+        decoder(BIASED, remat)  # made outside of the trace, and kept
+
         def loss(p):
             return loss_of(adapter.replace(params=p), remat)
 
