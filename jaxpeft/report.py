@@ -46,17 +46,20 @@ class ModuleRow(NamedTuple):
     trainable: int
 
 
-def describe_adapter(params: Mapping, adapter: Adapter) -> list[ModuleRow]:
-    """One row for each adapted leaf, in the order of the adapter's paths.
+def describe_adapter(
+    params: Mapping, adapter: Adapter, trained: Mapping | None = None
+) -> list[ModuleRow]:
+    """One row for each adapted leaf, in the order of the adapter's paths; then what they share.
 
     Args:
         params: Base parameters: arrays, nodes or shapes.
         adapter: Its buffers are concrete where they hold a "rank"; its parameters may be shapes.
+        trained: As `count_trainable` takes it.
 
     Returns:
-        Rows whose `trainable` sum up to ``count_trainable(adapter)``.
+        Rows whose `trainable` sum up to ``count_trainable(adapter, trained)``.
     """
-    rows = []
+    sizes, rows = _trainable_sizes(adapter, trained), []
     for path in adapter.spec.paths:
         base, ranks = paths.get(params, path), _ranks(adapter, path)
         shape = shape_of(base) if base is not None else ()
@@ -70,15 +73,24 @@ def describe_adapter(params: Mapping, adapter: Adapter) -> list[ModuleRow]:
                 layers=f"{adapted}/{total}",
                 shape=" x ".join(map(str, shape)) or "-",
                 rank=_rank_text(ranks),
-                trainable=_trainable_at(adapter, path),
+                trainable=sizes.pop(path),
             )
         )
+    leaves = paths.flatten(adapter.params)
+    for path, size in sizes.items():
+        shape = " x ".join(map(str, leaves[path].shape))
+        rows.append(ModuleRow(path=path, layers="-", shape=shape, rank="-", trainable=size))
     return rows
 
 
-def count_trainable(adapter: Adapter) -> int:
-    """How many numbers are trained: zero padding and layers that are not adapted do not count."""
-    return sum(_trainable_at(adapter, path) for path in adapter.spec.paths)
+def count_trainable(adapter: Adapter, trained: Mapping | None = None) -> int:
+    """How many numbers are trained: zero padding and layers that are not adapted do not count.
+
+    Args:
+        adapter: As `describe_adapter` takes it.
+        trained: A tree of booleans like its `params`, from ``Method.trainable``; all by default.
+    """
+    return sum(_trainable_sizes(adapter, trained).values())
 
 
 def count_parameters(params: Mapping) -> int:
@@ -275,24 +287,36 @@ def _rank_text(ranks: np.ndarray | None) -> str:
     return "-".join(map(str, dict.fromkeys((used[0], used[-1])))) if used else "-"
 
 
-def _trainable_at(adapter: Adapter, path: str) -> int:
-    """Trained numbers at one leaf.
-
-    The factors' rank axis counts as wide as each layer's rank; any other array counts for the
-    layers that have a rank, or in full where the kind has none.
-    """
-    ranks, total = _ranks(adapter, path), 0
-    for name, array in paths.get(adapter.params, path).items():
-        shape = tuple(array.shape)
-        if ranks is None:
-            total += _size(shape)
-        elif name == "a":
-            total += shape[-2] * int(ranks.sum())
-        elif name == "b":
-            total += shape[-1] * int(ranks.sum())
+def _trainable_sizes(adapter: Adapter, trained: Mapping | None) -> dict[str, int]:
+    """Trained numbers by place, then by path of every leaf that belongs to no place."""
+    wanted = None if trained is None else paths.flatten(trained)
+    sizes, places = dict.fromkeys(adapter.spec.paths, 0), set(adapter.spec.paths)
+    for path, array in paths.flatten(adapter.params).items():
+        if wanted is not None and not wanted[path]:
+            continue
+        place, _, name = path.rpartition("/")
+        if place in places:
+            sizes[place] += _size_at(name, array.shape, _ranks(adapter, place), adapter.spec.rank)
         else:
-            total += _size(shape[ranks.ndim :]) * int(np.count_nonzero(ranks))
-    return total
+            sizes[path] = _size(array.shape)
+    return sizes
+
+
+def _size_at(name: str, shape: Sequence[int], ranks: np.ndarray | None, width: int) -> int:
+    """Trained numbers of one array of a place.
+
+    The axis that the rank is padded on counts as wide as each layer's rank; any other array counts
+    for the layers that have a rank, or in full where the kind has none.
+    """
+    if ranks is None:
+        return _size(shape)
+    shape = tuple(shape[ranks.ndim :])
+    axes = [axis for axis, size in enumerate(shape) if size == width]
+    if name in ("a", "b") and width in shape:  # the factors: (d_in, rank) and (rank, d_out)
+        axes = [len(shape) - 1] if name == "a" else [0]
+    if len(axes) == 1 and (name in ("a", "b") or ranks.max(initial=0) == width):
+        return _size(shape) // width * int(ranks.sum())
+    return _size(shape) * int(np.count_nonzero(ranks))
 
 
 def _size(shape: Sequence[int]) -> int:

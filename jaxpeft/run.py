@@ -83,9 +83,8 @@ class Run:
         batches = (rows.plan.batch(step) for step in range(rows.steps))
         context = Context(base.config, base.module, base.tokenizer, batches)
 
-        def start(params: dict, keys: jax.Array, adapter: Adapter | None) -> TrainState:
-            if adapter is None:
-                adapter = config.method.init(params, keys[0], context)
+        def start(params: dict, keys: jax.Array, saved: Adapter | None) -> TrainState:
+            adapter = config.method.init(params, keys[0], context) if saved is None else saved
             kept = paths.without(params, replaced)
             return init_train_state(kept, adapter, self.tx, keys[1])
 

@@ -78,6 +78,7 @@ def test_going_on_is_training_the_saved_adapter_with_a_fresh_optimizer(files, fi
         losses.append(float(metrics["loss"]))
     actual = [line["loss"] for line in training_lines(tmp_path / "run")]
     np.testing.assert_allclose(actual, losses, rtol=1e-5)
+    assert state.adapter is not None
     trained = jp.load_adapter(tmp_path / "run", base)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),

@@ -88,6 +88,52 @@ def test_padding_of_smaller_ranks_does_not_count():
     assert row == (path, "2/3", "8 x 4", "1-3", (1 + 3) * (8 + 4) + 2 * 4)
 
 
+def test_a_bias_and_a_diagonal_count_for_the_layers_and_ranks_that_are_there():
+    """Ranks 1, 0 and 2 padded to 2: a diagonal as wide as the rank, a bias of every output."""
+    path = "layers/mlp/up_proj/kernel"
+    leaf = {"e": jnp.zeros((3, 2)), "bias": jnp.zeros((3, 4))}
+    adapter = Adapter(
+        paths.unflatten({path: leaf}),
+        paths.unflatten({path: {"rank": jnp.array([1, 0, 2])}}),
+        Spec(kind="lora", paths=(path,), rank=2),
+    )
+    assert count_trainable(adapter) == (1 + 2) + 2 * 4
+
+
+def test_what_places_share_counts_in_full_and_has_a_row_of_its_own():
+    path = "layers/mlp/up_proj/kernel"
+    adapter = Adapter(
+        {
+            **paths.unflatten({path: {"d": jnp.zeros((3, 5))}}),
+            "shared": {"table": jnp.zeros((7, 5))},
+        },
+        paths.unflatten({path: {"rank": jnp.array([1, 0, 1])}}),
+        Spec(kind="lora", paths=(path,)),
+    )
+    rows = describe_adapter(paths.unflatten({path: jnp.zeros((3, 8, 4))}), adapter)
+    assert [(row.path, row.shape, row.trainable) for row in rows] == [
+        (path, "8 x 4", 2 * 5),
+        ("shared/table", "7 x 5", 35),
+    ]
+    assert count_trainable(adapter) == 45
+
+
+def test_leaves_that_the_method_freezes_do_not_count(getkey, base):
+    adapter = init_adapter(LoRA(rank=2, targets=("q_proj",)), base, getkey())
+    only_b = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "b", adapter.params)
+    assert count_trainable(adapter, only_b) == 3 * 2 * 8
+    assert describe_adapter(base, adapter, only_b)[0].trainable == 3 * 2 * 8
+
+
+def test_a_soft_prompt_counts_its_own_numbers():
+    adapter = Adapter(
+        paths.unflatten({"embed_tokens/embedding": {"prompt": jnp.zeros((20, 8))}}),
+        {},
+        Spec(kind="prompt_tuning", paths=("embed_tokens/embedding",)),
+    )
+    assert count_trainable(adapter) == 20 * 8
+
+
 def test_unstacked_kernels_count_as_one_layer(getkey, base):
     (row,) = describe_adapter(
         base, init_adapter(LoRA(rank=4, targets=("lm_head",)), base, getkey())
