@@ -26,6 +26,7 @@ from jaxpeft.model import Model, save_model
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.names import param_shapes
 from jaxpeft.optim import make_optimizer, make_schedule, masked
+from jaxpeft.optim_lora import check_factors, without_a
 from jaxpeft.peft_format import save_adapter
 from jaxpeft.run_folder import export_path
 from jaxpeft.train_step import TrainState, init_train_state, make_train_step
@@ -249,12 +250,12 @@ class Run:
 
     def _trainable(self, tree: dict) -> dict:
         """The label tree over base and adapter: all of the adapter, and what the config names."""
-        patterns = self.config.optim.trainable
+        patterns, on = self.config.optim.trainable, self.config.method.trainable(tree["adapter"])
         return {
             "base": paths.unflatten(
                 {path: is_named(path, patterns) for path in paths.flatten(tree["base"])}
             ),
-            "adapter": self.config.method.trainable(tree["adapter"]),
+            "adapter": without_a(on) if self.config.optim.lora_fa else on,
         }
 
 
@@ -273,7 +274,9 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
         zeros = {path: jnp.zeros(shape) for path, shape in shapes.items()}
         return config.method.init(paths.unflatten(zeros), jax.random.key(0), context)
 
-    spec = jax.eval_shape(start).spec
+    adapter = jax.eval_shape(start)
+    spec = adapter.spec
+    check_factors(optim, spec.kind, adapter.params)
     for pattern in optim.trainable:
         if not any(is_named(path, (pattern,)) for path in shapes):
             raise UserError(
@@ -286,7 +289,7 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
     if optim.name == "adafactor":  # ranks are values; the zeros are never made
         buffers = paths.flatten(jax.jit(lambda: start().buffers)())
         ranks = [value for path, value in buffers.items() if path.endswith("/rank")]
-        if any((np.asarray(rank) != spec.rank).any() for rank in ranks):
+        if any((np.asarray(rank) != max(spec.rank, 1)).any() for rank in ranks):
             raise UserError(
                 "optim.name: adafactor scales by the mean over a whole stack, which layers that "
                 "are not adapted would change; adapt all layers of a kernel, or take adamw."

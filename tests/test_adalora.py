@@ -1,0 +1,229 @@
+"""AdaLoRA: its form, its penalty, and its schedule step by step against PEFT's formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_decoder import CONFIG, decoder, draw, make_batch
+
+import jaxpeft as jp
+from jaxpeft import paths
+from jaxpeft.losses import make_lm_loss
+from jaxpeft.methods import AdaLoRA
+from jaxpeft.methods.adalora_schedule import Schedule, allocate_ranks, places_of
+
+PARAMS = decoder(CONFIG)[1]
+TARGETS = ("q_proj", "layers.1.mlp.up_proj")
+Q, UP = "layers/self_attn/q_proj/kernel", "layers/mlp/up_proj/kernel"
+METHOD = AdaLoRA(
+    rank=2,
+    initial_rank=4,
+    targets=TARGETS,
+    initial_steps=2,
+    final_steps=3,
+    every=2,
+    beta1=0.8,
+    beta2=0.7,
+)
+
+
+def start(method=METHOD):
+    return method.init(PARAMS, jax.random.key(0))
+
+
+class RankAllocator:
+    """HF PEFT 0.21's class of that name (adalora/layer.py) in float64 NumPy, by module."""
+
+    def __init__(self, method, modules, steps):
+        self.m, self.T = method, steps
+        self.names = list(modules)
+        self.init_bgt = sum(p["e"].size for p in modules.values())
+        self.target_bgt = method.rank * len(modules)
+        zeros = {n: {k: np.zeros_like(v) for k, v in p.items()} for n, p in modules.items()}
+        self.avg, self.unc = zeros, {n: dict(p) for n, p in zeros.items()}
+        self.pattern = None
+
+    def budget(self, t):
+        if t <= self.m.initial_steps:
+            return self.init_bgt, False
+        if t > self.T - self.m.final_steps:
+            return self.target_bgt, True
+        left = 1 - (t - self.m.initial_steps) / (self.T - self.m.final_steps - self.m.initial_steps)
+        budget = int((self.init_bgt - self.target_bgt) * left**3 + self.target_bgt)
+        return budget, t % self.m.every == 0
+
+    def mask(self, modules, budget):
+        score = {}
+        for n in self.names:
+            s = {k: self.avg[n][k] * self.unc[n][k] for k in "abe"}
+            score[n] = s["e"] + s["a"].mean(0) + s["b"].mean(1)
+        kth = np.sort(np.concatenate([score[n] for n in self.names]))[self.init_bgt - budget - 1]
+        for n in self.names:
+            modules[n]["e"][score[n] <= kth] = 0.0
+        return {n: score[n] > kth for n in self.names}
+
+    def update_and_allocate(self, modules, grads, t):
+        """What AdaLoraModel.update_and_allocate does after an optimizer's step."""
+        last = self.T - self.m.final_steps
+        if t > last:
+            for n in self.names:
+                modules[n]["e"][~self.pattern[n]] = 0.0
+            return
+        if t < last:
+            for n in self.names:
+                for k in "abe":
+                    ipt = np.abs(modules[n][k] * grads[n][k])
+                    b1, b2 = self.m.beta1, self.m.beta2
+                    self.avg[n][k] = b1 * self.avg[n][k] + (1 - b1) * ipt
+                    gap = np.abs(ipt - self.avg[n][k])
+                    self.unc[n][k] = b2 * self.unc[n][k] + (1 - b2) * gap
+        budget, due = self.budget(t)
+        if due or t == last:
+            self.pattern = self.mask(modules, budget)
+
+
+def modules_of(tree):
+    """Single modules in float64, from stacked places."""
+    places = {p.removeprefix("adapter/"): place for p, place in places_of(tree).items()}
+    where = {"q0": (Q, 0), "q1": (Q, 1), "up1": (UP, 1)}
+    return {
+        n: {k: np.array(places[p][k][layer], np.float64) for k in "abe"}
+        for n, (p, layer) in where.items()
+    }
+
+
+def test_the_schedule_is_that_of_peft_step_by_step():
+    steps, rate = 14, 0.05
+    adapter = start()
+    tx = jp.masked(METHOD.wrap_optimizer(optax.sgd(rate), steps), jp.adapter_only)
+    tree = {"base": PARAMS, "adapter": adapter.params}
+    state, update = tx.init(tree), jax.jit(tx.update)
+    modules = modules_of(tree)
+    allocator = RankAllocator(METHOD, modules, steps)
+    zeros = []
+    for t in range(1, steps + 1):
+        noise = draw(adapter.params, seed=t, scale=1.0)
+        alone = paths.get(noise, UP)
+        alone |= {k: v.at[0].set(0.0) for k, v in alone.items()}  # a layer that is not adapted
+        grads = {"base": jax.tree.map(lambda _: None, PARAMS), "adapter": noise}
+        updates, state = update(grads, state, tree, buffers=adapter.buffers)
+        moved = jax.tree.map(jnp.add, tree["adapter"], updates["adapter"])
+        tree = {"base": PARAMS, "adapter": moved}
+
+        slopes = modules_of({"adapter": noise})
+        for n, place in modules.items():
+            for k in "abe":
+                place[k] -= rate * slopes[n][k]
+        allocator.update_and_allocate(modules, slopes, t)
+        ours = modules_of(tree)
+        for n, place in modules.items():
+            np.testing.assert_array_equal(ours[n]["e"] == 0, place["e"] == 0)
+            for k in "abe":
+                np.testing.assert_allclose(ours[n][k], place[k], rtol=1e-4, atol=1e-5)
+        zeros.append(sum(int((place["e"] == 0).sum()) for place in ours.values()))
+    assert zeros[:2] == [0, 0]
+    assert zeros[3:11:2] == sorted(zeros[3:11:2])
+    assert zeros[10:] == [6, 6, 6, 6]  # of 3 * 4 triplets, 3 * 2 are left
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(tree))
+
+
+def test_only_adapted_arrays_have_state_and_it_passes_through_the_training_step():
+    adapter = start()
+    tx = jp.masked(METHOD.wrap_optimizer(optax.adamw(1e-2), 14), jp.adapter_only)
+    state = jp.init_train_state(PARAMS, adapter, tx, jax.random.key(0))
+    size = sum(x.size for x in jax.tree.leaves(adapter.params))
+    floats = [x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.float32]
+    assert sum(x.size for x in floats) == 4 * size  # two moments, two averages
+    loss_fn = make_lm_loss(decoder(CONFIG)[0], head_frozen=True, penalty=METHOD.penalty)
+    step = jp.make_train_step(loss_fn, tx)
+    for _ in range(11):
+        state, metrics = step(state, PARAMS, make_batch(2, 8))
+    assert int(metrics["skipped"]) == 0
+    left = {p: int((place["e"] != 0).sum()) for p, place in places_of(state.trained).items()}
+    assert sum(left.values()) == 6
+    alone = paths.get(state.trained["adapter"], UP)
+    assert not any(np.asarray(alone[k][0]).any() for k in "abe")  # a layer that is not adapted
+
+
+def test_the_penalty_is_the_mean_distance_from_orthogonal_factors():
+    adapter = start().replace(params=draw(start().params, seed=3, scale=0.5))
+    place = paths.get(adapter.params, UP)
+    adapter.params["layers"]["mlp"]["up_proj"]["kernel"] = {
+        k: v * jnp.array([0.0, 1.0]).reshape(2, *[1] * (v.ndim - 1)) for k, v in place.items()
+    }
+    expected = []
+    for module in modules_of({"adapter": adapter.params}).values():
+        a, b, eye = module["a"], module["b"], np.eye(4)
+        expected += [np.linalg.norm(a.T @ a - eye), np.linalg.norm(b @ b.T - eye)]
+    actual = jax.jit(METHOD.penalty)(adapter)
+    np.testing.assert_allclose(actual, 0.5 * np.mean(expected), rtol=1e-5)
+
+
+def test_orthogonal_factors_cost_nothing_and_have_finite_gradients():
+    eye = jnp.eye(16)[:, :4]
+    params = jax.tree.map(jnp.zeros_like, start().params)
+    for path in (Q, UP):
+        place = paths.get(params, path)
+        place["a"] = jnp.broadcast_to(eye, place["a"].shape)
+        place["b"] = jnp.broadcast_to(jnp.eye(4, place["b"].shape[-1]), place["b"].shape)
+    adapter = start().replace(params=params)
+    value, slope = jax.value_and_grad(lambda p: METHOD.penalty(adapter.replace(params=p)))(params)
+    assert value == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
+
+
+def test_the_scale_is_alpha_over_the_initial_rank_and_a_little():
+    buffers = paths.get(start(AdaLoRA(rank=2, alpha=7.0, targets=("q_proj",))).buffers, Q)
+    np.testing.assert_allclose(buffers["scale"], 7.0 / (3 + 1e-5), rtol=1e-6)
+    np.testing.assert_array_equal(buffers["rank"], [3, 3])  # half as many again
+
+
+def test_what_was_taken_away_is_left_out_of_the_folder_and_comes_back_as_zeros(tmp_path):
+    base = jp.Model(PARAMS, CONFIG, decoder(CONFIG)[0], None, "", "tiny")
+    adapter = start()
+    params = draw(adapter.params, seed=1, scale=0.3)
+    on = {Q: jnp.ones((2, 1)), UP: jnp.array([[0.0], [1.0]])}
+    kept = {Q: jnp.array([[1, 0, 1, 0], [0, 0, 0, 0]]), UP: jnp.array([[0] * 4, [1, 1, 1, 0]])}
+    for path, mask in kept.items():
+        place = paths.get(params, path)
+        place["a"], place["b"] = place["a"] * on[path][..., None], place["b"] * on[path][..., None]
+        place["e"] = place["e"] * mask
+    adapter = adapter.replace(params=params)
+    jp.save_adapter(tmp_path / "out", adapter, base)
+    again = jp.load_adapter(tmp_path / "out", base)
+    assert again.spec == adapter.spec
+    assert jax.tree.map(jnp.shape, again.params) == jax.tree.map(jnp.shape, params)
+    np.testing.assert_array_equal(paths.get(again.params, Q)["e"], paths.get(params, Q)["e"])
+    ids = make_batch(2, 8)["tokens"]
+    np.testing.assert_allclose(
+        base(ids, adapter=again), base(ids, adapter=adapter), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("first", "last", "steps"), [(0, 10, 10), (5, 5, 10), (12, 0, 10)])
+def test_a_run_without_updates_to_lower_the_ranks_in_is_refused(first, last, steps):
+    method = AdaLoRA(initial_steps=first, final_steps=last)
+    with pytest.raises(jp.UserError, match="leave none of the 10 updates"):
+        method.wrap_optimizer(optax.sgd(0.1), steps)
+
+
+def test_an_update_without_params_says_so():
+    numbers = {"rank": 1, "initial_steps": 0, "final_steps": 0, "every": 1}
+    schedule = Schedule(steps=3, beta1=0.5, beta2=0.5, **numbers)
+    tx = allocate_ranks(optax.sgd(0.1), schedule, len)
+    with pytest.raises(ValueError, match="needs params"):
+        tx.update({}, tx.init({}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("rank", 0), ("initial_rank", 3), ("alpha", 0.0), ("dropout", 1.0), ("every", 0)],
+        *[("initial_steps", -1), ("final_steps", -1), ("beta1", 1.0), ("targets", ())],
+        ("orthogonality", -1.0),
+    ],
+)
+def test_nonsense_is_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=rf"AdaLoRA\.{field} must"):
+        AdaLoRA(**{field: value})
