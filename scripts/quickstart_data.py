@@ -181,15 +181,15 @@ def split(questions: Sequence[Question], train_rows: int, eval_rows: int, seed: 
     return Split(order[eval_rows:used], order[:eval_rows], len(order) - used)
 
 
-def to_row(question: Question) -> dict:
+def to_row(question: Question, instruction: str = INSTRUCTION) -> dict:
     """A chat of three turns: the instruction, the question, and the word that answers it."""
-    turns = [("system", INSTRUCTION), ("user", question.text), ("assistant", question.label)]
+    turns = [("system", instruction), ("user", question.text), ("assistant", question.label)]
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def to_jsonl(questions: Iterable[Question]) -> bytes:
+def to_jsonl(questions: Iterable[Question], instruction: str = INSTRUCTION) -> bytes:
     """One row of JSON a line, in UTF-8, ended by a line feed on every system."""
-    rows = (json.dumps(to_row(question), ensure_ascii=False) for question in questions)
+    rows = (json.dumps(to_row(question, instruction), ensure_ascii=False) for question in questions)
     return "".join(f"{row}\n" for row in rows).encode()
 
 
