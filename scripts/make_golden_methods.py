@@ -24,6 +24,18 @@ from make_golden import load, sample_inputs, write_inputs
 # name: (base, config class of PEFT, settings)
 ADAPTERS: dict[str, tuple[str, str, dict]] = {
     "lora": ("qwen2", "LoraConfig", {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"}),
+    "dora": ("llama3", "LoraConfig", {"r": 3, "use_dora": True}),
+    "dora_all": (
+        "qwen2",
+        "LoraConfig",
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "use_dora": True,
+            "use_rslora": True,
+            "target_modules": "all-linear",
+        },
+    ),
     "ln_tuning": ("llama2", "LNTuningConfig", {}),
     "ln_tuning_qk": (
         "qwen3",
@@ -47,6 +59,26 @@ ADAPTERS: dict[str, tuple[str, str, dict]] = {
         "OFTConfig",
         {"oft_block_size": 4, "use_cayley_neumann": False, "target_modules": ["q_proj", "v_proj"]},
     ),
+    "prompt_tuning": ("llama3", "PromptTuningConfig", {"num_virtual_tokens": 3}),
+    "p_tuning_mlp": (
+        "llama2",
+        "PromptEncoderConfig",
+        {"num_virtual_tokens": 3, "encoder_hidden_size": 6},
+    ),
+    "p_tuning_lstm": (
+        "qwen3",
+        "PromptEncoderConfig",
+        {
+            "num_virtual_tokens": 4,
+            "encoder_hidden_size": 6,
+            "encoder_reparameterization_type": "LSTM",
+        },
+    ),
+    "multitask_prompt_tuning": (
+        "qwen2",
+        "MultitaskPromptTuningConfig",
+        {"num_virtual_tokens": 3, "num_tasks": 2, "num_ranks": 2},
+    ),
 }
 
 
@@ -67,8 +99,11 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 def logits_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Float32 logits at the tokens' own positions, zero where the input is padding."""
+    extra = {}
+    if model.active_peft_config.peft_type == "MULTITASK_PROMPT_TUNING":
+        extra["task_ids"] = torch.zeros(len(inputs["input_ids"]), dtype=torch.long)
     with torch.no_grad():
-        logits = model(**inputs).logits
+        logits = model(**inputs, **extra).logits
     mask = inputs["attention_mask"]
     return (logits[:, -mask.shape[1] :].float() * mask[..., None]).contiguous()
 

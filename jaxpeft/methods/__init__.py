@@ -7,7 +7,9 @@ from jaxpeft.methods.bitfit import BitFit
 from jaxpeft.methods.full import Full
 from jaxpeft.methods.ln_tuning import LNTuning
 from jaxpeft.methods.lora import LoRA
+from jaxpeft.methods.multitask_prompt import MultitaskPromptTuning
 from jaxpeft.methods.oft import OFT
+from jaxpeft.methods.p_tuning import PTuning
 from jaxpeft.methods.prompt import PromptTuning
 from jaxpeft.methods.registry import KINDS, METHODS
 
@@ -25,6 +27,8 @@ __all__ = [
     "Leaf",
     "LoRA",
     "Method",
+    "MultitaskPromptTuning",
+    "PTuning",
     "PromptTuning",
     "Spec",
     "bind",

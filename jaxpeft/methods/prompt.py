@@ -52,12 +52,7 @@ class PromptTuning(Method):
 
     def __post_init__(self):
         require_count(self, "num_tokens")
-        require_choice(self, "initial", Initial)
-        if (self.initial == "text") != bool(self.text):
-            raise ValueError(
-                f'{type(self).__name__}.text must be given with initial "text" and only then, got '
-                f"{self.text!r} with {self.initial!r}."
-            )
+        require_start(self)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -98,6 +93,16 @@ def require_choice(method: Any, field: str, choices: Any) -> None:
     if value not in known:
         raise ValueError(
             f"{type(method).__name__}.{field} must be one of {', '.join(known)}, got {value!r}."
+        )
+
+
+def require_start(method: Any) -> None:
+    """Raises a ValueError unless a config's `initial` and `text` say where a prompt starts."""
+    require_choice(method, "initial", Initial)
+    if (method.initial == "text") != bool(method.text):
+        raise ValueError(
+            f'{type(method).__name__}.text must be given with initial "text" and only then, got '
+            f"{method.text!r} with {method.initial!r}."
         )
 
 

@@ -2,13 +2,25 @@
 
 from typing import Any
 
-from jaxpeft.methods import adalora, bitfit, full, ln_tuning, lora, oft, prompt
+from jaxpeft.methods import (
+    adalora,
+    bitfit,
+    full,
+    ln_tuning,
+    lora,
+    multitask_prompt,
+    oft,
+    p_tuning,
+    prompt,
+)
 from jaxpeft.methods.base import Kind
 
 _ALL = (
     lora.KIND,
     full.KIND,
     prompt.KIND,
+    p_tuning.KIND,
+    multitask_prompt.KIND,
     adalora.KIND,
     oft.KIND,
     ln_tuning.KIND,
