@@ -154,11 +154,14 @@ def make_lm_loss(
 
     Returns:
         ``loss_fn(params, adapter, batch, key) -> (total, aux)`` for batches of
-        ``tokens, targets, weights, segment_ids, positions``.
+        ``tokens, targets, weights, segment_ids, positions``, and ``index`` for stacked adapters:
+        which of them each row trains.
     """
 
     def loss_fn(params: dict, adapter: Adapter | None, batch: dict, key: Any = None) -> Any:
-        variables = bind(params, adapter, dropout_key=key if dropout else None)
+        variables = bind(
+            params, adapter, index=batch.get("index"), dropout_key=key if dropout else None
+        )
         hidden = module.apply(
             variables,
             batch["tokens"],

@@ -14,6 +14,7 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import SHARED, Transposed, dtype_of, shape_of, take_shared
 from jaxpeft.methods.base import Adapter, Context, Label, Leaf, Method
+from jaxpeft.methods.mixed import first_of, mixed_leaf
 from jaxpeft.methods.registry import KINDS
 
 
@@ -45,6 +46,7 @@ def bind(
     adapter: Adapter | Sequence[Adapter] | None = None,
     *,
     weights: Sequence[Any] | None = None,
+    index: Any = None,
     dropout_key: Any = None,
 ) -> dict:
     """Builds the variables that ``module.apply`` takes.
@@ -56,6 +58,8 @@ def bind(
         adapter: What to put on them; None gives the base alone, several are put on one after the
             other: changes of a kernel by LoRA add up.
         weights: For several adapters, what each one's change is multiplied with; 1 by default.
+        index: For adapters from `jaxpeft.stack_adapters`, which of them each row of the batch
+            gets: ``(batch,)`` whole numbers, -1 for none.
         dropout_key: Typed PRNG key of this step; None drops nothing, as at inference.
 
     Returns:
@@ -64,18 +68,32 @@ def bind(
 
     Raises:
         UserError: If an adapter addresses leaves that the base lacks, or with other shapes, or if
-            it has no meaning to multiply its change.
+            it has no meaning to multiply its change, or to let it differ from row to row.
     """
     tree = params
     for position, one in enumerate(adapters_of(adapter, weights)):
         key = dropout_key
         if key is not None and position:
             key = jax.random.fold_in(key, position)
-        check_fit(params, one)
+        check_fit(params, one if index is None else first_of(one))
         for path in one.spec.paths:
-            tree = paths.put(tree, KINDS[one.spec.kind].bind(make_leaf(tree, one, path, key)))
+            if index is None:
+                nodes = KINDS[one.spec.kind].bind(make_leaf(tree, one, path, key))
+            else:
+                nodes = _bind_mixed(tree, one, path, index, key)
+            tree = paths.put(tree, nodes)
     tree, shared = take_shared(tree)
     return {"params": tree, SHARED: shared} if shared else {"params": tree}
+
+
+def _bind_mixed(tree: dict, adapter: Adapter, path: str, index: Any, key: Any) -> dict[str, Any]:
+    """What stands at one place of stacked adapters, see `jaxpeft.methods.mixed`."""
+
+    def bind_one(tree: dict, one: Adapter) -> dict[str, Any]:
+        return KINDS[one.spec.kind].bind(make_leaf(tree, one, path))
+
+    probe = jax.eval_shape(bind_one, tree, first_of(adapter))
+    return mixed_leaf(make_leaf(tree, adapter, path, key), adapter, probe, index)
 
 
 def adapters_of(
@@ -185,6 +203,11 @@ def check_fit(params: dict, adapter: Adapter) -> None:
         )
     for path, base in bases.items():
         theirs = kind.leaf_shape(paths.get(adapter.params, path, {}))
+        if base is not None and theirs is not None and theirs[1:] == shape_of(base):
+            raise UserError(
+                f"{path}: {theirs[0]} stacked adapters; pass index= to say which one each row of "
+                "the batch gets."
+            )
         if base is not None and theirs is not None and theirs != shape_of(base):
             raise UserError(
                 f"{path}: the adapter was made for shape {theirs}, this base has "

@@ -1,0 +1,104 @@
+"""Any method that changes kernels, as a plain LoRA.
+
+The change ``D = merged - base`` of every layer is replaced by its largest singular values,
+``D ~ U S V^T = (U sqrt(S)) (sqrt(S) V^T)``, the closest matrix of that rank. A LoRA that starts
+from an initial product in the base (PiSSA, OLoRA) is a sum of two products already:
+``s (A B - A0 B0) = s [A, A0] [B; -B0]``, exactly.
+
+References:
+    Eckart and Young, "The approximation of one matrix by another of lower rank", 1936,
+    https://doi.org/10.1007/BF02288367.
+    Meng et al., "PiSSA", 2024, https://arxiv.org/abs/2404.02948, section 3.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft import paths
+from jaxpeft.errors import UserError
+from jaxpeft.linear import materialise
+from jaxpeft.methods.base import Adapter
+from jaxpeft.methods.binding import check_fit, make_leaf
+from jaxpeft.methods.combine import combine
+from jaxpeft.methods.low_rank import check_cut, cut, lora_of
+from jaxpeft.methods.registry import KINDS
+
+
+def to_lora(
+    adapter: Adapter, base: Any, *, rank: int | None = None, energy: float | None = None
+) -> tuple[Adapter, dict[str, float]]:
+    """Any adapter that changes kernels and can be merged, as a plain LoRA.
+
+    Args:
+        adapter: The adapter.
+        base: The `jaxpeft.Model` it was made for, or its parameters.
+        rank: Singular values to keep of every layer's change.
+        energy: Instead of `rank`: the share of the squared norm that each layer must keep. A
+            LoRA, also one that starts from PiSSA or OLoRA, needs neither and becomes plain
+            exactly.
+
+    Returns:
+        The LoRA, and by path the relative error ``|change - LoRA| / |change|`` (Frobenius).
+
+    Raises:
+        UserError: If the adapter cannot be merged, changes what is no kernel, or needs `rank` or
+            `energy`.
+    """
+    params = base if isinstance(base, Mapping) else base.params
+    kind = KINDS[adapter.spec.kind]
+    if rank is None and energy is None:
+        if kind.name != "lora":
+            raise UserError(f"to_lora: an adapter of kind {kind.name!r} needs rank= or energy=.")
+        check_fit(dict(params), adapter)
+        return combine([adapter], [1.0], "cat"), dict.fromkeys(adapter.spec.paths, 0.0)
+    check_cut(rank, energy)
+    if kind.no_merge:
+        raise UserError(f"an adapter of kind {kind.name!r} cannot be merged: {kind.no_merge}")
+    check_fit(dict(params), adapter)
+    result, widths, errors = {}, {}, {}
+    for path in adapter.spec.paths:
+        before, change = _merged_change(dict(params), adapter, path)
+        if before is None:
+            continue
+        *_, d_in, d_out = before.shape
+        layers = change.reshape(-1, d_in, d_out)
+        made, lost, norm = [], 0.0, 0.0
+        for layer in layers:
+            exact = layer.astype(np.float64)
+            factors = None
+            if exact.any():
+                factors = cut(*np.linalg.svd(exact, full_matrices=False), rank, energy)
+                lost += float(np.sum((exact - factors[0] @ factors[1]) ** 2))
+            norm += float(np.sum(exact**2))
+            made.append(factors)
+        result[path], widths[path] = made, (d_in, d_out)
+        errors[path] = (lost / norm) ** 0.5 if norm else 0.0
+    if not result:
+        raise UserError("to_lora: the adapter changes no kernel.")
+    return lora_of(result, widths, 1.0, 0.0, adapter.base_name), errors
+
+
+def _merged_change(params: dict, adapter: Adapter, path: str) -> tuple[Any, Any]:
+    """The kernel at a path in float32 and how merging changes it; None where it is left alone."""
+    kind = KINDS[adapter.spec.kind]
+    found = paths.get(params, path)
+    tree = params
+    if found is not None:
+        tree = paths.put(params, {path: jnp.asarray(materialise(found), jnp.float32)})
+    leaf = make_leaf(tree, adapter, path)
+    result = None, None
+    for place, array in kind.merge(leaf, kind.bind(leaf)).items():
+        old = leaf.base if place == path else paths.get(tree, place)
+        old = None if old is None else np.asarray(materialise(old), np.float32)
+        change = None if old is None else np.asarray(array, np.float32) - old
+        if place == path and place.endswith("/kernel"):
+            result = old, change
+        elif change is None or change.any():
+            raise UserError(
+                f"to_lora: {place}: the adapter changes what is no kernel of a linear module, and "
+                "LoRA cannot; merge it instead."
+            )
+    return result

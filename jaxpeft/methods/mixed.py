@@ -1,0 +1,195 @@
+"""Mixed batches: every row of a batch has its own adapter, or none.
+
+Adapters stacked by `jaxpeft.stack_adapters` are bound with an index ``(batch,)``. Each adapted
+place holds the arrays of all of them and picks, inside the layer, those of every row; the kind's
+own node then runs under ``jax.vmap`` over the rows with the base unbatched. For LoRA that is
+
+    y[i] = x[i] W + scale[index[i]] * (x[i] A[index[i]]) B[index[i]],
+
+one product with the base and two batched products for all rows: the work does not grow with the
+number of adapters. Row index -1 is no adapter: zeros, the identity of `jaxpeft.methods.base`.
+
+Reference:
+    Chen et al., "Punica: Multi-Tenant LoRA Serving", 2023, https://arxiv.org/abs/2310.18547,
+    section 4 (the same sum, gathered in a kernel).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxpeft import paths
+from jaxpeft.errors import UserError
+from jaxpeft.linear import Node, attend, dtype_of, embed, linear, shape_of
+from jaxpeft.methods.base import Adapter, Leaf
+from jaxpeft.methods.registry import KINDS
+
+
+@flax.struct.dataclass
+class Mixed(Node):
+    """A weight that each row of a batch sees through its own adapter.
+
+    Attributes:
+        base: The weight without adapters, an array or a node.
+        params: Trained arrays of this place, ``(adapters, ...)``.
+        buffers: Its frozen arrays, ``(adapters, ...)``.
+        shared: ``index``, the adapter of every row ``(batch,)``, and ``arrays``, what all places
+            of an adapter share, ``(adapters, ...)``.
+        key: PRNG key of this step and place, or None to drop nothing.
+        kind: The family.
+        path: The place.
+        options: The spec's options.
+        attends_base: Whether the family's node leaves a tied head to the base.
+    """
+
+    base: Any
+    params: Any
+    buffers: Any
+    shared: Any
+    key: Any = None
+    kind: str = flax.struct.field(pytree_node=False, default="")
+    path: str = flax.struct.field(pytree_node=False, default="")
+    options: tuple = flax.struct.field(pytree_node=False, default=())
+    attends_base: bool = flax.struct.field(pytree_node=False, default=False)  # pyright: ignore
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the base."""
+        return shape_of(self.base)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the base."""
+        return dtype_of(self.base)
+
+    def multiply(self, x: Float[Array, "rows *batch d_in"]) -> Float[Array, "rows *batch d_out"]:
+        """Row by row ``x`` times the weight."""
+        return self._by_row(lambda node, row: linear(row, node), x)
+
+    def lookup(self, ids: Int[Array, "rows *batch"]) -> Float[Array, "rows *batch d_model"]:
+        """Row by row the table's rows."""
+        return self._by_row(lambda node, row: embed(row, node), ids)
+
+    def attend(self, x: Float[Array, "rows *batch d_model"]) -> Float[Array, "rows *batch vocab"]:
+        """Row by row ``x`` times the transposed table, in float32."""
+        return self._by_row(lambda node, row: attend(row, node), x)
+
+    def _by_row(self, operation: Callable[[Any, Any], Any], x: Any) -> Any:
+        index = self.shared["index"]
+        rows = index.shape[0]
+        if x.shape[0] != rows:
+            raise UserError(f"index: {rows} adapters for a batch of {x.shape[0]} rows.")
+        arrays = (self.params, self.buffers, self.shared["arrays"])
+        picked = jax.tree.map(lambda stored: pick(stored, index), arrays)
+        keys = None if self.key is None else jax.random.split(self.key, rows)
+        bind = KINDS[self.kind].bind
+
+        def run(picked: Any, key: Any, row: Any) -> Any:
+            params, buffers, shared = picked
+            leaf = Leaf(
+                path=self.path,
+                base=self.base,
+                params=params,
+                buffers=buffers,
+                shared=shared,
+                options=dict(self.options),
+                key=key,
+            )
+            return operation(bind(leaf)[self.path], row)
+
+        return jax.vmap(run)(picked, keys, x)
+
+
+def pick(stored: Array, index: Int[Array, "rows"]) -> Array:
+    """The entries of ``stored`` at ``index``: zeros for -1, NaN outside of what is stored."""
+    count = stored.shape[0]
+    place = jnp.where(index == -1, count, index)
+    taken = jnp.take(stored, place, axis=0, mode="fill", fill_value=0)
+    if not jnp.issubdtype(stored.dtype, jnp.floating):
+        return taken
+    known = (index >= -1) & (index < count)
+    return jnp.where(known.reshape(-1, *[1] * (stored.ndim - 1)), taken, jnp.nan)
+
+
+def mixed_leaf(leaf: Leaf, adapter: Adapter, probe: dict[str, Any], index: Any) -> dict[str, Any]:
+    """What stands in the bound tree at one place of stacked adapters.
+
+    Args:
+        leaf: The place, with the stacked arrays.
+        adapter: The stacked adapters.
+        probe: What the family binds there for a single adapter: shapes are enough.
+        index: The adapter of every row ``(batch,)``, -1 for none.
+
+    Raises:
+        UserError: If the family puts something else there than one weight that answers for itself.
+    """
+    node = probe.get(leaf.path)
+    acts = isinstance(node, Node) and (
+        type(node).multiply is not Node.multiply or type(node).lookup is not Node.lookup
+    )
+    if set(probe) != {leaf.path} or not acts:
+        raise UserError(
+            f"index: an adapter of kind {adapter.spec.kind!r} changes {leaf.path} in a way that "
+            "cannot differ from row to row; run one batch for each adapter."
+        )
+    params, buffers = leaf.params, leaf.buffers
+    if leaf.layers is not None:
+        params, buffers = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (params, buffers))
+    mixed = Mixed(
+        leaf.base,
+        params,
+        buffers,
+        {"index": jnp.asarray(index, jnp.int32), "arrays": leaf.shared},
+        key=leaf.keys(),
+        kind=adapter.spec.kind,
+        path=leaf.path,
+        options=adapter.spec.options,
+        attends_base=bool(getattr(node, "attends_base", False)),
+    )
+    return {leaf.path: mixed}
+
+
+def first_of(adapter: Adapter) -> Adapter:
+    """The shapes of one of several stacked adapters."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), adapter)
+
+
+def check_index(adapter: Adapter | None, index: Any, rows: int) -> np.ndarray:
+    """The adapter of every row as an array, checked on the host.
+
+    Args:
+        adapter: Stacked adapters.
+        index: One number a row, -1 for none.
+        rows: How many rows there are.
+
+    Returns:
+        ``(rows,)``, int32.
+
+    Raises:
+        UserError: If adapters are not stacked, or a number is missing or addresses none of them.
+    """
+    if adapter is None:
+        raise UserError("index: there is no adapter; pass adapter=jaxpeft.stack_adapters([...]).")
+    ranks = [paths.get(adapter.buffers, f"{path}/rank") for path in adapter.spec.paths]
+    axes = [1 + paths.is_stacked(path) for path in adapter.spec.paths]
+    flat = [r is not None and r.ndim != n for r, n in zip(ranks, axes, strict=True)]
+    leaves = jax.tree.leaves((adapter.params, adapter.buffers))
+    counts = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
+    count = counts.pop() if len(counts) == 1 else None
+    if count is None or any(flat):
+        raise UserError("index: the adapters are not stacked; use jaxpeft.stack_adapters([...]).")
+    chosen = np.asarray(index)
+    if chosen.shape != (rows,) or not np.issubdtype(chosen.dtype, np.integer):
+        raise UserError(f"index: expected one whole number for each of {rows} rows.")
+    wrong = sorted({int(i) for i in chosen if not -1 <= i < count})
+    if wrong:
+        raise UserError(
+            f"index: {wrong[0]} addresses none of {count} adapters; use 0 to {count - 1}, or -1 "
+            "for none."
+        )
+    return chosen.astype(np.int32)
