@@ -23,6 +23,7 @@ from quickstart_report import first_and_last, folder_bytes, read_jsonl
 CONFIGS = Path("configs/exercises")
 RUNS = Path("runs/exercises")
 MEASURES = "measures.json"
+PEAK = "peak_bytes"
 GENERAL = Path(__file__).parent / "general_text.txt"
 TEXT = "Answer with one word: abbreviation, description, entity, human, location or number."
 
@@ -96,9 +97,12 @@ def train(name: str, steps: int | None) -> None:
     process = subprocess.Popen(command(name, steps))
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
+    peak = run / PEAK  # of all processes, where training was interrupted
+    before = int(peak.read_text()) if peak.is_file() else 0
+    peak.write_text(str(max(before, usage.ru_maxrss * 1024)))
     if process.returncode:
         raise ValueError(f"{name}: training ended with exit code {process.returncode}.")
-    measures = {"peak_bytes": usage.ru_maxrss * 1024} | measure(run)
+    measures = {"peak_bytes": int(peak.read_text())} | measure(run)
     (run / MEASURES).write_text(json.dumps(measures, indent=2) + "\n", encoding="utf-8")
 
 
@@ -184,9 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     names = args.only or list(EXERCISES)
     try:
-        if "sms" in names and not Path(sms_data.DATA, "train.jsonl").is_file():
-            if status := sms_data.main([]):
-                return status
+        wanted = "sms" in names and not Path(sms_data.DATA, "train.jsonl").is_file()
+        if wanted and (status := sms_data.main([])):
+            return status
         for name in names:
             train(name, args.steps)
         runs = {name: run_folder(name, args.steps) for name in names}

@@ -1,0 +1,123 @@
+"""The exercises: every config is a run, the tables say what the runs' files say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxpeft.config import load_config
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import exercises as ex
+import sms_data
+from quickstart_data import words
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """What a finished training leaves, with numbers made up."""
+    write_jsonl(
+        tmp_path / "metrics.jsonl",
+        [
+            {"step": 0, "eval_loss": 3.0, "eval_exact_match": 0.0},
+            {"step": 1, "loss": 2.5, "tokens_per_second": 1.0},
+            {"step": 2, "loss": 2.0, "tokens_per_second": 210.0},
+            {"step": 3, "loss": 1.5, "tokens_per_second": 230.0},
+            {"step": 3, "eval_loss": 0.1234, "eval_exact_match": 0.845},
+        ],
+    )
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(bytes(2_500_000))
+    measures = {
+        "peak_bytes": 3 * 2**29,
+        "trainable": 11_520,
+        "percent": 0.00856,
+        "general_before": 30.0,
+        "general_after": 31.255,
+    }
+    (tmp_path / "measures.json").write_text(json.dumps(measures))
+    return tmp_path
+
+
+def test_a_line_of_the_table_is_what_the_run_measured(run):
+    assert ex.table_row("prompt-sampled", run) == [
+        "prompt-sampled",
+        "11,520",
+        "0.00856",
+        "2.50 MB",
+        "0.0% -> 84.5%",
+        "0.123",
+        "30.00 -> 31.25",
+        "220",
+        "1.50 GiB",
+    ]
+
+
+def test_a_whole_model_counts_where_one_was_saved(run):
+    (run / "model").mkdir()
+    (run / "model" / "model.safetensors").write_bytes(bytes(4_000_000))
+    assert ex.table_row("full", run)[3] == "4.00 MB"
+
+
+def test_tables_are_markdown():
+    assert ex.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+@pytest.mark.parametrize("name", ex.EXERCISES)
+def test_every_exercise_is_a_config_that_loads(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, module, program, config, *flags = ex.command(name, 3)
+    assert (module, program) == ("-m", "jaxpeft.train")
+    loaded = load_config(config, flags)
+    assert loaded.train.steps == 3
+    assert loaded.output_dir == f"runs/exercises/{name}-3-steps"
+    assert loaded.evaluation.exact_match
+
+
+def test_what_is_done_is_not_done_again(run, monkeypatch):
+    monkeypatch.setattr(ex, "run_folder", lambda name, steps: run)
+    monkeypatch.setattr(ex.subprocess, "Popen", None)
+    ex.train("ia3", None)
+
+
+def test_general_text_is_sixty_different_sentences():
+    lines = ex.GENERAL.read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 60
+    assert all(line.endswith(".") for line in lines)
+
+
+def test_messages_are_balanced_apart_and_without_twins(tmp_path):
+    spam = [f'{i},1,"Win prize{chr(97 + i)} now, call {i}{chr(97 + i)}"' for i in range(10)]
+    ham = [f"{i},0,see you at {chr(97 + i)}{chr(98 + i)} then" for i in range(20)]
+    source = tmp_path / "sms.csv"
+    source.write_text("\n".join([",spam,text", *spam, *ham, ham[0]]) + "\n")
+    sms_data.write_data(tmp_path, source, train_rows=6, eval_rows=4, seed=0)
+    rows = {
+        part: [json.loads(line)["messages"] for line in (tmp_path / part).read_text().splitlines()]
+        for part in ("train.jsonl", "eval.jsonl")
+    }
+    for part, count in (("train.jsonl", 6), ("eval.jsonl", 4)):
+        answers = [turns[2]["content"] for turns in rows[part]]
+        assert sorted(answers) == ["ham"] * (count // 2) + ["spam"] * (count // 2)
+        assert {turns[0]["content"] for turns in rows[part]} == {sms_data.INSTRUCTION}
+    texts = [words(turns[1]["content"]) for part in rows.values() for turns in part]
+    assert len(set(texts)) == 10
+
+
+def test_a_message_without_a_label_is_named():
+    with pytest.raises(ValueError, match=r"sms\.csv: row 2: expected spam as 0 or 1"):
+        sms_data.read_messages(",spam,text\n0,1,hello\n1,maybe,you\n", "sms.csv")
+
+
+def test_too_few_messages_are_said_so():
+    messages = sms_data.read_messages(",spam,text\n0,1,hello\n1,0,you\n", "sms.csv")
+    with pytest.raises(ValueError, match="at most 2"):
+        sms_data.balanced(messages, 4, 0)
