@@ -98,7 +98,6 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     spec = dataclasses.replace(several[0].spec, paths=tuple(places))
     params = _stack([one.params for one in several])
     buffers = _stack([one.buffers for one in several])
-    )
     return Adapter(params, buffers, spec, several[0].base_name)
 
 
