@@ -18,7 +18,7 @@ References:
     Fine-tuning", 2023, https://arxiv.org/abs/2308.03303, equation 3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ def lora_plus(
     Returns:
         A transformation over ``{"base": ..., "adapter": ...}``, frozen leaves of it masked.
     """
-    rules = {
+    rules: dict[Hashable, optax.GradientTransformation] = {
         "a": make_rule(1.0, True),
         "b": make_rule(ratio, True),
         "b_no_decay": make_rule(ratio, False),
@@ -82,7 +82,7 @@ def project_b() -> optax.GradientTransformationExtraArgs:
         (the training step does).
     """
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del params
         whole, buffers = extra.get("whole"), extra.get("buffers")
         if whole is None or buffers is None:
@@ -99,7 +99,7 @@ def project_b() -> optax.GradientTransformationExtraArgs:
             place = name.removeprefix("adapter/").removesuffix("/b")
             return projected(g, a, paths.get(buffers, f"{place}/scale"))
 
-        return jax.tree_util.tree_map_with_path(project, grads), state
+        return jax.tree_util.tree_map_with_path(project, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

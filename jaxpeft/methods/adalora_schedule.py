@@ -155,7 +155,7 @@ def allocate_ranks(
         later = [paths.unflatten(tree) for tree in (importance, uncertainty, kept)]
         return _with_values(updates, zeroed), AllocationState(inner, count, *later)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def count_places(shapes: dict, targets: Any, exclude: Any) -> int:
