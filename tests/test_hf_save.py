@@ -14,7 +14,8 @@ from tiny_models import BF16, CONFIGS, hf_tensors, write_hf
 from jaxpeft.errors import UserError
 from jaxpeft.models.hf_save import save_hf
 from jaxpeft.models.load import load_params
-from jaxpeft.paths import flatten, put
+from jaxpeft.models.transformer import Transformer
+from jaxpeft.paths import HEAD, flatten, put
 
 
 def load_tiny(folder: pathlib.Path, kind: str, dtype: str | None = None):
@@ -41,6 +42,22 @@ def test_loading_what_was_saved_gives_the_same_params_and_config(tmp_path, dtype
     assert config_again == config
     jax.tree.map(np.testing.assert_array_equal, again, params)
     assert {leaf.dtype for leaf in flatten(again).values()} == {jnp.dtype(dtype)}
+
+
+def test_a_head_of_its_own_beside_a_tied_table_is_kept(tmp_path, getkey):
+    params, config = load_tiny(tmp_path / "in", "llama-tied")
+    head = jax.random.normal(getkey(), (config.d_model, config.vocab_size))
+    untied = put(params, {HEAD: head})
+    save_hf(tmp_path / "out", config, untied)
+    again, config_again, *_ = load_params(tmp_path / "out", dtype=None)
+    assert not config_again.tie_embeddings
+    ids = jnp.arange(6)[None]
+    actual, expected = (
+        Transformer(c).apply({"params": p}, ids)
+        for c, p in ((config_again, again), (config, untied))
+    )
+    np.testing.assert_array_equal(actual, expected)
+    assert np.abs(actual - Transformer(config).apply({"params": params}, ids)).max() > 0.1
 
 
 def test_shards_stay_below_the_limit_and_are_all_indexed(tmp_path):

@@ -4,6 +4,7 @@ Tensors are streamed to disk one layer at a time, so saving needs no second copy
 folder is written under a temporary name beside its place and moved there when it is complete.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -43,7 +44,8 @@ def save_hf(
     Args:
         path: The folder to make; it may exist if it is empty.
         config: The architecture.
-        params: Plain arrays, as `jaxpeft.merge` gives them.
+        params: Plain arrays, as `jaxpeft.merge` gives them; a head of its own beside a tied table
+            is written as one, with ``tie_word_embeddings`` false.
         tokenizer: The tokenizer to put beside the weights; None writes none.
         dtype: "float32", "bfloat16" or "float16"; None keeps each parameter's own.
         overwrite: Replace a model folder at `path`, once the new one is whole.
@@ -55,6 +57,8 @@ def save_hf(
         ResourceError: The disk is full.
     """
     require_place(path, overwrite=overwrite)
+    if config.tie_embeddings and paths.get(params, paths.HEAD) is not None:
+        config = dataclasses.replace(config, tie_embeddings=False)
     _check_params(config, params)
     leaves = paths.flatten(params)
     settings = config_to_hf(config)
