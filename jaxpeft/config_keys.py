@@ -81,12 +81,12 @@ class Schema:
         if here:
             owners = " or ".join(_unique(key.variant for key in self.find(here[0].path)))
             return f'unknown key for name "{variant}", it belongs to {owners}'
+        if name in self.foreign and all(key.variant for key in same):
+            return self._explain_foreign(section, name)
         if same:
             places = " or ".join(f'"{k.path.rpartition(".")[0] or "the top level"}"' for k in same)
             paths = " or ".join(key.path for key in same)
             return f"unknown key here, it belongs under {places}: {paths}"
-        if name in self.foreign:
-            return self._explain_foreign(section, name)
         close = nearest(_normal(name), list(allowed), 1)
         if close:
             return f'unknown key, did you mean "{close[0]}"?'
