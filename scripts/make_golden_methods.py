@@ -100,7 +100,8 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 def logits_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Float32 logits at the tokens' own positions, zero where the input is padding."""
     extra = {}
-    if model.active_peft_config.peft_type == "MULTITASK_PROMPT_TUNING":
+    config = getattr(model, "active_peft_config", None)  # a merged model has none
+    if config is not None and config.peft_type == "MULTITASK_PROMPT_TUNING":
         extra["task_ids"] = torch.zeros(len(inputs["input_ids"]), dtype=torch.long)
     with torch.no_grad():
         logits = model(**inputs, **extra).logits

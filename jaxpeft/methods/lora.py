@@ -26,7 +26,7 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.linear import shape_of
-from jaxpeft.methods import lora_peft
+from jaxpeft.methods import dora, lora_init, lora_peft
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
 from jaxpeft.methods.exchange import shortest_decimal
 from jaxpeft.methods.lora_nodes import LoRAKernel
@@ -43,6 +43,9 @@ class LoRA(Method):
         dropout: Probability of dropping an input of the low-rank branch, in [0, 1).
         rslora: Divide alpha by the square root of the rank instead of the rank.
         exclude: Modules to leave alone: a regex or names; wins over `targets`.
+        dora: Train the length of every column too, see `jaxpeft.methods.dora`.
+        init_weights: How the factors start: "default", or a name of `jaxpeft.methods.lora_init`.
+        loftq_steps: For "loftq", how often it alternates.
     """
 
     name: ClassVar[str] = "lora"
@@ -53,6 +56,9 @@ class LoRA(Method):
     dropout: float = 0.0
     rslora: bool = False
     exclude: str | tuple[str, ...] = ()
+    dora: bool = False
+    init_weights: str = "default"
+    loftq_steps: int = 1
 
     def __post_init__(self):
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -67,6 +73,7 @@ class LoRA(Method):
                 object.__setattr__(self, field, tuple(value))
         if not self.targets:
             raise ValueError("LoRA.targets must name at least one module.")
+        lora_init.check(self)
 
     @property
     def scale(self) -> float:
@@ -88,7 +95,8 @@ class LoRA(Method):
             The adapter; ``jax.jit`` of this function works and places it like the base.
 
         Raises:
-            UserError: If a pattern matches nothing or the rank exceeds a kernel's sides.
+            UserError: If a pattern matches nothing, the rank exceeds a kernel's sides, or values
+                of the base are needed and there are only shapes.
         """
         del context
         chosen = paths.match(self.targets, self.exclude, paths.module_names(params))
@@ -119,17 +127,46 @@ class LoRA(Method):
                 "rank": jnp.where(adapted, self.rank, 0).astype(jnp.int32),
                 "dropout": jnp.full(stack, self.dropout, jnp.float32),
             }
-        options = (("rslora", True),) if self.rslora else ()
-        spec = Spec(kind=self.name, paths=tuple(sorted(layers)), rank=self.rank, options=options)
+            kernel, ranks = paths.get(params, path), np.full(stack, self.rank)
+            if stack:
+                ranks[np.setdiff1d(np.arange(stack[0]), layers[path])] = 0
+            if self.init_weights != "default":
+                start = lora_init.of_stack(
+                    self.init_weights,
+                    path_key,
+                    kernel,
+                    ranks,
+                    np.full(stack, self.scale),
+                    self.rank,
+                    self.loftq_steps,
+                )
+                factors[path] = dict(zip("ab", start, strict=True))
+            if self.init_weights in lora_init.SUBTRACTED:
+                buffers[path] |= {"a0": factors[path]["a"], "b0": factors[path]["b"]}
+            if self.dora:
+                buffers[path]["norm"] = factors[path]["m"] = dora.start(kernel, ranks)
+        options = {"rslora": True} if self.rslora else {}
+        options |= {"dora": True} if self.dora else {}
+        if self.init_weights in lora_init.SUBTRACTED:
+            options["init_weights"] = self.init_weights
+        spec = Spec(
+            kind=self.name,
+            paths=tuple(sorted(layers)),
+            rank=self.rank,
+            options=tuple(sorted(options.items())),
+        )
         return Adapter(paths.unflatten(factors), paths.unflatten(buffers), spec)
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for a kernel adapted with LoRA."""
+    """The node that stands for a kernel adapted with LoRA or DoRA."""
+    if leaf.options.get("dora"):
+        return dora.bind(leaf)
+    base, a, b = lora_init.without_start(leaf)
     node = LoRAKernel(
-        leaf.base,
-        leaf.params["a"],
-        leaf.params["b"],
+        base,
+        a,
+        b,
         leaf.buffers["scale"],
         dropout=leaf.buffers["dropout"],
         key=leaf.keys(),
@@ -164,18 +201,27 @@ def config_of(adapter: Adapter) -> LoRA:
     if mixed:
         raise UserError(f"layers of this adapter differ in {', '.join(mixed)}.")
     rank, scale, dropout = int(seen["rank"].pop()), seen["scale"].pop(), seen["dropout"].pop()
-    rslora = dict(adapter.spec.options).get("rslora", False)
+    options = dict(adapter.spec.options)
+    rslora = options.get("rslora", False)
     return LoRA(
         rank=rank,
         alpha=shortest_decimal(scale, math.sqrt(rank) if rslora else rank),
         targets=tuple(names),
         dropout=shortest_decimal(dropout),
-        rslora=rslora,
+        **options,
     )
 
 
 def weigh(adapter: Adapter, weight: Any) -> Adapter:
-    """The adapter with all its scales multiplied by `weight`."""
+    """The adapter with all its scales multiplied by `weight`.
+
+    Raises:
+        UserError: If it is a DoRA adapter: its change is no sum.
+    """
+    if dict(adapter.spec.options).get("dora"):
+        raise UserError(
+            "weights: a DoRA adapter is no sum that could be weighted; leave weights out."
+        )
     buffers = paths.flatten(adapter.buffers)
     scaled = {
         path: value * weight if path.endswith("/scale") else value

@@ -18,6 +18,7 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import dtype_of, materialise, shape_of
+from jaxpeft.methods import dora
 from jaxpeft.methods.base import Adapter, Spec
 from jaxpeft.methods.exchange import (
     CONFIG,
@@ -38,6 +39,7 @@ from jaxpeft.methods.exchange import (
 )
 
 FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight")
+MAGNITUDE = re.compile(re.escape(PREFIX) + r"(.+)\.lora_magnitude_vector")
 COPY = re.compile(re.escape(PREFIX) + r"(lm_head|model\.embed_tokens)(?:\.base_layer)?\.weight")
 """Copies of base weights that PEFT adds when the head is adapted."""
 
@@ -85,7 +87,7 @@ DEFAULTS: dict[str, Any] = {
 READ_KEYS = (
     *("alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "lora_alpha", "lora_dropout", "r", "rank_pattern"),
-    *("target_modules", "use_rslora"),
+    *("target_modules", "use_dora", "use_rslora"),
 )
 
 HARMLESS_KEYS = (
@@ -108,6 +110,7 @@ class PeftLoraConfig:
         alpha_pattern: Alpha by name or regex; the first key that matches wins.
         dropout: Probability of dropping an input of the branch.
         rslora: Whether alpha is divided by the root of the rank.
+        dora: Whether every module has magnitudes.
         selection: Which modules are adapted.
     """
 
@@ -117,6 +120,7 @@ class PeftLoraConfig:
     alpha_pattern: Mapping[str, int | float]
     dropout: float
     rslora: bool
+    dora: bool
     selection: Selection
 
     def rank_of(self, name: str) -> int:
@@ -152,6 +156,7 @@ def parse(values: Values) -> PeftLoraConfig:
         alpha_pattern=values.pattern("alpha_pattern", whole=False),
         dropout=float(dropout),
         rslora=values.flag("use_rslora"),
+        dora=values.flag("use_dora"),
         selection=values.selection(DEFAULT_TARGETS),
     )
 
@@ -159,7 +164,7 @@ def parse(values: Values) -> PeftLoraConfig:
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """The adapter of a PEFT folder; see `PeftFormat`."""
     config = parse(values)
-    modules = _sort(tensors, base)
+    modules = _sort(tensors, base, config.dora)
     sites = paths.module_names(base.params)
     _check_modules(tensors.file, config, modules, sites, base)
     _check_shapes(tensors, config, modules, sites, base)
@@ -174,19 +179,24 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
             "scale": np.float32(config.scale_of(name)),
             "rank": np.int32(rank),
         }
+        if config.dora:
+            layers[name]["m"] = tensors.read(f"{PREFIX}{name}.lora_magnitude_vector")
     places = stack(layers, sites, base.params)
     for arrays in places.values():
         arrays["dropout"] = jnp.full(arrays["rank"].shape, config.dropout, jnp.float32)
-    trained = {path: {key: arrays[key] for key in "ab"} for path, arrays in places.items()}
-    frozen = {
-        path: {key: arrays[key] for key in ("scale", "rank", "dropout")}
-        for path, arrays in places.items()
-    }
+    names, kept = ("a", "b"), ("scale", "rank", "dropout")
+    options = {"rslora": True} if config.rslora else {}
+    if config.dora:
+        names, kept, options = (*names, "m"), (*kept, "norm"), {"dora": True, **options}
+        for path, arrays in places.items():
+            arrays["norm"] = dora.start(paths.get(base.params, path), arrays["rank"])
+    trained = {path: {key: arrays[key] for key in names} for path, arrays in places.items()}
+    frozen = {path: {key: arrays[key] for key in kept} for path, arrays in places.items()}
     spec = Spec(
         kind="lora",
         paths=tuple(sorted(places)),
         rank=width,
-        options=(("rslora", True),) if config.rslora else (),
+        options=tuple(sorted(options.items())),
     )
     return Adapter(paths.unflatten(trained), paths.unflatten(frozen), spec)
 
@@ -195,7 +205,8 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
     """Config values and tensors of a PEFT folder; see `PeftFormat`."""
     tensors: dict[str, np.ndarray] = {}
     ranks, alphas, dropouts = {}, {}, set()
-    rslora = bool(dict(adapter.spec.options).get("rslora", False))
+    options = dict(adapter.spec.options)
+    rslora = bool(options.get("rslora", False))
     for name, path, at in modules_of(adapter):
         a, b = (np.asarray(paths.get(adapter.params, f"{path}/{key}"))[at] for key in "ab")
         scale, rank, dropout = (
@@ -207,10 +218,21 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
         if np.any(np.any(a[:, r:] != 0, axis=0) & np.any(b[r:] != 0, axis=1)):
             raise ValueError(f"{name}: the padding beyond rank {r} is not zero in both factors.")
         alpha = shortest_decimal(scale, math.sqrt(r) if rslora else r)
+        a, b = a[:, :r], b[:r]
+        if "init_weights" in options:  # what PEFT's own conversion writes
+            a0, b0 = (
+                np.asarray(paths.get(adapter.buffers, f"{path}/{k}"))[at] for k in ("a0", "b0")
+            )
+            a, b = np.concatenate([a, a0[:, :r]], 1), np.concatenate([b, -b0[:r]])
+            r, alpha = 2 * r, alpha * (math.sqrt(2) if rslora else 2)
+        if "dora" in options:
+            m = np.asarray(paths.get(adapter.params, f"{path}/m"))[at]
+            require_finite(name, m)
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = contiguous(m)
         ranks[name], alphas[name] = r, int(alpha) if alpha.is_integer() else alpha
         dropouts.add(shortest_decimal(dropout))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = contiguous(a[:, :r].T)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = contiguous(b[:r].T)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = contiguous(a.T)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = contiguous(b.T)
     if not ranks:
         raise UserError("the adapter adapts no module: all its ranks are 0.")
     if len(dropouts) > 1:
@@ -226,6 +248,7 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
         "r": rank,
         "rank_pattern": rank_pattern,
         "target_modules": targets_value(ranks, paths.module_names(base.params)),
+        "use_dora": "dora" in options,
         "use_rslora": rslora,
     }
     return values, tensors
@@ -242,13 +265,15 @@ PEFT = PeftFormat(
 )
 
 
-def _sort(tensors: Tensors, base: Any) -> dict[str, set[str]]:
+def _sort(tensors: Tensors, base: Any, with_magnitudes: bool) -> dict[str, set[str]]:
     """Which factors every module has, "A" and "B", by its full name; all else is an error."""
     modules: dict[str, set[str]] = {}
-    unexpected = []
+    magnitudes, unexpected = set(), []
     for key in sorted(tensors.shapes):
         if found := FACTOR.fullmatch(key):
             modules.setdefault(found.group(1), set()).add(found.group(2))
+        elif with_magnitudes and (found := MAGNITUDE.fullmatch(key)):
+            magnitudes.add(found.group(1))
         elif "lora_embedding_" in key:
             raise UserError(
                 f"{tensors.file}: {key}: LoRA of the embedding table is not supported yet."
@@ -267,6 +292,9 @@ def _sort(tensors: Tensors, base: Any) -> dict[str, set[str]]:
         for name, pair in modules.items()
         if len(pair) < 2
     ]
+    if with_magnitudes:
+        lonely += [f"{name}.lora_magnitude_vector" for name in modules if name not in magnitudes]
+        lonely += [f"{name}.lora_A.weight" for name in magnitudes if name not in modules]
     if lonely:
         raise UserError(
             f"{tensors.file}: {len(lonely)} tensors are missing: {first_few(lonely, 3)}."
@@ -348,6 +376,11 @@ def _check_shapes(
                 axis = 0 if letter == "A" else 1
                 same = len(shape) == 2 and shape[1 - axis] == expected[1 - axis]
                 (ranks if same else widths).append(text)
+        key, m = f"{PREFIX}{name}.lora_magnitude_vector", (d_out,)
+        if config.dora and (keys.append(key) or tensors.shapes[key] != m):
+            widths.append(
+                f"{key.removeprefix(PREFIX)} is {list(tensors.shapes[key])}, expected {list(m)}"
+            )
     tensors.require_floats(keys)
     if widths:
         raise UserError(
