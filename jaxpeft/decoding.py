@@ -233,10 +233,10 @@ def generate_ids(
             new_slots=_round_up(max_new_tokens),
             greedy=sampling.greedy,
         )
-        for index, row in zip(chosen, np.asarray(new), strict=False):
+        for place, row in zip(chosen, np.asarray(new), strict=False):
             ids = row[:max_new_tokens].tolist()
             ends = [i for i, token in enumerate(ids) if token in stops]
-            answers[index] = ids[: ends[0]] if ends else ids
+            answers[place] = ids[: ends[0]] if ends else ids
     return answers
 
 

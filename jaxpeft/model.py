@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.errors import UserError
@@ -72,7 +73,7 @@ class Model:
             UserError: If the adapter was made for another model, has no such task, or has a prompt
                 and `segment_ids` are traced; if an index addresses none of the adapters.
         """
-        if index is not None and not isinstance(index, jax.core.Tracer):
+        if index is not None and not isinstance(index, Tracer):
             index = check_index(adapter, index, input_ids.shape[0])
         virtual = virtual_ids(adapter, task)
         if count := virtual.shape[-1]:
