@@ -22,7 +22,7 @@ References:
 
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +33,6 @@ from jaxpeft.linear import shape_of
 from jaxpeft.methods.base import Adapter
 from jaxpeft.methods.low_rank import check_cut, cut, lora_of, svd_of_product
 
-How = Literal["cat", "linear", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
 SUMS = ("cat", "linear")
 PRUNED = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 PLAIN = {"a", "b", "scale", "rank", "dropout", "a0", "b0"}
@@ -46,7 +45,7 @@ Factors = tuple[np.ndarray, np.ndarray, float]
 def combine(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
-    how: How = "linear",
+    how: str = "linear",
     *,
     rank: int | None = None,
     energy: float | None = None,

@@ -1,0 +1,220 @@
+"""Padding, stacking, combining and converting adapters, against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_decoder import CONFIG, decoder, draw, make_batch
+
+import jaxpeft as jp
+from jaxpeft import paths
+from jaxpeft.methods import LoRA, bind, merge
+from jaxpeft.methods.algebra import pad_rank
+
+MODES = ("cat", "linear", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties")
+
+
+def lora(seed=0, **fields):
+    """A LoRA with both factors drawn, zero where a layer is not adapted."""
+    method = LoRA(**{"rank": 2, "alpha": 4.0, **fields})
+    adapter = jp.init_adapter(method, decoder()[1], jax.random.key(0))
+    drawn = paths.flatten(draw(adapter.params, seed, 0.3))
+    for path in drawn:
+        on = paths.get(adapter.buffers, path.rpartition("/")[0] + "/rank") > 0
+        drawn[path] = drawn[path] * on[..., None, None]
+    return adapter.replace(params=paths.unflatten(drawn))
+
+
+def deltas(adapter):
+    """The change of every kernel in float64, spelled out."""
+    found = {}
+    for path in adapter.spec.paths:
+        a, b = (np.asarray(paths.get(adapter.params, f"{path}/{k}"), np.float64) for k in "ab")
+        scale = np.asarray(paths.get(adapter.buffers, f"{path}/scale"), np.float64)
+        found[path] = scale[:, None, None] * (a @ b)
+    return found
+
+
+def several():
+    return [
+        lora(1),
+        lora(2, rank=3, alpha=1.0, rslora=True, targets=("q_proj", "up_proj")),
+        lora(3, rank=1, targets=(r"model.layers.1.self_attn.q_proj",)),
+    ]
+
+
+def options(how):
+    given = {"density": 1.0} if how.endswith(("prune", "ties")) or how.startswith("dare") else {}
+    return given | ({"key": jax.random.key(0)} if how.startswith("dare") else {})
+
+
+def assert_same(actual, expected, atol=1e-6):
+    assert set(actual) == set(expected)
+    for path, value in expected.items():
+        np.testing.assert_allclose(actual[path], value, atol=atol, err_msg=path)
+
+
+def weighted_sum(adapters, weights):
+    total = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for path, delta in deltas(adapter).items():
+            total[path] = total.get(path, 0.0) + weight * delta
+    return total
+
+
+@pytest.mark.parametrize("how", MODES)
+def test_one_adapter_of_weight_one_stays_what_it_is(how):
+    for one in (lora(1), lora(2, rank=3, rslora=True, targets=("q_proj",))):
+        made = jp.combine([one], [1.0], how, **options(how))
+        assert_same(deltas(made), deltas(one))
+        if how in ("cat", "linear"):
+            jax.tree.map(np.testing.assert_array_equal, made.params, one.params)
+            jax.tree.map(np.testing.assert_array_equal, made.buffers, one.buffers)
+
+
+@pytest.mark.parametrize("how", ["cat", "linear"])
+def test_cat_and_linear_are_exactly_the_weighted_sum_of_the_changes(how):
+    weights = (0.7, -1.5, 2.0)
+    made = jp.combine(several(), weights, how)
+    assert_same(deltas(made), weighted_sum(several(), weights))
+    assert made.spec.rank == 6
+
+
+def test_svd_keeps_the_best_matrices_of_its_rank_or_energy():
+    adapters, weights = several(), (0.7, -1.5, 2.0)
+    total = weighted_sum(adapters, weights)
+    made = deltas(jp.combine(adapters, weights, "svd", rank=2))
+    for path, value in total.items():
+        for layer, exact in enumerate(value):
+            u, s, vt = np.linalg.svd(exact)
+            best = (u[:, :2] * s[:2]) @ vt[:2]
+            np.testing.assert_allclose(made[path][layer], best, atol=1e-5)
+    close = deltas(jp.combine(adapters, weights, "svd", energy=0.9))
+    for path, value in total.items():
+        for exact, kept in zip(value, close[path], strict=True):
+            assert np.sum(kept**2) >= 0.9 * np.sum(exact**2) * (1 - 1e-6)
+    assert_same(deltas(jp.combine(adapters, weights, "svd", energy=1.0)), total, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["magnitude_prune", "ties"])
+def test_pruning_follows_its_formula_in_plain_loops(how):
+    adapters, weights = [lora(1), lora(2), lora(4)], (1.0, 0.5, 2.0)
+    made = deltas(jp.combine(adapters, weights, how, density=0.25, rank=16))
+    each = [deltas(one) for one in adapters]
+    for path in made:
+        for layer in range(CONFIG.num_layers):
+            pruned = []
+            for delta in each:
+                flat = delta[path][layer].copy()
+                limit = np.sort(np.abs(flat).ravel())[-int(0.25 * flat.size)]
+                flat[np.abs(flat) < limit] = 0.0
+                pruned.append(flat)
+            expected = np.zeros_like(pruned[0])
+            for at in np.ndindex(*expected.shape):
+                values = [(w, p[at]) for w, p in zip(weights, pruned, strict=True) if p[at]]
+                if how == "ties":
+                    sign = 1.0 if sum(v for _, v in values) >= 0 else -1.0
+                    values = [(w, v) for w, v in values if np.sign(v) == sign]
+                divisor = max(1, len(values)) if how == "ties" else 1
+                expected[at] = sum(w * v for w, v in values) / divisor
+            np.testing.assert_allclose(made[path][layer], expected, atol=1e-5)
+
+
+def test_dare_keeps_or_doubles_every_entry_at_half_density():
+    one = lora(1)
+    made = deltas(
+        jp.combine([one], [1.0], "dare_linear", density=0.5, rank=16, key=jax.random.key(3))
+    )
+    kept = []
+    for path, delta in deltas(one).items():
+        ratio = made[path] / delta
+        assert np.all(np.isclose(ratio, 0, atol=1e-2) | np.isclose(ratio, 2, atol=1e-2))
+        kept.append((ratio > 1).mean())
+    assert 0.4 < np.mean(kept) < 0.6
+
+
+def test_what_is_no_sum_of_products_is_refused_by_name():
+    base = decoder()[1]
+    full = jp.init_adapter(jp.Full(), base, jax.random.key(0))
+    with pytest.raises(jp.UserError, match="kind 'full' is no LoRA"):
+        jp.combine([lora(), full], [1.0, 1.0])
+    for given, message in (
+        ({"how": "mean"}, "'mean' is not one of cat, linear"),
+        ({"how": "cat", "rank": 2}, "takes no rank"),
+        ({"how": "ties"}, "needs density"),
+        ({"how": "svd", "density": 0.5}, "takes no density"),
+        ({"how": "dare_linear", "density": 0.5}, "needs key"),
+        ({"how": "svd", "rank": 2, "energy": 0.5}, "give one of them"),
+    ):
+        with pytest.raises(jp.UserError, match=message):
+            jp.combine([lora()], [1.0], **given)
+
+
+def test_a_combined_adapter_is_saved_and_loaded_as_peft_does(tmp_path):
+    from toy_model import toy_adapter, toy_model
+
+    base = toy_model(jax.random.key(0))
+    made = jp.combine([toy_adapter(jax.random.key(i), base, rank=i) for i in (1, 2)], [1.0, 0.5])
+    jp.save_adapter(str(tmp_path / "out"), made, base)
+    loaded = jp.load_adapter(str(tmp_path / "out"), base)
+    assert_same(deltas(loaded), deltas(made))
+
+
+def test_to_lora_of_full_fine_tuning_of_kernels_reports_its_error():
+    base = decoder()[1]
+    full = jp.init_adapter(jp.Full(), base, jax.random.key(0))
+    with pytest.raises(jp.UserError, match="no kernel"):
+        jp.to_lora(full.replace(params=jax.tree.map(lambda x: x + 0.1, full.params)), base, rank=2)
+    with pytest.raises(jp.UserError, match="needs rank= or energy="):
+        jp.to_lora(full, base)
+    kernels = {p: x for p, x in paths.flatten(full.params).items() if p.endswith("kernel/value")}
+    moved = draw(kernels, 7, 0.1)
+    changed = paths.put(full.params, {p: kernels[p] + moved[p] for p in kernels})
+    one, errors = jp.to_lora(full.replace(params=changed), base, rank=4)
+    made = deltas(one)
+    for path, value in made.items():
+        exact = np.asarray(moved[f"{path}/value"], np.float64)
+        s = np.linalg.svd(exact, compute_uv=False)
+        expected = np.sqrt(np.sum(s[:, 4:] ** 2) / np.sum(s**2))
+        assert errors[path] == pytest.approx(expected, rel=1e-4)
+        assert np.linalg.norm(exact - value) / np.linalg.norm(exact) == pytest.approx(
+            expected, rel=1e-4
+        )
+
+
+def test_to_lora_of_a_lora_gives_its_merged_weights():
+    base, one = decoder()[1], lora(1)
+    for given in ({}, {"rank": 2}, {"energy": 1.0}):
+        made, errors = jp.to_lora(one, base, **given)
+        assert max(errors.values()) < 1e-5
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5),
+            merge(base, made),
+            merge(base, one),
+        )
+
+
+def test_padding_the_rank_changes_nothing():
+    one, (module, base), tokens = lora(1), decoder(), make_batch(2, 4)["tokens"]
+    wide = pad_rank(one, 5)
+    assert wide.spec.rank == 5
+    actual, expected = (module.apply(bind(base, a), tokens) for a in (wide, one))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(jp.UserError, match="has rank 5, above 2"):
+        pad_rank(wide, 2)
+
+
+def test_stacking_pads_ranks_and_places_with_zeros():
+    first, second = lora(1), lora(2, rank=3, targets=("q_proj",))
+    stacked = jp.stack_adapters([first, second])
+    path = "layers/mlp/up_proj/kernel"
+    assert stacked.spec.paths == first.spec.paths
+    assert stacked.spec.rank == 3
+    assert paths.get(stacked.params, f"{path}/a").shape == (2, 2, 16, 3)
+    assert not jnp.any(paths.get(stacked.params, f"{path}/a")[1])
+    assert paths.get(stacked.buffers, f"{path}/rank").tolist() == [[2, 2], [0, 0]]
+    full = jp.init_adapter(jp.Full(), decoder()[1], jax.random.key(0))
+    with pytest.raises(jp.UserError, match="only adapters of one kind"):
+        jp.stack_adapters([first, full])
+    with pytest.raises(jp.UserError, match="none to stack"):
+        jp.stack_adapters([])

@@ -1,0 +1,65 @@
+"""Several adapters trained at once against one base, equal to training each alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tiny_decoder import decoder, make_batch
+
+import jaxpeft as jp
+from jaxpeft.methods import LoRA
+from jaxpeft.methods.algebra import pad_rank
+
+RATES, RANKS = (1e-2, 3e-3, 2e-2), (1, 3, 2)
+
+
+def setup():
+    module, base = decoder()
+    tx = jp.masked(optax.inject_hyperparams(optax.adam)(1e-3), jp.adapter_only)
+    step = jp.make_train_step(jp.make_lm_loss(module, head_frozen=True), tx)
+    states = []
+    for rank, rate in zip(RANKS, RATES, strict=True):
+        adapter = jp.init_adapter(LoRA(rank=rank, alpha=4.0), base, jax.random.key(rank))
+        state = jp.init_train_state(base, pad_rank(adapter, 3), tx, jax.random.key(0))
+        opt_state = optax.tree.set(state.opt_state, learning_rate=jnp.float32(rate))
+        states.append(state.replace(opt_state=opt_state))
+    return base, step, states
+
+
+def stack(states):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def test_training_several_at_once_equals_training_each_alone():
+    base, step, states = setup()
+    batches = [make_batch(2, 6, seed=seed) for seed in range(3)]
+    together = stack(states)
+    several = jax.jit(jax.vmap(step, in_axes=(0, None, None)))
+    for batch in batches:
+        together, _ = several(together, base, batch)
+    for i, state in enumerate(states):
+        for batch in batches:
+            state, _ = step(state, base, batch)
+        alone = jax.tree.map(lambda x, i=i: x[i], together.trained)
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-5),
+            alone,
+            state.trained,
+        )
+
+
+def test_several_at_once_hold_one_copy_of_the_base():
+    base, step, states = setup()
+    several = jax.jit(jax.vmap(step, in_axes=(0, None, None)))
+    batch = make_batch(2, 6)
+
+    def argument_bytes(count):
+        compiled = several.lower(stack(states[:1] * count), base, batch).compile()
+        return compiled.memory_analysis().argument_size_in_bytes
+
+    def size(tree):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    state = size(states[0].replace(key=jax.random.key_data(states[0].key)))
+    assert abs(argument_bytes(5) - argument_bytes(1) - 4 * state) < 1024
+    assert argument_bytes(5) < size(base) + 5 * state + 8192
