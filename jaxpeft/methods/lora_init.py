@@ -182,7 +182,8 @@ def without_start(leaf: Leaf) -> tuple[Any, Any, Any]:
         return leaf.base, a, b
     a0, b0 = leaf.buffers["a0"], leaf.buffers["b0"]
     if leaf.key is not None:
-        return LoRAKernel(leaf.base, a0, b0, -leaf.buffers["scale"]), a, b
+        scale = leaf.buffers["scale"]
+        return LoRAKernel(leaf.base, a0, b0, -scale, dropout=jnp.zeros_like(scale)), a, b
     return leaf.base, jnp.concatenate([a, a0], axis=-1), jnp.concatenate([b, -b0], axis=-2)
 
 
