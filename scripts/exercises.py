@@ -48,8 +48,6 @@ EXERCISES = {
     "prompt-random": Exercise("prompt_tuning", ("--method.initial", "random")),
     "prompt-sampled": Exercise("prompt_tuning", ("--method.initial", "sampled")),
     "prompt-text": Exercise("prompt_tuning", ("--method.initial", "text", "--method.text", TEXT)),
-    "prefix": Exercise("prefix_tuning"),
-    "ia3": Exercise("ia3"),
     "full": Exercise("full"),
     **{
         f"{config}-{rows}-rows": Exercise(config, rows=rows)

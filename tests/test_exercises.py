@@ -85,7 +85,7 @@ def test_every_exercise_is_a_config_that_loads(name, monkeypatch):
 def test_what_is_done_is_not_done_again(run, monkeypatch):
     monkeypatch.setattr(ex, "run_folder", lambda name, steps: run)
     monkeypatch.setattr(ex.subprocess, "Popen", None)
-    ex.train("ia3", None)
+    ex.train("dora", None)
 
 
 def test_general_text_is_sixty_different_sentences():

@@ -129,7 +129,7 @@ class LoRA(Method):
             }
             kernel, ranks = paths.get(params, path), np.full(stack, self.rank)
             if stack:
-                ranks[np.setdiff1d(np.arange(stack[0]), layers[path])] = 0
+                ranks[[layer not in layers[path] for layer in range(stack[0])]] = 0
             if self.init_weights != "default":
                 start = lora_init.of_stack(
                     self.init_weights,
@@ -145,7 +145,7 @@ class LoRA(Method):
                 buffers[path] |= {"a0": factors[path]["a"], "b0": factors[path]["b"]}
             if self.dora:
                 buffers[path]["norm"] = factors[path]["m"] = dora.start(kernel, ranks)
-        options = {"rslora": True} if self.rslora else {}
+        options: dict[str, Any] = {"rslora": True} if self.rslora else {}
         options |= {"dora": True} if self.dora else {}
         if self.init_weights in lora_init.SUBTRACTED:
             options["init_weights"] = self.init_weights
