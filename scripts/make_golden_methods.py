@@ -53,6 +53,51 @@ ADAPTERS: dict[str, tuple[str, str, dict]] = {
             "target_modules": ["q_proj", "down_proj"],
         },
     ),
+    "ia3": ("llama_bias", "IA3Config", {}),
+    "ia3_qwen": (
+        "qwen2",
+        "IA3Config",
+        {
+            "target_modules": ["q_proj", "k_proj", "o_proj", "gate_proj"],
+            "feedforward_modules": ["gate_proj"],
+        },
+    ),
+    "loha": ("llama3", "LoHaConfig", {}),
+    "loha_patterns": (
+        "qwen2",
+        "LoHaConfig",
+        {
+            "r": 3,
+            "alpha": 5,
+            "target_modules": "all-linear",
+            "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 4},
+            "alpha_pattern": {"v_proj": 7},
+        },
+    ),
+    "lokr": ("llama3", "LoKrConfig", {}),
+    "lokr_low_rank": (
+        "mistral",
+        "LoKrConfig",
+        {
+            "r": 2,
+            "alpha": 3,
+            "decompose_both": True,
+            "decompose_factor": 8,
+            "target_modules": "all-linear",
+            "alpha_pattern": {"v_proj": 7},
+        },
+    ),
+    "vera": ("llama3", "VeraConfig", {"r": 6}),
+    "vera_all": (
+        "qwen2",
+        "VeraConfig",
+        {
+            "r": 5,
+            "projection_prng_key": 7,
+            "vera_dropout": 0.1,
+            "target_modules": "all-linear",
+        },
+    ),
     "oft": ("llama2", "OFTConfig", {"oft_block_size": 8, "target_modules": "all-linear"}),
     "oft_exact": (
         "mistral",

@@ -5,6 +5,7 @@ from jaxpeft.methods.base import Adapter, Context, Kind, Leaf, Method, Spec
 from jaxpeft.methods.binding import bind, check_fit, init_adapter, merge
 from jaxpeft.methods.bitfit import BitFit
 from jaxpeft.methods.full import Full
+from jaxpeft.methods.ia3 import IA3
 from jaxpeft.methods.ln_tuning import LNTuning
 from jaxpeft.methods.lora import LoRA
 from jaxpeft.methods.multitask_prompt import MultitaskPromptTuning
@@ -14,6 +15,7 @@ from jaxpeft.methods.prompt import PromptTuning
 from jaxpeft.methods.registry import KINDS, METHODS
 
 __all__ = [
+    "IA3",
     "KINDS",
     "METHODS",
     "OFT",

@@ -6,6 +6,7 @@ from jaxpeft.methods import (
     adalora,
     bitfit,
     full,
+    ia3,
     ln_tuning,
     lora,
     multitask_prompt,
@@ -25,6 +26,7 @@ _ALL = (
     oft.KIND,
     ln_tuning.KIND,
     bitfit.KIND,
+    ia3.KIND,
 )
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
