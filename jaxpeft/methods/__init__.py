@@ -7,6 +7,8 @@ from jaxpeft.methods.bitfit import BitFit
 from jaxpeft.methods.full import Full
 from jaxpeft.methods.ia3 import IA3
 from jaxpeft.methods.ln_tuning import LNTuning
+from jaxpeft.methods.loha import LoHa
+from jaxpeft.methods.lokr import LoKr
 from jaxpeft.methods.lora import LoRA
 from jaxpeft.methods.multitask_prompt import MultitaskPromptTuning
 from jaxpeft.methods.oft import OFT
@@ -27,6 +29,8 @@ __all__ = [
     "Kind",
     "LNTuning",
     "Leaf",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "Method",
     "MultitaskPromptTuning",

@@ -8,6 +8,8 @@ from jaxpeft.methods import (
     full,
     ia3,
     ln_tuning,
+    loha,
+    lokr,
     lora,
     multitask_prompt,
     oft,
@@ -27,6 +29,8 @@ _ALL = (
     ln_tuning.KIND,
     bitfit.KIND,
     ia3.KIND,
+    loha.KIND,
+    lokr.KIND,
 )
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
