@@ -15,6 +15,7 @@ from jaxpeft.methods.oft import OFT
 from jaxpeft.methods.p_tuning import PTuning
 from jaxpeft.methods.prompt import PromptTuning
 from jaxpeft.methods.registry import KINDS, METHODS
+from jaxpeft.methods.vera import VeRA
 
 __all__ = [
     "IA3",
@@ -37,6 +38,7 @@ __all__ = [
     "PTuning",
     "PromptTuning",
     "Spec",
+    "VeRA",
     "bind",
     "check_fit",
     "init_adapter",

@@ -15,6 +15,7 @@ from jaxpeft.methods import (
     oft,
     p_tuning,
     prompt,
+    vera,
 )
 from jaxpeft.methods.base import Kind
 
@@ -31,6 +32,7 @@ _ALL = (
     ia3.KIND,
     loha.KIND,
     lokr.KIND,
+    vera.KIND,
 )
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
