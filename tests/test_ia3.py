@@ -1,5 +1,7 @@
 """IA3's vectors against float64 NumPy, and which modules they scale on which side."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,6 @@ from jaxpeft import paths
 from jaxpeft.linear import materialise
 from jaxpeft.methods import IA3, bind, check_fit
 from jaxpeft.methods.ia3 import IA3Kernel, feedforward_paths, write
-from jaxpeft.models.config import ModelConfig
 
 RNG = np.random.default_rng(0)
 X, W = RNG.normal(size=(2, 5, 6)), RNG.normal(size=(6, 4))
@@ -33,7 +34,7 @@ def test_a_vector_scales_inputs_or_outputs(feedforward):
 
 
 def test_a_bias_behind_a_scaled_output_is_scaled_and_one_behind_a_scaled_input_is_not():
-    config = ModelConfig(**vars(CONFIG) | {"qkv_bias": True, "mlp_bias": True})
+    config = dataclasses.replace(CONFIG, qkv_bias=True, mlp_bias=True)
     params = decoder(config)[1]
     adapter = IA3(targets=("k_proj", "down_proj")).init(params, jax.random.key(0))
     adapter = adapter.replace(params=jax.tree.map(lambda v: 3.0 * v, adapter.params))
@@ -44,7 +45,7 @@ def test_a_bias_behind_a_scaled_output_is_scaled_and_one_behind_a_scaled_input_i
 
 
 def test_layers_that_are_not_adapted_keep_their_bias_and_kernel():
-    config = ModelConfig(**vars(CONFIG) | {"qkv_bias": True})
+    config = dataclasses.replace(CONFIG, qkv_bias=True)
     params = decoder(config)[1]
     method = IA3(targets=("layers.1.self_attn.k_proj",), feedforward=())
     adapter = method.init(params, jax.random.key(0))
@@ -101,6 +102,6 @@ def test_a_module_on_both_sides_in_different_layers_is_refused():
 
 
 def test_an_adapter_of_another_width_is_refused():
-    wide = ModelConfig(**vars(CONFIG) | {"d_ff": 32})
+    wide = dataclasses.replace(CONFIG, d_ff=32)
     with pytest.raises(jp.UserError, match="belongs to another model"):
         check_fit(decoder(wide)[1], make())

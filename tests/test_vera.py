@@ -1,5 +1,7 @@
 """VeRA's branch against float64 NumPy, its shared matrices, and what it refuses."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,6 @@ from jaxpeft.linear import SHARED
 from jaxpeft.methods import VeRA, bind, check_fit
 from jaxpeft.methods.exchange import Tensors, Values
 from jaxpeft.methods.vera import PEFT, VeRAKernel, read, weigh, write
-from jaxpeft.models.config import ModelConfig
 
 RNG = np.random.default_rng(0)
 QUERY, DOWN = "layers/self_attn/q_proj/kernel", "layers/mlp/down_proj/kernel"
@@ -103,7 +104,7 @@ def test_a_folder_without_its_matrices_is_refused_and_ours_holds_them():
 
 
 def test_an_adapter_of_another_width_is_refused():
-    wide = ModelConfig(**vars(CONFIG) | {"d_ff": 32})
+    wide = dataclasses.replace(CONFIG, d_ff=32)
     with pytest.raises(jp.UserError, match="belongs to another model"):
         check_fit(decoder(wide)[1], make())
 
