@@ -40,7 +40,12 @@ def test_packed_segments_are_separate_texts(getkey):
 
 def test_another_adapter_does_not_recompile(getkey, monkeypatch):
     traced = []
-    monkeypatch.setattr(model_file, "bind", lambda *a: traced.append(1) or jp.bind(*a))
+
+    def bind(*args, **options):
+        traced.append(1)
+        return jp.bind(*args, **options)
+
+    monkeypatch.setattr(model_file, "bind", bind)
     base = toy_model(getkey(), d_ff=18)
     answers = [
         base(IDS, adapter=toy_adapter(getkey(), base, alpha=alpha, dropout=dropout))
