@@ -22,8 +22,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpeft.errors import UserError, first_few
-from jaxpeft.methods import bind
+from jaxpeft.methods import KINDS, bind
 from jaxpeft.methods.base import Adapter
+from jaxpeft.methods.binding import adapters_of
 from jaxpeft.methods.mixed import check_index
 from jaxpeft.model import Model
 from jaxpeft.models.transformer import head_logits, head_weight, init_cache
@@ -205,7 +206,8 @@ def generate_ids(
     if not sampling.greedy and key is None:
         raise UserError("sampling needs a key; pass key=jax.random.key(0), or temperature=0.")
     virtual = virtual_ids(adapter, task).tolist()
-    _check_sizes(base, prompts, max_new_tokens, batch_size, len(virtual))
+    ahead = len(virtual) + sum(KINDS[one.spec.kind].offset(one) for one in adapters_of(adapter))
+    _check_sizes(base, prompts, max_new_tokens, batch_size, ahead)
     which = None if index is None else check_index(adapter, index, len(prompts))
     prompts = [
         [*ids] if which is not None and which[i] == -1 else [*virtual, *ids]

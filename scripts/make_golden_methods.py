@@ -119,6 +119,9 @@ ADAPTERS: dict[str, tuple[str, str, dict]] = {
             "encoder_reparameterization_type": "LSTM",
         },
     ),
+    "prefix_tuning": ("llama3", "PrefixTuningConfig", {"num_virtual_tokens": 3}),
+    "prefix_tuning_window": ("mistral", "PrefixTuningConfig", {"num_virtual_tokens": 4}),
+    "prefix_tuning_heads": ("qwen3", "PrefixTuningConfig", {"num_virtual_tokens": 2}),
     "multitask_prompt_tuning": (
         "qwen2",
         "MultitaskPromptTuningConfig",

@@ -13,6 +13,7 @@ from jaxpeft.methods.lora import LoRA
 from jaxpeft.methods.multitask_prompt import MultitaskPromptTuning
 from jaxpeft.methods.oft import OFT
 from jaxpeft.methods.p_tuning import PTuning
+from jaxpeft.methods.prefix import PrefixTuning, prefix_from_prompt
 from jaxpeft.methods.prompt import PromptTuning
 from jaxpeft.methods.registry import KINDS, METHODS
 from jaxpeft.methods.vera import VeRA
@@ -36,6 +37,7 @@ __all__ = [
     "Method",
     "MultitaskPromptTuning",
     "PTuning",
+    "PrefixTuning",
     "PromptTuning",
     "Spec",
     "VeRA",
@@ -43,4 +45,5 @@ __all__ = [
     "check_fit",
     "init_adapter",
     "merge",
+    "prefix_from_prompt",
 ]

@@ -261,6 +261,8 @@ class Kind:
         weigh: ``weigh(adapter, weight)``: the adapter with its change of the model multiplied by a
             scalar; None where that has no meaning.
         virtual_tokens: How many virtual tokens an adapter puts in front of every segment.
+        offset: How many positions an adapter takes in front of every segment beside its virtual
+            tokens, without a slot of the input.
         check: ``check(params, adapter)`` raises a UserError where shapes alone don't tell that an
             adapter fits.
         peft: How HF PEFT writes such adapters, None if it has none.
@@ -275,6 +277,7 @@ class Kind:
     no_merge: str = ""
     weigh: Callable[[Adapter, Any], Adapter] | None = None
     virtual_tokens: Callable[[Adapter], int] = lambda adapter: 0
+    offset: Callable[[Adapter], int] = lambda adapter: 0
     check: Callable[[dict, Adapter], None] | None = None
     peft: "PeftFormat | None" = None
 

@@ -14,6 +14,7 @@ from jaxpeft.methods import (
     multitask_prompt,
     oft,
     p_tuning,
+    prefix,
     prompt,
     vera,
 )
@@ -25,6 +26,7 @@ _ALL = (
     prompt.KIND,
     p_tuning.KIND,
     multitask_prompt.KIND,
+    prefix.KIND,
     adalora.KIND,
     oft.KIND,
     ln_tuning.KIND,

@@ -3,7 +3,8 @@
 One mask serves every caller: a query sees a key if both are in the same segment, the key's
 position is not later, and it is less than the layer's window behind. In a row that is not cached
 the order of slots is that of positions within a segment, so a block of queries never needs keys
-behind its own end: they are not read at all.
+behind its own end: they are not read at all. A prefix stands in front of all keys, and every
+segment sees it.
 
 Reference:
     Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021,
@@ -11,12 +12,33 @@ Reference:
 """
 
 import math
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 QUERY_BLOCK = 128
+
+
+@flax.struct.dataclass
+class Prefix:
+    """Keys and values that stand in front of every segment, at positions 0 to n - 1.
+
+    Attributes:
+        k: ``(n, kv_heads, head_dim)``, or ``(batch, n, kv_heads, head_dim)`` where rows differ,
+            used as they are; outside of a layer with the axis of layers in front.
+        v: The same shape.
+    """
+
+    k: Any
+    v: Any
+
+    @property
+    def length(self) -> int:
+        """How many positions it takes."""
+        return self.k.shape[-3]
 
 
 def attention(
@@ -29,6 +51,7 @@ def attention(
     q_segments: Int[Array, "batch seq"],
     k_segments: Int[Array, "batch slots"],
     window: Int[Array, ""] | None = None,
+    prefix: Prefix | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Softmax attention with grouped key/value heads; head ``i`` reads ``i // (heads/kv_heads)``.
 
@@ -41,11 +64,15 @@ def attention(
         q_segments: Segment of each query; 0 is padding.
         k_segments: Segment of each key; 0 is padding or an empty slot of a cache.
         window: How many positions back a query sees, itself included; 0 or None for all.
+        prefix: What stands in front of the keys; positions of queries and keys begin behind it.
 
     Returns:
         Values averaged with softmax weights (computed in float32), in the dtype of `q`.
     """
     seq, slots = q.shape[1], k.shape[1]
+    ahead = 0 if prefix is None else prefix.length
+    if prefix is not None:
+        k, v = _in_front(prefix.k, k), _in_front(prefix.v, v)
     blocks = []
     for start in range(0, seq, QUERY_BLOCK):
         rows = slice(start, min(start + QUERY_BLOCK, seq))
@@ -57,8 +84,27 @@ def attention(
             k_segments[:, columns],
             window,
         )
+        if ahead:
+            seen = visible(
+                q_positions[:, rows],
+                jnp.broadcast_to(jnp.arange(ahead), (q.shape[0], ahead)),
+                (q_segments[:, rows] != 0).astype(jnp.int32),
+                jnp.ones((q.shape[0], ahead), jnp.int32),
+                window,
+            )
+            mask = jnp.concatenate([seen, mask], axis=2)
+            columns = slice(0, ahead + columns.stop)
         blocks.append(_attend_block(q[:, rows], k[:, columns], v[:, columns], mask))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def _in_front(
+    first: Float[Array, "*batch n kv_heads head_dim"],
+    then: Float[Array, "batch slots kv_heads head_dim"],
+) -> Float[Array, "batch more kv_heads head_dim"]:
+    """Both along the axis of slots, in the dtype of the second."""
+    first = jnp.broadcast_to(first.astype(then.dtype), (then.shape[0], *first.shape[-3:]))
+    return jnp.concatenate([first, then], axis=1)
 
 
 def visible(

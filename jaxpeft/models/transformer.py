@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from jaxpeft import paths
 from jaxpeft.linear import SHARED, Transposed, attend, embed, give_shared, linear, shape_of
 from jaxpeft.models import rope
-from jaxpeft.models.attention import attention
+from jaxpeft.models.attention import Prefix, attention
 from jaxpeft.models.config import ModelConfig
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -188,6 +188,7 @@ class Attention(nn.Module):
             q_segments=shared.q_segments,
             k_segments=shared.k_segments,
             window=layer["window"],
+            prefix=layer["prefix"],
         )
         out = out.reshape(batch, seq, c.num_heads * c.head_dim)
         return Linear(c.d_model, c.out_bias, c.initializer_range, name="o_proj")(out), stored
@@ -253,7 +254,7 @@ class Transformer(nn.Module):
             input_ids: Token ids; they must lie within the vocabulary.
             segment_ids: Which packed segment each token is in; 0 is padding. Default: all 1.
             positions: Position within the segment. Default: 0, 1, 2, ..., going on where the
-                cache ends; padded prompts in a cache need their own.
+                cache ends; padded prompts in a cache need their own. A prefix is not counted.
             cache: Keys and values so far; the tokens are appended to it.
             return_hidden: Return the final hidden states ``(batch, seq, d_model)`` instead.
 
@@ -267,12 +268,14 @@ class Transformer(nn.Module):
         if positions is None:
             first = 0 if cache is None else cache.used
             positions = jnp.broadcast_to(first + jnp.arange(input_ids.shape[1]), input_ids.shape)
+        if (prefix := self._prefix()) is not None:
+            positions = positions + prefix.length
         size, std = (c.vocab_size, c.d_model), c.initializer_range
         table = Weight("embedding", size, std, name="embed_tokens")()
         x = embed(input_ids, table).astype(self.compute_dtype)
         if cache is not None:
             cache = _append(cache, 1, positions=positions, segment_ids=segment_ids)
-        x, stored = self._run_layers(x, positions, segment_ids, cache)
+        x, stored = self._run_layers(x, positions, segment_ids, cache, prefix)
         x = RMSNorm(c.rms_eps, name="norm")(x)
         if not return_hidden or self.is_initializing():
             logits = head_logits(self._head(table), x)
@@ -282,7 +285,9 @@ class Transformer(nn.Module):
         cache = _append(cache, 2, k=stored[0], v=stored[1])
         return x, dataclasses.replace(cache, used=cache.used + input_ids.shape[1])
 
-    def _run_layers(self, x: Any, positions: Any, segment_ids: Any, cache: Cache | None) -> Any:
+    def _run_layers(
+        self, x: Any, positions: Any, segment_ids: Any, cache: Cache | None, prefix: Prefix | None
+    ) -> Any:
         c = self.config
         cos, sin = rope.angles(c, positions)
         k_positions, k_segments, used = positions, segment_ids, None
@@ -292,6 +297,7 @@ class Transformer(nn.Module):
         layer = {
             "window": jnp.asarray(c.windows, jnp.int32) if any(c.windows) else None,
             "cache": None if cache is None else (cache.k, cache.v),
+            "prefix": prefix,
         }
         block: Any = Block
         if self.remat != "none":
@@ -305,6 +311,18 @@ class Transformer(nn.Module):
             length=c.num_layers,
         )
         return layers(c, name="layers")(x, layer, shared)
+
+    def _prefix(self) -> Prefix | None:
+        """Trained keys and values of all layers, if an adapter has some."""
+        if not self.has_variable("params", "prefix"):
+            return None
+        prefix, c = self.get_variable("params", "prefix"), self.config
+        if prefix.k.shape[-2:] != (c.num_kv_heads, c.head_dim):
+            asked = (c.num_kv_heads, c.head_dim)
+            raise ValueError(
+                f"prefix has heads {prefix.k.shape[-2:]}, the config asks for {asked}."
+            )
+        return prefix
 
     def _head(self, table: Any) -> Any:
         c = self.config
