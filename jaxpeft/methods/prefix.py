@@ -71,10 +71,6 @@ class PrefixTuning(Method):
                 'PrefixTuning.text must be given with initial "prompt" and only then, got '
                 f"{self.text!r} with {self.initial!r}."
             )
-        if not isinstance(self.projection, bool):
-            raise ValueError(
-                f"PrefixTuning.projection must be true or false, got {self.projection!r}."
-            )
         if self.projection and self.initial == "prompt":
             raise ValueError(
                 'PrefixTuning.projection must be false with initial "prompt": no projection is '
@@ -176,9 +172,13 @@ def prefix_from_prompt(base: Any, ids: Sequence[int]) -> Adapter:
 def require_ids(ids: Sequence[int], vocab_size: int) -> None:
     """Raises a UserError unless there are ids, all of them within the vocabulary."""
     outside = [token for token in ids if not 0 <= token < vocab_size]
-    if not ids or outside:
-        found = f"token id {outside[0]} is outside the vocabulary of {vocab_size}"
-        raise UserError(f"prompt: {found if outside else 'it has no tokens'}.")
+    if not ids:
+        raise UserError("prompt: it has no tokens.")
+    if outside:
+        raise UserError(
+            f"prompt: token id {outside[0]} is outside the model's vocabulary of {vocab_size}; "
+            "tokenizer and model do not belong together."
+        )
 
 
 def _cached(config: Any, module: Any, params: dict, ids: Sequence[int]) -> dict[str, Any]:

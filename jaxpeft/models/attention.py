@@ -98,6 +98,13 @@ def attention(
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
+def positions_of(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    """The position of every token within its segment."""
+    place = jnp.arange(segment_ids.shape[1])
+    before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
+    return place - jax.lax.cummax(jnp.where(segment_ids != before, place, 0), axis=1)
+
+
 def _in_front(
     first: Float[Array, "*batch n kv_heads head_dim"],
     then: Float[Array, "batch slots kv_heads head_dim"],

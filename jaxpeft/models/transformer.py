@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from jaxpeft import paths
 from jaxpeft.linear import SHARED, Transposed, attend, embed, give_shared, linear, shape_of
 from jaxpeft.models import rope
-from jaxpeft.models.attention import Prefix, attention
+from jaxpeft.models.attention import Prefix, attention, positions_of
 from jaxpeft.models.config import ModelConfig
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -254,7 +254,8 @@ class Transformer(nn.Module):
             input_ids: Token ids; they must lie within the vocabulary.
             segment_ids: Which packed segment each token is in; 0 is padding. Default: all 1.
             positions: Position within the segment. Default: 0, 1, 2, ..., going on where the
-                cache ends; padded prompts in a cache need their own. A prefix is not counted.
+                cache ends; padded prompts in a cache need their own. A prefix is not counted, and
+                without a cache every segment then begins at 0.
             cache: Keys and values so far; the tokens are appended to it.
             return_hidden: Return the final hidden states ``(batch, seq, d_model)`` instead.
 
@@ -265,10 +266,13 @@ class Transformer(nn.Module):
         c = self.config
         if segment_ids is None:
             segment_ids = jnp.ones(input_ids.shape, jnp.int32)
+        prefix = self._prefix()
+        if positions is None and prefix is not None and cache is None:
+            positions = positions_of(segment_ids)  # distances to the prefix count
         if positions is None:
             first = 0 if cache is None else cache.used
             positions = jnp.broadcast_to(first + jnp.arange(input_ids.shape[1]), input_ids.shape)
-        if (prefix := self._prefix()) is not None:
+        if prefix is not None:
             positions = positions + prefix.length
         size, std = (c.vocab_size, c.d_model), c.initializer_range
         table = Weight("embedding", size, std, name="embed_tokens")()
