@@ -16,10 +16,13 @@ import jaxtyping
 import numpy as np
 import pytest
 from tiny_decoder import CONFIG, decoder, draw, make_batch
+from tiny_run import make_files, training_lines, write_config
 from toy_tokenizer import VOCAB_SIZE, toy_tokenizer
 
 import jaxpeft as jp
+from jaxpeft import train as program
 from jaxpeft.decoding import generate_ids
+from jaxpeft.losses import make_lm_loss
 from jaxpeft.methods import Context, PrefixTuning, bind, prefix_from_prompt
 from jaxpeft.methods.prefix import project
 from jaxpeft.model import Model
@@ -115,8 +118,8 @@ def test_a_prefix_counts_in_the_positions_of_a_model():
 def test_a_prefix_stands_beside_a_lora():
     base = model()
     lora = jp.init_adapter(jp.LoRA(rank=2), base.params, jax.random.key(0))
-    lora = lora.replace(params=draw(lora.params, seed=3, scale=0.2))
-    merged = base.replace(params=jp.merge(base.params, lora))
+    lora = dataclasses.replace(lora, params=draw(lora.params, seed=3, scale=0.2))
+    merged = dataclasses.replace(base, params=jp.merge(base.params, lora))
     prefix, ids = drawn(PrefixTuning(num_tokens=2)), make_batch(2, 6)["tokens"]
     actual = base.module.apply(bind(base.params, [lora, prefix]), ids)
     np.testing.assert_allclose(actual, merged(ids, adapter=prefix), rtol=1e-4, atol=1e-5)
@@ -177,8 +180,8 @@ def test_a_text_starts_from_its_keys_and_values():
 
 def test_plain_prefixes_start_standard_normal_or_zero():
     context = Context(config=CONFIG)
-    for initial, spread in (("random", 1.0), ("zero", 0.0)):
-        method = PrefixTuning(num_tokens=100, initial=initial)
+    random, zero = PrefixTuning(num_tokens=100), PrefixTuning(num_tokens=100, initial="zero")
+    for method, spread in ((random, 1.0), (zero, 0.0)):
         params = method.init(decoder()[1], jax.random.key(0), context).params["prefix"]
         assert {key: x.shape for key, x in params.items()} == dict.fromkeys("kv", (2, 100, 2, 8))
         assert np.std(params["k"]) == pytest.approx(spread, abs=0.05)
@@ -239,6 +242,41 @@ def test_a_folder_of_a_projected_prefix_gives_the_plain_one(tmp_path):
     expected = jp.load_adapter(GOLDEN / "methods/prefix_tuning", base)
     actual = jp.load_adapter(folder, base)
     jax.tree.map(np.testing.assert_array_equal, actual.params, expected.params)
+
+
+# Training.
+
+
+def test_packed_gradients_equal_unpacked_ones():
+    module, base = decoder()
+    adapter, loss = drawn(PrefixTuning(num_tokens=3)), make_lm_loss(module)
+
+    @jax.jit
+    def gradient(batch):
+        return jax.grad(lambda p: loss(base, adapter.replace(params=p), batch)[0])(adapter.params)
+
+    rows = make_batch(2, 4)
+    packed = {key: value.reshape(1, 8) for key, value in rows.items()}
+    packed["segment_ids"] = jnp.array([[1] * 4 + [2] * 4])
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5),
+        gradient(packed),
+        gradient(rows),
+    )
+
+
+def test_a_run_trains_a_prefix_from_a_text(tmp_path):
+    files = make_files(tmp_path)
+    method = {"name": "prefix_tuning", "num_tokens": 3, "initial": "prompt", "text": "Sort it"}
+    changes = {"method": method, "optim": {"learning_rate": 0.1}}
+    program.main([write_config(files, tmp_path / "run", **changes)])
+    losses = [line["loss"] for line in training_lines(tmp_path / "run")]
+    assert losses[-1] < 0.95 * losses[0]
+    base = load_model(files.model)
+    adapter = jp.load_adapter(tmp_path / "run", base)
+    c = base.config
+    numbers = 3 * 2 * c.num_layers * c.num_kv_heads * c.head_dim
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapter.params)) == numbers
 
 
 # What is refused.
