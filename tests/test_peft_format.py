@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxpeft import paths
 from jaxpeft.errors import ResourceError, UserError
-from jaxpeft.methods import Full, LoRA, init_adapter, lora_peft, merge
+from jaxpeft.methods import Full, LoRA, init_adapter, lora_peft_config, merge
 from jaxpeft.methods.exchange import Selection, Values
 from jaxpeft.methods.lora import config_of
 from jaxpeft.methods.lora_nodes import LoRAKernel
@@ -207,7 +207,7 @@ def test_saved_config_means_what_that_of_peft_means(tmp_path, name):
 
     def parsed(place):
         values = json.loads((place / "adapter_config.json").read_text())
-        return lora_peft.parse(Values(values, place, lora_peft.DEFAULTS))
+        return lora_peft_config.parse(Values(values, place, lora_peft_config.DEFAULTS))
 
     ours, theirs = parsed(tmp_path / "out"), parsed(folder)
     for module in (*paths.module_names(base.params), "model.embed_tokens"):

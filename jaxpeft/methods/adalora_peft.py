@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxpeft import paths
 from jaxpeft.linear import SHARED, shape_of
-from jaxpeft.methods import lora_peft
+from jaxpeft.methods import lora_peft_config
 from jaxpeft.methods.base import Adapter, Spec
 from jaxpeft.methods.exchange import (
     PREFIX,
@@ -158,7 +158,7 @@ OWN = {
 PEFT = PeftFormat(
     type="ADALORA",
     title="AdaLoRA adapter",
-    defaults={**lora_peft.DEFAULTS, **OWN},
+    defaults={**lora_peft_config.DEFAULTS, **OWN},
     read_keys=(
         *OWN,
         *("exclude_modules", "layers_pattern", "layers_to_transform"),

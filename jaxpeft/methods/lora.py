@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA): the config, its initialisation and its kernel node.
+"""Low-rank adaptation (LoRA): the config and its initialisation.
 
 A kernel ``W`` of shape ``(d_in, d_out)`` is used as ``W + scale * A @ B`` with
 ``A: (d_in, rank)`` and ``B: (rank, d_out)``; ``scale`` is ``alpha / rank``, or
@@ -26,10 +26,9 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.linear import shape_of
-from jaxpeft.methods import dora, lora_init, lora_peft
-from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
+from jaxpeft.methods import dora, lora_init, lora_peft, lora_places
+from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Method, Spec
 from jaxpeft.methods.exchange import shortest_decimal
-from jaxpeft.methods.lora_nodes import LoRAKernel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,27 +157,6 @@ class LoRA(Method):
         return Adapter(paths.unflatten(factors), paths.unflatten(buffers), spec)
 
 
-def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for a kernel adapted with LoRA or DoRA."""
-    if leaf.options.get("dora"):
-        return dora.bind(leaf)
-    base, a, b = lora_init.without_start(leaf)
-    node = LoRAKernel(
-        base,
-        a,
-        b,
-        leaf.buffers["scale"],
-        dropout=leaf.buffers["dropout"],
-        key=leaf.keys(),
-    )
-    return {leaf.path: node}
-
-
-def leaf_shape(params: dict) -> tuple[int, ...]:
-    """The shape of the kernel that the factors of one leaf belong to, layer axis included."""
-    return (*params["a"].shape[:-1], params["b"].shape[-1])
-
-
 def config_of(adapter: Adapter) -> LoRA:
     """The config of an adapter, rebuilt from its spec and buffers.
 
@@ -232,9 +210,10 @@ def weigh(adapter: Adapter, weight: Any) -> Adapter:
 
 KIND = Kind(
     config=LoRA,
-    bind=bind,
-    leaf_shape=leaf_shape,
+    bind=lora_places.bind,
+    leaf_shape=lora_places.leaf_shape,
     config_of=config_of,
+    merge=lora_places.merge,
     weigh=weigh,
     peft=lora_peft.PEFT,
 )

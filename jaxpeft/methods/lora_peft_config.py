@@ -1,0 +1,178 @@
+"""What an ``adapter_config.json`` of HF PEFT 0.21 says of a LoRA, and the parts of its folder.
+
+The config says three things about every module of the base: whether it is adapted, with which rank
+and with which alpha. What PEFT can do and we cannot is refused by name.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxpeft.errors import UserError
+from jaxpeft.methods.base import Adapter
+from jaxpeft.methods.exchange import Selection, Tensors, Values, first_match
+
+DEFAULT_TARGETS = ("q_proj", "v_proj")
+"""What PEFT adapts in Llama, Mistral and Qwen models when no targets are given."""
+
+DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "target_modules": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+"""Every key of its own that PEFT 0.21 writes, with the value that changes nothing."""
+
+READ_KEYS = (
+    *("alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern"),
+    *("layers_to_transform", "lora_alpha", "lora_dropout", "r", "rank_pattern"),
+    *("target_modules", "use_dora", "use_rslora"),
+)
+
+HARMLESS_KEYS = (
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core"),
+    "qalora_group_size",
+)
+
+PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+"""Initialisations that leave the base as it is; the others need their changed base."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftLoraConfig:
+    """The part of an ``adapter_config.json`` that decides what a LoRA computes.
+
+    Attributes:
+        rank: Default inner dimension.
+        alpha: Default numerator of the scale.
+        rank_pattern: Rank by name or regex; the first key that matches wins.
+        alpha_pattern: Alpha by name or regex; the first key that matches wins.
+        dropout: Probability of dropping an input of the branch.
+        rslora: Whether alpha is divided by the root of the rank.
+        dora: Whether every module has magnitudes.
+        selection: Which modules are adapted.
+    """
+
+    rank: int
+    alpha: int | float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, int | float]
+    dropout: float
+    rslora: bool
+    dora: bool
+    selection: Selection
+
+    @property
+    def options(self) -> tuple[tuple[str, Any], ...]:
+        """The options of the adapter's spec."""
+        named = {"dora": self.dora, "rslora": self.rslora}
+        return tuple(item for item in named.items() if item[1])
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the module with this full name."""
+        return first_match(self.rank_pattern, name, self.rank)
+
+    def alpha_of(self, name: str) -> int | float:
+        """The alpha of the module with this full name."""
+        return first_match(self.alpha_pattern, name, self.alpha)
+
+    def scale_of(self, name: str) -> float:
+        """What the product of the factors of this module is multiplied with."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def parse(values: Values) -> PeftLoraConfig:
+    """The meaning of an ``adapter_config.json``; wrong or unsupported values are UserErrors."""
+    init = values.get("init_lora_weights")
+    if init is not None and init not in PLAIN_INITS:
+        raise UserError(
+            f"{values.file}: init_lora_weights: {init!r} is not supported yet: it changes the base "
+            "model. Convert the adapter with PEFT: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)."
+        )
+    dropout = values.number("lora_dropout")
+    if not 0.0 <= dropout < 1.0:
+        raise values.wrong("lora_dropout", "a probability in [0, 1)")
+    return PeftLoraConfig(
+        rank=values.count("r"),
+        alpha=values.number("lora_alpha"),
+        rank_pattern=values.pattern("rank_pattern", whole=True),
+        alpha_pattern=values.pattern("alpha_pattern", whole=False),
+        dropout=float(dropout),
+        rslora=values.flag("use_rslora"),
+        dora=values.flag("use_dora"),
+        selection=values.selection(DEFAULT_TARGETS),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A PEFT folder that is read.
+
+    Attributes:
+        config: What its config says.
+        tensors: Its tensors.
+        base: The `jaxpeft.Model` that the adapter is put on.
+    """
+
+    config: PeftLoraConfig
+    tensors: Tensors
+    base: Any
+
+
+Arrays = dict[str, tuple[dict[str, Any], dict[str, Any]]]
+"""Trained and frozen arrays by path of the base's leaf."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """How PEFT stores one sort of places.
+
+    Attributes:
+        owns: ``owns(folder, key)``: whether this tensor is one of its own.
+        check: ``check(folder)`` raises a UserError unless its tensors are all there and fit.
+        width: ``width(folder)``: the largest rank of its factors, 0 without any.
+        read: ``read(folder, width)``: its places, factors padded to `width`.
+        write: ``write(adapter, base)``: its values of the config and its tensors, from an adapter
+            with these places only.
+    """
+
+    owns: Callable[[Folder, str], bool]
+    check: Callable[[Folder], None]
+    width: Callable[[Folder], int] = lambda folder: 0
+    read: Callable[[Folder, int], Arrays]
+    write: Callable[[Adapter, Any], tuple[dict[str, Any], dict[str, np.ndarray]]]

@@ -1,0 +1,93 @@
+"""What a place of a LoRA adapter may hold, told apart by one of its trained arrays.
+
+=========  ===============================================  ==========================
+array      what it is                                       defined in
+=========  ===============================================  ==========================
+``a``      factors of a kernel, with magnitudes if DoRA     `jaxpeft.methods.lora`
+``value``  a trained copy that stands in for a base leaf    `jaxpeft.methods.replace`
+=========  ===============================================  ==========================
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxpeft import paths
+from jaxpeft.methods import dora, lora_init
+from jaxpeft.methods.base import Adapter, Leaf, merge_leaf
+from jaxpeft.methods.lora_nodes import LoRAKernel
+from jaxpeft.methods.replace import bind_selected, value_shape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """How one sort of place is read; the functions are those of `jaxpeft.methods.base.Kind`.
+
+    Attributes:
+        bind: What stands in the bound tree, by path.
+        leaf_shape: The shape of the base leaf that its trained arrays belong to.
+        merge: Merged arrays by path.
+    """
+
+    bind: Callable[[Leaf], dict[str, Any]]
+    leaf_shape: Callable[[dict], tuple[int, ...]]
+    merge: Callable[[Leaf, dict[str, Any]], dict[str, Any]] = merge_leaf
+
+
+def bind_factors(leaf: Leaf) -> dict[str, Any]:
+    """The node that stands for a kernel adapted with LoRA or DoRA."""
+    if leaf.options.get("dora"):
+        return dora.bind(leaf)
+    base, a, b = lora_init.without_start(leaf)
+    node = LoRAKernel(
+        base,
+        a,
+        b,
+        leaf.buffers["scale"],
+        dropout=leaf.buffers["dropout"],
+        key=leaf.keys(),
+    )
+    return {leaf.path: node}
+
+
+def factors_shape(params: dict) -> tuple[int, ...]:
+    """The shape of the kernel that the factors of one leaf belong to, layer axis included."""
+    return (*params["a"].shape[:-1], params["b"].shape[-1])
+
+
+PLACES: dict[str, Place] = {
+    "a": Place(bind=bind_factors, leaf_shape=factors_shape),
+    "value": Place(bind=bind_selected, leaf_shape=value_shape),
+}
+"""The sorts of places by the array that only they hold."""
+
+
+def sort_of(params: dict) -> str:
+    """The key of `PLACES` that the trained arrays of a place belong to."""
+    return next(key for key in PLACES if key in params)
+
+
+def bind(leaf: Leaf) -> dict[str, Any]:
+    """What stands in the bound tree at a place of a LoRA."""
+    return PLACES[sort_of(leaf.params)].bind(leaf)
+
+
+def leaf_shape(params: dict) -> tuple[int, ...]:
+    """The shape of the base leaf that the trained arrays of a place belong to."""
+    return PLACES[sort_of(params)].leaf_shape(params)
+
+
+def merge(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
+    """Merged arrays by path, from a place and what `bind` made of it."""
+    return PLACES[sort_of(leaf.params)].merge(leaf, nodes)
+
+
+def by_sort(adapter: Adapter) -> Iterator[tuple[str, Adapter]]:
+    """The adapter taken apart: for each key of `PLACES` that occurs, one with those places only."""
+    for sort in PLACES:
+        chosen = tuple(
+            path for path in adapter.spec.paths if sort_of(paths.get(adapter.params, path)) == sort
+        )
+        if chosen:
+            spec = dataclasses.replace(adapter.spec, paths=chosen)
+            yield sort, adapter.replace(spec=spec)  # pyright: ignore
