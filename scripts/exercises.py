@@ -3,12 +3,17 @@
 Every exercise trains in a process of its own, goes on where it was interrupted, and is not done
 twice. A second table shows exact match for every task with every adapter, on one loaded base.
 
-Usage: python scripts/exercises.py [--only NAME ...] [--steps N]; first scripts/quickstart.sh
+Speed is measured apart (``--speed``): a few steps of every exercise in turns, on a machine that
+does nothing else.
+
+Usage: python scripts/exercises.py [--only NAME ...] [--steps N] [--speed ROUNDS]; first
+scripts/quickstart.sh
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +29,8 @@ CONFIGS = Path("configs/exercises")
 RUNS = Path("runs/exercises")
 MEASURES = "measures.json"
 PEAK = "peak_bytes"
+SPEED = "speed.json"
+SPEED_STEPS = 8
 GENERAL = Path(__file__).parent / "general_text.txt"
 TEXT = "Answer with one word: abbreviation, description, entity, human, location or number."
 
@@ -48,6 +55,8 @@ EXERCISES = {
     "prompt-random": Exercise("prompt_tuning", ("--method.initial", "random")),
     "prompt-sampled": Exercise("prompt_tuning", ("--method.initial", "sampled")),
     "prompt-text": Exercise("prompt_tuning", ("--method.initial", "text", "--method.text", TEXT)),
+    "prefix": Exercise("prefix_tuning"),
+    "ia3": Exercise("ia3"),
     "full": Exercise("full"),
     **{
         f"{config}-{rows}-rows": Exercise(config, rows=rows)
@@ -104,6 +113,38 @@ def train(name: str, steps: int | None) -> None:
     (run / MEASURES).write_text(json.dumps(measures, indent=2) + "\n", encoding="utf-8")
 
 
+def measure_speed(names: Sequence[str], rounds: int) -> None:
+    """Trains every exercise for a few steps, in turns, and notes the tokens a second of each.
+
+    Raises:
+        ValueError: A training failed.
+    """
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            run = run_folder(name, SPEED_STEPS)
+            short = [
+                *command(name, SPEED_STEPS),
+                "--data.eval",
+                "null",
+                "--evaluation.exact_match",
+                "false",
+            ]
+            if subprocess.run(short, stdout=subprocess.DEVNULL).returncode:
+                raise ValueError(f"{name}: training for {SPEED_STEPS} steps failed.")
+            speeds[name] += speeds_of(read_jsonl(run / "metrics.jsonl"))
+            shutil.rmtree(run)
+    for name, values in speeds.items():
+        run_folder(name, None).mkdir(parents=True, exist_ok=True)
+        (run_folder(name, None) / SPEED).write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+
+def speeds_of(lines: Iterable[dict[str, Any]]) -> list[float]:
+    """Tokens a second of every logged step but the first, which compiles."""
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    return speeds[1:] or speeds
+
+
 def measure(run: Path) -> dict[str, Any]:
     """What has to be computed of a finished run: sizes, and perplexity on general text."""
     import jaxpeft as jp
@@ -140,7 +181,8 @@ def table_row(name: str, run: Path) -> list[str]:
     lines = read_jsonl(log)
     before, after = first_and_last(lines, "eval_exact_match", log)
     measures = json.loads((run / MEASURES).read_text(encoding="utf-8"))
-    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    apart = run / SPEED
+    speeds = json.loads(apart.read_text()) if apart.is_file() else speeds_of(lines)
     saved = run / ("model" if (run / "model").is_dir() else "adapter")
     return [
         name,
@@ -150,7 +192,7 @@ def table_row(name: str, run: Path) -> list[str]:
         f"{before['eval_exact_match']:.1%} -> {after['eval_exact_match']:.1%}",
         f"{after['eval_loss']:.3f}",
         f"{measures['general_before']:.2f} -> {measures['general_after']:.2f}",
-        f"{statistics.median(speeds[1:] or speeds):.0f}",
+        f"{statistics.median(speeds):.0f}",
         f"{measures['peak_bytes'] / 2**30:.2f} GiB",
     ]
 
@@ -183,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Runs the exercises and prints their tables.")
     parser.add_argument("--only", nargs="+", choices=EXERCISES, metavar="NAME")
     parser.add_argument("--steps", type=int, help="updates of every exercise; default: its config")
+    parser.add_argument("--speed", type=int, metavar="ROUNDS", help="measure speed, in turns")
     args = parser.parse_args(argv)
     names = args.only or list(EXERCISES)
     try:
@@ -191,6 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
         for name in names:
             train(name, args.steps)
+        if args.speed:
+            measure_speed(names, args.speed)
         runs = {name: run_folder(name, args.steps) for name in names}
         print(markdown(HEADINGS, [table_row(name, run) for name, run in runs.items()]))
         if {"lora-rank-16", "sms"} <= runs.keys():

@@ -1,5 +1,6 @@
 """Shapes in annotations are checked while tests run; the CPU pretends to be eight devices."""
 
+import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,3 +22,14 @@ def getkey():
     """A function that gives a new PRNG key at every call, the same ones in every run."""
     keys = iter(jax.random.split(jax.random.key(5678), 1000))
     return lambda: next(keys)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """Every program holds several memory maps, and Linux gives a process 65,530 of them.
+
+    Beyond that LLVM aborts the process.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
