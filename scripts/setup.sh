@@ -20,7 +20,7 @@ die() {
 purpose=${1:-}
 case $purpose in
   quickstart) extras='' modules='' ;;
-  test) extras='[test]' modules=', beartype, hypothesis, pytest' ;;
+  test) extras='[test]' modules=', beartype, hypothesis, pytest, xdist' ;;
   *) die "scripts/setup.sh: expected quickstart or test, got '$purpose'" ;;
 esac
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then runs the tests. Nothing but the set-up uses the network.
+# Sets up what is missing, then runs the tests, one process a core (at most 8), a file in one process.
+# Nothing but the set-up uses the network.
 #
 # Usage: bash scripts/test.sh [PYTEST ARGUMENTS], for example: bash scripts/test.sh -m slow
 # PYTHON names another interpreter than python3: PYTHON=python3.13 bash scripts/test.sh
@@ -8,4 +9,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh test
 export HF_HUB_OFFLINE=1
-exec .venv/bin/python -m pytest "$@"
+workers=$(.venv/bin/python -c 'import os; print(min(os.cpu_count() or 1, 8))')
+exec .venv/bin/python -m pytest -n "$workers" --dist loadfile "$@"

@@ -68,7 +68,7 @@ def test_two_processes_agree_on_what_was_saved_and_what_is_damaged(tmp_path, add
     children = [
         subprocess.Popen(
             [sys.executable, "-c", CHILD, tmp_path / "checkpoints", address, str(index)],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
