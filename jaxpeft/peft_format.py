@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import numpy as np
 from jaxpeft.errors import UserError
 from jaxpeft.folders import real_path, require_replaceable, write_folder
 from jaxpeft.methods import KINDS, Adapter, check_fit
-from jaxpeft.methods.base import Label
+from jaxpeft.methods.base import Label, Method
 from jaxpeft.methods.exchange import COMMON, CONFIG, PeftFormat, Tensors, Values, require_supported
 from jaxpeft.models.hf import read_header, read_json
 from jaxpeft.models.locate import locate_adapter
@@ -109,6 +110,36 @@ def load_adapter(
     _check_side_file(folder, base, allow_other_base)
     adapter = peft.read(Values(values, place, peft.defaults), _open(file), base)
     return dataclasses.replace(adapter, base_name=Label(name), base_revision=Label(version))
+
+
+def read_method(config: Any, revision: str | None = None) -> Method:
+    """The method that a PEFT config describes; see `jaxpeft.methods.Method.from_peft`."""
+    if isinstance(config, str | os.PathLike):
+        local = pathlib.Path(config).expanduser()
+        place = (
+            local if local.is_file() else _find_config(locate_adapter(config, revision, (CONFIG,)))
+        )
+        values = read_json(place)
+    else:
+        place, values = CONFIG, config
+        if not isinstance(values, Mapping) and hasattr(values, "to_dict"):
+            place, values = type(config).__name__, config.to_dict()
+        if not isinstance(values, Mapping):
+            raise UserError(
+                f"from_peft: expected an {CONFIG}, its folder, a hub id, a dict, or a config of "
+                f"PEFT, got {type(config).__name__}."
+            )
+        values = json.loads(json.dumps(dict(values), default=sorted))  # sets and enums of PEFT's
+    peft = _format_of(values, place)
+    require_supported(values, place, peft)
+    if peft.config is None:
+        raise UserError(f"{place}: peft_type: from_peft does not know {peft.type!r} yet.")
+    try:
+        return peft.config(Values(values, place, peft.defaults))
+    except UserError:
+        raise
+    except ValueError as error:  # what the config class itself refuses
+        raise UserError(f"{place}: {error}") from error
 
 
 def peek_kind(path: str | os.PathLike) -> str:
@@ -199,16 +230,22 @@ def _open_folder(
     path: str | os.PathLike, revision: str | None
 ) -> tuple[pathlib.Path, pathlib.Path, dict[str, Any], PeftFormat]:
     """The folder, its config's place and values, and the format it has."""
-    folder = locate_adapter(path, revision, (CONFIG, TENSORS, SIDE))
-    if not (folder / CONFIG).exists() and (folder / "adapter").is_dir():
-        folder = folder / "adapter"
-    place = folder / CONFIG
-    if not place.is_file():
-        raise UserError(f"{place}: no such file; a PEFT folder has one beside its tensors.")
+    place = _find_config(locate_adapter(path, revision, (CONFIG, TENSORS, SIDE)))
     values = read_json(place)
     peft = _format_of(values, place)
     require_supported(values, place, peft)
-    return folder, place, values, peft
+    return place.parent, place, values, peft
+
+
+def _find_config(folder: pathlib.Path) -> pathlib.Path:
+    """The config in an adapter's folder, or in that of a run."""
+    if not (folder / CONFIG).exists() and (folder / "adapter").is_dir():
+        folder = folder / "adapter"
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder / CONFIG}: no such file; a PEFT folder has one beside its tensors."
+        )
+    return folder / CONFIG
 
 
 def _shapes_of(place: pathlib.Path, name: str, version: str) -> Any:
@@ -224,10 +261,10 @@ def _shapes_of(place: pathlib.Path, name: str, version: str) -> Any:
         ) from error
 
 
-def _format_of(values: dict, place: pathlib.Path) -> PeftFormat:
+def _format_of(values: dict, place: Any) -> PeftFormat:
     formats = {kind.peft.type: kind.peft for kind in KINDS.values() if kind.peft is not None}
     kind = values.get("peft_type")
-    if kind not in formats:
+    if not isinstance(kind, str) or kind not in formats:
         known = ", ".join(sorted(formats))
         raise UserError(f"{place}: peft_type: {kind!r} is not supported; supported: {known}.")
     return formats[kind]

@@ -27,7 +27,7 @@ from jaxpeft.linear import shape_of
 from jaxpeft.methods import adalora_peft
 from jaxpeft.methods.adalora_schedule import Schedule, allocate_ranks, count_places
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
-from jaxpeft.methods.exchange import modules_of, shortest_decimal
+from jaxpeft.methods.exchange import Values, modules_of, shortest_decimal
 from jaxpeft.methods.lora_nodes import LoRAKernel
 from jaxpeft.methods.replace import selected_layers
 
@@ -220,6 +220,20 @@ def config_of(adapter: Adapter) -> AdaLoRA:
     )
 
 
+def config_from_peft(values: Values) -> AdaLoRA:
+    """The config that PEFT's describes, but for the length of the run; see `PeftFormat`."""
+    values.only("init_lora_weights", True)
+    own, r = adalora_peft.read_settings(values), values.count("init_r")
+    alpha = values.number("lora_alpha")
+    return AdaLoRA(
+        **own | {"rank": min(own["rank"], r)},
+        initial_rank=r,
+        alpha=float(alpha if alpha > 0 else r),
+        dropout=values.probability("lora_dropout"),
+        **values.selection(adalora_peft.DEFAULT_TARGETS).fields(values.file),
+    )
+
+
 def weigh(adapter: Adapter, weight: Any) -> Adapter:
     """The adapter with all its scales multiplied by `weight`."""
     buffers = {
@@ -235,5 +249,5 @@ KIND = Kind(
     leaf_shape=leaf_shape,
     config_of=config_of,
     weigh=weigh,
-    peft=adalora_peft.PEFT,
+    peft=dataclasses.replace(adalora_peft.PEFT, config=config_from_peft),
 )

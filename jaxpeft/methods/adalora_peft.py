@@ -33,6 +33,7 @@ COUNTS = {"rank": "target_r", "initial_steps": "tinit", "final_steps": "tfinal",
 NUMBERS = {"orthogonality": "orth_reg_weight", "beta1": "beta1", "beta2": "beta2"}
 """Our fields, and PEFT's keys, of the settings that only training needs."""
 
+DEFAULT_TARGETS = ("q_proj", "v_proj")
 STEPS = "steps"
 """Updates of the run that an adapter of PEFT was made for; 0 if not known."""
 
@@ -56,10 +57,18 @@ def saved_settings(adapter: Adapter) -> dict[str, Any]:
     return whole | {field: shortest_decimal(np.asarray(shared[field])) for field in NUMBERS}
 
 
+def read_settings(values: Values) -> dict[str, Any]:
+    """The settings of PEFT's config, by our names."""
+    whole = {field: values.number(key) for field, key in COUNTS.items()}
+    if odd := [COUNTS[field] for field, value in whole.items() if not isinstance(value, int)]:
+        raise values.wrong(odd[0], "a whole number")
+    return whole | {field: values.number(key) for field, key in NUMBERS.items()}
+
+
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`."""
     r, sites = values.count("init_r"), paths.module_names(base.params)
-    chosen = values.selection(("q_proj", "v_proj")).select(sites, values.file)
+    chosen = values.selection(DEFAULT_TARGETS).select(sites, values.file)
     kept = {name: np.ones(r, bool) for name in chosen} | _kept(values, r)
     if strange := sorted(kept.keys() - chosen.keys()):
         raise values.wrong("rank_pattern", f"modules that target_modules selects, not {strange[0]}")
@@ -89,8 +98,8 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
         }
         for path, on in selected_layers(base.params, chosen).items()
     }
-    fields = {field: values.number(key) for field, key in (COUNTS | NUMBERS).items()}
-    shared = settings(type("Settings", (), fields), values.count("total_step"))
+    own = type("Settings", (), read_settings(values))
+    shared = settings(own, values.count("total_step"))
     spec = Spec(kind="adalora", paths=tuple(sorted(trained)), rank=r)
     return Adapter(paths.unflatten(trained), paths.unflatten(buffers) | shared, spec)
 

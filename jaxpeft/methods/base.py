@@ -18,15 +18,18 @@ adapter of zeros is "no adapter" in a mixed batch.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import flax.struct
 import jax
 
+from jaxpeft.errors import UserError
 from jaxpeft.linear import Node, materialise
 
 if TYPE_CHECKING:
     from jaxpeft.methods.exchange import PeftFormat
+
+M = TypeVar("M", bound="Method")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +154,36 @@ class Method:
     name: ClassVar[str]
 
     init_from: str | None = None
+
+    @classmethod
+    def from_peft(cls: type[M], config: Any, *, revision: str | None = None) -> M:
+        """The config that describes the same method as one of HF PEFT.
+
+        Args:
+            config: An ``adapter_config.json``, its folder, a hub id, a dict of its values, or a
+                config object of PEFT. What it leaves out has PEFT's defaults, not ours.
+            revision: Branch, tag or commit of a hub id.
+
+        Returns:
+            A config of this class.
+
+        Raises:
+            UserError: If it is of another method, or says what this class cannot.
+
+        Example:
+            >>> from jaxpeft.methods import LoHa
+            >>> LoHa.from_peft({"peft_type": "LOHA", "r": 4}).targets
+            ('q_proj', 'v_proj')
+        """
+        from jaxpeft.peft_format import read_method
+
+        method = read_method(config, revision)
+        if not isinstance(method, cls):
+            theirs = type(method).__name__
+            raise UserError(
+                f"{cls.__name__}.from_peft: the config describes {theirs}; call {theirs}.from_peft."
+            )
+        return method
 
     @property
     def num_virtual_tokens(self) -> int:

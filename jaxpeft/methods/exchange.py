@@ -20,7 +20,7 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import shape_of
-from jaxpeft.methods.base import Adapter
+from jaxpeft.methods.base import Adapter, Method
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
@@ -52,6 +52,8 @@ class PeftFormat:
             `Tensors.require` for all tensors before it reads one.
         write: ``write(adapter, base)``: the family's keys of the config that differ from
             `defaults`, and the tensors.
+        config: ``config(values)``: the method that the config describes, as `read` would have it
+            trained; it refuses what the family's config class cannot say.
         tags: What the model card says of it, such as "LoRA adapter".
     """
 
@@ -61,6 +63,7 @@ class PeftFormat:
     harmless_keys: tuple[str, ...] = ()
     read: Callable[["Values", "Tensors", Any], Adapter]
     write: Callable[[Adapter, Any], tuple[dict[str, Any], dict[str, np.ndarray]]]
+    config: Callable[["Values"], Method] | None = None
     title: str
 
 
@@ -77,6 +80,19 @@ class Values:
     def wrong(self, key: str, expected: str) -> UserError:
         """The error about a key's value."""
         return UserError(f"{self.file}: {key}: expected {expected}, got {self.get(key)!r:.60}.")
+
+    def only(self, key: str, *allowed: Any) -> None:
+        """Raises a UserError unless the key has one of these values."""
+        if self.get(key) not in allowed:
+            expected = " or ".join(json.dumps(value) for value in allowed)
+            raise self.wrong(key, f"{expected}, as nothing else has a counterpart in jaxpeft")
+
+    def probability(self, key: str) -> float:
+        """A number in [0, 1)."""
+        value = self.number(key)
+        if not 0.0 <= value < 1.0:
+            raise self.wrong(key, "a probability in [0, 1)")
+        return float(value)
 
     def number(self, key: str) -> int | float:
         """A finite number."""
@@ -190,6 +206,33 @@ class Selection:
     exclude: str | tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
+
+    def fields(self, where: Any) -> dict[str, Any]:
+        """`targets` and `exclude` of a `jaxpeft.methods.Method` that selects the same modules.
+
+        Chosen layers of named modules become a part of a regex.
+
+        Raises:
+            UserError: If a regex stands beside layers, which PEFT does not take either, or the
+                layers are not those of our models.
+        """
+        if self.layers is None:
+            return {"targets": self.targets, "exclude": self.exclude}
+        if isinstance(self.targets, str):
+            raise UserError(
+                f"{where}: layers_to_transform: goes with a list of target_modules, not with the "
+                f"regex {self.targets!r:.60}; write the layers into the regex."
+            )
+        probe = dataclasses.replace(self, targets=("up_proj",), exclude=(), layers=(7,))
+        if not probe.selects("model.layers.7.mlp.up_proj"):
+            raise UserError(
+                f"{where}: layers_pattern: {list(self.layers_pattern)!r:.60} is not the list "
+                "of layers of these models: 'layers'."
+            )
+        layers = "|".join(map(str, self.layers))
+        names = "|".join(map(re.escape, self.targets))
+        inside = rf"(?=model\.layers\.(?:{layers})\.)(?:.*\.)?(?:{names})"
+        return {"targets": f"{inside}|{names}", "exclude": self.exclude}
 
     def selects(self, name: str) -> bool:
         """Whether PEFT would adapt the module with this full name."""

@@ -206,6 +206,20 @@ def config_of(adapter: Adapter) -> IA3:
     return IA3(targets=tuple(names), feedforward=tuple(feedforward))
 
 
+def config_from_peft(values: Values) -> IA3:
+    """The config that PEFT's describes; see `PeftFormat`."""
+    values.only("init_ia3_weights", True)
+    if values.get("target_modules") is None:
+        raise values.wrong(
+            "target_modules", "names or a regex, as PEFT's choice depends on the base"
+        )
+    fields = values.selection().fields(values.file)
+    inner, targets = values.names("feedforward_modules", FEEDFORWARD), fields["targets"]
+    if values.get("feedforward_modules") is None and not isinstance(targets, str):
+        inner = tuple(n for n in inner if any(paths.name_matches((n,), t) for t in targets))
+    return IA3(feedforward=inner, **fields)
+
+
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`."""
     sites = paths.module_names(base.params)
@@ -276,6 +290,7 @@ PEFT = PeftFormat(
     harmless_keys=("init_ia3_weights",),
     read=read,
     write=write,
+    config=config_from_peft,
 )
 
 KIND = Kind(

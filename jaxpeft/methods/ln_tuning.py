@@ -83,6 +83,11 @@ def config_of(adapter: Adapter) -> LNTuning:
     return LNTuning(targets=tuple(name for name, _, _ in modules_of(adapter)))
 
 
+def config_from_peft(values: Values) -> LNTuning:
+    """The config that PEFT's describes; see `PeftFormat`."""
+    return LNTuning(**values.selection(DEFAULT_TARGETS).fields(values.file))
+
+
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`."""
     sites = paths.module_names(base.params, LEAF)
@@ -125,6 +130,7 @@ PEFT = PeftFormat(
     read_keys=("exclude_modules", "target_modules"),
     read=read,
     write=write,
+    config=config_from_peft,
 )
 
 KIND = Kind(

@@ -173,6 +173,11 @@ PEFT_NAMES = {"b1": "hada_w1_a", "a1": "hada_w1_b", "b2": "hada_w2_a", "a2": "ha
 """PEFT's name of every factor; it is the transpose of ours."""
 
 
+def config_from_peft(values: Values) -> LoHa:
+    """The config that PEFT's describes; see `PeftFormat`."""
+    return LoHa(**lycoris.fields_from_peft(values))
+
+
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`."""
     sites = paths.module_names(base.params)
@@ -219,6 +224,7 @@ PEFT = PeftFormat(
     harmless_keys=lycoris.HARMLESS_KEYS,
     read=read,
     write=write,
+    config=config_from_peft,
 )
 
 KIND = Kind(

@@ -223,18 +223,29 @@ def config_of(adapter: Adapter) -> LoKr:
     return LoKr(rank=rank, alpha=alpha, targets=names, **dict(adapter.spec.options))
 
 
+def config_from_peft(values: Values) -> LoKr:
+    """The config that PEFT's describes; see `PeftFormat`."""
+    return LoKr(**lycoris.fields_from_peft(values), **_split_fields(values))
+
+
+def _split_fields(values: Values) -> dict[str, Any]:
+    """How PEFT's config splits the sides of a kernel."""
+    both, factor = values.flag("decompose_both"), values.get("decompose_factor")
+    if factor != -1:
+        factor = values.count("decompose_factor")
+    return {"decompose_both": both, "decompose_factor": factor}
+
+
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`."""
     sites = paths.module_names(base.params)
     chosen = values.selection(lycoris.DEFAULT_TARGETS).select(sites, values.file)
     ranks = lycoris.read_ranks(values, chosen)
-    both, factor = values.flag("decompose_both"), values.get("decompose_factor")
-    if factor != -1:
-        factor = values.count("decompose_factor")
+    options = _split_fields(values)
     shapes, kinds = {}, {}
     for name, site in chosen.items():
         *_, d_in, d_out = shape_of(paths.get(base.params, site.path))
-        shapes[name] = factor_shapes(d_in, d_out, ranks[name][0], both, factor)
+        shapes[name] = factor_shapes(d_in, d_out, ranks[name][0], **options)
         kinds.setdefault(site.path, set()).add(tuple(shapes[name]))
     mixed = [path for path, found in kinds.items() if len(found) > 1]
     if mixed:
@@ -255,7 +266,7 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
                 part[2:], ((0, 0),) * 2
             )
             modules[name][part] = np.pad(tensors.read(_key(name, part)).T, pad)
-    return lycoris.stacked_adapter(LoKr.name, modules, ranks, base, make_options(both, factor))
+    return lycoris.stacked_adapter(LoKr.name, modules, ranks, base, make_options(**options))
 
 
 def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -289,6 +300,7 @@ PEFT = PeftFormat(
     harmless_keys=(*lycoris.HARMLESS_KEYS, "rank_dropout_scale"),
     read=read,
     write=write,
+    config=config_from_peft,
 )
 
 KIND = Kind(

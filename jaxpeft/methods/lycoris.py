@@ -150,6 +150,14 @@ def ranks_and_alphas(adapter: Adapter) -> tuple[dict[str, int], dict[str, int | 
     return ranks, alphas
 
 
+def fields_from_peft(values: Values) -> dict[str, Any]:
+    """The fields that both configs have, from PEFT's config; see `PeftFormat`."""
+    for key, plain in (("rank_pattern", {}), ("alpha_pattern", {}), ("init_weights", True)):
+        values.only(key, plain)
+    fields = values.selection(DEFAULT_TARGETS).fields(values.file)
+    return {"rank": values.count("r"), "alpha": float(values.number("alpha")), **fields}
+
+
 def read_ranks(values: Values, names: Iterable[str]) -> dict[str, tuple[int, float]]:
     """Rank and scale by full module name, from PEFT's config with its patterns."""
     rank, alpha = values.count("r"), values.number("alpha")

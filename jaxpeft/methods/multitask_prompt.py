@@ -95,6 +95,17 @@ def config_of(adapter: Adapter) -> MultitaskPromptTuning:
     return MultitaskPromptTuning(num_tokens=count, num_tasks=tasks, rank=rank)
 
 
+def config_from_peft(values: Values) -> MultitaskPromptTuning:
+    """The config that PEFT's describes; see `PeftFormat`."""
+    values.only("prompt_tuning_init", "RANDOM", "TEXT")
+    return MultitaskPromptTuning(
+        num_tokens=prompt.read_count(values),
+        num_tasks=values.count("num_tasks"),
+        rank=values.count("num_ranks"),
+        **prompt.read_start(values),
+    )
+
+
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """The adapter of a PEFT folder."""
     count, width = prompt.read_sizes(values, base)
@@ -147,6 +158,7 @@ KIND = Kind(
         harmless_keys=(*prompt.HARMLESS_KEYS, *START),
         read=read,
         write=write,
+        config=config_from_peft,
         title="Soft prompt of several tasks",
     ),
 )

@@ -43,6 +43,8 @@ from jaxpeft.methods.exchange import (
 from jaxpeft.methods.replace import selected_layers
 
 HIGHEST = jax.lax.Precision.HIGHEST
+DEFAULT_TARGETS = ("q_proj", "v_proj")
+"""What PEFT adapts in Llama, Mistral and Qwen models when no targets are given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,11 +229,29 @@ def config_of(adapter: Adapter) -> OFT:
     return OFT(targets=tuple(name for name, _, _ in modules_of(adapter)), **options)
 
 
+def config_from_peft(values: Values) -> OFT:
+    """The config that PEFT's describes; see `PeftFormat`."""
+    values.only("init_weights", True)
+    values.only("module_dropout", 0)
+    return OFT(**_block_fields(values), **values.selection(DEFAULT_TARGETS).fields(values.file))
+
+
+def _block_fields(values: Values) -> dict[str, Any]:
+    """How PEFT's config makes the blocks."""
+    return {
+        "block_size": values.count("oft_block_size"),
+        "exact": not values.flag("use_cayley_neumann"),
+        "terms": values.count("num_cayley_neumann_terms"),
+    }
+
+
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`."""
-    size, terms = values.count("oft_block_size"), values.count("num_cayley_neumann_terms")
-    sites = paths.module_names(base.params)
-    chosen = values.selection(("q_proj", "v_proj")).select(sites, values.file)
+    blocking, sites = _block_fields(values), paths.module_names(base.params)
+    chosen, size = (
+        values.selection(DEFAULT_TARGETS).select(sites, values.file),
+        blocking["block_size"],
+    )
     shapes = {}
     for name, site in chosen.items():
         d_in = shape_of(paths.get(base.params, site.path))[-2]
@@ -240,7 +260,7 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     tensors.require(shapes, base.name)
     q = stack({name: {"q": tensors.read(_key(name))} for name in chosen}, sites, base.params)
     ranks = {path: {"rank": rank} for path, rank in selected_layers(base.params, chosen).items()}
-    spec = make_spec(tuple(sorted(q)), size, not values.flag("use_cayley_neumann"), terms)
+    spec = make_spec(tuple(sorted(q)), **blocking)
     return Adapter(paths.unflatten(q), paths.unflatten(ranks), spec)
 
 
@@ -293,6 +313,7 @@ PEFT = PeftFormat(
     harmless_keys=("eps", "init_weights", "module_dropout"),
     read=read,
     write=write,
+    config=config_from_peft,
 )
 
 KIND = Kind(

@@ -164,23 +164,38 @@ def config_of(adapter: Adapter) -> PTuning:
     )
 
 
+def config_from_peft(values: Values) -> PTuning:
+    """The config that PEFT's describes; see `PeftFormat`."""
+    encoder, hidden = _encoder(values)
+    if encoder == "lstm":  # PEFT's MLP has neither
+        values.only("encoder_num_layers", LSTM_LAYERS)
+        values.only("encoder_dropout", 0)
+    return PTuning(num_tokens=prompt.read_count(values), encoder=encoder, hidden_size=hidden)
+
+
+def _encoder(values: Values) -> tuple[Encoder, int | None]:
+    """The encoder of PEFT's config and its width, None for the model's."""
+    known: dict[str, Encoder] = {"MLP": "mlp", "LSTM": "lstm"}
+    encoder = known.get(str(values.get("encoder_reparameterization_type")))
+    if encoder is None:
+        raise values.wrong("encoder_reparameterization_type", "MLP or LSTM")
+    if values.get("encoder_hidden_size") is None:
+        return encoder, None
+    return encoder, values.count("encoder_hidden_size")
+
+
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """The adapter of a PEFT folder, which holds no encoder: its rows are what is trained on."""
     sizes = prompt.read_sizes(values, base)
     tensors.require({prompt.EMBEDDINGS: sizes}, base.name)
-    was = values.get("encoder_reparameterization_type")
-    if was not in ("MLP", "LSTM"):
-        raise values.wrong("encoder_reparameterization_type", "MLP or LSTM")
-    hidden = sizes[1]
-    if values.get("encoder_hidden_size") is not None:
-        hidden = values.count("encoder_hidden_size")
+    encoder, hidden = _encoder(values)
     return prompt.prompt_adapter(
         PTuning.name,
         {"prompt": jnp.array(tensors.read(prompt.EMBEDDINGS))},
         base.config.vocab_size,
         encoder="none",
-        hidden_size=hidden,
-        trained_with=was.lower(),
+        hidden_size=hidden or sizes[1],
+        trained_with=encoder,
     )
 
 
@@ -223,6 +238,7 @@ KIND = Kind(
         harmless_keys=(*prompt.HARMLESS_KEYS, "encoder_dropout", "encoder_num_layers"),
         read=read,
         write=write,
+        config=config_from_peft,
         title="Soft prompt of P-tuning",
     ),
 )

@@ -34,7 +34,14 @@ from jaxpeft.errors import UserError
 from jaxpeft.linear import shape_of
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Label, Leaf, Method, Spec
 from jaxpeft.methods.exchange import PeftFormat, Tensors, Values
-from jaxpeft.methods.prompt import EMBEDDINGS, SIZES, require_choice, require_count, write_tensors
+from jaxpeft.methods.prompt import (
+    EMBEDDINGS,
+    SIZES,
+    read_count,
+    require_choice,
+    require_count,
+    write_tensors,
+)
 from jaxpeft.models.attention import Prefix
 
 Initial = Literal["random", "zero", "prompt"]
@@ -251,17 +258,29 @@ def config_of(adapter: Adapter) -> PrefixTuning:
 # HF PEFT.
 
 
+def config_from_peft(values: Values) -> PrefixTuning:
+    """The config that PEFT's describes; see `PeftFormat`."""
+    values.only("init_weights", None, "zero")
+    projection, hidden = values.flag("prefix_projection"), None
+    if projection and values.get("encoder_hidden_size") is not None:
+        hidden = values.count("encoder_hidden_size")
+    return PrefixTuning(
+        num_tokens=read_count(values),
+        initial="random" if values.get("init_weights") is None else "zero",
+        projection=projection,
+        hidden_size=hidden,
+    )
+
+
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """The adapter of a PEFT folder: layer by layer the keys, then the values, of every token."""
-    config, count = base.config, values.count("num_virtual_tokens")
+    config, count = base.config, read_count(values)
     heads = (config.num_kv_heads, config.head_dim)
     sizes = {
         "num_attention_heads": heads[0],
         "num_layers": config.num_layers,
         "token_dim": math.prod(heads),
     }
-    if values.get("num_transformer_submodules") not in (None, 1):
-        raise values.wrong("num_transformer_submodules", "1, for a decoder")
     for name, ours in sizes.items():
         if values.get(name) not in (None, ours):
             raise UserError(
@@ -306,6 +325,7 @@ PEFT = PeftFormat(
     harmless_keys=tuple(STARTS),
     read=read,
     write=write,
+    config=config_from_peft,
     title="Prefix of keys and values",
 )
 

@@ -206,9 +206,8 @@ def bind(leaf: Leaf) -> dict[str, Any]:
     return bind_rows(leaf, leaf.params["prompt"])
 
 
-def any_shape(params: dict) -> None:
+def any_shape(_: dict) -> None:
     """A prompt's own arrays don't tell the size of the vocabulary; `check` compares it."""
-    del params
 
 
 def virtual_tokens(adapter: Adapter) -> int:
@@ -256,11 +255,16 @@ INITIAL: dict[str, Any] = {
 """Keys of prompt tuning that say where training started."""
 
 
-def read_sizes(values: Values, base: Any) -> tuple[int, int]:
-    """Rows and width of a prompt, after a look whether they belong to `base`."""
-    count, width = values.count("num_virtual_tokens"), base.config.d_model
+def read_count(values: Values) -> int:
+    """How many virtual tokens a soft prompt of a decoder has."""
     if values.get("num_transformer_submodules") not in (None, 1):
         raise values.wrong("num_transformer_submodules", "1, for a decoder")
+    return values.count("num_virtual_tokens")
+
+
+def read_sizes(values: Values, base: Any) -> tuple[int, int]:
+    """Rows and width of a prompt, after a look whether they belong to `base`."""
+    count, width = read_count(values), base.config.d_model
     if values.get("token_dim") not in (None, width):
         raise UserError(
             f"{values.file}: token_dim: this base has {width}, got {values.get('token_dim')!r}; "
@@ -288,6 +292,28 @@ def write_tensors(**arrays: Any) -> dict[str, np.ndarray]:
     return {name: contiguous(value) for name, value in arrays.items()}
 
 
+def read_start(values: Values) -> dict[str, Any]:
+    """Where PEFT's config starts a prompt: the fields `initial` and `text`."""
+    known = {"RANDOM": "random", "SAMPLE_VOCAB": "sampled", "TEXT": "text"}
+    initial = known.get(str(values.get("prompt_tuning_init")))
+    if initial is None:
+        raise values.wrong("prompt_tuning_init", f"one of {', '.join(known)}")
+    if initial != "text":
+        return {"initial": initial}
+    values.only("tokenizer_kwargs", None, {})
+    base, text = values.get("base_model_name_or_path"), values.get("prompt_tuning_init_text")
+    if base and values.get("tokenizer_name_or_path") not in (None, base):
+        raise values.wrong("tokenizer_name_or_path", f"that of the base, {base!r}")
+    if not isinstance(text, str) or not text:
+        raise values.wrong("prompt_tuning_init_text", "a text")
+    return {"initial": initial, "text": text}
+
+
+def config_from_peft(values: Values) -> PromptTuning:
+    """The config that PEFT's describes; see `PeftFormat`."""
+    return PromptTuning(num_tokens=read_count(values), **read_start(values))
+
+
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """The adapter of a PEFT folder."""
     tensors.require({EMBEDDINGS: read_sizes(values, base)}, base.name)
@@ -308,6 +334,7 @@ PEFT = PeftFormat(
     harmless_keys=(*HARMLESS_KEYS, *INITIAL),
     read=read,
     write=write,
+    config=config_from_peft,
     title="Soft prompt",
 )
 

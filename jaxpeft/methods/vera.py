@@ -44,6 +44,7 @@ from jaxpeft.methods.lora_nodes import drop
 from jaxpeft.methods.replace import selected_layers
 
 HIGHEST = jax.lax.Precision.HIGHEST
+DEFAULT_TARGETS = ("q_proj", "v_proj")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,22 +234,31 @@ def config_of(adapter: Adapter) -> VeRA:
     return VeRA(rank=adapter.spec.rank, targets=names, dropout=_dropout(adapter))
 
 
+def config_from_peft(values: Values) -> VeRA:
+    """The config that PEFT's describes; see `PeftFormat`."""
+    values.only("init_weights", True)
+    return VeRA(
+        rank=values.count("r"),
+        dropout=values.probability("vera_dropout"),
+        d_initial=float(values.number("d_initial")),
+        **values.selection(DEFAULT_TARGETS).fields(values.file),
+    )
+
+
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`."""
     sites = paths.module_names(base.params)
-    chosen = values.selection(("q_proj", "v_proj")).select(sites, values.file)
+    chosen = values.selection(DEFAULT_TARGETS).select(sites, values.file)
     if not values.flag("save_projection"):
         raise UserError(
             f"{values.file}: save_projection: false leaves A and B to torch's random generator, "
             "which cannot be reproduced here; in PEFT, store the model's buffers as tensors "
             f"{A_KEY} and {B_KEY}, and set save_projection to true."
         )
-    rank, dropout = values.count("r"), values.number("vera_dropout")
+    rank, dropout = values.count("r"), values.probability("vera_dropout")
     prng_key = values.get("projection_prng_key")
     if type(prng_key) is not int or not 0 <= prng_key < 2**32:
         raise values.wrong("projection_prng_key", "a whole number from 0 to 2**32 - 1")
-    if not 0.0 <= dropout < 1.0:
-        raise values.wrong("vera_dropout", "a probability in [0, 1)")
     ranks = selected_layers(base.params, chosen)
     shape_a, shape_b = projection_shapes(base.params, ranks, rank)
     shapes = {A_KEY: shape_a[::-1], B_KEY: shape_b[::-1]}
@@ -329,6 +339,7 @@ PEFT = PeftFormat(
     harmless_keys=("d_initial", "init_weights"),
     read=read,
     write=write,
+    config=config_from_peft,
 )
 
 KIND = Kind(

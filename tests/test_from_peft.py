@@ -1,0 +1,276 @@
+"""Configs of HF PEFT as ours: the folders that PEFT wrote, its defaults, what is refused."""
+
+import dataclasses
+import enum
+import functools
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpeft import paths
+from jaxpeft.errors import UserError
+from jaxpeft.methods import IA3, KINDS, OFT, LNTuning, LoHa, Method, VeRA, init_adapter
+from jaxpeft.methods.exchange import Selection
+from jaxpeft.model import Model
+from jaxpeft.models.load import load_params
+from jaxpeft.models.transformer import Transformer
+from jaxpeft.peft_format import load_adapter
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+NOT_YET = ("dora", "dora_all", "lora")
+FOLDERS = [
+    file.parent
+    for file in sorted((GOLDEN / "methods").glob("*/adapter_config.json"))
+    if file.parent.name not in NOT_YET
+]
+NOT_OURS = {"loha_patterns": "rank_pattern", "lokr_low_rank": "alpha_pattern"}
+"""Folders whose config our class of the method cannot say, and the key that the error names."""
+NUMBERS = ("scale", "rank", "dropout")
+
+
+@functools.cache
+def load_base(name):
+    params, config, tokenizer, fingerprint = load_params(GOLDEN / "models" / name)
+    return Model(params, config, Transformer(config), tokenizer, fingerprint, name)
+
+
+def base_of(folder):
+    values = json.loads((folder / "adapter_config.json").read_text())
+    return load_base(values["base_model_name_or_path"])
+
+
+def shapes(tree):
+    return {path: tuple(leaf.shape) for path, leaf in paths.flatten(tree).items()}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_method_of_a_folder_of_peft_starts_the_adapter_that_is_in_it(folder):
+    if folder.name in NOT_OURS:
+        with pytest.raises(UserError, match=f"adapter_config.json: {NOT_OURS[folder.name]}: "):
+            Method.from_peft(folder)
+        return
+    base = base_of(folder)
+    loaded = load_adapter(folder, base)
+    method = KINDS[loaded.spec.kind].config.from_peft(folder)
+    started = init_adapter(method, base, jax.random.key(0))
+    assert started.spec.paths == loaded.spec.paths
+    if loaded.spec.kind == "p_tuning":  # PEFT does not save the encoder
+        assert method.encoder == folder.name.removeprefix("p_tuning_")
+        ours, theirs = (paths.get(a.params, f"{paths.EMBEDDING}/prompt") for a in (started, loaded))
+        assert ours.shape == theirs.shape
+        return
+    assert started.spec == loaded.spec
+    assert shapes(started.params) == shapes(loaded.params)
+    ours, theirs = (paths.flatten(adapter.buffers) for adapter in (started, loaded))
+    assert ours.keys() == theirs.keys()
+    for path, value in theirs.items():
+        if path.rpartition("/")[2] in NUMBERS:
+            np.testing.assert_allclose(ours[path], value, rtol=1e-6, err_msg=path)
+
+
+DEFAULTS = {
+    "ADALORA": {
+        "rank": 8,
+        "initial_rank": 12,
+        "alpha": 8.0,
+        "targets": ("q_proj", "v_proj"),
+        "orthogonality": 0.5,
+        "beta1": 0.85,
+    },
+    "LN_TUNING": {"targets": ("input_layernorm", "post_attention_layernorm", "norm")},
+    "LOHA": {"rank": 8, "alpha": 8.0, "targets": ("q_proj", "v_proj")},
+    "LOKR": {"rank": 8, "alpha": 8.0, "targets": ("q_proj", "v_proj"), "decompose_factor": -1},
+    "OFT": {"block_size": 32, "exact": False, "terms": 5, "targets": ("q_proj", "v_proj")},
+    "VERA": {"rank": 256, "d_initial": 0.1, "dropout": 0.0, "targets": ("q_proj", "v_proj")},
+    "PROMPT_TUNING": {"num_tokens": 7, "initial": "random", "text": None},
+    "MULTITASK_PROMPT_TUNING": {"num_tokens": 7, "num_tasks": 1, "rank": 1, "initial": "random"},
+    "P_TUNING": {"num_tokens": 7, "encoder": "mlp", "hidden_size": None},
+    "PREFIX_TUNING": {"num_tokens": 7, "initial": "random", "projection": False},
+}
+"""What PEFT 0.21 does where a config says nothing, read off its dataclasses and tables."""
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_what_a_config_leaves_out_has_pefts_default(kind):
+    tokens = {"num_virtual_tokens": 7} if "num_tokens" in DEFAULTS[kind] else {}
+    method = Method.from_peft({"peft_type": kind, **tokens})
+    fields = dataclasses.asdict(method)
+    assert {name: fields[name] for name in DEFAULTS[kind]} == DEFAULTS[kind]
+
+
+def test_every_family_that_peft_has_can_be_made_from_its_config():
+    assert [kind.name for kind in KINDS.values() if kind.peft and not kind.peft.config] == ["lora"]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"peft_type": "IA3", "target_modules": ["v_proj", "down_proj"]}, ("down_proj",)),
+        ({"peft_type": "IA3", "target_modules": ["v_proj"]}, ()),
+        ({"peft_type": "IA3", "target_modules": ["mlp.down_proj"]}, ("down_proj",)),
+        (
+            {"peft_type": "IA3", "target_modules": ["up_proj"], "feedforward_modules": ["up_proj"]},
+            ("up_proj",),
+        ),
+    ],
+)
+def test_ia3_scales_those_targets_in_front_of_the_kernel_that_peft_does(values, expected):
+    assert IA3.from_peft(values).feedforward == expected
+
+
+def test_settings_of_training_alone_are_read_too():
+    tuned = Method.from_peft(
+        {"peft_type": "ADALORA", "target_r": 2, "init_r": 6, "tinit": 3, "tfinal": 4, "deltaT": 5}
+    )
+    assert (tuned.rank, tuned.initial_rank, tuned.initial_steps) == (2, 6, 3)
+    assert (tuned.final_steps, tuned.every) == (4, 5)
+    assert VeRA.from_peft({"peft_type": "VERA", "d_initial": 0.3}).d_initial == 0.3
+    prompt = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}
+    text = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "Say:"}
+    assert Method.from_peft(prompt | text).text == "Say:"
+    assert Method.from_peft(prompt | {"prompt_tuning_init": "SAMPLE_VOCAB"}).initial == "sampled"
+    prefix = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, "encoder_hidden_size": 6}
+    assert Method.from_peft(prefix).hidden_size is None
+    assert Method.from_peft(prefix | {"prefix_projection": True}).hidden_size == 6
+    assert Method.from_peft(prefix | {"init_weights": "zero"}).initial == "zero"
+
+
+NAMES = [
+    *(f"model.layers.{i}.{m}" for i in range(12) for m in ("self_attn.q_proj", "mlp.up_proj")),
+    "lm_head",
+]
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        Selection(targets=("q_proj",), layers=(1, 11)),
+        Selection(targets=("q_proj", "up_proj"), exclude=("layers.1.mlp.up_proj",), layers=(1, 3)),
+        Selection(targets=("layers.1.self_attn.q_proj", "up_proj"), layers=(1, 2)),
+        Selection(targets=("model.layers.0.mlp.up_proj", "q_proj"), layers=(1,)),
+        Selection(targets=("q_proj", "lm_head"), layers=(0,), layers_pattern=("layers",)),
+        Selection(targets=("_proj", "proj"), layers=(0,)),
+        Selection(targets=("q_proj",)),
+        Selection(targets=r".*\.[02]\..*up_proj"),
+    ],
+    ids=range(8),
+)
+def test_targets_with_layers_select_what_peft_selects(selection):
+    fields = selection.fields("here")
+    chosen = {
+        name
+        for name in NAMES
+        if paths.name_matches(fields["targets"], name)
+        and not (fields["exclude"] and paths.name_matches(fields["exclude"], name))
+    }
+    assert chosen == {name for name in NAMES if selection.selects(name)}
+
+
+class FakeConfig:
+    """As PEFT's own config objects answer: enums, sets, and all keys."""
+
+    def to_dict(self):
+        return {
+            "peft_type": FakeKind.LOHA,
+            "task_type": None,
+            "target_modules": {"v_proj", "k_proj"},
+            "inference_mode": False,
+            "r": 5,
+        }
+
+
+class FakeKind(str, enum.Enum):  # noqa: UP042 (PEFT's enums are no StrEnum)
+    LOHA = "LOHA"
+
+
+def test_objects_files_folders_and_dicts_are_the_same(tmp_path):
+    method = LoHa(rank=5, alpha=8.0, targets=("k_proj", "v_proj"))
+    assert LoHa.from_peft(FakeConfig()) == method
+    values = {"peft_type": "LOHA", "target_modules": ["k_proj", "v_proj"], "r": 5}
+    assert LoHa.from_peft(values) == method
+    file = tmp_path / "run" / "adapter" / "adapter_config.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(values))
+    for place in (file, str(file), file.parent, tmp_path / "run"):
+        assert LoHa.from_peft(place) == method
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "IA3"}, "target_modules: expected names or a regex"),
+        ({"peft_type": "IA3", "target_modules": ["v"], "init_ia3_weights": False}, "init_ia3_w"),
+        ({"peft_type": "LOHA", "rank_pattern": {"q_proj": 2}}, "rank_pattern: expected {}"),
+        ({"peft_type": "LOHA", "r": 0}, "r: expected a whole number of at least 1"),
+        ({"peft_type": "LOHA", "alpha": -1}, "LoHa.alpha must be finite and positive"),
+        ({"peft_type": "LOHA", "module_dropout": 0.1}, "not supported yet: module_dropout"),
+        ({"peft_type": "LOKR", "init_weights": "lycoris"}, "init_weights: expected true"),
+        ({"peft_type": "LOKR", "decompose_factor": 0}, "decompose_factor: expected"),
+        ({"peft_type": "OFT", "module_dropout": 0.1}, "module_dropout: expected 0"),
+        ({"peft_type": "OFT", "coft": True}, "not supported yet: coft"),
+        ({"peft_type": "OFT", "target_modules": "q", "layers_to_transform": [1]}, "regex 'q'"),
+        ({"peft_type": "OFT", "layers_to_transform": [1], "layers_pattern": "h"}, "layers_pattern"),
+        ({"peft_type": "VERA", "vera_dropout": 1.0}, "vera_dropout: expected a probability"),
+        ({"peft_type": "VERA", "d_initial": 0}, "VeRA.d_initial must be finite and not 0"),
+        ({"peft_type": "ADALORA", "deltaT": 1.5}, "deltaT: expected a whole number"),
+        ({"peft_type": "ADALORA", "init_lora_weights": "pissa"}, "init_lora_weights: expected"),
+        ({"peft_type": "PROMPT_TUNING"}, "num_virtual_tokens: expected a whole number"),
+        (
+            {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2, "prompt_tuning_init": "TEXT"},
+            "prompt_tuning_init_text: expected a text",
+        ),
+        (
+            {
+                "peft_type": "PROMPT_TUNING",
+                "num_virtual_tokens": 2,
+                "prompt_tuning_init": "TEXT",
+                "prompt_tuning_init_text": "x",
+                "base_model_name_or_path": "a",
+                "tokenizer_name_or_path": "b",
+            },
+            "tokenizer_name_or_path: expected that of the base, 'a'",
+        ),
+        (
+            {
+                "peft_type": "MULTITASK_PROMPT_TUNING",
+                "num_virtual_tokens": 2,
+                "prompt_tuning_init": "EXACT_SOURCE_TASK",
+            },
+            'prompt_tuning_init: expected "RANDOM" or "TEXT"',
+        ),
+        (
+            {
+                "peft_type": "P_TUNING",
+                "num_virtual_tokens": 2,
+                "encoder_reparameterization_type": "LSTM",
+                "encoder_num_layers": 3,
+            },
+            "encoder_num_layers: expected 2",
+        ),
+        (
+            {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, "init_weights": "ones"},
+            'init_weights: expected null or "zero"',
+        ),
+        ({"peft_type": "LOHA", "surprise": 1}, "unknown settings: surprise=1"),
+        ({"peft_type": ["LOHA"]}, "peft_type: .'LOHA'. is not supported"),
+        ({}, "peft_type: None is not supported"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_said_is_refused_by_name(values, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Method.from_peft(values)
+    assert "adapter_config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_config_of_another_method_names_the_class_to_call(tmp_path):
+    with pytest.raises(UserError, match=r"describes VeRA; call VeRA\.from_peft"):
+        OFT.from_peft({"peft_type": "VERA"})
+    with pytest.raises(UserError, match=r"expected an adapter_config\.json, its .* got int"):
+        LNTuning.from_peft(3)
+    with pytest.raises(UserError, match="no such file; a PEFT folder has one"):
+        LNTuning.from_peft(tmp_path)
