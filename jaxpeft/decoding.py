@@ -27,7 +27,8 @@ from jaxpeft.methods.base import Adapter
 from jaxpeft.methods.binding import adapters_of
 from jaxpeft.methods.mixed import check_index
 from jaxpeft.model import Model
-from jaxpeft.models.transformer import head_logits, head_weight, init_cache
+from jaxpeft.models.cache import init_cache
+from jaxpeft.models.transformer import head_logits, head_weight
 from jaxpeft.prompting import virtual_ids
 
 BUCKET = 32

@@ -17,7 +17,7 @@ from jaxpeft import data, decoding
 from jaxpeft.decoding import Sampling, encode_prompts, filter_logits, generate, generate_ids
 from jaxpeft.errors import UserError
 from jaxpeft.methods import bind
-from jaxpeft.models.transformer import init_cache
+from jaxpeft.models.cache import init_cache
 
 VARIANTS = {
     "llama": {},

@@ -27,8 +27,8 @@ from jaxpeft.methods import Context, PrefixTuning, bind, prefix_from_prompt
 from jaxpeft.methods.prefix import project
 from jaxpeft.model import Model
 from jaxpeft.models.attention import Prefix, attention
+from jaxpeft.models.cache import init_cache
 from jaxpeft.models.load import load_model
-from jaxpeft.models.transformer import init_cache
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 RICH = dataclasses.replace(

@@ -11,7 +11,7 @@ from tiny_decoder import CONFIG, decoder, make_adapter
 
 from jaxpeft import paths
 from jaxpeft.methods import LoRA, bind, merge
-from jaxpeft.models.transformer import init_cache
+from jaxpeft.models.cache import init_cache
 
 RICH = dataclasses.replace(
     CONFIG,

@@ -190,7 +190,8 @@ def require_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 def _cached(config: Any, module: Any, params: dict, ids: Sequence[int]) -> dict[str, Any]:
     """Keys and values of a prompt in every layer, in float32."""
-    from jaxpeft.models.transformer import Transformer, init_cache
+    from jaxpeft.models.cache import init_cache
+    from jaxpeft.models.transformer import Transformer
 
     module = module or Transformer(config)
 

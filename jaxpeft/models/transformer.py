@@ -23,6 +23,7 @@ from jaxpeft import paths
 from jaxpeft.linear import SHARED, Transposed, attend, embed, give_shared, linear, shape_of
 from jaxpeft.models import rope
 from jaxpeft.models.attention import Prefix, attention, positions_of
+from jaxpeft.models.cache import Cache, append
 from jaxpeft.models.config import ModelConfig
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -30,34 +31,6 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 """What the backward pass keeps of a layer, by name; "none" keeps everything."""
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of earlier tokens, for decoding.
-
-    Attributes:
-        k: ``(layers, batch, slots, kv_heads, head_dim)``, rotated.
-        v: The same shape.
-        positions: ``(batch, slots)``.
-        segment_ids: ``(batch, slots)``; 0 marks padding and slots not written yet.
-        used: Scalar: slots written so far; the next tokens go there in every row.
-    """
-
-    k: Any
-    v: Any
-    positions: Any
-    segment_ids: Any
-    used: Any
-
-
-def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
-    """An empty cache for `batch` rows of at most `slots` tokens."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-    empty = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(
-        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, empty, jnp.zeros((), jnp.int32)
-    )
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], init: Any) -> Any:
@@ -278,7 +251,7 @@ class Transformer(nn.Module):
         table = Weight("embedding", size, std, name="embed_tokens")()
         x = embed(input_ids, table).astype(self.compute_dtype)
         if cache is not None:
-            cache = _append(cache, 1, positions=positions, segment_ids=segment_ids)
+            cache = append(cache, 1, positions=positions, segment_ids=segment_ids)
         x, stored = self._run_layers(x, positions, segment_ids, cache, prefix)
         x = RMSNorm(c.rms_eps, name="norm")(x)
         if not return_hidden or self.is_initializing():
@@ -286,7 +259,7 @@ class Transformer(nn.Module):
             x = x if return_hidden else logits
         if cache is None:
             return x
-        cache = _append(cache, 2, k=stored[0], v=stored[1])
+        cache = append(cache, 2, k=stored[0], v=stored[1])
         return x, dataclasses.replace(cache, used=cache.used + input_ids.shape[1])
 
     def _run_layers(
@@ -359,14 +332,3 @@ def head_logits(head: Any, hidden: Float[Array, "*batch d_model"]) -> Float[Arra
     if isinstance(head, Transposed):
         return attend(hidden, head.table)
     return linear(hidden, head).astype(jnp.float32)
-
-
-def _append(cache: Cache, axis: int, **new: Any) -> Cache:
-    """The cache with `new` values of its fields written behind the used slots, along `axis`."""
-
-    def put(old: Any, value: Any) -> Any:
-        return jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), cache.used, axis)
-
-    return dataclasses.replace(
-        cache, **{name: put(getattr(cache, name), value) for name, value in new.items()}
-    )
