@@ -84,17 +84,44 @@ def _token_losses(logits: Array, targets: Array, weights: Array) -> tuple[Array,
 
 
 def _rematerialised(head: Any, head_params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
-    # The checkpoint is around the cond: what a cond keeps for the backward pass is stacked up
-    # once a chunk, the head included.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def when_supervised(work: Any, chunk: Any, otherwise: Any) -> Any:
+        return jax.lax.cond((chunk[2] != 0).any(), work, lambda chunk: otherwise, chunk)
+
+    def work(params: Any, chunk: Any) -> tuple[Array, Array]:
+        return _token_losses(head(params, chunk[0]), chunk[1], chunk[2])
+
+    # By hand: what a cond keeps for the backward pass is written out once a chunk, frozen tables
+    # included, and so would be gradients of them.
+    @jax.custom_vjp
     def losses(params: Any, chunk: Any) -> tuple[Array, Array]:
-        def work(c: Any) -> tuple[Array, Array]:
-            return _token_losses(head(params, c[0]), c[1], c[2])
+        return when_supervised(lambda c: work(params, c), chunk, (jnp.zeros(()), jnp.zeros(())))
 
-        def idle(c: Any) -> tuple[Array, Array]:
-            return jnp.zeros(()), jnp.zeros(())
+    def forward(params: Any, chunk: Any) -> Any:
+        moves = jax.tree.map(lambda leaf: leaf.perturbed, params)
+        params, chunk = jax.tree.map(lambda leaf: leaf.value, (params, chunk))
+        moving, still = (
+            jax.tree.map(lambda leaf, on, want=want: leaf if on is want else None, params, moves)
+            for want in (True, False)
+        )
+        return losses(params, chunk), (moving, still, chunk)
 
-        return jax.lax.cond((chunk[2] != 0).any(), work, idle, chunk)
+    def backward(kept: Any, cotangents: Any) -> Any:
+        moving, still, chunk = kept
+
+        def slopes(c: Any) -> Any:
+            def loss(moving: Any, hidden: Any) -> Array:
+                params = jax.tree.map(
+                    lambda a, b: b if a is None else a, moving, still, is_leaf=lambda x: x is None
+                )
+                return work(params, (hidden, *c[1:]))[0]
+
+            return jax.vjp(loss, moving, c[0])[1](cotangents[0])
+
+        nothing = jax.tree.map(jnp.zeros_like, (moving, chunk[0]))
+        of_params, of_hidden = when_supervised(slopes, chunk, nothing)
+        return of_params, (of_hidden, None, None)
+
+    losses.defvjp(forward, backward, symbolic_zeros=True)
 
     def step(sums: Any, chunk: Any) -> Any:
         return jax.tree.map(jnp.add, sums, losses(head_params, chunk)), None

@@ -104,6 +104,17 @@ ADAPTERS: dict[str, tuple[str, str, dict]] = {
         "OFTConfig",
         {"oft_block_size": 4, "use_cayley_neumann": False, "target_modules": ["q_proj", "v_proj"]},
     ),
+    "trainable_tokens": ("llama3", "TrainableTokensConfig", {"token_indices": [60, 4, 17]}),
+    "trainable_tokens_untied": (
+        "llama2",
+        "TrainableTokensConfig",
+        {"token_indices": [50, 3, 71, 20, 100]},
+    ),
+    "trainable_tokens_head": (
+        "mistral",
+        "TrainableTokensConfig",
+        {"token_indices": [3, 100], "target_modules": ["embed_tokens", "lm_head"]},
+    ),
     "prompt_tuning": ("llama3", "PromptTuningConfig", {"num_virtual_tokens": 3}),
     "p_tuning_mlp": (
         "llama2",

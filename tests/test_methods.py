@@ -20,6 +20,7 @@ from jaxpeft.methods import KINDS, METHODS, Context, bind, merge
 from jaxpeft.models.config import ModelConfig
 
 SMALL = {"rank": 2, "alpha": 4.0, "num_tokens": 3, "block_size": 4, "hidden_size": 8, "steps": 4}
+SMALL["token_ids"] = (3, 7, 40)
 BIASED = ModelConfig(**{**dataclasses.asdict(CONFIG), "model_type": "qwen2", "qkv_bias": True})
 
 

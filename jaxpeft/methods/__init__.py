@@ -16,6 +16,7 @@ from jaxpeft.methods.p_tuning import PTuning
 from jaxpeft.methods.prefix import PrefixTuning, prefix_from_prompt
 from jaxpeft.methods.prompt import PromptTuning
 from jaxpeft.methods.registry import KINDS, METHODS
+from jaxpeft.methods.trainable_tokens import TrainableTokens
 from jaxpeft.methods.vera import VeRA
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "Spec",
+    "TrainableTokens",
     "VeRA",
     "bind",
     "check_fit",

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.linear import Node, attend, dtype_of, embed, linear, shape_of
+from jaxpeft.linear import Node, Transposed, attend, dtype_of, embed, linear, shape_of
 from jaxpeft.methods.base import Adapter, Leaf
 from jaxpeft.methods.registry import KINDS
 
@@ -77,6 +77,8 @@ class Mixed(Node):
 
     def attend(self, x: Float[Array, "rows *batch d_model"]) -> Float[Array, "rows *batch vocab"]:
         """Row by row ``x`` times the transposed table, in float32."""
+        if self.attends_base:
+            return attend(x, self.base)
         return self._by_row(lambda node, row: attend(row, node), x)
 
     def _by_row(self, operation: Callable[[Any, Any], Any], x: Any) -> Any:
@@ -126,8 +128,15 @@ def mixed_leaf(leaf: Leaf, adapter: Adapter, probe: dict[str, Any], index: Any) 
         index: The adapter of every row ``(batch,)``, -1 for none.
 
     Raises:
-        UserError: If the family puts something else there than one weight that answers for itself.
+        UserError: If the family puts something else there than one weight that answers for
+            itself, or on another one whose rows differ.
     """
+    under = leaf.base.table if isinstance(leaf.base, Transposed) else leaf.base
+    if isinstance(under, Mixed) and not (under is not leaf.base and under.attends_base):
+        raise UserError(
+            f"index: {leaf.path} stands on a weight that differs from row to row already; run one "
+            "batch for each adapter."
+        )
     node = probe.get(leaf.path)
     acts = isinstance(node, Node) and (
         type(node).multiply is not Node.multiply or type(node).lookup is not Node.lookup

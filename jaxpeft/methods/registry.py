@@ -16,6 +16,7 @@ from jaxpeft.methods import (
     p_tuning,
     prefix,
     prompt,
+    trainable_tokens,
     vera,
 )
 from jaxpeft.methods.base import Kind
@@ -35,6 +36,7 @@ _ALL = (
     loha.KIND,
     lokr.KIND,
     vera.KIND,
+    trainable_tokens.KIND,
 )
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
