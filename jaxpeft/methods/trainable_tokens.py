@@ -109,6 +109,14 @@ def config_of(adapter: Adapter) -> TrainableTokens:
 # HF PEFT.
 
 
+def config_from_peft(values: Values) -> TrainableTokens:
+    """The config that PEFT's describes; see `PeftFormat`."""
+    return TrainableTokens(
+        token_ids=values.ints("token_indices") or (),
+        targets=values.selection(DEFAULT_TARGETS).targets,
+    )
+
+
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`.
 
@@ -171,6 +179,7 @@ PEFT = PeftFormat(
     harmless_keys=("init_weights",),
     read=read,
     write=write,
+    config=config_from_peft,
 )
 
 KIND = Kind(
