@@ -4,15 +4,9 @@ Prompts of different lengths share a batch: they are padded on the left, so that
 the same slot of the cache; padding is in segment 0, which no token sees. Prompt length and the
 number of new slots are rounded up to buckets, and there is one compile a bucket: the adapter, the
 limit on new tokens and the sampling parameters are arguments.
-
-Reference:
-    Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020,
-    https://arxiv.org/abs/1904.09751, section 3.1 (top-p).
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,36 +24,9 @@ from jaxpeft.model import Model
 from jaxpeft.models.cache import init_cache
 from jaxpeft.models.transformer import head_logits, head_weight
 from jaxpeft.prompting import virtual_ids
+from jaxpeft.sampling import Sampling, filter_logits
 
 BUCKET = 32
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: Divides the logits; 0 takes the largest (greedy).
-        top_k: Sample among the k largest only; 0 is off.
-        top_p: Sample among the fewest tokens whose probability reaches p; 1 is off.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature must be at least 0, got {self.temperature!r}.")
-        if self.top_k < 0:
-            raise UserError(f"top_k must be at least 0, got {self.top_k!r}.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p!r}.")
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the largest logit wins: also where float32 rounds the temperature to 0."""
-        return self.temperature < float(np.finfo(np.float32).tiny)
 
 
 def generate(
@@ -361,26 +328,3 @@ def _decode(
     start = (jnp.int32(1), *write(0, out, jnp.zeros(batch, bool), logits), cache)
     _, out, _, _ = jax.lax.while_loop(more, advance, start)
     return out
-
-
-def filter_logits(
-    logits: Float[Array, "batch vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]
-) -> Float[Array, "batch vocab"]:
-    """Sets logits to -inf outside the top k and outside the nucleus of mass `top_p`.
-
-    Args:
-        logits: Already divided by the temperature.
-        top_k: 0 is off.
-        top_p: In (0, 1]; 1 is off. It applies to what top-k has left.
-
-    Returns:
-        The logits with at least the largest of every row left; what ties with the smallest one
-        left stays too.
-    """
-    ranked = jnp.sort(logits, axis=-1, descending=True)
-    within = (jnp.arange(logits.shape[-1]) < top_k) | (top_k == 0)
-    mass = jax.nn.softmax(jnp.where(within, ranked, -jnp.inf), axis=-1)
-    before = jnp.cumsum(mass, axis=-1) - mass
-    within &= (before < top_p) | (top_p >= 1)
-    lowest = jnp.where(within, ranked, jnp.inf).min(axis=-1, keepdims=True)
-    return jnp.where(logits >= lowest, logits, -jnp.inf)

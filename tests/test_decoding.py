@@ -14,10 +14,11 @@ from toy_model import toy_adapter, toy_model
 from toy_tokenizer import VOCAB_SIZE, toy_tokenizer
 
 from jaxpeft import data, decoding
-from jaxpeft.decoding import Sampling, encode_prompts, filter_logits, generate, generate_ids
+from jaxpeft.decoding import encode_prompts, generate, generate_ids
 from jaxpeft.errors import UserError
 from jaxpeft.methods import bind
 from jaxpeft.models.cache import init_cache
+from jaxpeft.sampling import Sampling, filter_logits
 
 VARIANTS = {
     "llama": {},
