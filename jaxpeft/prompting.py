@@ -57,7 +57,15 @@ def virtual_ids(adapter: Adapter | Sequence[Adapter] | None, task: Any = 0) -> A
                 raise UserError(f"task: expected 0 to {tasks - 1}, got {task!r:.60}.")
             ids = options["vocab_size"] + chosen[..., None] * count + np.arange(count)
             return ids.astype(np.int32)
+    if np.any(np.asarray(task) != 0):
+        raise UserError(f"task: the adapter has no tasks to choose from, got {task!r:.60}.")
     return np.zeros(0, np.int32)
+
+
+def num_tasks(adapter: Adapter | Sequence[Adapter] | None) -> int:
+    """How many tasks an adapter has soft prompts for; 0 where it knows none."""
+    found = [dict(one.spec.options).get("num_tasks", 0) for one in adapters_of(adapter)]
+    return max(found, default=0)
 
 
 def with_prompt(
@@ -66,6 +74,7 @@ def with_prompt(
     segment_ids: Int[Array | np.ndarray, "batch seq"] | None = None,
     *,
     task: Any = 0,
+    index: Any = None,
 ) -> Any:
     """Writes a soft prompt's virtual ids in front of every segment.
 
@@ -76,18 +85,26 @@ def with_prompt(
             be concrete: what comes out is as long as the fullest row needs. Default: one segment
             a row, and the function may be traced.
         task: Which task's prompt, for multitask prompt tuning: a number, or one a row.
+        index: For a mixed batch, which of stacked adapters each row gets. In rows of -1 the
+            virtual tokens are padding: those rows are as without an adapter.
 
     Returns:
-        Ids ``(batch, n + seq)``; with `segment_ids` a `Prompted`, whose arrays
+        Ids ``(batch, n + seq)``; with `segment_ids` or `index` a `Prompted`, whose arrays
         ``module.apply`` takes.
 
     Raises:
         UserError: If `segment_ids` are traced, or the adapter has no such task.
     """
     virtual = virtual_ids(adapter, task)
+    if index is not None and segment_ids is None:
+        segment_ids = np.ones(input_ids.shape, np.int32)
     if segment_ids is not None:
-        long = dataclasses.asdict(put_before_segments(virtual, input_ids, segment_ids))
-        return Prompted(**{name: jnp.asarray(array) for name, array in long.items()})
+        long = put_before_segments(virtual, input_ids, segment_ids)
+        segments, positions = hide_unused(
+            long.input_ids, long.segment_ids, long.positions, virtual, index
+        )
+        arrays = (long.input_ids, segments, positions, long.places)
+        return Prompted(*map(jnp.asarray, arrays))
     if virtual.size == 0:
         return input_ids
     front = np.broadcast_to(virtual, (input_ids.shape[0], virtual.shape[-1]))
@@ -109,7 +126,7 @@ def hide_unused(
     Returns:
         Segments and positions.
     """
-    if index is None:
+    if index is None or virtual.size == 0:
         return segment_ids, positions
     shape, count = input_ids.shape, virtual.shape[-1]
     bare = (jnp.asarray(index) == -1)[:, None]

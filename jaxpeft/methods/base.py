@@ -190,6 +190,11 @@ class Method:
         """Virtual tokens that its adapters put in front of every segment."""
         return 0
 
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks rows of data may name; 0 where the method knows none."""
+        return 0
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter.
 
@@ -288,6 +293,11 @@ class Kind:
         leaf_shape: The shape, layer axis included, of the base leaf that a place's trained arrays
             belong to; None where any fits.
         config_of: The config that describes an adapter, rebuilt from its spec and buffers.
+        bind_rows: For families whose `bind` leaves no node that a mixed batch could map over its
+            rows: ``bind_rows(leaf, used)`` gives the same from arrays with an axis of rows in
+            front; `used` says which rows have an adapter at all. See `jaxpeft.methods.mixed`.
+        stack_axes: How many axes more than an adapter's own the arrays of a place have, for
+            families without a buffer ``rank``.
         needs_base: Whether nodes hold the base's leaf; where not, the base may lack it.
         merge: Merged arrays by path, from a place and its nodes.
         no_merge: Why adapters of this family cannot be merged, "" if they can.
@@ -305,6 +315,8 @@ class Kind:
     bind: Callable[[Leaf], dict[str, Any]]
     leaf_shape: Callable[[dict], tuple[int, ...] | None]
     config_of: Callable[[Adapter], Method]
+    bind_rows: Callable[[Leaf, Any], dict[str, Any]] | None = None
+    stack_axes: Callable[[dict], int] | None = None
     needs_base: bool = True
     merge: Callable[[Leaf, dict[str, Any]], dict[str, Any]] = merge_leaf
     no_merge: str = ""

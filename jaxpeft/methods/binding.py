@@ -14,7 +14,7 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import SHARED, Transposed, dtype_of, shape_of, take_shared
 from jaxpeft.methods.base import Adapter, Context, Label, Leaf, Method
-from jaxpeft.methods.mixed import first_of, mixed_leaf
+from jaxpeft.methods.mixed import extra_axes, first_of, mixed_leaf
 from jaxpeft.methods.registry import KINDS
 
 
@@ -201,13 +201,14 @@ def check_fit(params: dict, adapter: Adapter) -> None:
             f"the adapter addresses {len(lost)} leaves that this base lacks: {first_few(lost)}; "
             "it was made for another model."
         )
+    if extra_axes(adapter) == 1:
+        count = jax.tree.leaves(adapter.params)[0].shape[0]
+        raise UserError(
+            f"{adapter.spec.paths[0]}: {count} stacked adapters; pass index= to say which one each "
+            "row of the batch gets."
+        )
     for path, base in bases.items():
         theirs = kind.leaf_shape(paths.get(adapter.params, path, {}))
-        if base is not None and theirs is not None and theirs[1:] == shape_of(base):
-            raise UserError(
-                f"{path}: {theirs[0]} stacked adapters; pass index= to say which one each row of "
-                "the batch gets."
-            )
         if base is not None and theirs is not None and theirs != shape_of(base):
             raise UserError(
                 f"{path}: the adapter was made for shape {theirs}, this base has "

@@ -8,12 +8,14 @@ own node then runs under ``jax.vmap`` over the rows with the base unbatched. For
 
 one product with the base and two batched products for all rows: the work does not grow with the
 number of adapters. Row index -1 is no adapter: zeros, the identity of `jaxpeft.methods.base`.
+A prefix is picked for every row before the layers run, and rows without one attend to none.
 
 Reference:
     Chen et al., "Punica: Multi-Tenant LoRA Serving", 2023, https://arxiv.org/abs/2310.18547,
     section 4 (the same sum, gathered in a kernel).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -137,13 +139,19 @@ def mixed_leaf(leaf: Leaf, adapter: Adapter, probe: dict[str, Any], index: Any) 
             f"index: {leaf.path} stands on a weight that differs from row to row already; run one "
             "batch for each adapter."
         )
+    kind, index = KINDS[adapter.spec.kind], jnp.asarray(index, jnp.int32)
+    if kind.bind_rows is not None:
+        arrays = (leaf.params, leaf.buffers)
+        params, buffers = jax.tree.map(lambda stored: pick(stored, index), arrays)
+        rows = dataclasses.replace(leaf, params=params, buffers=buffers)
+        return kind.bind_rows(rows, index != -1)
     node = probe.get(leaf.path)
     acts = isinstance(node, Node) and (
         type(node).multiply is not Node.multiply or type(node).lookup is not Node.lookup
     )
     if set(probe) != {leaf.path} or not acts:
         raise UserError(
-            f"index: an adapter of kind {adapter.spec.kind!r} changes {leaf.path} in a way that "
+            f"index: an adapter of kind {kind.name!r} changes {leaf.path} in a way that "
             "cannot differ from row to row; run one batch for each adapter."
         )
     params, buffers = leaf.params, leaf.buffers
@@ -153,9 +161,9 @@ def mixed_leaf(leaf: Leaf, adapter: Adapter, probe: dict[str, Any], index: Any) 
         leaf.base,
         params,
         buffers,
-        {"index": jnp.asarray(index, jnp.int32), "arrays": leaf.shared},
+        {"index": index, "arrays": leaf.shared},
         key=leaf.keys(),
-        kind=adapter.spec.kind,
+        kind=kind.name,
         path=leaf.path,
         options=adapter.spec.options,
         attends_base=bool(getattr(node, "attends_base", False)),
@@ -166,6 +174,19 @@ def mixed_leaf(leaf: Leaf, adapter: Adapter, probe: dict[str, Any], index: Any) 
 def first_of(adapter: Adapter) -> Adapter:
     """The shapes of one of several stacked adapters."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), adapter)
+
+
+def extra_axes(adapter: Adapter) -> int | None:
+    """How many axes stand in front of an adapter's own: 1 if it is several, stacked.
+
+    None where the family does not tell.
+    """
+    for path in adapter.spec.paths:
+        rank = paths.get(adapter.buffers, f"{path}/rank")
+        if rank is not None:
+            return rank.ndim - paths.is_stacked(path)
+    count = KINDS[adapter.spec.kind].stack_axes
+    return None if count is None else count(paths.get(adapter.params, adapter.spec.paths[0]))
 
 
 def check_index(adapter: Adapter | None, index: Any, rows: int) -> np.ndarray:
@@ -184,13 +205,10 @@ def check_index(adapter: Adapter | None, index: Any, rows: int) -> np.ndarray:
     """
     if adapter is None:
         raise UserError("index: there is no adapter; pass adapter=jaxpeft.stack_adapters([...]).")
-    ranks = [paths.get(adapter.buffers, f"{path}/rank") for path in adapter.spec.paths]
-    axes = [1 + paths.is_stacked(path) for path in adapter.spec.paths]
-    flat = [r is not None and r.ndim != n for r, n in zip(ranks, axes, strict=True)]
     leaves = jax.tree.leaves((adapter.params, adapter.buffers))
     counts = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
     count = counts.pop() if len(counts) == 1 else None
-    if count is None or any(flat):
+    if count is None or extra_axes(adapter) == 0:
         raise UserError("index: the adapters are not stacked; use jaxpeft.stack_adapters([...]).")
     chosen = np.asarray(index)
     if chosen.shape != (rows,) or not np.issubdtype(chosen.dtype, np.integer):

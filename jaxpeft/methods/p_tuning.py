@@ -216,6 +216,7 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
 KIND = Kind(
     config=PTuning,
     bind=bind,
+    stack_axes=prompt.stack_axes,
     leaf_shape=prompt.any_shape,
     config_of=config_of,
     no_merge=prompt.NO_MERGE,

@@ -227,6 +227,17 @@ def bind(leaf: Leaf) -> dict[str, Any]:
     return {leaf.path: Prefix(*project(leaf.params))}
 
 
+def bind_rows(leaf: Leaf, used: Any) -> dict[str, Any]:
+    """The same for a mixed batch: a prefix a row, or none where it is not used."""
+    k, v = jax.vmap(project, out_axes=1)(leaf.params)
+    return {leaf.path: Prefix(k, v, jnp.broadcast_to(used, k.shape[:2]))}
+
+
+def stack_axes(arrays: Mapping[str, Any]) -> int:
+    """How many axes more than a prefix's own its arrays have."""
+    return arrays["k"].ndim - 4 if "k" in arrays else arrays["embedding"].ndim - 2
+
+
 def length(adapter: Adapter) -> int:
     """How many positions a prefix takes."""
     arrays = adapter.params[PATH]
@@ -333,6 +344,8 @@ PEFT = PeftFormat(
 KIND = Kind(
     config=PrefixTuning,
     bind=bind,
+    bind_rows=bind_rows,
+    stack_axes=stack_axes,
     leaf_shape=lambda params: None,
     config_of=config_of,
     needs_base=False,

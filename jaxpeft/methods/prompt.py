@@ -210,6 +210,11 @@ def any_shape(_: dict) -> None:
     """A prompt's own arrays don't tell the size of the vocabulary; `check` compares it."""
 
 
+def stack_axes(params: dict) -> int:
+    """How many axes more than a prompt's own its rows have."""
+    return params["prompt"].ndim - 2
+
+
 def virtual_tokens(adapter: Adapter) -> int:
     """How many rows a prompt has."""
     return arrays_of(adapter)["prompt"].shape[-2]
@@ -341,6 +346,7 @@ PEFT = PeftFormat(
 KIND = Kind(
     config=PromptTuning,
     bind=bind,
+    stack_axes=stack_axes,
     leaf_shape=any_shape,
     config_of=config_of,
     no_merge=NO_MERGE,

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxpeft.errors import UserError
+
 QUERY_BLOCK = 128
 
 
@@ -30,15 +32,32 @@ class Prefix:
         k: ``(n, kv_heads, head_dim)``, or ``(batch, n, kv_heads, head_dim)`` where rows differ,
             used as they are; outside of a layer with the axis of layers in front.
         v: The same shape.
+        used: ``(batch,)`` booleans: which rows have a prefix at all; None for every row. Outside
+            of a layer with the axis of layers in front, too.
     """
 
     k: Any
     v: Any
+    used: Any = None
 
     @property
     def length(self) -> int:
         """How many positions it takes."""
         return self.k.shape[-3]
+
+    def shift(self, positions: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+        """Positions behind the prefixes of all layers.
+
+        Raises:
+            UserError: If the batch has another number of rows than `used`.
+        """
+        if self.used is None:
+            return positions + self.length
+        if self.used.shape[-1] != positions.shape[0]:
+            raise UserError(
+                f"index: {self.used.shape[-1]} adapters for a batch of {positions.shape[0]} rows."
+            )
+        return positions + jnp.where(self.used[0], self.length, 0)[:, None]
 
 
 def attention(
@@ -84,7 +103,7 @@ def attention(
             k_segments[:, columns],
             window,
         )
-        if ahead:
+        if prefix is not None:
             seen = visible(
                 q_positions[:, rows],
                 jnp.broadcast_to(jnp.arange(ahead), (q.shape[0], ahead)),
@@ -92,6 +111,8 @@ def attention(
                 jnp.ones((q.shape[0], ahead), jnp.int32),
                 window,
             )
+            if prefix.used is not None:
+                seen &= prefix.used[:, None, None]
             mask = jnp.concatenate([seen, mask], axis=2)
             columns = slice(0, ahead + columns.stop)
         blocks.append(_attend_block(q[:, rows], k[:, columns], v[:, columns], mask))

@@ -246,7 +246,7 @@ class Transformer(nn.Module):
             first = 0 if cache is None else cache.used
             positions = jnp.broadcast_to(first + jnp.arange(input_ids.shape[1]), input_ids.shape)
         if prefix is not None:
-            positions = positions + prefix.length
+            positions = prefix.shift(positions)
         size, std = (c.vocab_size, c.d_model), c.initializer_range
         table = Weight("embedding", size, std, name="embed_tokens")()
         x = embed(input_ids, table).astype(self.compute_dtype)
