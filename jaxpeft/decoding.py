@@ -40,7 +40,7 @@ def generate(
     top_p: float = 1.0,
     key: Key[Array, ""] | None = None,
     batch_size: int = 16,
-    task: int = 0,
+    task: int | Sequence[int] = 0,
     index: Sequence[int] | None = None,
 ) -> list[str]:
     """Continues prompts until the model ends its turn.
@@ -57,7 +57,7 @@ def generate(
         key: Typed PRNG key, needed to sample. A prompt's draws depend on the key and on its place
             in `prompts`, not on the batch it is decoded in.
         batch_size: Prompts decoded at once.
-        task: Which task's soft prompt, for multitask prompt tuning.
+        task: Which task's soft prompt, for multitask prompt tuning: a number, or one a prompt.
         index: For adapters from `jaxpeft.stack_adapters`, which of them each prompt gets, -1 for
             none.
 
@@ -147,7 +147,7 @@ def generate_ids(
     sampling: Sampling | None = None,
     key: Key[Array, ""] | None = None,
     batch_size: int = 16,
-    task: int = 0,
+    task: int | Sequence[int] = 0,
     index: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continues prompts given as token ids; see `generate`.
@@ -160,7 +160,7 @@ def generate_ids(
         sampling: How to choose; greedy by default.
         key: Typed PRNG key, needed to sample.
         batch_size: Prompts decoded at once.
-        task: Which task's soft prompt, for multitask prompt tuning.
+        task: Which task's soft prompt, for multitask prompt tuning: a number, or one a prompt.
         index: Which of stacked adapters each prompt gets, -1 for none.
 
     Returns:
@@ -173,12 +173,12 @@ def generate_ids(
     sampling = sampling or Sampling()
     if not sampling.greedy and key is None:
         raise UserError("sampling needs a key; pass key=jax.random.key(0), or temperature=0.")
-    virtual = virtual_ids(adapter, task).tolist()
-    ahead = len(virtual) + sum(KINDS[one.spec.kind].offset(one) for one in adapters_of(adapter))
+    virtual = _virtual_of(adapter, task, len(prompts))
+    ahead = virtual.shape[1] + sum(KINDS[one.spec.kind].offset(one) for one in adapters_of(adapter))
     _check_sizes(base, prompts, max_new_tokens, batch_size, ahead)
     which = None if index is None else check_index(adapter, index, len(prompts))
     prompts = [
-        [*ids] if which is not None and which[i] == -1 else [*virtual, *ids]
+        [*ids] if which is not None and which[i] == -1 else [*virtual[i].tolist(), *ids]
         for i, ids in enumerate(prompts)
     ]
     key = jax.random.key(0) if key is None else key
@@ -208,6 +208,14 @@ def generate_ids(
             ends = [i for i, token in enumerate(ids) if token in stops]
             answers[place] = ids[: ends[0]] if ends else ids
     return answers
+
+
+def _virtual_of(adapter: Adapter | None, task: int | Sequence[int], count: int) -> np.ndarray:
+    """The virtual ids in front of each of `count` prompts, ``(count, n)``."""
+    ids = virtual_ids(adapter, task)
+    if ids.ndim > 1 and len(ids) != count:
+        raise UserError(f"task: expected a number, or one for each of {count} prompts.")
+    return np.broadcast_to(ids, (count, ids.shape[-1]))
 
 
 def _check_sizes(

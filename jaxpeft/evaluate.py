@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxpeft.decoding import generate
 from jaxpeft.errors import UserError
 from jaxpeft.losses import make_lm_loss
 from jaxpeft.methods.base import Adapter
 from jaxpeft.model import Model
-from jaxpeft.prompting import virtual_ids
+from jaxpeft.prompting import num_tasks, virtual_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +117,12 @@ def exact_match(
     pairs = [pair for row in rows if (pair := prompt_and_reference(row)) is not None]
     if not pairs:
         raise UserError("exact match needs rows with a prompt and an answer, there are none.")
+    asked = [row for row in rows if prompt_and_reference(row) is not None]
     answers = generate(
         base,
         [prompt for prompt, _ in pairs],
         adapter=adapter,
+        task=[row.get("task", 0) for row in asked] if num_tasks(adapter) else 0,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
@@ -159,17 +162,23 @@ def evaluate_file(
     """
     from jaxpeft import data
 
+    counts = [count for adapter in adapters.values() if (count := num_tasks(adapter))]
     examples = data.encode_file(
-        path, base.tokenizer, max_length=max_length, vocab_size=base.config.vocab_size
+        path,
+        base.tokenizer,
+        max_length=max_length,
+        vocab_size=base.config.vocab_size,
+        num_tasks=min(counts, default=0),
     ).first(max_rows)
     answered = any(data.prompt_and_reference(row) is not None for row in examples.rows)
     results = {}
     for name, adapter in adapters.items():
-        virtual = virtual_ids(adapter)
+        tasks = num_tasks(adapter)
+        virtual = virtual_ids(adapter, np.arange(tasks) if tasks else 0)
         batches = data.eval_batches(
             examples.with_prefix(virtual),
             batch_size=batch_size,
-            max_length=max_length + len(virtual),
+            max_length=max_length + virtual.shape[-1],
             packing=True,
             pad_id=base.config.pad_token_id,
         )

@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--system", help="system message in front of every prompt")
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
     parser.add_argument("--dtype", default="float32", help="dtype of the base")
+    parser.add_argument("--task", type=int, default=0, help="of an adapter for several tasks")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top_k", type=int, default=0, help="0 is off")
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> None:
         top_p=args.top_p,
         key=jax.random.key(args.seed),
         batch_size=args.batch_size,
+        task=args.task,
     )
     for answer in answers:
         print(answer)

@@ -131,7 +131,10 @@ def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> R
     """Reads and checks the data files; needs the tokenizer, not the weights."""
     section, batch_size = config.data, config.train.batch_size
     virtual = config.method.num_virtual_tokens
-    prefix = model.vocab_size + np.arange(virtual, dtype=np.int32)
+    tasks = config.method.num_tasks
+    prefix = model.vocab_size + np.arange(max(tasks, 1) * virtual, dtype=np.int32)
+    if tasks:
+        prefix = prefix.reshape(tasks, virtual)
     encode = functools.partial(
         data.encode_file,
         tokenizer=tokenizer or load_tokenizer(config.model.path, config.model.revision),
@@ -140,6 +143,7 @@ def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> R
         on_long=section.on_long,
         on_bad_row=section.on_bad_row,
         num_virtual_tokens=virtual,
+        num_tasks=tasks,
     )
     examples, held_out, shared = encode(section.train), None, 0
     if section.eval:

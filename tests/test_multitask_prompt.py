@@ -6,8 +6,13 @@ import jaxtyping
 import numpy as np
 import pytest
 from tiny_decoder import CONFIG, decoder, draw, make_batch
+from tiny_run import Files, write_config, write_rows
+from toy_model import CONFIG as TOY
+from toy_tokenizer import toy_tokenizer
 
 import jaxpeft as jp
+from jaxpeft import evaluate
+from jaxpeft import train as program
 from jaxpeft.decoding import generate_ids
 from jaxpeft.methods import MultitaskPromptTuning
 from jaxpeft.methods.prompt import arrays_of, prompt_adapter
@@ -107,3 +112,82 @@ def test_nonsense_is_refused(values, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside tests
     with pytest.raises(ValueError, match=message):
         MultitaskPromptTuning(**values)
+
+
+# Tasks of rows of data.
+
+
+def read(folder, rows, **method):
+    """The data of a run on these rows, without loading a model."""
+    folder.mkdir(exist_ok=True)
+    files = Files(folder / "model", folder / "train.jsonl", folder / "train.jsonl")
+    write_rows(files.train, rows)
+    method = {"name": "multitask_prompt_tuning", "num_tokens": N, "num_tasks": TASKS} | method
+    train = {"steps": 2, "batch_size": 1}
+    config = write_config(files, folder / "run", method=method, train=train, evaluation=None)
+    return program.read_data(jp.load_config(config), jp.ModelConfig(**TOY), toy_tokenizer())
+
+
+def test_every_packed_segment_begins_with_the_prompt_of_its_rows_task(tmp_path):
+    rows = [{"prompt": f"{i}=", "completion": "a", "task": i % 2} for i in range(7)]
+    plan, vocab = read(tmp_path, rows).plan, TOY["vocab_size"]
+    seen = set()
+    for step in range(plan.steps_per_epoch):
+        batch, lines = plan.batch(step), plan.rows_of(step)
+        for segment, line in enumerate(lines, 1):
+            ids = batch["tokens"][batch["segment_ids"] == segment]
+            task = rows[line - 1]["task"]
+            assert ids[:N].tolist() == [vocab + task * N + j for j in range(N)]
+            assert (ids[N:] < vocab).all()
+            seen.add((segment > 1, task))
+    assert {task for _, task in seen} == {0, 1}
+    assert {packed for packed, _ in seen} == {False, True}
+    swapped = [row | {"task": 1 - row["task"]} for row in rows]
+    assert read(tmp_path / "other", swapped).plan.hash != plan.hash
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"task": 2}, r"train\.jsonl:2: \"task\": expected a whole number from 0 to 1, got 2"),
+        ({"task": "1"}, r"train\.jsonl:2: \"task\": expected .* from 0 to 1, got \"1\""),
+        ({"task": True}, r"train\.jsonl:2: \"task\": expected .*, got true"),
+        ({}, r"train\.jsonl:2: \"task\": missing; the method has 2 tasks"),
+    ],
+)
+def test_a_row_without_a_task_of_the_method_is_told_with_its_line(tmp_path, task, message):
+    row = {"prompt": "a=", "completion": "b"}
+    with pytest.raises(jp.UserError, match=message) as error:
+        read(tmp_path, [row | {"task": 0}, row | task])
+    assert "\n" not in str(error.value)
+
+
+def test_with_one_task_rows_need_not_name_it_and_other_methods_read_none(tmp_path):
+    row = {"prompt": "a=", "completion": "b"}
+    read(tmp_path, [row, row | {"task": 0}], num_tasks=1)
+    with pytest.raises(jp.UserError, match="from 0 to 0, got 1"):
+        read(tmp_path, [row | {"task": 1}], num_tasks=1)
+    files = Files(tmp_path / "model", tmp_path / "train.jsonl", tmp_path / "train.jsonl")
+    write_rows(files.train, [row | {"task": "what"}])
+    config = write_config(files, tmp_path / "other", train={"steps": 2, "batch_size": 1})
+    program.read_data(jp.load_config(config), jp.ModelConfig(**TOY), toy_tokenizer())
+
+
+def test_answers_are_those_of_every_rows_task(monkeypatch):
+    rows = [{"prompt": "ab", "completion": "c", "task": task} for task in (1, 0, 1)]
+    rows.insert(1, {"text": "without an answer", "task": 0})
+    asked = {}
+    monkeypatch.setattr(evaluate, "generate", lambda base, prompts, **o: asked.update(o) or prompts)
+    evaluate.exact_match(model(), rows, trained())
+    assert asked["task"] == [1, 0, 1]
+    prompts = [[5, 6, 7], [8, 9], [5, 6, 7]]
+    mixed = generate_ids(model(), prompts, adapter=trained(), task=[1, 0, 0], max_new_tokens=6)
+    alone = [
+        generate_ids(model(), [ids], adapter=plain(task), max_new_tokens=6)[0]
+        for ids, task in zip(prompts, (1, 0, 0), strict=True)
+    ]
+    assert mixed == alone
+    with pytest.raises(jp.UserError, match="one for each of 3 prompts"):
+        generate_ids(model(), prompts, adapter=trained(), task=[1, 0])
+    with pytest.raises(jp.UserError, match="has no tasks"):
+        generate_ids(model(), prompts, task=1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxpeft.data.chat import Encoder, Rendered, RowError, render_chat, render_plain
 from jaxpeft.data.problems import DROP_HINT, Problem, count_reasons, report
-from jaxpeft.data.rows import Row, RowFile, check_rows, conversation_of, scan_rows
+from jaxpeft.data.rows import Row, RowFile, check_rows, check_task, conversation_of, scan_rows
 from jaxpeft.data.settings import OnBadRow, OnLong
 from jaxpeft.errors import UserError
 
@@ -62,17 +62,21 @@ class Examples:
         without a prompt are over the same tokens.
 
         Args:
-            ids: int32 of shape ``(n,)``, ids from the size of the vocabulary on.
+            ids: int32 of shape ``(n,)``, ids from the size of the vocabulary on; or ``(tasks, n)``
+                for those of each row's task, the first where a row names none.
 
         Returns:
             The same examples, each ``n`` tokens longer.
         """
-        if not len(ids):
+        count = ids.shape[-1]
+        if not count:
             return self
-        unlearned = np.zeros(len(ids) + 1, bool)
+        unlearned = np.zeros(count + 1, bool)
+        fronts = [ids if ids.ndim == 1 else ids[row.get("task", 0)] for row in self.rows]
+        pairs = zip(fronts, self.tokens, strict=True)
         return dataclasses.replace(
             self,
-            tokens=[np.concatenate([ids, tokens]).astype(np.int32) for tokens in self.tokens],
+            tokens=[np.concatenate(pair).astype(np.int32) for pair in pairs],
             masks=[np.concatenate([unlearned, mask[1:]]) for mask in self.masks],
         )
 
@@ -86,6 +90,7 @@ def encode_file(
     on_long: OnLong = "error",
     on_bad_row: OnBadRow = "error",
     num_virtual_tokens: int = 0,
+    num_tasks: int = 0,
 ) -> Examples:
     """Reads, checks, renders and tokenises a file.
 
@@ -97,6 +102,7 @@ def encode_file(
         on_long: What to do with longer ones.
         on_bad_row: What to do with rows that cannot be used.
         num_virtual_tokens: Room that every example leaves for `Examples.with_prefix`.
+        num_tasks: How many tasks rows may name; 0 reads no tasks.
 
     Returns:
         At least one example.
@@ -113,6 +119,7 @@ def encode_file(
         on_long=on_long,
         on_bad_row=on_bad_row,
         virtual=num_virtual_tokens,
+        num_tasks=num_tasks,
     )
 
 
@@ -155,6 +162,7 @@ def _encode(
     on_long: OnLong,
     on_bad_row: OnBadRow,
     virtual: int = 0,
+    num_tasks: int = 0,
 ) -> Examples:
     room = max_length - virtual
     if room < 2:
@@ -169,6 +177,9 @@ def _encode(
     for row, example in zip(file.rows, _encode_rows(file.rows, tokenizer), strict=True):
         if isinstance(example, RowError):
             problems.append(Problem(row.line, str(example), "chat template or tokenizer"))
+            continue
+        if num_tasks and (wrong := check_task(row.value, num_tasks)):
+            problems.append(Problem(row.line, wrong, "bad task"))
             continue
         ids, mask = example
         is_long = len(ids) > room

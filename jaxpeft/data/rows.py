@@ -1,7 +1,8 @@
 """Rows of training data: which kinds there are, and what makes one of them wrong.
 
 A row is an object with ``messages``, or with ``prompt`` and ``completion`` (both text or both
-lists of messages), or with ``text``. Other keys of the row are ignored.
+lists of messages), or with ``text``. A method of several tasks reads its ``task``, a number from 0
+on. Other keys of the row are ignored.
 """
 
 import dataclasses
@@ -140,6 +141,22 @@ def check_row(value: Any) -> list[str]:
     close = [match for key in value for match in nearest(key, list(KINDS), 1)]
     guess = f'; did you mean "{close[0]}"?' if close else ""
     return [f"expected messages, or prompt and completion, or text; keys of the row: {keys}{guess}"]
+
+
+def check_task(row: dict[str, Any], count: int) -> str | None:
+    """Says what is wrong with a row's task, as "field: why".
+
+    Args:
+        row: The value of a checked row.
+        count: How many tasks there are. With one, the row need not name it.
+    """
+    if "task" not in row:
+        missing = f'"task": missing; the method has {count} tasks, give every row one from 0 on'
+        return missing if count > 1 else None
+    task = row["task"]
+    if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < count:
+        return f'"task": expected a whole number from 0 to {count - 1}, got {json.dumps(task)}'
+    return None
 
 
 def prompt_and_reference(row: dict[str, Any]) -> tuple[list[dict[str, str]] | str, str] | None:

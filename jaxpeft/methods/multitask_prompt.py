@@ -2,8 +2,9 @@
 
 The prompt of task ``t`` is ``P * (cols[t] @ rows[t])``, element by element, with the shared
 ``P: (n, d)``, ``cols: (tasks, n, rank)`` and ``rows: (tasks, rank, d)``. Its virtual ids are
-``vocab + t * n + j``: the ids carry the task, so one packed row may mix tasks.
-`jaxpeft.with_prompt` and `jaxpeft.generate` take ``task=``; a run trains task 0.
+``vocab + t * n + j``: the ids carry the task, so one packed row may mix tasks. In a run every row
+of data names its own, ``{"messages": [...], "task": 1}``; `jaxpeft.with_prompt` and
+`jaxpeft.generate` take ``task=``.
 
 Reference:
     Wang et al., "Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning", 2023,
@@ -146,6 +147,7 @@ START: dict[str, Any] = prompt.INITIAL | {
 KIND = Kind(
     config=MultitaskPromptTuning,
     bind=bind,
+    stack_axes=prompt.stack_axes,
     leaf_shape=prompt.any_shape,
     config_of=config_of,
     no_merge=prompt.NO_MERGE,
