@@ -1,10 +1,14 @@
 """AdaLoRA: its form, its penalty, and its schedule step by step against PEFT's formulas."""
 
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors import safe_open
 from tiny_decoder import CONFIG, decoder, draw, make_batch
 
 import jaxpeft as jp
@@ -13,6 +17,7 @@ from jaxpeft.losses import make_lm_loss
 from jaxpeft.methods import AdaLoRA
 from jaxpeft.methods.adalora_schedule import Schedule, allocate_ranks, places_of
 
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "adalora_schedule.safetensors"
 PARAMS = decoder(CONFIG)[1]
 TARGETS = ("q_proj", "layers.1.mlp.up_proj")
 Q, UP = "layers/self_attn/q_proj/kernel", "layers/mlp/up_proj/kernel"
@@ -126,6 +131,53 @@ def test_the_schedule_is_that_of_peft_step_by_step():
     assert zeros[3:11:2] == sorted(zeros[3:11:2])
     assert zeros[10:] == [6, 6, 6, 6]  # of 3 * 4 triplets, 3 * 2 are left
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(tree))
+
+
+def test_budgets_and_ranks_are_those_that_peft_computed():
+    """Against ``scripts/make_golden_adalora.py``; nothing is clipped, so gradients are the same."""
+    with safe_open(GOLDEN, "numpy") as file:
+        golden = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        given = json.loads(file.metadata()["settings"])
+    layers, steps, first = golden["e"].shape[1], given["steps"], given["init_r"]
+    schedule = {
+        "rank": given["target_r"],
+        "initial_steps": given["tinit"],
+        "final_steps": given["tfinal"],
+        "every": given["deltaT"],
+        "beta1": given["beta1"],
+        "beta2": given["beta2"],
+    }
+    cuts = Schedule(steps=steps, **schedule).cuts(first, layers)
+    due = np.flatnonzero(cuts)
+    np.testing.assert_array_equal(first * layers - cuts[due], golden["budgets"][due - 1])
+    assert len(due) > 3
+
+    def numbers(step, part, shape):
+        seeds = [[step, module, "ABE".index(part)] for module in range(layers)]
+        drawn = [np.random.default_rng(s).standard_normal(shape).astype("f") for s in seeds]
+        return np.stack(drawn)
+
+    def place(step, scale=1.0):
+        a = numbers(step, "A", (first, golden["last_a"].shape[2])).swapaxes(1, 2)
+        b = numbers(step, "B", (golden["last_b"].shape[1], first)).swapaxes(1, 2)
+        leaf = {"a": a, "b": b, "e": numbers(step, "E", (first, 1))[..., 0]}
+        return jax.tree.map(lambda x: jnp.float32(scale) * x, paths.unflatten({Q: leaf}))
+
+    tx = allocate_ranks(
+        optax.sgd(given["rate"]), Schedule(steps=steps, **schedule), lambda shapes: layers
+    )
+    tree = place(0, 0.3)
+    state, update = tx.init(tree), jax.jit(tx.update)
+    for step in range(1, steps + 1):
+        updates, state = update(place(step), state, tree, buffers={})
+        tree = jax.tree.map(jnp.add, tree, updates)
+        ours, theirs = paths.get(tree, Q)["e"], golden["e"][step - 1, ..., 0]
+        np.testing.assert_array_equal(ours == 0, theirs == 0, err_msg=f"step {step}")
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert int((golden["e"][-1] != 0).sum()) == given["target_r"] * layers
+    for name in "ab":
+        theirs = golden[f"last_{name}"].swapaxes(1, 2)
+        np.testing.assert_allclose(paths.get(tree, Q)[name], theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_only_adapted_arrays_have_state_and_it_passes_through_the_training_step():
