@@ -133,6 +133,42 @@ def test_dare_keeps_or_doubles_every_entry_at_half_density():
     assert 0.4 < np.mean(kept) < 0.6
 
 
+@pytest.mark.parametrize(("how", "weights"), [("dare_linear", (0.5, -2.0)), ("dare_ties", (1.5,))])
+def test_dare_is_on_average_what_it_is_without_dropping(how, weights):
+    """E[mask / density] = 1; with ties where one adapter alone elects the sign."""
+    path, runs, targets = "layers/self_attn/q_proj/kernel", 100, ("q_proj",)
+    adapters = [lora(seed, targets=targets) for seed in range(len(weights))]
+    total = 0.0
+    for seed in range(runs):
+        key = jax.random.key(seed)
+        made = jp.combine(adapters, weights, how, density=0.5, rank=16, key=key)
+        total = total + deltas(made)[path] / runs
+    # An entry kept or dropped at half density has the variance of its square.
+    parts = [w * deltas(one)[path] for one, w in zip(adapters, weights, strict=True)]
+    deviation = np.sqrt(sum(part**2 for part in parts) / runs)
+    z = (total - weighted_sum(adapters, weights)[path]) / np.maximum(deviation, 1e-6)
+    assert np.abs(z).max() < 5
+    assert 0.8 < np.sqrt(np.mean(z**2)) < 1.2
+
+
+@pytest.mark.parametrize("how", ["dare_linear", "dare_ties"])
+def test_dare_of_density_one_drops_nothing(how):
+    adapters, weights = [lora(1), lora(2), lora(4)], (1.0, 0.5, 2.0)
+    same = {"dare_linear": "svd", "dare_ties": "ties"}[how]
+    given = {"density": 1.0} if same == "ties" else {}
+    made = jp.combine(adapters, weights, how, density=1.0, rank=16, key=jax.random.key(0))
+    assert_same(deltas(made), deltas(jp.combine(adapters, weights, same, rank=16, **given)), 1e-5)
+
+
+def test_dora_is_refused_with_the_way_out():
+    base = decoder()[1]
+    dora = jp.init_adapter(LoRA(rank=2, dora=True), base, jax.random.key(0))
+    with pytest.raises(
+        jp.UserError, match=r"adapters\[1\]: .*a LoRA with m.*convert it by to_lora"
+    ):
+        jp.combine([lora(1), dora], [1.0, 1.0])
+
+
 def test_what_is_no_sum_of_products_is_refused_by_name():
     base = decoder()[1]
     full = jp.init_adapter(jp.Full(), base, jax.random.key(0))
