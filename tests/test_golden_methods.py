@@ -6,6 +6,7 @@ The folders were made with torch and PEFT by ``scripts/make_golden_methods.py``.
 import functools
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -110,3 +111,25 @@ def test_what_is_saved_loads_as_the_same_adapter(name, tmp_path):
     assert again.spec == adapter.spec
     for old, new in ((adapter.params, again.params), (adapter.buffers, again.buffers)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), old, new)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS.values() if k.peft], ids=lambda k: k.name)
+def test_dropout_of_peft_is_either_ours_or_of_its_training_alone(kind):
+    rates = {key for key in kind.peft.defaults if "dropout" in key}
+    assert rates <= {*kind.peft.read_keys, *kind.peft.harmless_keys}
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *[("loha", "rank_dropout"), ("loha", "module_dropout"), ("lokr", "rank_dropout")],
+        *[("lokr", "module_dropout"), ("oft", "module_dropout")],
+    ],
+)
+def test_an_adapter_trained_with_dropout_that_only_peft_has_loads_the_same(tmp_path, name, key):
+    source, base, adapter, _ = golden(name)
+    folder = shutil.copytree(source, tmp_path / "adapter")
+    values = json.loads((folder / "adapter_config.json").read_text())
+    assert values[key] == 0
+    (folder / "adapter_config.json").write_text(json.dumps(values | {key: 0.25}))
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(folder, base), adapter)

@@ -47,7 +47,8 @@ class PeftFormat:
         type: PEFT's ``peft_type``, such as "LORA".
         defaults: Every further key that PEFT writes, with the value that changes nothing.
         read_keys: Keys that `read` understands.
-        harmless_keys: Keys whose value does not change what a trained adapter computes.
+        harmless_keys: Keys whose value does not change what a trained adapter computes. Dropout
+            that only PEFT has is one: it was at work in training alone, and is not kept.
         read: ``read(values, tensors, base)``: the adapter; `base` is a `jaxpeft.Model`. It calls
             `Tensors.require` for all tensors before it reads one.
         write: ``write(adapter, base)``: the family's keys of the config that differ from

@@ -50,7 +50,10 @@ READ_KEYS = (
     *("alpha", "alpha_pattern", "exclude_modules", "layers_pattern", "layers_to_transform", "r"),
     *("rank_pattern", "target_modules"),
 )
-HARMLESS_KEYS = ("init_weights", "use_effective_conv2d")  # of convolutions there are none
+HARMLESS_KEYS = (
+    *("init_weights", "module_dropout", "rank_dropout"),
+    "use_effective_conv2d",  # of convolutions there are none
+)
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 
 
