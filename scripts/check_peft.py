@@ -7,11 +7,12 @@ says how to make it) has no jax::
     .venv-oracle/bin/python scripts/check_peft.py check ADAPTER BASE logits.safetensors
     .venv-oracle/bin/python scripts/check_peft.py merged MERGED logits.safetensors
 
-ADAPTER is a folder written by ``jaxpeft.save_adapter``; BASE a Hugging Face folder or a ``.gguf``
-file. The first step writes our float32 logits and, into the new folder MERGED, base and adapter as
-one model. The second loads ADAPTER with ``peft``, the third MERGED with ``transformers``. Both fail
-on a missing or unexpected key, on another best token, or on logits that differ by more than 1e-4 of
-the largest one; the second also on any warning of PEFT.
+ADAPTER is a folder of any method, written by ``jaxpeft.save_adapter``; BASE a Hugging Face folder
+or a ``.gguf`` file. The first step writes our float32 logits and, where the two can be merged, base
+and adapter as one model into the new folder MERGED. The second loads ADAPTER with ``peft``, the
+third MERGED with ``transformers``. Both fail on a missing or unexpected key, on another best token,
+or on logits that differ by more than 1e-4 of the largest one; the second also on any warning of
+PEFT, or if PEFT would save other tensors than it read.
 """
 
 # pyright: reportMissingImports=false
@@ -33,6 +34,7 @@ def write(adapter_folder: Path, base_path: Path, file: Path, merged: Path) -> No
     import jax.numpy as jnp
     from safetensors.numpy import save_file
 
+    from jaxpeft.methods import KINDS
     from jaxpeft.model import save_model
     from jaxpeft.models.load import load_model
     from jaxpeft.peft_format import load_adapter
@@ -47,15 +49,20 @@ def write(adapter_folder: Path, base_path: Path, file: Path, merged: Path) -> No
     adapted = np.asarray(base(jnp.asarray(ids), adapter=adapter))
     plain = np.asarray(base(jnp.asarray(ids)))
     save_file({"input_ids": ids, "logits": adapted, "base_logits": plain}, file)
-    save_model(str(merged), base, adapter=adapter)
-    print(f"wrote {merged} and {file}: {ids.shape[1]} tokens")
+    print(f"wrote {file}: {ids.shape[1]} tokens, kind {adapter.spec.kind}")
+    if not (why := KINDS[adapter.spec.kind].no_merge):
+        save_model(str(merged), base, adapter=adapter)
+        print(f"wrote {merged}")
+    else:
+        print(f"cannot be merged: {why}")
     print(f"the adapter moves logits by {gap(plain, adapted):.2e} of the largest")
 
 
 def check(adapter_folder: Path, base_path: Path, file: Path) -> None:
     """Loads the folder with PEFT and compares; exits with an error if anything differs."""
     import torch
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from safetensors.numpy import load_file
     from transformers import AutoModelForCausalLM
 
@@ -72,15 +79,28 @@ def check(adapter_folder: Path, base_path: Path, file: Path) -> None:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(base, adapter_folder)
         result = model.load_adapter(adapter_folder, adapter_name="again")
-    faults += [f"PEFT warns: {w.message}" for w in caught if "peft" in w.filename]
-    missing = [key for key in result.missing_keys if "lora_" in key]
+    config = model.peft_config["default"]
+    warned = [str(w.message) for w in caught if "peft" in w.filename]
+    if config.peft_type == "LN_TUNING":  # PEFT says it of every norm, of its own adapters too
+        warned = [text for text in warned if not text.startswith("Unsupported layer type")]
+    faults += [f"PEFT warns: {text}" for text in warned]
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)  # soft prompts have none
+    missing = [key for key in result.missing_keys if prefix and prefix in key]
     faults += [f"missing keys: {missing[:3]}"] if missing else []
-    if result.unexpected_keys:
-        faults.append(f"unexpected keys: {result.unexpected_keys[:3]}")
-    print(f"keys: {len(missing)} missing, {len(result.unexpected_keys)} unexpected")
-    faults += compare("adapted", golden["logits"], torch_logits(model.eval(), ids))
-    merged = torch_logits(model.merge_and_unload(), ids)
-    faults += compare("merged by PEFT", golden["logits"], merged)
+    saved = load_file(adapter_folder / "adapter_model.safetensors")
+    again = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # The tensors of soft prompts are read apart: unexpected is what does not come back, too.
+    unexpected = [key for key in result.unexpected_keys if prefix or key not in again]
+    faults += [f"unexpected keys: {unexpected[:3]}"] if unexpected else []
+    print(f"keys: {len(missing)} missing, {len(unexpected)} unexpected")
+    faults += same_tensors(saved, {key: value.detach().numpy() for key, value in again.items()})
+    extra = {}
+    if config.peft_type == "MULTITASK_PROMPT_TUNING":
+        extra["task_ids"] = torch.zeros(1, dtype=torch.long)
+    faults += compare("adapted", golden["logits"], torch_logits(model.eval(), ids, **extra))
+    if hasattr(model, "merge_and_unload"):
+        merged = torch_logits(model.merge_and_unload(), ids)
+        faults += compare("merged by PEFT", golden["logits"], merged)
     finish(faults)
 
 
@@ -101,12 +121,25 @@ def check_merged(folder: Path, file: Path) -> None:
     finish(faults + compare("merged by jaxpeft", golden["logits"], logits))
 
 
-def torch_logits(model: Any, ids: np.ndarray) -> np.ndarray:
-    """What a torch model computes."""
+def torch_logits(model: Any, ids: np.ndarray, **extra: Any) -> np.ndarray:
+    """What a torch model computes for the tokens themselves, without those of a soft prompt."""
     import torch
 
     with torch.no_grad():
-        return model(torch.from_numpy(ids).long()).logits.numpy()
+        logits = model(input_ids=torch.from_numpy(ids).long(), **extra).logits.numpy()
+    return logits[:, -ids.shape[1] :]
+
+
+def same_tensors(saved: dict[str, np.ndarray], again: dict[str, np.ndarray]) -> list[str]:
+    """What differs between the tensors of the file and those that PEFT would save."""
+    keys = sorted(saved.keys() ^ again.keys())
+    values = [
+        key for key in saved.keys() & again.keys() if not np.array_equal(saved[key], again[key])
+    ]
+    print(f"tensors: {len(saved)}, {len(keys)} not on both sides, {len(values)} other values")
+    return ([f"keys differ: {keys[:3]}"] if keys else []) + (
+        [f"values differ: {sorted(values)[:3]}"] if values else []
+    )
 
 
 def finish(faults: list[str]) -> None:
