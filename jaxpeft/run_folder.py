@@ -17,7 +17,7 @@ import tempfile
 from jaxpeft import config as run_config
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import ResourceError, UserError, first_few
-from jaxpeft.methods import Full
+from jaxpeft.methods import KINDS
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -30,8 +30,11 @@ _TRACKED = (PROFILE, "tensorboard", "wandb", "wandb_run_id")
 
 
 def export_path(config: RunConfig) -> pathlib.Path:
-    """Where the trained result goes: a PEFT folder, or a whole model if base leaves change."""
-    whole = isinstance(config.method, Full) or bool(config.optim.trainable)
+    """Where the trained result goes: a PEFT folder, or a whole model.
+
+    The latter if base leaves change, or PEFT has no folders for the method.
+    """
+    whole = KINDS[config.method.name].peft is None or bool(config.optim.trainable)
     return pathlib.Path(config.output_dir) / ("model" if whole else "adapter")
 
 

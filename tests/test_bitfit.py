@@ -11,6 +11,7 @@ import jaxpeft as jp
 from jaxpeft import paths
 from jaxpeft.methods import BitFit, bind
 from jaxpeft.models.config import ModelConfig
+from jaxpeft.run_folder import export_path
 
 BIASED = ModelConfig(**{**dataclasses.asdict(CONFIG), "model_type": "qwen2", "qkv_bias": True})
 
@@ -43,3 +44,14 @@ def test_a_model_without_biases_is_refused_with_the_names_of_models_that_have_th
 def test_peft_has_no_folders_for_it(tmp_path):
     with pytest.raises(jp.UserError, match="no folders for adapters of kind 'bitfit'"):
         jp.save_adapter(tmp_path / "out", start(), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("bitfit", "model"), ("full", "model"), ("lora", "adapter")]
+)
+def test_a_run_leaves_a_whole_model_where_peft_has_no_folder(tmp_path, name, place):
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: base}}\nmethod: {{name: {name}}}\ndata: {{train: rows.jsonl}}\n"
+        "train: {steps: 1}\noutput_dir: out\n"
+    )
+    assert export_path(jp.load_config(str(tmp_path / "run.yaml"))).name == place
