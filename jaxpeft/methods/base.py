@@ -296,8 +296,8 @@ class Kind:
         bind_rows: For families whose `bind` leaves no node that a mixed batch could map over its
             rows: ``bind_rows(leaf, used)`` gives the same from arrays with an axis of rows in
             front; `used` says which rows have an adapter at all. See `jaxpeft.methods.mixed`.
-        stack_axes: How many axes more than an adapter's own the arrays of a place have, for
-            families without a buffer ``rank``.
+        own_axes: Names of arrays of a place and how many axes each has in a single adapter, for
+            families without a buffer ``rank``: it tells stacked adapters.
         needs_base: Whether nodes hold the base's leaf; where not, the base may lack it.
         merge: Merged arrays by path, from a place and its nodes.
         no_merge: Why adapters of this family cannot be merged, "" if they can.
@@ -316,7 +316,7 @@ class Kind:
     leaf_shape: Callable[[dict], tuple[int, ...] | None]
     config_of: Callable[[Adapter], Method]
     bind_rows: Callable[[Leaf, Any], dict[str, Any]] | None = None
-    stack_axes: Callable[[dict], int] | None = None
+    own_axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     needs_base: bool = True
     merge: Callable[[Leaf, dict[str, Any]], dict[str, Any]] = merge_leaf
     no_merge: str = ""

@@ -185,8 +185,9 @@ def extra_axes(adapter: Adapter) -> int | None:
         rank = paths.get(adapter.buffers, f"{path}/rank")
         if rank is not None:
             return rank.ndim - paths.is_stacked(path)
-    count = KINDS[adapter.spec.kind].stack_axes
-    return None if count is None else count(paths.get(adapter.params, adapter.spec.paths[0]))
+    arrays = paths.get(adapter.params, adapter.spec.paths[0])
+    own = KINDS[adapter.spec.kind].own_axes
+    return next((arrays[name].ndim - axes for name, axes in own.items() if name in arrays), None)
 
 
 def check_index(adapter: Adapter | None, index: Any, rows: int) -> np.ndarray:

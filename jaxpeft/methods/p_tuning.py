@@ -216,8 +216,8 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
 KIND = Kind(
     config=PTuning,
     bind=bind,
-    stack_axes=prompt.stack_axes,
-    leaf_shape=prompt.any_shape,
+    own_axes=prompt.OWN_AXES,
+    leaf_shape=lambda params: None,
     config_of=config_of,
     no_merge=prompt.NO_MERGE,
     virtual_tokens=prompt.virtual_tokens,

@@ -11,8 +11,7 @@ segment sees the same prefix. A prefix taken from the key/value cache of a real 
 what that prompt would (`prefix_from_prompt`).
 
 With ``projection`` keys and values of all layers are ``W_2 tanh(W_1 E + b_1) + b_2`` of trained
-embeddings ``E``, computed inside ``bind``. HF PEFT saves the result alone, so a folder gives a
-plain prefix.
+embeddings ``E``, computed inside ``bind``. HF PEFT saves the result alone.
 
 Reference:
     Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021,
@@ -233,11 +232,6 @@ def bind_rows(leaf: Leaf, used: Any) -> dict[str, Any]:
     return {leaf.path: Prefix(k, v, jnp.broadcast_to(used, k.shape[:2]))}
 
 
-def stack_axes(arrays: Mapping[str, Any]) -> int:
-    """How many axes more than a prefix's own its arrays have."""
-    return arrays["k"].ndim - 4 if "k" in arrays else arrays["embedding"].ndim - 2
-
-
 def length(adapter: Adapter) -> int:
     """How many positions a prefix takes."""
     arrays = adapter.params[PATH]
@@ -345,7 +339,7 @@ KIND = Kind(
     config=PrefixTuning,
     bind=bind,
     bind_rows=bind_rows,
-    stack_axes=stack_axes,
+    own_axes={"k": 4, "embedding": 2},
     leaf_shape=lambda params: None,
     config_of=config_of,
     needs_base=False,

@@ -30,6 +30,7 @@ from jaxpeft.methods.exchange import PeftFormat, Tensors, Values, contiguous, re
 
 Initial = Literal["sampled", "random", "text"]
 EMBEDDINGS = "prompt_embeddings"
+OWN_AXES = {"prompt": 2}
 NO_MERGE = "its virtual tokens stand in front of the input; keep it beside the base"
 
 
@@ -206,15 +207,6 @@ def bind(leaf: Leaf) -> dict[str, Any]:
     return bind_rows(leaf, leaf.params["prompt"])
 
 
-def any_shape(_: dict) -> None:
-    """A prompt's own arrays don't tell the size of the vocabulary; `check` compares it."""
-
-
-def stack_axes(params: dict) -> int:
-    """How many axes more than a prompt's own its rows have."""
-    return params["prompt"].ndim - 2
-
-
 def virtual_tokens(adapter: Adapter) -> int:
     """How many rows a prompt has."""
     return arrays_of(adapter)["prompt"].shape[-2]
@@ -346,8 +338,8 @@ PEFT = PeftFormat(
 KIND = Kind(
     config=PromptTuning,
     bind=bind,
-    stack_axes=stack_axes,
-    leaf_shape=any_shape,
+    own_axes=OWN_AXES,
+    leaf_shape=lambda params: None,
     config_of=config_of,
     no_merge=NO_MERGE,
     virtual_tokens=virtual_tokens,
