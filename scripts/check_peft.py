@@ -84,13 +84,14 @@ def check(adapter_folder: Path, base_path: Path, file: Path) -> None:
     if config.peft_type == "LN_TUNING":  # PEFT says it of every norm, of its own adapters too
         warned = [text for text in warned if not text.startswith("Unsupported layer type")]
     faults += [f"PEFT warns: {text}" for text in warned]
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)  # soft prompts have none
-    missing = [key for key in result.missing_keys if prefix and prefix in key]
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+    missing = [key for key in result.missing_keys if prefix in key]
     faults += [f"missing keys: {missing[:3]}"] if missing else []
     saved = load_file(adapter_folder / "adapter_model.safetensors")
     again = get_peft_model_state_dict(model, save_embedding_layers=False)
-    # The tensors of soft prompts are read apart: unexpected is what does not come back, too.
-    unexpected = [key for key in result.unexpected_keys if prefix or key not in again]
+    unexpected = result.unexpected_keys
+    if config.is_prompt_learning:  # PEFT reads these tensors apart, and calls all of them so
+        unexpected = [key for key in unexpected if key not in again]
     faults += [f"unexpected keys: {unexpected[:3]}"] if unexpected else []
     print(f"keys: {len(missing)} missing, {len(unexpected)} unexpected")
     faults += same_tensors(saved, {key: value.detach().numpy() for key, value in again.items()})
