@@ -33,6 +33,7 @@ SPEED = "speed.json"
 SPEED_STEPS = 8
 GENERAL = Path(__file__).parent / "general_text.txt"
 TEXT = "Answer with one word: abbreviation, description, entity, human, location or number."
+LONG_TEXT = f"Name what the question asks for. {TEXT}"  # a prefix reads 20 tokens of it
 
 
 class Exercise(NamedTuple):
@@ -55,7 +56,10 @@ EXERCISES = {
     "prompt-random": Exercise("prompt_tuning", ("--method.initial", "random")),
     "prompt-sampled": Exercise("prompt_tuning", ("--method.initial", "sampled")),
     "prompt-text": Exercise("prompt_tuning", ("--method.initial", "text", "--method.text", TEXT)),
-    "prefix": Exercise("prefix_tuning"),
+    "prefix-random": Exercise("prefix_tuning"),
+    "prefix-prompt": Exercise(
+        "prefix_tuning", ("--method.initial", "prompt", "--method.text", LONG_TEXT)
+    ),
     "ia3": Exercise("ia3"),
     "full": Exercise("full"),
     **{
