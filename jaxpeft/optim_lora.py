@@ -159,7 +159,7 @@ def _is_factor(name: str, letter: str) -> bool:
 
 def _group(name: str, ndim: int) -> str:
     place = name.partition("/")[2]
-    if place.startswith(paths.EMBEDDING + "/"):
+    if place in (f"{paths.EMBEDDING}/a", f"{paths.EMBEDDING}/b"):
         return "embedding"
     if "bias" in name:
         return "b_no_decay"

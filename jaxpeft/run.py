@@ -287,9 +287,12 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
     if both:
         raise UserError(f"optim.trainable: the method trains {first_few(both)} already.")
     if optim.name == "adafactor":  # ranks are values; the zeros are never made
-        buffers = paths.flatten(jax.jit(lambda: start().buffers)())
-        ranks = [value for path, value in buffers.items() if path.endswith("/rank")]
-        if any((np.asarray(rank) != max(spec.rank, 1)).any() for rank in ranks):
+        buffers, params = jax.jit(lambda: start().buffers)(), jax.eval_shape(start).params
+        for path in spec.paths:
+            rank = paths.get(buffers, f"{path}/rank")
+            whole = paths.get(params, f"{path}/value") is not None
+            if rank is None or (np.asarray(rank) == (1 if whole else max(spec.rank, 1))).all():
+                continue
             raise UserError(
                 "optim.name: adafactor scales by the mean over a whole stack, which layers that "
                 "are not adapted would change; adapt all layers of a kernel, or take adamw."

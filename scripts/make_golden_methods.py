@@ -24,6 +24,61 @@ from make_golden import load, sample_inputs, write_inputs
 # name: (base, config class of PEFT, settings)
 ADAPTERS: dict[str, tuple[str, str, dict]] = {
     "lora": ("qwen2", "LoraConfig", {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"}),
+    "lora_patterns": (
+        "llama3",
+        "LoraConfig",
+        {
+            "r": 3,
+            "lora_alpha": 5,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "up_proj", "down_proj", "model.layers.1.self_attn.v_proj"],
+            "layers_to_transform": [0, 2],
+            "layers_pattern": "layers",
+            "rank_pattern": {"q_proj": 2, "2.mlp.down_proj": 4, "down_proj": 1},
+            "alpha_pattern": {"^model.layers.0.mlp.up_proj": 7, ".*v_proj": 2.5},
+        },
+    ),
+    "lora_bias": (
+        "llama_bias",
+        "LoraConfig",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "bias": "lora_only",
+            "lora_bias": True,
+            "target_modules": ["q_proj", "down_proj"],
+            "layers_to_transform": [0, 2],
+        },
+    ),
+    # PEFT writes the biases of saved modules three times.
+    "lora_bias_all": (
+        "llama_bias",
+        "LoraConfig",
+        {
+            "r": 2,
+            "bias": "all",
+            "lora_bias": True,
+            "target_modules": ["q_proj", "up_proj", "down_proj"],
+            "modules_to_save": ["up_proj", "model.norm"],
+            "rank_pattern": {"0.self_attn.q_proj": 3},
+        },
+    ),
+    "lora_saved": (
+        "llama3",
+        "LoraConfig",
+        {
+            "r": 2,
+            "target_modules": ["q_proj", "o_proj"],
+            "modules_to_save": ["lm_head", "embed_tokens", "model.layers.1.input_layernorm"],
+        },
+    ),
+    # A tied base: PEFT trains a head of its own, and a table that the head does not read.
+    "lora_saved_tied_head": (
+        "qwen2",
+        "LoraConfig",
+        {"r": 2, "bias": "all", "modules_to_save": ["lm_head"]},
+    ),
+    "lora_saved_tied_table": ("qwen2", "LoraConfig", {"r": 2, "modules_to_save": ["embed_tokens"]}),
     "dora": ("llama3", "LoraConfig", {"r": 3, "use_dora": True}),
     "dora_all": (
         "qwen2",

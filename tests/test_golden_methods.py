@@ -22,8 +22,8 @@ from jaxpeft.peft_format import load_adapter, save_adapter
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = sorted(file.stem for file in (GOLDEN / "methods").glob("*.safetensors"))
-COPIES = (".base_layer.weight",)
-"""Copies of base weights that PEFT puts beside some adapters, and does not need."""
+COPIES = (".base_layer.weight", ".modules_to_save.bias", ".original_module.bias")
+"""Copies of weights that PEFT puts beside some adapters, and does not need."""
 
 
 @functools.cache

@@ -30,7 +30,21 @@ def small(cls, **values):
     return cls(**{key: value for key, value in (SMALL | values).items() if key in names})
 
 
-every_method = pytest.mark.parametrize("method", [small(c) for c in METHODS.values()], ids=METHODS)
+VARIANTS = {
+    "lora-dora": small(jp.LoRA, dora=True, targets=("q_proj", "down_proj")),
+    "lora-patterns": small(jp.LoRA, rank_pattern={"down_proj": 3}, alpha_pattern={"v_proj": 7.0}),
+    "lora-saved": small(
+        jp.LoRA,
+        lora_bias=True,
+        bias="all",
+        save_modules=("embed_tokens", "norm"),
+        targets=("q_proj", "v_proj"),
+    ),
+}
+"""What a family computes in another way than by default."""
+CASES = {name: small(config) for name, config in METHODS.items()} | VARIANTS
+
+every_method = pytest.mark.parametrize("method", CASES.values(), ids=CASES)
 
 
 @functools.cache

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 from jaxpeft import paths
 from jaxpeft.errors import ResourceError, UserError
 from jaxpeft.methods import Full, LoRA, init_adapter, lora_peft_config, merge
-from jaxpeft.methods.exchange import Selection, Values
+from jaxpeft.methods.exchange import Values
 from jaxpeft.methods.lora import config_of
 from jaxpeft.methods.lora_nodes import LoRAKernel
+from jaxpeft.methods.selection import Selection
 from jaxpeft.model import Model
 from jaxpeft.models.load import load_params
 from jaxpeft.models.transformer import Transformer
@@ -579,9 +580,14 @@ def test_another_width_is_told_in_one_line():
         ({"task_type": "SEQ_CLS"}, "task_type: only 'CAUSAL_LM' is supported"),
         ({"init_lora_weights": "pissa"}, "changes the base model"),
         ({"use_dora": True}, "magnitude"),
-        ({"modules_to_save": ["lm_head"]}, 'not supported yet: modules_to_save=["lm_head"]'),
-        ({"bias": "all"}, 'not supported yet: bias="all"'),
-        ({"lora_bias": True}, "not supported yet: lora_bias=true"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "1 tensors are missing: base_model.model.lm_head.weight",
+        ),
+        ({"modules_to_save": "lm_head"}, "modules_to_save: expected a list of names"),
+        ({"bias": "some"}, "bias: expected one of none, all, lora_only, got 'some'"),
+        ({"lora_bias": True}, "6 tensors are missing: model.layers.0.self_attn.q_proj.lora_B.bias"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias: expected false with use_dora"),
         ({"layer_replication": [[0, 2]]}, "not supported yet: layer_replication"),
         ({"trainable_token_indices": [3]}, "not supported yet: trainable_token_indices"),
         ({"target_parameters": ["w"]}, "not supported yet: target_parameters"),

@@ -170,6 +170,7 @@ def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
         merged: dict[str, Any] = {}
         for path in one.spec.paths:
             leaf = make_leaf(tree, one, path)
+            leaf = dataclasses.replace(leaf, bound=paths.put(tree, merged))
             for place, array in kind.merge(leaf, kind.bind(leaf)).items():
                 before = paths.get(tree, place)
                 before = leaf.base if before is None and place == path else before

@@ -2,8 +2,7 @@
 
 A family brings a `PeftFormat`: the name and keys of its ``adapter_config.json``, a function that
 turns config and tensors into an adapter, and one for the way back. Everything is strict: `Values`
-refuses wrong types and settings that cannot be honoured, `Tensors` accounts for every tensor, and
-`Selection` follows the target rules of HF PEFT 0.21 (``check_target_module_exists``).
+refuses wrong types and settings that cannot be honoured, and `Tensors` accounts for every tensor.
 """
 
 import collections
@@ -21,6 +20,7 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import shape_of
 from jaxpeft.methods.base import Adapter, Method
+from jaxpeft.methods.selection import Selection
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
@@ -141,7 +141,7 @@ class Values:
             self._require_regex(name, key)
         return {name: check(key, item) for name, item in value.items()}
 
-    def selection(self, default: str | tuple[str, ...] = ()) -> "Selection":
+    def selection(self, default: str | tuple[str, ...] = ()) -> Selection:
         """Which modules the config adapts; `default` where it names none."""
         layers, pattern = self.ints("layers_to_transform"), self.names("layers_pattern")
         return Selection(
@@ -192,90 +192,6 @@ def require_supported(values: Mapping[str, Any], file: Any, peft: PeftFormat) ->
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Which modules an ``adapter_config.json`` adapts.
-
-    Attributes:
-        targets: "all-linear", a regex, or names and suffixes.
-        exclude: A regex, or names and suffixes; empty for nothing.
-        layers: Layer indices to adapt, or None for all.
-        layers_pattern: Names of the list of layers, or empty for any.
-    """
-
-    targets: str | tuple[str, ...]
-    exclude: str | tuple[str, ...] = ()
-    layers: tuple[int, ...] | None = None
-    layers_pattern: tuple[str, ...] = ()
-
-    def fields(self, where: Any) -> dict[str, Any]:
-        """`targets` and `exclude` of a `jaxpeft.methods.Method` that selects the same modules.
-
-        Chosen layers of named modules become a part of a regex.
-
-        Raises:
-            UserError: If a regex stands beside layers, which PEFT does not take either, or the
-                layers are not those of our models.
-        """
-        if self.layers is None:
-            return {"targets": self.targets, "exclude": self.exclude}
-        if isinstance(self.targets, str):
-            raise UserError(
-                f"{where}: layers_to_transform: goes with a list of target_modules, not with the "
-                f"regex {self.targets!r:.60}; write the layers into the regex."
-            )
-        probe = dataclasses.replace(self, targets=("up_proj",), exclude=(), layers=(7,))
-        if not probe.selects("model.layers.7.mlp.up_proj"):
-            raise UserError(
-                f"{where}: layers_pattern: {list(self.layers_pattern)!r:.60} is not the list "
-                "of layers of these models: 'layers'."
-            )
-        layers = "|".join(map(str, self.layers))
-        names = "|".join(map(re.escape, self.targets))
-        inside = rf"(?=model\.layers\.(?:{layers})\.)(?:.*\.)?(?:{names})"
-        return {"targets": f"{inside}|{names}", "exclude": self.exclude}
-
-    def selects(self, name: str) -> bool:
-        """Whether PEFT would adapt the module with this full name."""
-        if self.exclude and paths.name_matches(self.exclude, name):
-            return False
-        if isinstance(self.targets, str):
-            if self.targets.lower() == paths.ALL_LINEAR:
-                return name.rpartition(".")[2] not in ("lm_head", "embed_tokens")
-            return paths.name_matches(self.targets, name)
-        if name in self.targets:
-            return True  # PEFT does not look at the layer of a module named in full
-        if not paths.name_matches(self.targets, name):
-            return False
-        return self.layers is None or self._layer_of(name) in self.layers
-
-    def select(self, sites: Mapping[str, paths.Site], where: Any) -> dict[str, paths.Site]:
-        """The selected part of `sites`; selecting nothing is a UserError about the file `where`."""
-        chosen = {name: site for name, site in sites.items() if self.selects(name)}
-        if not chosen:
-            raise UserError(
-                f"{where}: target_modules {self.targets!r:.80} selects no module of this base; "
-                "the adapter was made for another model."
-            )
-        return chosen
-
-    def _layer_of(self, name: str) -> int | None:
-        prefixes = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern]
-        for prefix in prefixes or [r".*?\.[^.]*"]:
-            found = re.match(rf"{prefix}\.(\d+)\.", name)
-            if found:
-                return int(found.group(1))
-        return None
-
-
-def first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first key that matches the end of `name` as PEFT reads it, or `default`."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
-
-
 class Tensors:
     """The tensors of an ``adapter_model.safetensors``; nothing is read before `require`.
 
@@ -301,18 +217,18 @@ class Tensors:
             wanted: Shape by key.
             base_name: What the base is called.
         """
-        missing = [key for key in wanted if key not in self.shapes]
-        if missing:
-            raise UserError(
-                f"{self.file}: {len(missing)} tensors are missing: {first_few(missing, 3)}; the "
-                f"file is incomplete, or made for another base than {base_name!r}."
-            )
+        self._require_there(wanted, base_name)
         extra = sorted(self.shapes.keys() - wanted.keys())
         if extra:
             raise UserError(
                 f"{self.file}: {len(extra)} unexpected tensors: {first_few(extra, 3)}; "
                 f"{CONFIG} and the base {base_name!r} have no place for them."
             )
+        self.require_some(wanted, base_name)
+
+    def require_some(self, wanted: Mapping[str, Sequence[int]], base_name: str) -> None:
+        """Raises a UserError unless the file holds these keys, in shape and as floats."""
+        self._require_there(wanted, base_name)
         wrong = [
             f"{key} is {list(self.shapes[key])}, expected {list(shape)}"
             for key, shape in wanted.items()
@@ -324,6 +240,14 @@ class Tensors:
                 f"{base_name!r}: {first_few(wrong, 3)}; the adapter was made for another model."
             )
         self.require_floats(wanted)
+
+    def _require_there(self, wanted: Iterable[str], base_name: str) -> None:
+        missing = [key for key in wanted if key not in self.shapes]
+        if missing:
+            raise UserError(
+                f"{self.file}: {len(missing)} tensors are missing: {first_few(missing, 3)}; the "
+                f"file is incomplete, or made for another base than {base_name!r}."
+            )
 
     def require_floats(self, keys: Iterable[str]) -> None:
         """Raises a UserError unless these tensors hold float32, float16 or bfloat16."""

@@ -17,6 +17,7 @@ References:
 import dataclasses
 import math
 import zlib
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -26,9 +27,9 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.linear import shape_of
-from jaxpeft.methods import dora, lora_init, lora_peft, lora_places
-from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Method, Spec
-from jaxpeft.methods.exchange import shortest_decimal
+from jaxpeft.methods import dora, lora_init, lora_peft, lora_places, lora_saved, lora_select
+from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, FrozenMap, Kind, Method, Spec
+from jaxpeft.methods.exchange import default_and_exceptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,20 @@ class LoRA(Method):
         dropout: Probability of dropping an input of the low-rank branch, in [0, 1).
         rslora: Divide alpha by the square root of the rank instead of the rank.
         exclude: Modules to leave alone: a regex or names; wins over `targets`.
+        layers: Layers to adapt, the first is 0; all where empty. Modules that `targets` names in
+            full are adapted in any case.
+        layers_pattern: Name of the list of layers, needed where a model has several.
+        rank_pattern: Ranks of some modules, by a name or regex for the end of their names; the
+            first that matches counts.
+        alpha_pattern: Alphas of some modules, in the same way.
         dora: Train the length of every column too, see `jaxpeft.methods.dora`.
         init_weights: How the factors start: "default", or a name of `jaxpeft.methods.lora_init`.
         loftq_steps: For "loftq", how often it alternates.
+        bias: Which biases of the base are trained: "none", "all", or "lora_only" for those of
+            adapted modules.
+        lora_bias: Train a bias on ``B``, too.
+        save_modules: Modules that are trained and saved whole, and not adapted: names or dotted
+            parts of names, see `jaxpeft.methods.lora_saved`.
     """
 
     name: ClassVar[str] = "lora"
@@ -55,9 +67,16 @@ class LoRA(Method):
     dropout: float = 0.0
     rslora: bool = False
     exclude: str | tuple[str, ...] = ()
+    layers: int | tuple[int, ...] = ()
+    layers_pattern: str | tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = FrozenMap()
+    alpha_pattern: Mapping[str, float] = FrozenMap()
     dora: bool = False
     init_weights: str = "default"
     loftq_steps: int = 1
+    bias: str = "none"
+    lora_bias: bool = False
+    save_modules: str | tuple[str, ...] = ()
 
     def __post_init__(self):
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -66,17 +85,13 @@ class LoRA(Method):
             raise ValueError(f"LoRA.alpha must be finite and positive, got {self.alpha!r}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA.dropout must be in [0, 1), got {self.dropout!r}.")
-        for field in ("targets", "exclude"):
-            value = getattr(self, field)
-            if not isinstance(value, str):
-                object.__setattr__(self, field, tuple(value))
-        if not self.targets:
-            raise ValueError("LoRA.targets must name at least one module.")
+        lora_select.check(self)
         lora_init.check(self)
+        lora_saved.check(self)
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied with."""
+        """What the product of the factors is multiplied with where no pattern says otherwise."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
@@ -94,112 +109,111 @@ class LoRA(Method):
             The adapter; ``jax.jit`` of this function works and places it like the base.
 
         Raises:
-            UserError: If a pattern matches nothing, the rank exceeds a kernel's sides, or values
-                of the base are needed and there are only shapes.
+            UserError: If a pattern matches nothing, a layer is not there, a rank exceeds a
+                kernel's sides, or values of the base are needed and there are only shapes.
         """
         del context
-        chosen = paths.match(self.targets, self.exclude, paths.module_names(params))
-        layers: dict[str, list[int | None]] = {}
-        for site in chosen.values():
-            layers.setdefault(site.path, []).append(site.layer)
+        saved = lora_saved.saved_modules(self.save_modules, params)
+        modules = lora_select.select(self, params, leave=saved)
+        places = lora_select.by_path(modules.values(), params)
+        width = max(int(ranks.max()) for ranks, _ in places.values())
         factors, buffers = {}, {}
-        for path in sorted(layers):
-            shape = shape_of(paths.get(params, path))
-            *stack, d_in, d_out = shape
-            if self.rank > min(d_in, d_out):
-                raise UserError(
-                    f"LoRA.rank {self.rank} exceeds the smaller side of {path} "
-                    f"({d_in} x {d_out}); choose at most {min(d_in, d_out)}."
-                )
-            adapted = jnp.ones(stack, bool)
-            if stack:
-                adapted = jnp.zeros(stack, bool).at[jnp.array(layers[path])].set(True)
+        for path, (ranks, scales) in places.items():
             path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            bound = 1.0 / math.sqrt(d_in)
-            a = jax.random.uniform(path_key, (*stack, d_in, self.rank), minval=-bound, maxval=bound)
-            factors[path] = {
-                "a": jnp.where(adapted[..., None, None], a, 0.0),
-                "b": jnp.zeros((*stack, self.rank, d_out)),
-            }
+            kernel = paths.get(params, path)
+            a, b = self._start(path_key, kernel, ranks, scales, width)
+            factors[path] = {"a": a, "b": b}
             buffers[path] = {
-                "scale": jnp.where(adapted, jnp.float32(self.scale), 0.0),
-                "rank": jnp.where(adapted, self.rank, 0).astype(jnp.int32),
-                "dropout": jnp.full(stack, self.dropout, jnp.float32),
+                "scale": jnp.asarray(scales),
+                "rank": jnp.asarray(ranks),
+                "dropout": jnp.full(ranks.shape, self.dropout, jnp.float32),
             }
-            kernel, ranks = paths.get(params, path), np.full(stack, self.rank)
-            if stack:
-                ranks[[layer not in layers[path] for layer in range(stack[0])]] = 0
-            if self.init_weights != "default":
-                start = lora_init.of_stack(
-                    self.init_weights,
-                    path_key,
-                    kernel,
-                    ranks,
-                    np.full(stack, self.scale),
-                    self.rank,
-                    self.loftq_steps,
-                )
-                factors[path] = dict(zip("ab", start, strict=True))
             if self.init_weights in lora_init.SUBTRACTED:
-                buffers[path] |= {"a0": factors[path]["a"], "b0": factors[path]["b"]}
+                buffers[path] |= {"a0": a, "b0": b}
             if self.dora:
                 buffers[path]["norm"] = factors[path]["m"] = dora.start(kernel, ranks)
-        options: dict[str, Any] = {"rslora": True} if self.rslora else {}
-        options |= {"dora": True} if self.dora else {}
+            if self.lora_bias:
+                factors[path]["bias"] = jnp.zeros((*ranks.shape, shape_of(kernel)[-1]))
+        trained, kept = lora_saved.start(params, saved, self.bias, modules)
+        lora_saved.require_apart(factors, trained)
+        factors, buffers = factors | trained, buffers | kept
+        options: dict[str, Any] = {"dora": self.dora, "rslora": self.rslora}
+        options |= {"lora_bias": self.lora_bias, "bias": self.bias != "none" and self.bias}
         if self.init_weights in lora_init.SUBTRACTED:
             options["init_weights"] = self.init_weights
         spec = Spec(
             kind=self.name,
-            paths=tuple(sorted(layers)),
-            rank=self.rank,
-            options=tuple(sorted(options.items())),
+            paths=tuple(sorted(factors)),
+            rank=width,
+            options=tuple(sorted(item for item in options.items() if item[1])),
         )
         return Adapter(paths.unflatten(factors), paths.unflatten(buffers), spec)
+
+    def _start(
+        self, key: jax.Array, kernel: Any, ranks: np.ndarray, scales: np.ndarray, width: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Both factors of all layers of a place, zero beyond the rank of each."""
+        if self.init_weights != "default":
+            return lora_init.of_stack(
+                self.init_weights, key, kernel, ranks, scales, width, self.loftq_steps
+            )
+        *stack, d_in, d_out = shape_of(kernel)
+        bound = 1.0 / math.sqrt(d_in)
+        a = jax.random.uniform(key, (*stack, d_in, width), minval=-bound, maxval=bound)
+        on = np.arange(width) < ranks[..., None]
+        return jnp.where(on[..., None, :], a, 0.0), jnp.zeros((*stack, width, d_out))
 
 
 def config_of(adapter: Adapter) -> LoRA:
     """The config of an adapter, rebuilt from its spec and buffers.
 
-    Targets come back as full module names; alpha and dropout as the shortest decimals that
-    give the same float32 buffers.
+    Targets come back as full module names, ranks and alphas that differ as patterns for such
+    names; alphas and dropout as the shortest decimals that give the same float32 buffers.
 
     Raises:
-        UserError: If ranks, scales or dropout differ from layer to layer.
+        UserError: If dropout differs from layer to layer.
     """
-    names = []
-    seen: dict[str, set[Any]] = {"rank": set(), "scale": set(), "dropout": set()}
-    for path in adapter.spec.paths:
-        leaf = {k: np.atleast_1d(v) for k, v in paths.get(adapter.buffers, path).items()}
-        on = leaf["rank"] > 0
-        stacked = paths.is_stacked(path)
-        names += [paths.module_name(path, int(i) if stacked else None) for i in np.flatnonzero(on)]
-        for field, values in seen.items():
-            values.update(leaf[field][on])
-    mixed = [field for field, values in seen.items() if len(values) > 1]
-    if mixed:
-        raise UserError(f"layers of this adapter differ in {', '.join(mixed)}.")
-    rank, scale, dropout = int(seen["rank"].pop()), seen["scale"].pop(), seen["dropout"].pop()
-    options = dict(adapter.spec.options)
-    rslora = options.get("rslora", False)
-    return LoRA(
-        rank=rank,
-        alpha=shortest_decimal(scale, math.sqrt(rank) if rslora else rank),
-        targets=tuple(names),
-        dropout=shortest_decimal(dropout),
-        **options,
-    )
+    fields = dict(adapter.spec.options)
+    for sort, places in lora_places.by_sort(adapter):
+        fields |= FIELDS[sort](places)
+    return LoRA(**fields)
+
+
+def factor_fields(adapter: Adapter) -> dict[str, Any]:
+    """What the places with factors say of the config."""
+    numbers = lora_select.numbers_of(adapter)
+    if len(numbers.dropouts) > 1:
+        raise UserError("layers of this adapter differ in dropout.")
+    rank, rank_pattern = default_and_exceptions(numbers.ranks)
+    alpha, alpha_pattern = default_and_exceptions(numbers.alphas)
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "targets": tuple(numbers.ranks),
+        "dropout": numbers.dropouts.pop(),
+    }
+
+
+FIELDS: dict[str, Callable[[Adapter], dict[str, Any]]] = {
+    "a": factor_fields,
+    "value": lora_saved.fields,
+}
+"""Fields of the config by the sort of places that they describe."""
 
 
 def weigh(adapter: Adapter, weight: Any) -> Adapter:
     """The adapter with all its scales multiplied by `weight`.
 
     Raises:
-        UserError: If it is a DoRA adapter: its change is no sum.
+        UserError: If it is a DoRA adapter, or has trained biases or saved modules: its change is
+            no sum.
     """
-    if dict(adapter.spec.options).get("dora"):
-        raise UserError(
-            "weights: a DoRA adapter is no sum that could be weighted; leave weights out."
-        )
+    whole = any(sort != "a" for sort, _ in lora_places.by_sort(adapter))
+    if whole or dict(adapter.spec.options).get("dora"):
+        what = "a LoRA with trained biases or saved modules" if whole else "a DoRA adapter"
+        raise UserError(f"weights: {what} is no sum that could be weighted; leave weights out.")
     buffers = paths.flatten(adapter.buffers)
     scaled = {
         path: value * weight if path.endswith("/scale") else value

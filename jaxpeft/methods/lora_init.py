@@ -159,10 +159,9 @@ def check(config: Any) -> None:
     if name != "default" and name not in BY_NAME:
         known = ", ".join(map(repr, ("default", *BY_NAME)))
         raise ValueError(f"LoRA.init_weights must be one of {known}, got {name!r}.")
-    if name == "orthogonal" and config.rank % 2:
-        raise ValueError(
-            f"LoRA.rank must be even for init_weights 'orthogonal', got {config.rank}."
-        )
+    for rank in (config.rank, *config.rank_pattern.values()):
+        if name == "orthogonal" and rank % 2:
+            raise ValueError(f"LoRA.rank must be even for init_weights 'orthogonal', got {rank}.")
     if config.dora and name in (*SUBTRACTED, "loftq"):
         raise ValueError(
             f"LoRA.dora must be false with init_weights {name!r}: its B starts at zero."

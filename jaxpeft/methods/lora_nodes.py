@@ -26,6 +26,7 @@ class LoRAKernel(Node):
         scale: Scalar.
         dropout: Scalar probability; used only with a key.
         key: PRNG key of this step and kernel, or None to drop nothing.
+        bias: ``(d_out,)``, float32, added to the answer of ``b``; None for none.
     """
 
     base: Any
@@ -34,6 +35,7 @@ class LoRAKernel(Node):
     scale: Any
     dropout: Any = 0.0
     key: Any = None
+    bias: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,7 +48,7 @@ class LoRAKernel(Node):
         return dtype_of(self.base)
 
     def multiply(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        """Computes ``x @ (base + scale * a @ b)`` without forming the sum.
+        """Computes ``x @ (base + scale * a @ b) + scale * bias`` without forming the sum.
 
         Args:
             x: Activations, in the compute dtype.
@@ -66,11 +68,15 @@ class LoRAKernel(Node):
             h = drop(h, self.dropout, self.key)
         # Two dimensions: the factors' gradients then contract one dimension, a plain product.
         flat = h.reshape(-1, h.shape[-1])
-        low = ((flat @ self.a) @ self.b) * self.scale
+        low = (flat @ self.a) @ self.b
+        low = (low if self.bias is None else low + self.bias) * self.scale
         return (y.astype(low.dtype) + low.reshape(y.shape)).astype(x.dtype)
 
     def materialise(self) -> Float[Array, "*stack d_in d_out"]:
-        """``base + scale * a @ b`` in float32, rounded to the base's dtype; also of a stack."""
+        """``base + scale * a @ b`` in float32, rounded to the base's dtype; also of a stack.
+
+        A bias is no part of it.
+        """
         scale = jnp.asarray(self.scale, jnp.float32)[..., None, None]
         product = jnp.matmul(self.a, self.b, precision=jax.lax.Precision.HIGHEST)
         total = materialise(self.base).astype(jnp.float32) + scale * product

@@ -12,9 +12,9 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import dtype_of, materialise, shape_of
-from jaxpeft.methods import lora_peft_factors, lora_places
+from jaxpeft.methods import lora_peft_factors, lora_peft_saved, lora_places, lora_saved
 from jaxpeft.methods.base import Adapter, Spec
-from jaxpeft.methods.exchange import FLOATS, PREFIX, PeftFormat, Tensors, Values
+from jaxpeft.methods.exchange import CONFIG, FLOATS, PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.methods.lora_peft_config import (
     DEFAULTS,
     HARMLESS_KEYS,
@@ -28,7 +28,7 @@ from jaxpeft.methods.lora_peft_config import (
 COPY = re.compile(re.escape(PREFIX) + r"(lm_head|model\.embed_tokens)(?:\.base_layer)?\.weight")
 """Copies of base weights that PEFT adds when the head is adapted."""
 
-PARTS: dict[str, Part] = {"a": lora_peft_factors.PART}
+PARTS: dict[str, Part] = {"a": lora_peft_factors.PART, "value": lora_peft_saved.PART}
 """What reads and writes the places of a LoRA, by their sort."""
 
 
@@ -42,8 +42,22 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     rank = max(part.width(folder) for part in PARTS.values())
     places: Arrays = {}
     for part in PARTS.values():
-        places |= part.read(folder, rank)
-    spec = Spec(kind="lora", paths=tuple(sorted(places)), rank=rank, options=config.options)
+        more = part.read(folder, rank)
+        lora_saved.require_apart(places, more)
+        places |= more
+    biases = any(path.endswith("/bias") for path in places)
+    options = {
+        "bias": config.bias != "none" and biases and config.bias,
+        "dora": config.dora,
+        "lora_bias": config.lora_bias,
+        "rslora": config.rslora,
+    }
+    spec = Spec(
+        kind="lora",
+        paths=tuple(sorted(places)),
+        rank=rank,
+        options=tuple(item for item in options.items() if item[1]),
+    )
     trained, frozen = (
         paths.unflatten({path: arrays[i] for path, arrays in places.items()}) for i in range(2)
     )
@@ -53,7 +67,12 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
 def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Config values and tensors of a PEFT folder; see `PeftFormat`."""
     options = dict(adapter.spec.options)
-    values = {"use_dora": "dora" in options, "use_rslora": "rslora" in options}
+    values = {
+        "bias": options.get("bias", "none"),
+        "lora_bias": "lora_bias" in options,
+        "use_dora": "dora" in options,
+        "use_rslora": "rslora" in options,
+    }
     tensors: dict[str, np.ndarray] = {}
     for sort, places in lora_places.by_sort(adapter):
         more, found = PARTS[sort].write(places, base)
@@ -76,9 +95,8 @@ PEFT = PeftFormat(
 def _require_known(folder: Folder) -> None:
     """Every tensor must belong to a part, or be a copy of the base's own."""
     tensors, unexpected = folder.tensors, []
-    for key in sorted(tensors.shapes):
-        if any(part.owns(folder, key) for part in PARTS.values()):
-            continue
+    known = set().union(*(part.keys(folder) for part in PARTS.values()))
+    for key in sorted(tensors.shapes.keys() - known):
         if "lora_embedding_" in key:
             raise UserError(
                 f"{tensors.file}: {key}: LoRA of the embedding table is not supported yet."
@@ -90,7 +108,7 @@ def _require_known(folder: Folder) -> None:
     if unexpected:
         raise UserError(
             f"{tensors.file}: {len(unexpected)} unexpected tensors: {first_few(unexpected, 3)}; "
-            "only lora_A.weight and lora_B.weight of linear modules are known."
+            f"{CONFIG} has no place for them."
         )
 
 

@@ -6,6 +6,7 @@ and with which alpha. What PEFT can do and we cannot is refused by name.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 
 from jaxpeft.errors import UserError
 from jaxpeft.methods.base import Adapter
-from jaxpeft.methods.exchange import Selection, Tensors, Values, first_match
+from jaxpeft.methods.exchange import Tensors, Values
+from jaxpeft.methods.lora_saved import BIASES
+from jaxpeft.methods.selection import Selection, first_match
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 """What PEFT adapts in Llama, Mistral and Qwen models when no targets are given."""
@@ -57,9 +60,9 @@ DEFAULTS: dict[str, Any] = {
 """Every key of its own that PEFT 0.21 writes, with the value that changes nothing."""
 
 READ_KEYS = (
-    *("alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern"),
-    *("layers_to_transform", "lora_alpha", "lora_dropout", "r", "rank_pattern"),
-    *("target_modules", "use_dora", "use_rslora"),
+    *("alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern"),
+    *("layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "r"),
+    *("rank_pattern", "target_modules", "use_dora", "use_rslora"),
 )
 
 HARMLESS_KEYS = (
@@ -83,7 +86,10 @@ class PeftLoraConfig:
         dropout: Probability of dropping an input of the branch.
         rslora: Whether alpha is divided by the root of the rank.
         dora: Whether every module has magnitudes.
-        selection: Which modules are adapted.
+        selection: Which modules are adapted, if they are not saved whole.
+        bias: Which biases are trained: "none", "all" or "lora_only".
+        lora_bias: Whether B has a bias.
+        saved: Ends of the names of modules that are saved whole.
     """
 
     rank: int
@@ -94,12 +100,21 @@ class PeftLoraConfig:
     rslora: bool
     dora: bool
     selection: Selection
+    bias: str = "none"
+    lora_bias: bool = False
+    saved: tuple[str, ...] = ()
 
-    @property
-    def options(self) -> tuple[tuple[str, Any], ...]:
-        """The options of the adapter's spec."""
-        named = {"dora": self.dora, "rslora": self.rslora}
-        return tuple(item for item in named.items() if item[1])
+    def adapts(self, name: str) -> bool:
+        """Whether the module with this full name has factors."""
+        if any(re.match(rf"(^|.*\.){re.escape(item)}($|\..*)", name) for item in self.saved):
+            return False
+        return self.selection.selects(name)
+
+    def saves(self, name: str) -> bool:
+        """Whether PEFT saves the module with this full name, or one that holds it."""
+        parts = name.split(".")
+        holders = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return any(holder.endswith(item) for holder in holders for item in self.saved)
 
     def rank_of(self, name: str) -> int:
         """The rank of the module with this full name."""
@@ -127,6 +142,13 @@ def parse(values: Values) -> PeftLoraConfig:
     dropout = values.number("lora_dropout")
     if not 0.0 <= dropout < 1.0:
         raise values.wrong("lora_dropout", "a probability in [0, 1)")
+    bias, saved = values.get("bias"), values.names("modules_to_save")
+    if bias not in BIASES:
+        raise values.wrong("bias", f"one of {', '.join(BIASES)}")
+    if isinstance(saved, str):
+        raise values.wrong("modules_to_save", "a list of names")
+    if values.flag("lora_bias") and values.flag("use_dora"):
+        raise values.wrong("lora_bias", "false with use_dora")
     return PeftLoraConfig(
         rank=values.count("r"),
         alpha=values.number("lora_alpha"),
@@ -136,6 +158,9 @@ def parse(values: Values) -> PeftLoraConfig:
         rslora=values.flag("use_rslora"),
         dora=values.flag("use_dora"),
         selection=values.selection(DEFAULT_TARGETS),
+        bias=bias,
+        lora_bias=values.flag("lora_bias"),
+        saved=saved,
     )
 
 
@@ -163,7 +188,7 @@ class Part:
     """How PEFT stores one sort of places.
 
     Attributes:
-        owns: ``owns(folder, key)``: whether this tensor is one of its own.
+        keys: ``keys(folder)``: which of the file's tensors are its own.
         check: ``check(folder)`` raises a UserError unless its tensors are all there and fit.
         width: ``width(folder)``: the largest rank of its factors, 0 without any.
         read: ``read(folder, width)``: its places, factors padded to `width`.
@@ -171,7 +196,7 @@ class Part:
             with these places only.
     """
 
-    owns: Callable[[Folder, str], bool]
+    keys: Callable[[Folder], set[str]]
     check: Callable[[Folder], None]
     width: Callable[[Folder], int] = lambda folder: 0
     read: Callable[[Folder, int], Arrays]

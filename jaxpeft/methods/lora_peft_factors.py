@@ -24,20 +24,26 @@ from jaxpeft.methods.exchange import (
     default_and_exceptions,
     modules_of,
     require_finite,
-    shortest_decimal,
     stack,
     targets_value,
 )
 from jaxpeft.methods.lora_peft_config import Arrays, Folder, Part
+from jaxpeft.methods.lora_select import numbers_of
 
 FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight")
-MAGNITUDE = re.compile(re.escape(PREFIX) + r"(.+)\.lora_magnitude_vector")
 
 
-def owns(folder: Folder, key: str) -> bool:
-    """Whether a tensor is a factor, or a magnitude of DoRA."""
-    magnitude = folder.config.dora and MAGNITUDE.fullmatch(key)
-    return bool(magnitude or FACTOR.fullmatch(key))
+def vectors(dora: Any, lora_bias: Any) -> dict[str, str]:
+    """Arrays ``(d_out,)`` that every module has beside its factors: our names, PEFT's endings."""
+    known = {"m": ("lora_magnitude_vector", dora), "bias": ("lora_B.bias", lora_bias)}
+    return {name: ending for name, (ending, there) in known.items() if there}
+
+
+def keys(folder: Folder) -> set[str]:
+    """The factors among the file's tensors, and the vectors beside them."""
+    endings = tuple(f".{ending}" for ending in _endings(folder))
+    shapes = folder.tensors.shapes
+    return {key for key in shapes if FACTOR.fullmatch(key) or key.endswith(endings)}
 
 
 def check(folder: Folder) -> None:
@@ -66,14 +72,14 @@ def read(folder: Folder, width: int) -> Arrays:
             "scale": np.float32(config.scale_of(name)),
             "rank": np.int32(rank),
         }
-        if config.dora:
-            layers[name]["m"] = tensors.read(f"{PREFIX}{name}.lora_magnitude_vector")
+        for letter, ending in vectors(config.dora, config.lora_bias).items():
+            layers[name][letter] = tensors.read(f"{PREFIX}{name}.{ending}")
     places = stack(layers, paths.module_names(base.params), base.params)
     for path, arrays in places.items():
         arrays["dropout"] = jnp.full(arrays["rank"].shape, config.dropout, jnp.float32)
         if config.dora:
             arrays["norm"] = dora.start(paths.get(base.params, path), arrays["rank"])
-    trained = ("a", "b", "m")
+    trained = ("a", "b", "m", "bias")
     return {
         path: (
             {key: array for key, array in arrays.items() if key in trained},
@@ -86,33 +92,25 @@ def read(folder: Folder, width: int) -> Arrays:
 def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Config values and tensors of the factors; see `Part`."""
     tensors: dict[str, np.ndarray] = {}
-    ranks, alphas, dropouts = {}, {}, set()
-    options = dict(adapter.spec.options)
-    rslora = bool(options.get("rslora", False))
+    options, rslora = dict(adapter.spec.options), "rslora" in dict(adapter.spec.options)
+    ranks, alphas, dropouts = numbers_of(adapter)
     for name, path, at in modules_of(adapter):
         a, b = (np.asarray(paths.get(adapter.params, f"{path}/{key}"))[at] for key in "ab")
-        scale, rank, dropout = (
-            np.asarray(paths.get(adapter.buffers, f"{path}/{key}"))[at]
-            for key in ("scale", "rank", "dropout")
-        )
-        r = int(rank)
         require_finite(name, a, b)
+        r = ranks[name]
         if np.any(np.any(a[:, r:] != 0, axis=0) & np.any(b[r:] != 0, axis=1)):
             raise ValueError(f"{name}: the padding beyond rank {r} is not zero in both factors.")
-        alpha = shortest_decimal(scale, math.sqrt(r) if rslora else r)
         a, b = a[:, :r], b[:r]
         if "init_weights" in options:  # what PEFT's own conversion writes
             a0, b0 = (
                 np.asarray(paths.get(adapter.buffers, f"{path}/{k}"))[at] for k in ("a0", "b0")
             )
             a, b = np.concatenate([a, a0[:, :r]], 1), np.concatenate([b, -b0[:r]])
-            r, alpha = 2 * r, alpha * (math.sqrt(2) if rslora else 2)
-        if "dora" in options:
-            m = np.asarray(paths.get(adapter.params, f"{path}/m"))[at]
-            require_finite(name, m)
-            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = contiguous(m)
-        ranks[name], alphas[name] = r, int(alpha) if alpha.is_integer() else alpha
-        dropouts.add(shortest_decimal(dropout))
+            ranks[name], alphas[name] = 2 * r, alphas[name] * (math.sqrt(2) if rslora else 2)
+        for letter, ending in vectors("dora" in options, "lora_bias" in options).items():
+            vector = np.asarray(paths.get(adapter.params, f"{path}/{letter}"))[at]
+            require_finite(name, vector)
+            tensors[f"{PREFIX}{name}.{ending}"] = contiguous(vector)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = contiguous(a.T)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = contiguous(b.T)
     if not ranks:
@@ -122,7 +120,9 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
             f"PEFT folders hold one dropout rate for all layers, this adapter has {dropouts}."
         )
     rank, rank_pattern = default_and_exceptions(ranks)
-    alpha, alpha_pattern = default_and_exceptions(alphas)
+    alpha, alpha_pattern = default_and_exceptions(
+        {name: int(value) if value.is_integer() else value for name, value in alphas.items()}
+    )
     values = {
         "alpha_pattern": alpha_pattern,
         "lora_alpha": alpha,
@@ -134,27 +134,33 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
     return values, tensors
 
 
-PART = Part(owns=owns, check=check, width=width, read=read, write=write)
+PART = Part(keys=keys, check=check, width=width, read=read, write=write)
+
+
+def _endings(folder: Folder) -> list[str]:
+    return list(vectors(folder.config.dora, folder.config.lora_bias).values())
 
 
 def _pairs(folder: Folder) -> dict[str, set[str]]:
     """Which factors every module has, "A" and "B", by its full name; a lonely one is an error."""
-    tensors, with_magnitudes = folder.tensors, folder.config.dora
+    tensors = folder.tensors
     modules: dict[str, set[str]] = {}
-    magnitudes = set()
     for key in sorted(tensors.shapes):
         if found := FACTOR.fullmatch(key):
             modules.setdefault(found.group(1), set()).add(found.group(2))
-        elif with_magnitudes and (found := MAGNITUDE.fullmatch(key)):
-            magnitudes.add(found.group(1))
     lonely = [
         f"{name}.lora_{'B' if 'A' in pair else 'A'}.weight"
         for name, pair in modules.items()
         if len(pair) < 2
     ]
-    if with_magnitudes:
-        lonely += [f"{name}.lora_magnitude_vector" for name in modules if name not in magnitudes]
-        lonely += [f"{name}.lora_A.weight" for name in magnitudes if name not in modules]
+    for ending in _endings(folder):
+        beside = {
+            key.removeprefix(PREFIX).removesuffix(f".{ending}")
+            for key in tensors.shapes
+            if key.endswith(f".{ending}")
+        }
+        lonely += [f"{name}.{ending}" for name in modules if name not in beside]
+        lonely += [f"{name}.lora_A.weight" for name in sorted(beside) if name not in modules]
     if lonely:
         raise UserError(
             f"{tensors.file}: {len(lonely)} tensors are missing: {first_few(lonely, 3)}."
@@ -178,7 +184,7 @@ def _check_modules(
             f"({base.config.num_layers} layers) lacks: {first_few(foreign, 3)}{hint}."
         )
     candidates = (*sites, "model.embed_tokens", "lm_head")
-    selected = {name for name in candidates if config.selection.selects(name)}
+    selected = {name for name in candidates if config.adapts(name)}
     missing = [name for name in sorted(selected) if name not in modules]
     if missing:
         raise UserError(
@@ -212,11 +218,11 @@ def _check_shapes(
                 axis = 0 if letter == "A" else 1
                 same = len(shape) == 2 and shape[1 - axis] == expected[1 - axis]
                 (ranks if same else widths).append(text)
-        key, m = f"{PREFIX}{name}.lora_magnitude_vector", (d_out,)
-        if config.dora and (keys.append(key) or tensors.shapes[key] != m):
-            widths.append(
-                f"{key.removeprefix(PREFIX)} is {list(tensors.shapes[key])}, expected {list(m)}"
-            )
+        for ending in _endings(folder):
+            keys.append(f"{PREFIX}{name}.{ending}")
+            shape = tensors.shapes[keys[-1]]
+            if shape != (d_out,):
+                widths.append(f"{name}.{ending} is {list(shape)}, expected [{d_out}]")
     tensors.require_floats(keys)
     if widths:
         raise UserError(

@@ -1,22 +1,25 @@
 """What a place of a LoRA adapter may hold, told apart by one of its trained arrays.
 
-=========  ===============================================  ==========================
-array      what it is                                       defined in
-=========  ===============================================  ==========================
-``a``      factors of a kernel, with magnitudes if DoRA     `jaxpeft.methods.lora`
-``value``  a trained copy that stands in for a base leaf    `jaxpeft.methods.replace`
-=========  ===============================================  ==========================
+=========  ====================================================  ============================
+array      what it is                                            defined in
+=========  ====================================================  ============================
+``a``      factors of a kernel; DoRA's magnitudes, a bias of B   `jaxpeft.methods.lora`
+``value``  a trained copy that stands in for a base leaf         `jaxpeft.methods.lora_saved`
+=========  ====================================================  ============================
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxpeft import paths
-from jaxpeft.methods import dora, lora_init
+from jaxpeft.errors import UserError
+from jaxpeft.methods import dora, lora_init, lora_saved
 from jaxpeft.methods.base import Adapter, Leaf, merge_leaf
 from jaxpeft.methods.lora_nodes import LoRAKernel
-from jaxpeft.methods.replace import bind_selected, value_shape
+from jaxpeft.methods.replace import value_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ def bind_factors(leaf: Leaf) -> dict[str, Any]:
         leaf.buffers["scale"],
         dropout=leaf.buffers["dropout"],
         key=leaf.keys(),
+        bias=leaf.params.get("bias"),
     )
     return {leaf.path: node}
 
@@ -55,9 +59,27 @@ def factors_shape(params: dict) -> tuple[int, ...]:
     return (*params["a"].shape[:-1], params["b"].shape[-1])
 
 
+def merge_factors(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
+    """The kernel, and with a bias of B the module's bias.
+
+    Raises:
+        UserError: If B has a bias and the module has none to add it to.
+    """
+    merged = merge_leaf(leaf, nodes)
+    if "bias" in leaf.params:
+        bias = paths.get(leaf.bound, leaf.beside("bias"))
+        if bias is None:
+            raise UserError(
+                f"{leaf.path}: a LoRA with lora_bias cannot be merged into a module without a bias."
+            )
+        scale = leaf.buffers["scale"][..., None]
+        merged[leaf.beside("bias")] = bias.astype(jnp.float32) + scale * leaf.params["bias"]
+    return merged
+
+
 PLACES: dict[str, Place] = {
-    "a": Place(bind=bind_factors, leaf_shape=factors_shape),
-    "value": Place(bind=bind_selected, leaf_shape=value_shape),
+    "a": Place(bind=bind_factors, leaf_shape=factors_shape, merge=merge_factors),
+    "value": Place(bind=lora_saved.bind, leaf_shape=value_shape),
 }
 """The sorts of places by the array that only they hold."""
 

@@ -21,13 +21,13 @@ from jaxpeft.methods.base import Adapter, Spec
 from jaxpeft.methods.exchange import (
     Values,
     default_and_exceptions,
-    first_match,
     modules_of,
     shortest_decimal,
     stack,
     targets_value,
 )
 from jaxpeft.methods.replace import selected_layers
+from jaxpeft.methods.selection import first_match
 
 DEFAULTS: dict[str, Any] = {
     "alpha": 8,
