@@ -20,12 +20,7 @@ from jaxpeft.models.transformer import Transformer
 from jaxpeft.peft_format import load_adapter
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-NOT_YET = ("dora", "dora_all", "lora")
-FOLDERS = [
-    file.parent
-    for file in sorted((GOLDEN / "methods").glob("*/adapter_config.json"))
-    if file.parent.name not in NOT_YET
-]
+FOLDERS = [file.parent for file in sorted((GOLDEN / "methods").glob("*/adapter_config.json"))]
 NOT_OURS = {"loha_patterns": "rank_pattern", "lokr_low_rank": "alpha_pattern"}
 """Folders whose config our class of the method cannot say, and the key that the error names."""
 NUMBERS = ("scale", "rank", "dropout")
@@ -82,6 +77,7 @@ DEFAULTS = {
     },
     "LN_TUNING": {"targets": ("input_layernorm", "post_attention_layernorm", "norm")},
     "LOHA": {"rank": 8, "alpha": 8.0, "targets": ("q_proj", "v_proj")},
+    "LORA": {"rank": 8, "alpha": 8.0, "targets": ("q_proj", "v_proj"), "init_weights": "default"},
     "LOKR": {"rank": 8, "alpha": 8.0, "targets": ("q_proj", "v_proj"), "decompose_factor": -1},
     "OFT": {"block_size": 32, "exact": False, "terms": 5, "targets": ("q_proj", "v_proj")},
     "VERA": {"rank": 256, "d_initial": 0.1, "dropout": 0.0, "targets": ("q_proj", "v_proj")},
@@ -102,7 +98,7 @@ def test_what_a_config_leaves_out_has_pefts_default(kind):
 
 
 def test_every_family_that_peft_has_can_be_made_from_its_config():
-    assert [kind.name for kind in KINDS.values() if kind.peft and not kind.peft.config] == ["lora"]
+    assert [kind.name for kind in KINDS.values() if kind.peft and not kind.peft.config] == []
 
 
 @pytest.mark.parametrize(
@@ -207,6 +203,12 @@ def test_objects_files_folders_and_dicts_are_the_same(tmp_path):
         ({"peft_type": "LOHA", "r": 0}, "r: expected a whole number of at least 1"),
         ({"peft_type": "LOHA", "alpha": -1}, "LoHa.alpha must be finite and positive"),
         ({"peft_type": "LOHA", "module_dropout": 0.1}, "not supported yet: module_dropout"),
+        ({"peft_type": "LORA", "init_lora_weights": False}, "init_lora_weights: expected true or"),
+        ({"peft_type": "LORA", "modules_to_save": ["norm"]}, "'norm' means input_layernorm, "),
+        (
+            {"peft_type": "LORA", "r": 3, "init_lora_weights": "orthogonal"},
+            "LoRA.rank must be even",
+        ),
         ({"peft_type": "LOKR", "init_weights": "lycoris"}, "init_weights: expected true"),
         ({"peft_type": "LOKR", "decompose_factor": 0}, "decompose_factor: expected"),
         ({"peft_type": "OFT", "module_dropout": 0.1}, "module_dropout: expected 0"),

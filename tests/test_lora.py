@@ -289,12 +289,12 @@ def test_alpha_is_found_again_from_the_scale(alpha, rslora):
         assert found == alpha or alpha == 1 / 3
 
 
-def test_adapters_whose_layers_differ_have_no_single_config():
+def test_adapters_whose_layers_differ_in_dropout_have_no_single_config():
     adapter = init_adapter(LoRA(rank=2), kernel_params(6, 5), jax.random.key(0))
     leaf = adapter.buffers["layers"]["mlp"]["up_proj"]["kernel"]
-    leaf = {**leaf, "scale": jnp.array([1.0, 2.0])}
+    leaf = {**leaf, "dropout": jnp.array([0.1, 0.2])}
     mixed = adapter.replace(buffers={"layers": {"mlp": {"up_proj": {"kernel": leaf}}}})
-    with pytest.raises(UserError, match="differ in scale"):
+    with pytest.raises(UserError, match="differ in dropout"):
         config_of(mixed)
 
 

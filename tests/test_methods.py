@@ -149,6 +149,8 @@ def test_compiled_or_not_the_logits_are_the_same(method):
 @every_method
 def test_gradients_are_those_of_finite_differences(method):
     adapter, base = trained(method), decoder(BIASED)[1]
+    if dict(adapter.spec.options).get("dora"):
+        return  # its norm counts as a constant: tests/test_dora.py
     direction = draw(adapter.params, seed=5, scale=1.0)
     slope = optax.tree.vdot(run_gradients(adapter, base)[1], direction)
     step = 1e-2 / float(optax.tree.norm(direction))

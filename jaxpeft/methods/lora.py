@@ -27,9 +27,17 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.linear import shape_of
-from jaxpeft.methods import dora, lora_init, lora_peft, lora_places, lora_saved, lora_select
+from jaxpeft.methods import (
+    dora,
+    lora_init,
+    lora_peft,
+    lora_peft_config,
+    lora_places,
+    lora_saved,
+    lora_select,
+)
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, FrozenMap, Kind, Method, Spec
-from jaxpeft.methods.exchange import default_and_exceptions
+from jaxpeft.methods.exchange import Values, default_and_exceptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,6 +211,11 @@ FIELDS: dict[str, Callable[[Adapter], dict[str, Any]]] = {
 """Fields of the config by the sort of places that they describe."""
 
 
+def config_from_peft(values: Values) -> LoRA:
+    """The config that describes the same method as PEFT's; see `PeftFormat`."""
+    return LoRA(**lora_peft_config.fields(values))
+
+
 def weigh(adapter: Adapter, weight: Any) -> Adapter:
     """The adapter with all its scales multiplied by `weight`.
 
@@ -229,5 +242,5 @@ KIND = Kind(
     config_of=config_of,
     merge=lora_places.merge,
     weigh=weigh,
-    peft=lora_peft.PEFT,
+    peft=dataclasses.replace(lora_peft.PEFT, config=config_from_peft),
 )

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.errors import UserError
+from jaxpeft.errors import UserError, first_few
+from jaxpeft.methods import lora_init
 from jaxpeft.methods.base import Adapter
 from jaxpeft.methods.exchange import Tensors, Values
 from jaxpeft.methods.lora_saved import BIASES
@@ -69,6 +70,16 @@ HARMLESS_KEYS = (
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core"),
     "qalora_group_size",
 )
+
+INITS = {True: "default", **{name: name for name in lora_init.BY_NAME}}
+"""PEFT's ``init_lora_weights`` that `jaxpeft.LoRA` has, by its name of them."""
+
+SUFFIXES = (
+    *("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm"),
+    *("q_norm", "k_norm", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
+"""Last parts of the names of modules in the models there are."""
 
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base as it is; the others need their changed base."""
@@ -162,6 +173,43 @@ def parse(values: Values) -> PeftLoraConfig:
         lora_bias=values.flag("lora_bias"),
         saved=saved,
     )
+
+
+def fields(values: Values) -> dict[str, Any]:
+    """The fields of the `jaxpeft.LoRA` that a config describes; see `PeftFormat`."""
+    start = values.get("init_lora_weights")
+    values.only("init_lora_weights", *INITS)
+    plain = Values({**values.values, "init_lora_weights": True}, values.file, values.defaults)
+    config, loftq = parse(plain), values.get("loftq_config") or {}
+    if not isinstance(loftq, dict):
+        raise values.wrong("loftq_config", "an object")
+    steps = loftq.get("loftq_iter", 1) if start == "loftq" else 1
+    if type(steps) is not int or (start == "loftq" and loftq.get("loftq_bits", 4) != 4):
+        raise values.wrong("loftq_config", "4 bits and a whole number of iterations")
+    for item in config.saved:
+        if other := [end for end in SUFFIXES if end.endswith(item) and end != item]:
+            raise UserError(
+                f"{values.file}: modules_to_save: {item!r} means {first_few(other)} to PEFT, too; "
+                "name the modules that are meant by longer names."
+            )
+    return {
+        "rank": config.rank,
+        "alpha": float(config.alpha),
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": {key: float(value) for key, value in config.alpha_pattern.items()},
+        "dropout": config.dropout,
+        "rslora": config.rslora,
+        "dora": config.dora,
+        "init_weights": INITS[start],
+        "loftq_steps": steps,
+        "bias": config.bias,
+        "lora_bias": config.lora_bias,
+        "save_modules": config.saved,
+        "targets": config.selection.targets,
+        "exclude": config.selection.exclude,
+        "layers": config.selection.layers or (),
+        "layers_pattern": config.selection.layers_pattern,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
