@@ -115,3 +115,23 @@ def test_it_is_refused_where_it_has_no_meaning():
         bind(PARAMS, [init_adapter(LoRA(rank=2), PARAMS, jax.random.key(0)), adapter])
     with pytest.raises(UserError, match="not their shapes"):
         init_adapter(LoRA(rank=2, dora=True), jax.eval_shape(lambda: PARAMS), jax.random.key(0))
+
+
+def test_the_gradient_takes_the_norm_for_a_constant(getkey):
+    """The paper's section 4.3, against the kernel written out."""
+    node, x = kernel(getkey), jax.random.normal(getkey(), (5, 8))
+    w, a, b, _ = wide(node)
+    norm = jnp.asarray(np.linalg.norm(w + 0.5 * a @ b, axis=0), jnp.float32)
+
+    def loss(leaves):
+        return jnp.square(node.replace(**leaves).multiply(x)).sum()
+
+    def written_out(leaves):
+        total = leaves["m"] / norm * (node.base + 0.5 * leaves["a"] @ leaves["b"])
+        return jnp.square(x @ total).sum()
+
+    leaves = {"a": node.a, "b": node.b, "m": node.m}
+    actual, expected = jax.grad(loss)(leaves), jax.grad(written_out)(leaves)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4), actual, expected
+    )

@@ -202,7 +202,7 @@ def test_objects_files_folders_and_dicts_are_the_same(tmp_path):
         ({"peft_type": "LOHA", "rank_pattern": {"q_proj": 2}}, "rank_pattern: expected {}"),
         ({"peft_type": "LOHA", "r": 0}, "r: expected a whole number of at least 1"),
         ({"peft_type": "LOHA", "alpha": -1}, "LoHa.alpha must be finite and positive"),
-        ({"peft_type": "LOHA", "module_dropout": 0.1}, "not supported yet: module_dropout"),
+        ({"peft_type": "LOHA", "modules_to_save": ["x"]}, "not supported yet: modules_to_save"),
         ({"peft_type": "LORA", "init_lora_weights": False}, "init_lora_weights: expected true or"),
         ({"peft_type": "LORA", "modules_to_save": ["norm"]}, "'norm' means input_layernorm, "),
         (
