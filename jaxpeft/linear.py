@@ -147,8 +147,11 @@ class Transposed(Node):
         return attend(x, self.table).astype(x.dtype)
 
     def materialise(self) -> Float[Array, "d_model vocab"]:
-        """The table's transpose."""
-        return materialise(self.table).T
+        """The transpose of what `attend` scores with."""
+        table = self.table
+        while getattr(table, "attends_base", False):
+            table = table.base
+        return materialise(table).T
 
 
 def take_shared(tree: Mapping) -> tuple[dict, dict]:

@@ -9,7 +9,8 @@ vectors, the rate times the ratio), "b_no_decay" (biases, the same without weigh
 
     g_B <- (1 / scale^2) (A^T A + 1e-8 I)^-1 g_B
 
-which is the step of ``A B`` nearest to that of full fine-tuning.
+which is the step of ``A B`` nearest to that of full fine-tuning. Factors of the embedding table,
+whose A starts at zero, are trained as without it.
 
 References:
     Hayou, Ghosh and Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024,
@@ -94,7 +95,7 @@ def project_b() -> optax.GradientTransformationExtraArgs:
         def project(keys: Any, g: jax.Array) -> jax.Array:
             name = _name(keys)
             a = paths.get(whole, name.removesuffix("/b") + "/a")
-            if not _is_factor(name, "b") or a is None:
+            if not name.endswith("kernel/b") or a is None:
                 return g
             place = name.removeprefix("adapter/").removesuffix("/b")
             return projected(g, a, paths.get(buffers, f"{place}/scale"))

@@ -126,8 +126,8 @@ def match(
     """Selects the modules to adapt, as PEFT does, but strictly.
 
     Args:
-        targets: "all-linear" (every kernel but the head's), a regex matched in full against the
-            full name, or a list of names or dotted suffixes.
+        targets: "all-linear" (every kernel but the head's, no table), a regex matched in full
+            against the full name, or a list of names or dotted suffixes.
         exclude: The same forms, evaluated first; empty for nothing.
         names: All candidates, from `module_names`.
         what: What a candidate is, for errors.
@@ -140,7 +140,7 @@ def match(
             does), or a regex is malformed.
     """
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        chosen = {name: site for name, site in names.items() if site.path != HEAD}
+        chosen = {name: s for name, s in names.items() if s.path not in (HEAD, EMBEDDING)}
     else:
         for item in [targets] if isinstance(targets, str) else targets:
             _require_match("targets", item, isinstance(targets, str), names, what)

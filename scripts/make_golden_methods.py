@@ -79,6 +79,45 @@ ADAPTERS: dict[str, tuple[str, str, dict]] = {
         {"r": 2, "bias": "all", "modules_to_save": ["lm_head"]},
     ),
     "lora_saved_tied_table": ("qwen2", "LoraConfig", {"r": 2, "modules_to_save": ["embed_tokens"]}),
+    "lora_tables": (
+        "llama2",
+        "LoraConfig",
+        {"r": 3, "lora_alpha": 5, "target_modules": ["embed_tokens", "lm_head", "v_proj"]},
+    ),
+    "lora_tables_tied": (
+        "llama3",
+        "LoraConfig",
+        {
+            "r": 2,
+            "use_rslora": True,
+            "target_modules": ["embed_tokens", "lm_head", "o_proj"],
+            "rank_pattern": {"embed_tokens": 4},
+        },
+    ),
+    "lora_table_tied": ("qwen2", "LoraConfig", {"r": 2, "target_modules": "model.embed_tokens"}),
+    "lora_head_tied": ("qwen2", "LoraConfig", {"r": 3, "target_modules": ["lm_head"]}),
+    "dora_tables": (
+        "mistral",
+        "LoraConfig",
+        {"r": 2, "use_dora": True, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    ),
+    "dora_tables_tied": (
+        "llama3",
+        "LoraConfig",
+        {"r": 2, "use_dora": True, "target_modules": ["embed_tokens", "lm_head"]},
+    ),
+    "lora_tokens": ("llama2", "LoraConfig", {"r": 2, "trainable_token_indices": [8, 71, 20]}),
+    "lora_tokens_heads": (
+        "mistral",
+        "LoraConfig",
+        {"r": 2, "trainable_token_indices": {"embed_tokens": [9, 40, 41], "lm_head": [3]}},
+    ),
+    "lora_tokens_tied": ("llama3", "LoraConfig", {"r": 2, "trainable_token_indices": [60, 9]}),
+    "lora_tokens_head_tied": (
+        "llama3",
+        "LoraConfig",
+        {"r": 2, "target_modules": ["lm_head"], "trainable_token_indices": [60, 9]},
+    ),
     "dora": ("llama3", "LoraConfig", {"r": 3, "use_dora": True}),
     "dora_all": (
         "qwen2",
@@ -196,6 +235,17 @@ ADAPTERS: dict[str, tuple[str, str, dict]] = {
 }
 
 
+# PEFT merges an adapted table or head of a tied model into the one weight that both read, so its
+# merged model computes something else than the adapted one; ours gets a head of its own.
+NOT_MERGED = (
+    "lora_tables_tied",
+    "lora_table_tied",
+    "lora_head_tied",
+    "dora_tables_tied",
+    "lora_tokens_head_tied",
+)
+
+
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """Moves every trained value so that each one matters: vectors a little, matrices by rows."""
     generator = torch.Generator().manual_seed(seed)
@@ -242,7 +292,7 @@ def write_adapter(root: Path, name: str, seed: int) -> None:
     file.write_text(json.dumps(written, indent=2, sort_keys=True))
     inputs = sample_inputs(seed)
     tensors = {"logits": logits_of(model, inputs)}
-    if hasattr(model, "merge_and_unload"):
+    if hasattr(model, "merge_and_unload") and name not in NOT_MERGED:
         tensors["merged"] = logits_of(model.merge_and_unload(), inputs)
     write_inputs(root / "methods" / f"{name}.safetensors", inputs, **tensors)
 

@@ -20,7 +20,7 @@ from jaxpeft.methods import KINDS, METHODS, Context, bind, merge
 from jaxpeft.models.config import ModelConfig
 
 SMALL = {"rank": 2, "alpha": 4.0, "num_tokens": 3, "block_size": 4, "hidden_size": 8, "steps": 4}
-SMALL["token_ids"] = (3, 7, 40)
+TOKENS = {"token_ids": (3, 7, 40)}
 BIASED = ModelConfig(**{**dataclasses.asdict(CONFIG), "model_type": "qwen2", "qkv_bias": True})
 
 
@@ -40,9 +40,12 @@ VARIANTS = {
         save_modules=("embed_tokens", "norm"),
         targets=("q_proj", "v_proj"),
     ),
+    "lora-tables": small(jp.LoRA, targets=("embed_tokens", "lm_head", "v_proj")),
+    "lora-tokens": small(jp.LoRA, **TOKENS),
 }
 """What a family computes in another way than by default."""
-CASES = {name: small(config) for name, config in METHODS.items()} | VARIANTS
+NEEDS = {"trainable_tokens": TOKENS}
+CASES = {name: small(cls, **NEEDS.get(name, {})) for name, cls in METHODS.items()} | VARIANTS
 
 every_method = pytest.mark.parametrize("method", CASES.values(), ids=CASES)
 

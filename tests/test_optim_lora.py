@@ -32,6 +32,8 @@ def tree():
         "layers/self_attn/q_proj/bias/value": jnp.ones((2, 4)),
         "embed_tokens/embedding/a": jnp.ones((6, 2)),
         "embed_tokens/embedding/b": jnp.ones((2, 4)),
+        "embed_tokens/embedding/m": jnp.ones(4),
+        "lm_head/kernel/rows": jnp.ones((3, 4)),
     }
     base = {"norm/scale": jnp.ones(4), "lm_head/kernel": jnp.ones((4, 6))}
     return {"base": paths.unflatten(base), "adapter": paths.unflatten(adapter)}
@@ -46,6 +48,8 @@ def test_the_groups_are_those_of_peft():
         "adapter/layers/self_attn/q_proj/bias/value": "b_no_decay",
         "adapter/embed_tokens/embedding/a": "embedding",
         "adapter/embed_tokens/embedding/b": "embedding",
+        "adapter/embed_tokens/embedding/m": "b",
+        "adapter/lm_head/kernel/rows": "a",
         "base/norm/scale": "b",
         "base/lm_head/kernel": "a",
     }
@@ -66,6 +70,8 @@ def test_every_group_moves_at_its_own_rate_and_biases_do_not_decay():
             "adapter/layers/self_attn/q_proj/bias/value": 1.6 * 2.0,
             "adapter/embed_tokens/embedding/a": 1e-6 * 2.5,
             "adapter/embed_tokens/embedding/b": 1e-6 * 2.5,
+            "adapter/embed_tokens/embedding/m": 1.6 * 2.5,
+            "adapter/lm_head/kernel/rows": 0.1 * 2.5,
             "base/norm/scale": 1.6 * 2.5,
             "base/lm_head/kernel": 0.1 * 2.5,
         },

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import flax.struct
 import jax
 
+from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.linear import Node, materialise
+from jaxpeft.linear import Node, Transposed, materialise
 
 if TYPE_CHECKING:
     from jaxpeft.methods.exchange import PeftFormat
@@ -264,6 +265,15 @@ class Leaf:
         if self.key is None or self.layers is None:
             return self.key
         return jax.random.split(self.key, self.layers)
+
+
+def weight_at(params: Mapping, path: str) -> Any:
+    """The base's leaf at a path, for the head of a tied model the table's transpose; or None."""
+    weight = paths.get(params, path)
+    table = paths.get(params, paths.EMBEDDING) if weight is None and path == paths.HEAD else None
+    if isinstance(table, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)
+    return weight if table is None else Transposed(table)
 
 
 def merge_leaf(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import jax
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
-from jaxpeft.linear import SHARED, Transposed, dtype_of, shape_of, take_shared
-from jaxpeft.methods.base import Adapter, Context, Label, Leaf, Method
+from jaxpeft.linear import SHARED, dtype_of, shape_of, take_shared
+from jaxpeft.methods.base import Adapter, Context, Label, Leaf, Method, weight_at
 from jaxpeft.methods.mixed import extra_axes, first_of, mixed_leaf
 from jaxpeft.methods.registry import KINDS
 
@@ -128,10 +128,7 @@ def make_leaf(tree: dict, adapter: Adapter, path: str, key: Any = None) -> Leaf:
         path: One of its places.
         key: Typed PRNG key of the step, or None.
     """
-    base = paths.get(tree, path)
-    if base is None and path == paths.HEAD:
-        table = paths.get(tree, paths.EMBEDDING)
-        base = None if table is None else Transposed(table)
+    base = weight_at(tree, path)
     if key is not None:
         key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     return Leaf(
@@ -161,22 +158,31 @@ def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
     Raises:
         UserError: If an adapter does not fit the base, or cannot be merged.
     """
-    tree = params
+    tree, parted = params, False
     for one in adapters_of(adapter):
         kind = KINDS[one.spec.kind]
         if kind.no_merge:
             raise UserError(f"an adapter of kind {kind.name!r} cannot be merged: {kind.no_merge}")
         check_fit(params, one)
+        if parted and paths.EMBEDDING in one.spec.paths and not unties(params, one):
+            raise UserError(
+                f"{paths.EMBEDDING}: an adapter before this one leaves the tied head to the base, "
+                "and this one does not; put it first."
+            )
         merged: dict[str, Any] = {}
+        bound = tree
         for path in one.spec.paths:
-            leaf = make_leaf(tree, one, path)
+            # A tied head stands on the table as this adapter binds it.
+            leaf = make_leaf(bound if path == paths.HEAD else tree, one, path)
             leaf = dataclasses.replace(leaf, bound=paths.put(tree, merged))
-            for place, array in kind.merge(leaf, kind.bind(leaf)).items():
+            nodes = kind.bind(leaf)
+            bound = paths.put(bound, nodes)
+            for place, array in kind.merge(leaf, nodes).items():
                 before = paths.get(tree, place)
                 before = leaf.base if before is None and place == path else before
                 merged[place] = array if before is None else array.astype(dtype_of(before))
         if unties(tree, one) and paths.HEAD not in merged:
-            merged[paths.HEAD] = paths.get(tree, paths.EMBEDDING).T
+            merged[paths.HEAD], parted = paths.get(tree, paths.EMBEDDING).T, True
         tree = paths.put(tree, merged)
     return tree
 

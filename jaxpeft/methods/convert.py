@@ -94,7 +94,7 @@ def _merged_change(params: dict, adapter: Adapter, path: str) -> tuple[Any, Any]
         old = leaf.base if place == path else paths.get(tree, place)
         old = None if old is None else np.asarray(materialise(old), np.float32)
         change = None if old is None else np.asarray(array, np.float32) - old
-        if place == path and place.endswith("/kernel"):
+        if place == path and (place.endswith("/kernel") or "a" in leaf.params):
             result = old, change
         elif change is None or change.any():
             raise UserError(

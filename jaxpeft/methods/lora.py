@@ -35,8 +35,20 @@ from jaxpeft.methods import (
     lora_places,
     lora_saved,
     lora_select,
+    lora_table,
+    lora_tokens,
+    token_rows,
 )
-from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, FrozenMap, Kind, Method, Spec
+from jaxpeft.methods.base import (
+    NO_CONTEXT,
+    Adapter,
+    Context,
+    FrozenMap,
+    Kind,
+    Method,
+    Spec,
+    weight_at,
+)
 from jaxpeft.methods.exchange import Values, default_and_exceptions
 
 
@@ -47,7 +59,8 @@ class LoRA(Method):
     Attributes:
         rank: Inner dimension of ``A @ B``.
         alpha: Numerator of the scale.
-        targets: "all-linear", a regex matched in full, or module names, as in PEFT.
+        targets: "all-linear", a regex matched in full, or module names, as in PEFT. The embedding
+            table is ``embed_tokens``, see `jaxpeft.methods.lora_table`.
         dropout: Probability of dropping an input of the low-rank branch, in [0, 1).
         rslora: Divide alpha by the square root of the rank instead of the rank.
         exclude: Modules to leave alone: a regex or names; wins over `targets`.
@@ -65,6 +78,9 @@ class LoRA(Method):
         lora_bias: Train a bias on ``B``, too.
         save_modules: Modules that are trained and saved whole, and not adapted: names or dotted
             parts of names, see `jaxpeft.methods.lora_saved`.
+        token_ids: Tokens whose rows of the embedding table are trained, see
+            `jaxpeft.methods.lora_tokens`; a tied head sees them too.
+        head_token_ids: Tokens whose columns of the head are trained.
     """
 
     name: ClassVar[str] = "lora"
@@ -85,6 +101,8 @@ class LoRA(Method):
     bias: str = "none"
     lora_bias: bool = False
     save_modules: str | tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    head_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -96,6 +114,7 @@ class LoRA(Method):
         lora_select.check(self)
         lora_init.check(self)
         lora_saved.check(self)
+        lora_tokens.check(self)
 
     @property
     def scale(self) -> float:
@@ -128,8 +147,9 @@ class LoRA(Method):
         factors, buffers = {}, {}
         for path, (ranks, scales) in places.items():
             path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            kernel = paths.get(params, path)
-            a, b = self._start(path_key, kernel, ranks, scales, width)
+            kernel = weight_at(params, path)
+            start = self._start_table if path == paths.EMBEDDING else self._start
+            a, b = start(path_key, kernel, ranks, scales, width)
             factors[path] = {"a": a, "b": b}
             buffers[path] = {
                 "scale": jnp.asarray(scales),
@@ -144,6 +164,8 @@ class LoRA(Method):
                 factors[path]["bias"] = jnp.zeros((*ranks.shape, shape_of(kernel)[-1]))
         trained, kept = lora_saved.start(params, saved, self.bias, modules)
         lora_saved.require_apart(factors, trained)
+        factors, buffers = factors | trained, buffers | kept
+        trained, kept = lora_tokens.start(self, params, factors)
         factors, buffers = factors | trained, buffers | kept
         options: dict[str, Any] = {"dora": self.dora, "rslora": self.rslora}
         options |= {"lora_bias": self.lora_bias, "bias": self.bias != "none" and self.bias}
@@ -170,6 +192,19 @@ class LoRA(Method):
         a = jax.random.uniform(key, (*stack, d_in, width), minval=-bound, maxval=bound)
         on = np.arange(width) < ranks[..., None]
         return jnp.where(on[..., None, :], a, 0.0), jnp.zeros((*stack, width, d_out))
+
+    def _start_table(
+        self, key: jax.Array, table: Any, ranks: np.ndarray, scales: np.ndarray, width: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Both factors of the embedding table, see `jaxpeft.methods.lora_table`."""
+        del scales
+        if self.lora_bias or self.init_weights in (*lora_init.SUBTRACTED, "loftq"):
+            odd = "lora_bias" if self.lora_bias else f"init_weights {self.init_weights!r}"
+            raise UserError(
+                f"LoRA.{odd} is for linear modules alone; take embed_tokens out of targets, or "
+                "leave it out."
+            )
+        return lora_table.start(key, shape_of(table), int(ranks), width)
 
 
 def config_of(adapter: Adapter) -> LoRA:
@@ -207,25 +242,28 @@ def factor_fields(adapter: Adapter) -> dict[str, Any]:
 FIELDS: dict[str, Callable[[Adapter], dict[str, Any]]] = {
     "a": factor_fields,
     "value": lora_saved.fields,
+    "rows": lora_tokens.fields,
 }
 """Fields of the config by the sort of places that they describe."""
 
 
 def config_from_peft(values: Values) -> LoRA:
     """The config that describes the same method as PEFT's; see `PeftFormat`."""
-    return LoRA(**lora_peft_config.fields(values))
+    return LoRA(**lora_peft_config.fields(values), **lora_tokens.peft_fields(values))
 
 
 def weigh(adapter: Adapter, weight: Any) -> Adapter:
     """The adapter with all its scales multiplied by `weight`.
 
     Raises:
-        UserError: If it is a DoRA adapter, or has trained biases or saved modules: its change is
-            no sum.
+        UserError: If it is a DoRA adapter, or has trained biases or tokens, or saved modules: its
+            change is no sum.
     """
     whole = any(sort != "a" for sort, _ in lora_places.by_sort(adapter))
     if whole or dict(adapter.spec.options).get("dora"):
-        what = "a LoRA with trained biases or saved modules" if whole else "a DoRA adapter"
+        what = (
+            "a LoRA with trained biases or tokens, or saved modules" if whole else "a DoRA adapter"
+        )
         raise UserError(f"weights: {what} is no sum that could be weighted; leave weights out.")
     buffers = paths.flatten(adapter.buffers)
     scaled = {
@@ -242,5 +280,6 @@ KIND = Kind(
     config_of=config_of,
     merge=lora_places.merge,
     weigh=weigh,
+    check=token_rows.check,
     peft=dataclasses.replace(lora_peft.PEFT, config=config_from_peft),
 )

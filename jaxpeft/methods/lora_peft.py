@@ -4,6 +4,7 @@ What an adapter may hold beside the factors of kernels has a `Part` of its own, 
 as in `jaxpeft.methods.lora_places`.
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -12,7 +13,13 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import dtype_of, materialise, shape_of
-from jaxpeft.methods import lora_peft_factors, lora_peft_saved, lora_places, lora_saved
+from jaxpeft.methods import (
+    lora_peft_factors,
+    lora_peft_saved,
+    lora_places,
+    lora_saved,
+    lora_tokens,
+)
 from jaxpeft.methods.base import Adapter, Spec
 from jaxpeft.methods.exchange import CONFIG, FLOATS, PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.methods.lora_peft_config import (
@@ -26,15 +33,20 @@ from jaxpeft.methods.lora_peft_config import (
 )
 
 COPY = re.compile(re.escape(PREFIX) + r"(lm_head|model\.embed_tokens)(?:\.base_layer)?\.weight")
-"""Copies of base weights that PEFT adds when the head is adapted."""
+"""Copies of base weights that PEFT adds when the embedding table or the head is adapted."""
 
-PARTS: dict[str, Part] = {"a": lora_peft_factors.PART, "value": lora_peft_saved.PART}
+PARTS: dict[str, Part] = {
+    "a": lora_peft_factors.PART,
+    "value": lora_peft_saved.PART,
+    "rows": lora_tokens.PART,
+}
 """What reads and writes the places of a LoRA, by their sort."""
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """The adapter of a PEFT folder; see `PeftFormat`."""
-    config = parse(values)
+    tokens = lora_tokens.parse(values, paths.get(base.params, paths.HEAD) is None)
+    config = dataclasses.replace(parse(values), tokens=tokens)
     folder = Folder(config, tensors, base)
     _require_known(folder)
     for part in PARTS.values():
@@ -97,10 +109,6 @@ def _require_known(folder: Folder) -> None:
     tensors, unexpected = folder.tensors, []
     known = set().union(*(part.keys(folder) for part in PARTS.values()))
     for key in sorted(tensors.shapes.keys() - known):
-        if "lora_embedding_" in key:
-            raise UserError(
-                f"{tensors.file}: {key}: LoRA of the embedding table is not supported yet."
-            )
         if found := COPY.fullmatch(key):
             _require_copy(tensors, key, found.group(1), folder.base)
         else:

@@ -63,7 +63,8 @@ DEFAULTS: dict[str, Any] = {
 READ_KEYS = (
     *("alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "r"),
-    *("rank_pattern", "target_modules", "use_dora", "use_rslora"),
+    *("rank_pattern", "target_modules", "trainable_token_indices", "use_dora"),
+    "use_rslora",
 )
 
 HARMLESS_KEYS = (
@@ -101,6 +102,7 @@ class PeftLoraConfig:
         bias: Which biases are trained: "none", "all" or "lora_only".
         lora_bias: Whether B has a bias.
         saved: Ends of the names of modules that are saved whole.
+        tokens: Ids of trained tokens by the path of their weight.
     """
 
     rank: int
@@ -114,6 +116,7 @@ class PeftLoraConfig:
     bias: str = "none"
     lora_bias: bool = False
     saved: tuple[str, ...] = ()
+    tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def adapts(self, name: str) -> bool:
         """Whether the module with this full name has factors."""

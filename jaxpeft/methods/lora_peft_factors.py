@@ -2,6 +2,7 @@
 
 PEFT keeps ``lora_A.weight`` ``(rank, d_in)`` and ``lora_B.weight`` ``(d_out, rank)``: the
 transposes of our ``a`` and ``b``, with the layers taken apart and the padding of the rank cut off.
+Those of the embedding table are ``lora_embedding_A`` ``(rank, vocab)`` and ``lora_embedding_B``.
 """
 
 import math
@@ -16,7 +17,7 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import shape_of
 from jaxpeft.methods import dora
-from jaxpeft.methods.base import Adapter
+from jaxpeft.methods.base import Adapter, weight_at
 from jaxpeft.methods.exchange import (
     CONFIG,
     PREFIX,
@@ -28,9 +29,9 @@ from jaxpeft.methods.exchange import (
     targets_value,
 )
 from jaxpeft.methods.lora_peft_config import Arrays, Folder, Part
-from jaxpeft.methods.lora_select import numbers_of
+from jaxpeft.methods.lora_select import numbers_of, sites_of
 
-FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight")
+FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.weight)?")
 
 
 def vectors(dora: Any, lora_bias: Any) -> dict[str, str]:
@@ -43,13 +44,13 @@ def keys(folder: Folder) -> set[str]:
     """The factors among the file's tensors, and the vectors beside them."""
     endings = tuple(f".{ending}" for ending in _endings(folder))
     shapes = folder.tensors.shapes
-    return {key for key in shapes if FACTOR.fullmatch(key) or key.endswith(endings)}
+    return {key for key in shapes if _factor_of(key) or key.endswith(endings)}
 
 
 def check(folder: Folder) -> None:
     """Raises a UserError unless the factors are those that config and base ask for."""
     modules = _pairs(folder)
-    sites = paths.module_names(folder.base.params)
+    sites = sites_of(folder.base.params)
     _check_modules(folder, modules, sites)
     _check_shapes(folder, modules, sites)
 
@@ -65,7 +66,7 @@ def read(folder: Folder, width: int) -> Arrays:
     layers = {}
     for name in _pairs(folder):
         rank = config.rank_of(name)
-        a, b = (tensors.read(f"{PREFIX}{name}.lora_{letter}.weight").T for letter in "AB")
+        a, b = (tensors.read(PREFIX + factor_key(name, letter)).T for letter in "AB")
         layers[name] = {
             "a": np.pad(a, ((0, 0), (0, width - rank))),
             "b": np.pad(b, ((0, width - rank), (0, 0))),
@@ -74,11 +75,11 @@ def read(folder: Folder, width: int) -> Arrays:
         }
         for letter, ending in vectors(config.dora, config.lora_bias).items():
             layers[name][letter] = tensors.read(f"{PREFIX}{name}.{ending}")
-    places = stack(layers, paths.module_names(base.params), base.params)
+    places = stack(layers, sites_of(base.params), base.params)
     for path, arrays in places.items():
         arrays["dropout"] = jnp.full(arrays["rank"].shape, config.dropout, jnp.float32)
         if config.dora:
-            arrays["norm"] = dora.start(paths.get(base.params, path), arrays["rank"])
+            arrays["norm"] = dora.start(weight_at(base.params, path), arrays["rank"])
     trained = ("a", "b", "m", "bias")
     return {
         path: (
@@ -111,8 +112,8 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
             vector = np.asarray(paths.get(adapter.params, f"{path}/{letter}"))[at]
             require_finite(name, vector)
             tensors[f"{PREFIX}{name}.{ending}"] = contiguous(vector)
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = contiguous(a.T)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = contiguous(b.T)
+        tensors[PREFIX + factor_key(name, "A")] = contiguous(a.T)
+        tensors[PREFIX + factor_key(name, "B")] = contiguous(b.T)
     if not ranks:
         raise UserError("the adapter adapts no module: all its ranks are 0.")
     if len(dropouts) > 1:
@@ -129,12 +130,27 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
         "lora_dropout": dropouts.pop(),
         "r": rank,
         "rank_pattern": rank_pattern,
-        "target_modules": targets_value(ranks, paths.module_names(base.params)),
+        "target_modules": targets_value(ranks, sites_of(base.params)),
     }
     return values, tensors
 
 
 PART = Part(keys=keys, check=check, width=width, read=read, write=write)
+
+
+def factor_key(name: str, letter: str) -> str:
+    """PEFT's key of a factor, without its prefix; the embedding table has keys of its own."""
+    if name == paths.module_name(paths.EMBEDDING):
+        return f"{name}.lora_embedding_{letter}"
+    return f"{name}.lora_{letter}.weight"
+
+
+def _factor_of(key: str) -> tuple[str, str] | None:
+    """The module and the letter of a factor's key, None for other keys."""
+    found = FACTOR.fullmatch(key)
+    if found is None or key != PREFIX + factor_key(found[1], found[2]):
+        return None
+    return found[1], found[2]
 
 
 def _endings(folder: Folder) -> list[str]:
@@ -146,10 +162,10 @@ def _pairs(folder: Folder) -> dict[str, set[str]]:
     tensors = folder.tensors
     modules: dict[str, set[str]] = {}
     for key in sorted(tensors.shapes):
-        if found := FACTOR.fullmatch(key):
-            modules.setdefault(found.group(1), set()).add(found.group(2))
+        if found := _factor_of(key):
+            modules.setdefault(found[0], set()).add(found[1])
     lonely = [
-        f"{name}.lora_{'B' if 'A' in pair else 'A'}.weight"
+        factor_key(name, "B" if "A" in pair else "A")
         for name, pair in modules.items()
         if len(pair) < 2
     ]
@@ -160,7 +176,7 @@ def _pairs(folder: Folder) -> dict[str, set[str]]:
             if key.endswith(f".{ending}")
         }
         lonely += [f"{name}.{ending}" for name in modules if name not in beside]
-        lonely += [f"{name}.lora_A.weight" for name in sorted(beside) if name not in modules]
+        lonely += [factor_key(name, "A") for name in sorted(beside) if name not in modules]
     if lonely:
         raise UserError(
             f"{tensors.file}: {len(lonely)} tensors are missing: {first_few(lonely, 3)}."
@@ -177,14 +193,11 @@ def _check_modules(
     file, base, config = folder.tensors.file, folder.base, folder.config
     foreign = [name for name in modules if name not in sites]
     if foreign:
-        tied = foreign == ["lm_head"] and base.config.tie_embeddings
-        hint = "; a head tied to the embedding cannot be adapted yet" if tied else ""
         raise UserError(
             f"{file}: tensors for {len(foreign)} modules that the base {base.name!r} "
-            f"({base.config.num_layers} layers) lacks: {first_few(foreign, 3)}{hint}."
+            f"({base.config.num_layers} layers) lacks: {first_few(foreign, 3)}."
         )
-    candidates = (*sites, "model.embed_tokens", "lm_head")
-    selected = {name for name in candidates if config.adapts(name)}
+    selected = {name for name in sites if config.adapts(name)}
     missing = [name for name in sorted(selected) if name not in modules]
     if missing:
         raise UserError(
@@ -207,10 +220,10 @@ def _check_shapes(
     tensors, base, config = folder.tensors, folder.base, folder.config
     ranks, widths, keys = [], [], []
     for name in modules:
-        d_in, d_out = shape_of(paths.get(base.params, sites[name].path))[-2:]
+        d_in, d_out = shape_of(weight_at(base.params, sites[name].path))[-2:]
         rank = config.rank_of(name)
         for letter, expected in (("A", (rank, d_in)), ("B", (d_out, rank))):
-            key = f"{name}.lora_{letter}.weight"
+            key = factor_key(name, letter)
             keys.append(PREFIX + key)
             shape = tensors.shapes[PREFIX + key]
             if shape != expected:

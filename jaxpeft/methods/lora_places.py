@@ -4,7 +4,9 @@
 array      what it is                                            defined in
 =========  ====================================================  ============================
 ``a``      factors of a kernel; DoRA's magnitudes, a bias of B   `jaxpeft.methods.lora`
+           the same of the embedding table                       `jaxpeft.methods.lora_table`
 ``value``  a trained copy that stands in for a base leaf         `jaxpeft.methods.lora_saved`
+``rows``   the rows of a few tokens                              `jaxpeft.methods.lora_tokens`
 =========  ====================================================  ============================
 """
 
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.methods import dora, lora_init, lora_saved
+from jaxpeft.methods import dora, lora_init, lora_saved, lora_table, token_rows
 from jaxpeft.methods.base import Adapter, Leaf, merge_leaf
 from jaxpeft.methods.lora_nodes import LoRAKernel
 from jaxpeft.methods.replace import value_shape
@@ -33,12 +35,14 @@ class Place:
     """
 
     bind: Callable[[Leaf], dict[str, Any]]
-    leaf_shape: Callable[[dict], tuple[int, ...]]
+    leaf_shape: Callable[[dict], tuple[int, ...] | None]
     merge: Callable[[Leaf, dict[str, Any]], dict[str, Any]] = merge_leaf
 
 
 def bind_factors(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for a kernel adapted with LoRA or DoRA."""
+    """The node that stands for a kernel, or the embedding table, adapted with LoRA or DoRA."""
+    if leaf.path == paths.EMBEDDING:
+        return lora_table.bind(leaf)
     if leaf.options.get("dora"):
         return dora.bind(leaf)
     base, a, b = lora_init.without_start(leaf)
@@ -80,6 +84,7 @@ def merge_factors(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
 PLACES: dict[str, Place] = {
     "a": Place(bind=bind_factors, leaf_shape=factors_shape, merge=merge_factors),
     "value": Place(bind=lora_saved.bind, leaf_shape=value_shape),
+    "rows": Place(bind=token_rows.bind, leaf_shape=token_rows.any_shape),
 }
 """The sorts of places by the array that only they hold."""
 
@@ -94,7 +99,7 @@ def bind(leaf: Leaf) -> dict[str, Any]:
     return PLACES[sort_of(leaf.params)].bind(leaf)
 
 
-def leaf_shape(params: dict) -> tuple[int, ...]:
+def leaf_shape(params: dict) -> tuple[int, ...] | None:
     """The shape of the base leaf that the trained arrays of a place belong to."""
     return PLACES[sort_of(params)].leaf_shape(params)
 

@@ -15,7 +15,8 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few, nearest
 from jaxpeft.linear import shape_of
-from jaxpeft.methods.base import Adapter, FrozenMap
+from jaxpeft.methods import lora_saved
+from jaxpeft.methods.base import Adapter, FrozenMap, weight_at
 from jaxpeft.methods.exchange import modules_of, shortest_decimal
 from jaxpeft.methods.selection import first_match, layer_of
 
@@ -60,6 +61,11 @@ def check(config: Any) -> None:
     _check_pattern(config, "alpha_pattern", _is_alpha, "finite and positive")
 
 
+def sites_of(params: Mapping) -> dict[str, paths.Site]:
+    """All modules that LoRA can adapt, by full name: linear ones, a tied head, and the table."""
+    return lora_saved.sites_of(params, "kernel") | lora_saved.sites_of(params, "embedding")
+
+
 def select(config: Any, params: Mapping, leave: Iterable[str] = ()) -> dict[str, Module]:
     """The modules that a `jaxpeft.LoRA` adapts.
 
@@ -75,7 +81,7 @@ def select(config: Any, params: Mapping, leave: Iterable[str] = ()) -> dict[str,
         UserError: If a pattern matches nothing, a layer is not there, a rank exceeds its kernel's
             sides, or no module is left.
     """
-    sites = paths.module_names(params)
+    sites = sites_of(params)
     chosen = paths.match(config.targets, config.exclude, sites)
     if config.layers:
         chosen = _of_layers(config, chosen, sites)
@@ -94,7 +100,7 @@ def select(config: Any, params: Mapping, leave: Iterable[str] = ()) -> dict[str,
     for name, site in chosen.items():
         rank = first_match(config.rank_pattern, name, config.rank)
         alpha = first_match(config.alpha_pattern, name, config.alpha)
-        d_in, d_out = shape_of(paths.get(params, site.path))[-2:]
+        d_in, d_out = shape_of(weight_at(params, site.path))[-2:]
         if rank > min(d_in, d_out):
             field = "rank" if rank == config.rank else "rank_pattern"
             raise UserError(
@@ -110,7 +116,7 @@ def by_path(modules: Iterable[Module], params: Mapping) -> dict[str, tuple[np.nd
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for site, rank, scale in sorted(modules, key=lambda module: module.site.path):
         if site.path not in found:
-            stack = shape_of(paths.get(params, site.path))[:-2]
+            stack = shape_of(weight_at(params, site.path))[:-2]
             found[site.path] = np.zeros(stack, np.int32), np.zeros(stack, np.float32)
         at = () if site.layer is None else site.layer
         ranks, scales = found[site.path]

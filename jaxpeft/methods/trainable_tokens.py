@@ -92,11 +92,6 @@ def _sites(params: dict) -> dict[str, paths.Site]:
     }
 
 
-def any_shape(params: dict) -> None:
-    """Rows don't tell the size of the vocabulary; `token_rows.check` compares their width."""
-    del params
-
-
 def config_of(adapter: Adapter) -> TrainableTokens:
     """The config of an adapter; targets come back as full names."""
     first, *_ = adapter.spec.paths
@@ -185,7 +180,7 @@ PEFT = PeftFormat(
 KIND = Kind(
     config=TrainableTokens,
     bind=token_rows.bind,
-    leaf_shape=any_shape,
+    leaf_shape=token_rows.any_shape,
     config_of=config_of,
     check=token_rows.check,
     peft=PEFT,
