@@ -2,7 +2,8 @@
 
 The method section still describes what is trained, and the saved adapter must be just that: the
 same family, places, shapes, ranks and scales. Dropout alone is the new run's own, for it changes
-nothing that was learned. Whatever else the adapter holds frozen comes from the saved one.
+nothing that was learned. Whatever else the adapter holds frozen comes from the saved one; so do
+ranks and scales where the method would take them from batches, which are then not read.
 """
 
 import dataclasses
@@ -10,11 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.methods import KINDS, Adapter, Context, Method
+from jaxpeft.methods.algebra import pad_rank
 from jaxpeft.peft_format import load_adapter, peek_kind
 
 _COMPARED = ("rank", "scale")
@@ -63,12 +66,16 @@ def load_start(method: Method, base: Any, key: jax.Array, context: Context) -> A
     assert method.init_from is not None
     check_init_from(method)
     saved = load_adapter(method.init_from, base)
+    context = dataclasses.replace(context, shapes_only=True)
     described = jax.eval_shape(lambda params: method.init(params, key, context), base.params)
+    if method.needs_batches:
+        saved = _with_room(saved, described)
     differences = [*_compare_trees(saved, described)]
     if not differences:
         numbers = _numbers(method, base.params, key, context)  # ranks are values, not shapes
         buffers = paths.flatten(saved.buffers)
-        differences += _compare_numbers(buffers, numbers)
+        if not method.needs_batches:
+            differences += _compare_numbers(buffers, numbers)
         own = {path: value for path, value in numbers.items() if path.endswith(f"/{_OWN}")}
         saved = dataclasses.replace(saved, buffers=paths.unflatten(buffers | own))
     if differences:
@@ -77,6 +84,26 @@ def load_start(method: Method, base: Any, key: jax.Array, context: Context) -> A
             f"{first_few(differences, 3)}; describe it as its adapter_config.json does."
         )
     return saved
+
+
+def _with_room(saved: Adapter, described: Adapter) -> Adapter:
+    """A saved adapter with the padding of a new one, and with the places that got no rank."""
+    if saved.spec.kind != described.spec.kind or saved.spec.rank > described.spec.rank:
+        return saved
+    saved = pad_rank(saved, described.spec.rank)
+    empty = set(described.spec.paths) - set(saved.spec.paths)
+
+    def with_empty(ours: dict, theirs: dict) -> dict:
+        zeros = {path: jnp.zeros(x.shape, x.dtype) for path, x in paths.flatten(theirs).items()}
+        fill = {path: x for path, x in zeros.items() if path.rpartition("/")[0] in empty}
+        return paths.unflatten(paths.flatten(ours) | fill)
+
+    return dataclasses.replace(
+        saved,
+        params=with_empty(saved.params, described.params),
+        buffers=with_empty(saved.buffers, described.buffers),
+        spec=dataclasses.replace(saved.spec, paths=tuple(sorted({*saved.spec.paths, *empty}))),
+    )
 
 
 def _numbers(method: Method, params: dict, key: jax.Array, context: Context) -> dict[str, Any]:

@@ -42,6 +42,9 @@ from jaxtyping import Array, Float, Int
 SHARED = "shared"
 """What all layers, or all places of an adapter, share: a collection, a field, a key of trees."""
 
+CAPTURE = "capture"
+"""The collection in which linear modules keep their inputs, where it is mutable."""
+
 
 class Node:
     """Base class of weights that are more than an array. See the module's table.

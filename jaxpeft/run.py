@@ -69,9 +69,19 @@ class Run:
         base: The base model; leaves that full fine-tuning replaces are not held twice.
         state: What training changes.
         schedule: Learning rate by number of updates.
+
+    Its first state is that of a new adapter; where it is going to be `restored` it may be anything.
     """
 
-    def __init__(self, config: RunConfig, base: Model, rows: Rows, mesh: jax.sharding.Mesh):
+    def __init__(
+        self,
+        config: RunConfig,
+        base: Model,
+        rows: Rows,
+        mesh: jax.sharding.Mesh,
+        *,
+        restored: bool = False,
+    ):
         self.config, self.rows, self.mesh = config, rows, mesh
         self.output = pathlib.Path(config.output_dir)
         self.schedule = make_schedule(config.optim, rows.steps)
@@ -81,8 +91,8 @@ class Run:
         replaced = tuple(paths.flatten(self.base_shapes)) if isinstance(config.method, Full) else ()
         self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
 
-        batches = (rows.plan.batch(step) for step in range(rows.steps))
-        context = Context(base.config, base.module, base.tokenizer, batches)
+        batches = (self.put(rows.plan.batch(step)) for step in range(rows.steps))
+        context = Context(base.config, base.module, base.tokenizer, batches, shapes_only=restored)
 
         def start(params: dict, keys: jax.Array, saved: Adapter | None) -> TrainState:
             adapter = config.method.init(params, keys[0], context) if saved is None else saved
@@ -92,6 +102,8 @@ class Run:
         keys, saved = jax.random.split(jax.random.key(config.train.seed)), None
         if config.method.init_from is not None:
             saved = load_start(config.method, base, keys[0], context)
+        elif config.method.needs_batches and not restored:
+            saved = config.method.init(base.params, keys[0], context)
         shapes = jax.eval_shape(start, base.params, keys, saved)
         self.shardings = sharding.state_shardings(shapes, mesh)
         place = jax.jit(start, out_shardings=self.shardings)
@@ -268,7 +280,7 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
     """
     check_init_from(config.method)
     optim, shapes = config.optim, param_shapes(model)
-    context = Context(config=model, tokenizer=tokenizer)
+    context = Context(config=model, tokenizer=tokenizer, shapes_only=True)
 
     def start() -> Adapter:
         zeros = {path: jnp.zeros(shape) for path, shape in shapes.items()}

@@ -111,7 +111,8 @@ def train(
             compute_dtype=config.model.compute_dtype,
             mesh=mesh,
         )
-        run = Run(config, stop.run_interruptible(load, "loading the model"), rows, mesh)
+        base = stop.run_interruptible(load, "loading the model")
+        run = Run(config, base, rows, mesh, restored=latest is not None)
         if overwrite:  # only now: what can be wrong with the new run has been seen
             discard(output)
         if latest is not None:

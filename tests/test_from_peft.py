@@ -12,7 +12,7 @@ import pytest
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.methods import IA3, KINDS, OFT, LNTuning, LoHa, Method, VeRA, init_adapter
+from jaxpeft.methods import IA3, KINDS, OFT, LNTuning, LoHa, LoRA, Method, VeRA, init_adapter
 from jaxpeft.methods.exchange import Selection
 from jaxpeft.model import Model
 from jaxpeft.models.load import load_params
@@ -20,7 +20,11 @@ from jaxpeft.models.transformer import Transformer
 from jaxpeft.peft_format import load_adapter
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-FOLDERS = [file.parent for file in sorted((GOLDEN / "methods").glob("*/adapter_config.json"))]
+FOLDERS = [
+    file.parent
+    for where in ("methods", "adapters")
+    for file in sorted((GOLDEN / where).glob("*/adapter_config.json"))
+]
 NOT_OURS = {"loha_patterns": "rank_pattern", "lokr_low_rank": "alpha_pattern"}
 """Folders whose config our class of the method cannot say, and the key that the error names."""
 NUMBERS = ("scale", "rank", "dropout")
@@ -75,9 +79,18 @@ DEFAULTS = {
         "orthogonality": 0.5,
         "beta1": 0.85,
     },
+    "LORA": {
+        "rank": 8,
+        "alpha": 8.0,
+        "targets": ("q_proj", "v_proj"),
+        "dropout": 0.0,
+        "rslora": False,
+        "dora": False,
+        "bias": "none",
+        "init_weights": "default",
+    },
     "LN_TUNING": {"targets": ("input_layernorm", "post_attention_layernorm", "norm")},
     "LOHA": {"rank": 8, "alpha": 8.0, "targets": ("q_proj", "v_proj")},
-    "LORA": {"rank": 8, "alpha": 8.0, "targets": ("q_proj", "v_proj"), "init_weights": "default"},
     "LOKR": {"rank": 8, "alpha": 8.0, "targets": ("q_proj", "v_proj"), "decompose_factor": -1},
     "OFT": {"block_size": 32, "exact": False, "terms": 5, "targets": ("q_proj", "v_proj")},
     "VERA": {"rank": 256, "d_initial": 0.1, "dropout": 0.0, "targets": ("q_proj", "v_proj")},
@@ -132,6 +145,63 @@ def test_settings_of_training_alone_are_read_too():
     assert Method.from_peft(prefix).hidden_size is None
     assert Method.from_peft(prefix | {"prefix_projection": True}).hidden_size == 6
     assert Method.from_peft(prefix | {"init_weights": "zero"}).initial == "zero"
+
+
+LORA = {"peft_type": "LORA"}
+EVERYTHING = {
+    "r": 4,
+    "lora_alpha": 6,
+    "lora_dropout": 0.25,
+    "use_rslora": True,
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"layers.0.self_attn.q_proj": 5},
+    "target_modules": ["q_proj", "up_proj"],
+    "exclude_modules": ["layers.2.mlp.up_proj"],
+    "layers_to_transform": [0, 2],
+    "layers_pattern": "layers",
+    "bias": "all",
+    "modules_to_save": ["lm_head"],
+}
+
+
+def test_all_that_lora_can_say_is_read():
+    assert LoRA.from_peft(LORA | EVERYTHING) == LoRA(
+        rank=4,
+        alpha=6.0,
+        dropout=0.25,
+        rslora=True,
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"layers.0.self_attn.q_proj": 5},
+        targets=("q_proj", "up_proj"),
+        exclude=("layers.2.mlp.up_proj",),
+        layers=(0, 2),
+        layers_pattern=("layers",),
+        bias="all",
+        save_modules=("lm_head",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"init_lora_weights": "gaussian"}, LoRA(init_weights="gaussian")),
+        ({"init_lora_weights": "pissa_niter_16"}, LoRA(init_weights="pissa")),
+        ({"init_lora_weights": "loftq"}, LoRA(init_weights="loftq")),
+        (
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 3}},
+            LoRA(init_weights="loftq", loftq_steps=3),
+        ),
+        ({"init_lora_weights": "eva"}, LoRA(init_weights="eva")),
+        (
+            {"init_lora_weights": "eva", "eva_config": {"rho": 1.5, "tau": 0.9, "whiten": False}},
+            LoRA(init_weights="eva", eva_rho=1.5, eva_tau=0.9),
+        ),
+    ],
+    ids=str,
+)
+def test_the_starts_of_lora_are_read(values, expected):
+    ours = dataclasses.replace(expected, alpha=8.0, targets=("q_proj", "v_proj"))
+    assert LoRA.from_peft(LORA | values) == ours
 
 
 NAMES = [
@@ -197,13 +267,39 @@ def test_objects_files_folders_and_dicts_are_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"peft_type": "LORA", "init_lora_weights": False}, "init_lora_weights: expected true, "),
+        ({"peft_type": "LORA", "init_lora_weights": "corda"}, "init_lora_weights: expected true, "),
+        (
+            {"peft_type": "LORA", "init_lora_weights": "eva", "eva_config": {"whiten": True}},
+            "eva_config: expected whiten False",
+        ),
+        (
+            {"peft_type": "LORA", "init_lora_weights": "eva", "eva_config": {"rho": "2"}},
+            "eva_config: expected rho like 2.0",
+        ),
+        (
+            {
+                "peft_type": "LORA",
+                "init_lora_weights": "loftq",
+                "loftq_config": {"loftq_iter": 0.5},
+            },
+            "loftq_config: expected loftq_iter like 1",
+        ),
+        (
+            {"peft_type": "LORA", "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8}},
+            "loftq_config: expected loftq_bits 4",
+        ),
+        ({"peft_type": "LORA", "use_qalora": True}, "not supported yet: use_qalora"),
+        ({"peft_type": "LORA", "lora_dropout": 1}, "lora_dropout: expected a probability"),
+        ({"peft_type": "LORA", "target_modules": []}, "LoRA.targets must name at least one"),
         ({"peft_type": "IA3"}, "target_modules: expected names or a regex"),
         ({"peft_type": "IA3", "target_modules": ["v"], "init_ia3_weights": False}, "init_ia3_w"),
         ({"peft_type": "LOHA", "rank_pattern": {"q_proj": 2}}, "rank_pattern: expected {}"),
         ({"peft_type": "LOHA", "r": 0}, "r: expected a whole number of at least 1"),
         ({"peft_type": "LOHA", "alpha": -1}, "LoHa.alpha must be finite and positive"),
         ({"peft_type": "LOHA", "modules_to_save": ["x"]}, "not supported yet: modules_to_save"),
-        ({"peft_type": "LORA", "init_lora_weights": False}, "init_lora_weights: expected true or"),
+        ({"peft_type": "LOHA", "module_dropout": 0.1}, "module_dropout: expected 0"),
+        ({"peft_type": "LOKR", "rank_dropout": 0.1}, "rank_dropout: expected 0"),
         ({"peft_type": "LORA", "modules_to_save": ["norm"]}, "'norm' means input_layernorm, "),
         (
             {"peft_type": "LORA", "r": 3, "init_lora_weights": "orthogonal"},

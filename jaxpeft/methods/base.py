@@ -132,12 +132,14 @@ class Context:
         module: Its Linen module.
         tokenizer: Its tokenizer.
         batches: Batches as the training step takes them, for initialisations from data.
+        shapes_only: Only shapes matter to the caller: what batches decide may be anything.
     """
 
     config: Any = None
     module: Any = None
     tokenizer: Any = None
     batches: Iterable[Mapping[str, Any]] | None = None
+    shapes_only: bool = False
 
 
 NO_CONTEXT = Context()
@@ -172,8 +174,8 @@ class Method:
             UserError: If it is of another method, or says what this class cannot.
 
         Example:
-            >>> from jaxpeft.methods import LoHa
-            >>> LoHa.from_peft({"peft_type": "LOHA", "r": 4}).targets
+            >>> from jaxpeft.methods import LoRA
+            >>> LoRA.from_peft({"peft_type": "LORA", "r": 4}).targets
             ('q_proj', 'v_proj')
         """
         from jaxpeft.peft_format import read_method
@@ -196,6 +198,11 @@ class Method:
         """How many tasks rows of data may name; 0 where the method knows none."""
         return 0
 
+    @property
+    def needs_batches(self) -> bool:
+        """Whether `init` reads batches; it then runs outside of ``jax.jit``."""
+        return False
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter.
 
@@ -205,7 +212,7 @@ class Method:
             context: What else there is; a method that misses something says so.
 
         Returns:
-            The adapter; ``jax.jit`` of this function works.
+            The adapter; ``jax.jit`` of this function works, unless it `needs_batches`.
         """
         raise NotImplementedError
 

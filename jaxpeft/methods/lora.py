@@ -29,6 +29,7 @@ from jaxpeft.errors import UserError
 from jaxpeft.linear import shape_of
 from jaxpeft.methods import (
     dora,
+    eva,
     lora_init,
     lora_peft,
     lora_peft_config,
@@ -71,8 +72,12 @@ class LoRA(Method):
             first that matches counts.
         alpha_pattern: Alphas of some modules, in the same way.
         dora: Train the length of every column too, see `jaxpeft.methods.dora`.
-        init_weights: How the factors start: "default", or a name of `jaxpeft.methods.lora_init`.
+        init_weights: How the factors start: "default", a name of `jaxpeft.methods.lora_init`, or
+            "eva" from the inputs of the kernels, see `jaxpeft.methods.eva`.
         loftq_steps: For "loftq", how often it alternates.
+        eva_rho: For "eva", how many times its own rank a kernel may get at most.
+        eva_tau: For "eva", the cosine of a component with itself one batch before, from which on
+            it counts as settled.
         bias: Which biases of the base are trained: "none", "all", or "lora_only" for those of
             adapted modules.
         lora_bias: Train a bias on ``B``, too.
@@ -98,6 +103,8 @@ class LoRA(Method):
     dora: bool = False
     init_weights: str = "default"
     loftq_steps: int = 1
+    eva_rho: float = 2.0
+    eva_tau: float = 0.99
     bias: str = "none"
     lora_bias: bool = False
     save_modules: str | tuple[str, ...] = ()
@@ -115,6 +122,13 @@ class LoRA(Method):
         lora_init.check(self)
         lora_saved.check(self)
         lora_tokens.check(self)
+        if self.needs_batches:
+            eva.check(self)
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether `init` reads batches; it then runs outside of ``jax.jit``."""
+        return self.init_weights == "eva"
 
     @property
     def scale(self) -> float:
@@ -130,26 +144,34 @@ class LoRA(Method):
         Args:
             params: Base parameters; shapes are enough.
             key: Typed PRNG key.
-            context: Not used.
+            context: For "eva" its module and batches.
 
         Returns:
-            The adapter; ``jax.jit`` of this function works and places it like the base.
+            The adapter; ``jax.jit`` of this function works and places it like the base, but for
+            "eva".
 
         Raises:
             UserError: If a pattern matches nothing, a layer is not there, a rank exceeds a
-                kernel's sides, or values of the base are needed and there are only shapes.
+                kernel's sides, or values of the base or batches are needed and are not there.
         """
-        del context
         saved = lora_saved.saved_modules(self.save_modules, params)
         modules = lora_select.select(self, params, leave=saved)
         places = lora_select.by_path(modules.values(), params)
         width = max(int(ranks.max()) for ranks, _ in places.values())
-        factors, buffers = {}, {}
+        factors, buffers, first = {}, {}, {}
+        if self.init_weights == "eva":  # the table has no inputs to look at
+            kernels = {path: place for path, place in places.items() if path != paths.EMBEDDING}
+            first, changed = eva.start(self, params, kernels, key, context)
+            places |= changed
+            width = max(width, *(a.shape[-1] for a in first.values()))
         for path, (ranks, scales) in places.items():
             path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
             kernel = weight_at(params, path)
-            start = self._start_table if path == paths.EMBEDDING else self._start
-            a, b = start(path_key, kernel, ranks, scales, width)
+            if path in first:
+                a, b = first[path], jnp.zeros((*ranks.shape, width, shape_of(kernel)[-1]))
+            else:
+                start = self._start_table if path == paths.EMBEDDING else self._start
+                a, b = start(path_key, kernel, ranks, scales, width)
             factors[path] = {"a": a, "b": b}
             buffers[path] = {
                 "scale": jnp.asarray(scales),

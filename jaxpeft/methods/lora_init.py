@@ -156,8 +156,8 @@ def of_stack(
 def check(config: Any) -> None:
     """Raises a ValueError unless the fields of a `jaxpeft.LoRA` about its start go together."""
     name = config.init_weights
-    if name != "default" and name not in BY_NAME:
-        known = ", ".join(map(repr, ("default", *BY_NAME)))
+    if name not in ("default", "eva", *BY_NAME):
+        known = ", ".join(map(repr, ("default", "eva", *BY_NAME)))
         raise ValueError(f"LoRA.init_weights must be one of {known}, got {name!r}.")
     for rank in (config.rank, *config.rank_pattern.values()):
         if name == "orthogonal" and rank % 2:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from jaxpeft.errors import UserError, first_few
-from jaxpeft.methods import lora_init
 from jaxpeft.methods.base import Adapter
 from jaxpeft.methods.exchange import Tensors, Values
+from jaxpeft.methods.lora_peft_start import start_fields
 from jaxpeft.methods.lora_saved import BIASES
 from jaxpeft.methods.selection import Selection, first_match
 
@@ -71,9 +71,6 @@ HARMLESS_KEYS = (
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core"),
     "qalora_group_size",
 )
-
-INITS = {True: "default", **{name: name for name in lora_init.BY_NAME}}
-"""PEFT's ``init_lora_weights`` that `jaxpeft.LoRA` has, by its name of them."""
 
 SUFFIXES = (
     *("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm"),
@@ -180,15 +177,9 @@ def parse(values: Values) -> PeftLoraConfig:
 
 def fields(values: Values) -> dict[str, Any]:
     """The fields of the `jaxpeft.LoRA` that a config describes; see `PeftFormat`."""
-    start = values.get("init_lora_weights")
-    values.only("init_lora_weights", *INITS)
+    start = start_fields(values)
     plain = Values({**values.values, "init_lora_weights": True}, values.file, values.defaults)
-    config, loftq = parse(plain), values.get("loftq_config") or {}
-    if not isinstance(loftq, dict):
-        raise values.wrong("loftq_config", "an object")
-    steps = loftq.get("loftq_iter", 1) if start == "loftq" else 1
-    if type(steps) is not int or (start == "loftq" and loftq.get("loftq_bits", 4) != 4):
-        raise values.wrong("loftq_config", "4 bits and a whole number of iterations")
+    config = parse(plain)
     for item in config.saved:
         if other := [end for end in SUFFIXES if end.endswith(item) and end != item]:
             raise UserError(
@@ -203,8 +194,6 @@ def fields(values: Values) -> dict[str, Any]:
         "dropout": config.dropout,
         "rslora": config.rslora,
         "dora": config.dora,
-        "init_weights": INITS[start],
-        "loftq_steps": steps,
         "bias": config.bias,
         "lora_bias": config.lora_bias,
         "save_modules": config.saved,
@@ -212,6 +201,7 @@ def fields(values: Values) -> dict[str, Any]:
         "exclude": config.selection.exclude,
         "layers": config.selection.layers or (),
         "layers_pattern": config.selection.layers_pattern,
+        **start,
     }
 
 

@@ -155,8 +155,11 @@ def ranks_and_alphas(adapter: Adapter) -> tuple[dict[str, int], dict[str, int | 
 
 def fields_from_peft(values: Values) -> dict[str, Any]:
     """The fields that both configs have, from PEFT's config; see `PeftFormat`."""
-    for key, plain in (("rank_pattern", {}), ("alpha_pattern", {}), ("init_weights", True)):
-        values.only(key, plain)
+    for key in ("rank_pattern", "alpha_pattern"):
+        values.only(key, {})
+    for key in ("module_dropout", "rank_dropout"):
+        values.only(key, 0)
+    values.only("init_weights", True)
     fields = values.selection(DEFAULT_TARGETS).fields(values.file)
     return {"rank": values.count("r"), "alpha": float(values.number("alpha")), **fields}
 

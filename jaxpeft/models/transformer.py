@@ -20,7 +20,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpeft import paths
-from jaxpeft.linear import SHARED, Transposed, attend, embed, give_shared, linear, shape_of
+from jaxpeft.linear import (
+    CAPTURE,
+    SHARED,
+    Transposed,
+    attend,
+    embed,
+    give_shared,
+    linear,
+    shape_of,
+)
 from jaxpeft.models import rope
 from jaxpeft.models.attention import Prefix, attention, positions_of
 from jaxpeft.models.cache import Cache, append
@@ -84,6 +93,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Applies the kernel, then the bias in the dtype of `x`."""
+        if self.is_mutable_collection(CAPTURE) and not self.is_initializing():
+            self.sow(CAPTURE, "inputs", x)
         init = nn.initializers.normal(self.stddev)
         y = linear(x, weight(self, "kernel", (x.shape[-1], self.features), init))
         if self.use_bias:
@@ -281,7 +292,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, CAPTURE: 0},
             variable_broadcast=SHARED,
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
