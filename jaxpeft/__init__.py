@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from jaxpeft.peft_format import load_adapter as load_adapter
     from jaxpeft.peft_format import save_adapter as save_adapter
     from jaxpeft.prompting import with_prompt as with_prompt
+    from jaxpeft.quant import quantize as quantize
     from jaxpeft.sharding import make_mesh as make_mesh
     from jaxpeft.sharding import shard_params as shard_params
     from jaxpeft.train_step import TrainState as TrainState
@@ -65,6 +66,7 @@ _HOMES = {
     "jaxpeft.optim": ("OptimConfig", "make_optimizer", "make_schedule", "masked"),
     "jaxpeft.peft_format": ("load_adapter", "save_adapter"),
     "jaxpeft.prompting": ("with_prompt",),
+    "jaxpeft.quant": ("quantize",),
     "jaxpeft.sharding": ("make_mesh", "shard_params"),
     "jaxpeft.train_step": ("TrainState", "adapter_only", "init_train_state", "make_train_step"),
 }

@@ -30,12 +30,16 @@ class ModelSection:
         revision: Branch, tag or commit of a hub id.
         dtype: Of the stored base parameters.
         compute_dtype: Of activations; "auto" is float32 on CPU and `dtype` elsewhere.
+        quantization: "nf4", "int4" or "int8" for the kernels of the layers (QLoRA); null for none.
+        double_quantization: Keep the scales of quantised blocks in 8 bits too.
     """
 
     path: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal["nf4", "int4", "int8"] | None = None
+    double_quantization: bool = False
 
     def __post_init__(self):
         _check(
@@ -43,6 +47,11 @@ class ModelSection:
             (self.revision == "", "revision must be null or a branch, tag or commit, got ''"),
             _one_of("dtype", self.dtype, ("float32", "bfloat16")),
             _one_of("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16")),
+            _one_of("quantization", self.quantization, (None, "nf4", "int4", "int8")),
+            (
+                self.double_quantization and self.quantization is None,
+                "double_quantization needs quantization: nf4, int4 or int8",
+            ),
         )
 
 

@@ -1,5 +1,6 @@
 """A loaded base model: frozen parameters with everything needed to call them."""
 
+import math
 from typing import Any
 
 import flax.struct
@@ -9,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.methods import bind, merge
 from jaxpeft.methods.base import Adapter
@@ -39,7 +41,8 @@ class Model:
 
     def __repr__(self) -> str:
         """One line instead of all arrays."""
-        size = sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(self.params))
+        shapes = [getattr(leaf, "shape", (0,)) for leaf in paths.flatten(self.params).values()]
+        size = sum(math.prod(shape) for shape in shapes)
         return f"Model({self.name!r}, {self.config.model_type}, {size:,} parameters)"
 
     def __call__(

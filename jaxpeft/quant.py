@@ -1,16 +1,36 @@
-"""Quantisation of kernels: the 4-bit NormalFloat of QLoRA.
+"""Quantised kernels: NF4, 4-bit and 8-bit integers, by blocks of 64 along the contracting axis.
 
-Every block of 64 neighbours along the contracting axis is divided by its largest magnitude, and
-each number becomes the nearest of 16 values.
+Every block is divided by its largest magnitude, and each number becomes a code: the nearest of 16
+values (``nf4``), or a whole number in -7..7 (``int4``) or -127..127 (``int8``). Two codes of 4 bits
+share a byte: the first half of a block in the low bits, the second half in the high ones. Scales
+are float32, or 8-bit numbers themselves (double quantisation, section 3).
+
+==================  ===============  =================
+kind                bytes a weight   double-quantised
+==================  ===============  =================
+``nf4``, ``int4``   0.5625           about 0.516
+``int8``            1.0625           about 1.016
+==================  ===============  =================
 
 Reference:
     Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023,
-    https://arxiv.org/abs/2305.14314, equation 4 and appendix E.
+    https://arxiv.org/abs/2305.14314, equations 4 to 6 and appendix E.
 """
 
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from jaxpeft import paths
+from jaxpeft.errors import UserError
+from jaxpeft.linear import Node
 
 NF4 = np.array(
     [
@@ -23,24 +43,219 @@ NF4 = np.array(
 )
 """The 16 values of NF4, appendix E."""
 
+Quantization = Literal["nf4", "int4", "int8"]
 BLOCK = 64
+SCALE_GROUP = 256
+"""How many scales, neighbours along d_out, share one float32 when they are quantised too."""
 
 
-def nf4_round_trip(kernel: Float[Array, "*stack d_in d_out"]) -> Float[Array, "*stack d_in d_out"]:
-    """A kernel as it is after quantisation to NF4 and back, in float32.
+@flax.struct.dataclass
+class QuantTensor(Node):
+    """A kernel ``(d_in, d_out)`` as codes and scales; stacked, one axis in front of every leaf.
 
-    Blocks run along ``d_in``; the last one of a column may be shorter. Scales stay float32.
+    Attributes:
+        codes: ``(blocks, 32, d_out)`` bytes of two codes each, or ``(blocks, 64, d_out)`` int8.
+        scale: ``(blocks, d_out)``, float32, or int8 where `group_scale` is given.
+        group_scale: ``(blocks, groups)``, float32: what int8 scales are multiplied with.
+        offset: Scalar that is added to them: the mean of all scales.
+        kind: "nf4", "int4" or "int8".
+        d_in: Rows of the kernel; the last block may have fewer than 64.
+        dtype_name: The dtype the kernel had.
+    """
+
+    codes: Any
+    scale: Any
+    group_scale: Any = None
+    offset: Any = None
+    kind: str = flax.struct.field(pytree_node=False, default="nf4")
+    d_in: int = flax.struct.field(pytree_node=False, default=0)
+    dtype_name: str = flax.struct.field(pytree_node=False, default="float32")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the kernel, layer axis included."""
+        return (*self.codes.shape[:-3], self.d_in, self.codes.shape[-1])
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype the kernel had."""
+        return jnp.dtype(self.dtype_name)
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the kernel, layer axis included."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def scales(self) -> Float[Array, "*stack blocks d_out"]:
+        """The scale of every block in float32."""
+        if self.group_scale is None:
+            return self.scale
+        d_out = self.scale.shape[-1]
+        wide = jnp.repeat(self.group_scale, SCALE_GROUP, axis=-1)[..., :d_out]
+        return self.scale.astype(jnp.float32) * wide + self.offset[..., None, None]
+
+    def dequantise(self, dtype: Any = jnp.float32) -> Float[Array, "*stack d_in d_out"]:
+        """The kernel that codes and scales stand for."""
+        if self.kind == "int8":
+            values = self.codes.astype(jnp.float32)
+        else:
+            read = _select if self.kind == "nf4" else _signed
+            halves = [read(self.codes & 15), read(self.codes >> 4)]
+            values = jnp.concatenate(halves, axis=-2)
+        values = (values * self.scales()[..., None, :]).astype(dtype)
+        *stack, blocks, block, d_out = values.shape
+        return values.reshape(*stack, blocks * block, d_out)[..., : self.d_in, :]
+
+    def multiply(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        """``x`` times the kernel; the backward pass dequantises again and keeps nothing wide."""
+        return _product(x, self)
+
+    def materialise(self) -> Float[Array, "*stack d_in d_out"]:
+        """The kernel in the dtype it had; also of a stack."""
+        return self.dequantise(self.dtype)
+
+
+@jax.custom_vjp
+def _product(x: Any, weight: QuantTensor) -> Any:
+    return x @ weight.dequantise(x.dtype)
+
+
+def _product_forward(x: Any, weight: QuantTensor) -> Any:
+    return _product(x, weight), weight
+
+
+def _product_backward(weight: QuantTensor, g: Any) -> Any:
+    return g @ weight.dequantise(g.dtype).T, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _select(codes: Any) -> Any:
+    """NF4 values of codes, by a tree of selections: it vectorises where a look-up does not."""
+    values: list[Any] = [jnp.float32(value) for value in NF4]
+    for bit in range(4):
+        on = (codes >> bit) & 1 == 1
+        values = [jnp.where(on, values[i + 1], values[i]) for i in range(0, len(values), 2)]
+    return values[0]
+
+
+def _signed(codes: Any) -> Any:
+    return codes.astype(jnp.float32) - 8.0
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "double"))
+def quantize_kernel(
+    kernel: Float[Array, "*stack d_in d_out"], kind: str = "nf4", double: bool = False
+) -> QuantTensor:
+    """One kernel, or a stack of them, in codes and scales.
+
+    Args:
+        kernel: The kernel; blocks run along ``d_in``, the last one may be shorter.
+        kind: "nf4", "int4" or "int8".
+        double: Quantise the scales to 8 bits too.
+
+    Returns:
+        The node that stands for it.
 
     Example:
-        >>> nf4_round_trip(jnp.array([[2.0], [0.3], [-2.0]]))[:, 0]
+        >>> quantize_kernel(jnp.array([[2.0], [0.3], [-2.0]])).dequantise()[:, 0]
         Array([ 2.       ,  0.3218604, -2.       ], dtype=float32)
     """
     *stack, d_in, d_out = kernel.shape
     count = -(-d_in // BLOCK)
     pad = [(0, 0)] * len(stack) + [(0, count * BLOCK - d_in), (0, 0)]
     blocks = jnp.pad(kernel.astype(jnp.float32), pad).reshape(*stack, count, BLOCK, d_out)
-    scale = jnp.max(jnp.abs(blocks), axis=-2, keepdims=True)
-    middles = (NF4[1:] + NF4[:-1]) / 2
-    codes = jnp.searchsorted(middles, blocks / jnp.where(scale == 0, 1.0, scale))
-    values = jnp.asarray(NF4)[codes] * scale
-    return values.reshape(*stack, count * BLOCK, d_out)[..., :d_in, :]
+    top = {"nf4": 1.0, "int4": 7.0, "int8": 127.0}[kind]
+    scale = jnp.max(jnp.abs(blocks), axis=-2) / top
+    relative = blocks / jnp.where(scale == 0, 1.0, scale)[..., None, :]
+    if kind == "int8":
+        codes = jnp.clip(jnp.round(relative), -127, 127).astype(jnp.int8)
+    else:
+        if kind == "nf4":
+            wide = jnp.searchsorted((NF4[1:] + NF4[:-1]) / 2, relative).astype(jnp.uint8)
+        else:
+            wide = (jnp.clip(jnp.round(relative), -7, 7) + 8).astype(jnp.uint8)
+        low, high = jnp.split(wide, 2, axis=-2)
+        codes = low | (high << 4)
+    scales = _quantize_scales(scale) if double else {"scale": scale}
+    name = jnp.dtype(kernel.dtype).name
+    return QuantTensor(codes, **scales, kind=kind, d_in=d_in, dtype_name=name)
+
+
+def _quantize_scales(scale: Float[Array, "*stack blocks d_out"]) -> dict[str, Any]:
+    """Scales less their mean as int8, a float32 for every 256 of them (equation 6)."""
+    *stack, blocks, d_out = scale.shape
+    offset = scale.mean(axis=(-2, -1))
+    groups = -(-d_out // SCALE_GROUP)
+    rest = scale - offset[..., None, None]
+    pad = [(0, 0)] * (len(stack) + 1) + [(0, groups * SCALE_GROUP - d_out)]
+    grouped = jnp.pad(rest, pad).reshape(*stack, blocks, groups, SCALE_GROUP)
+    step = jnp.max(jnp.abs(grouped), axis=-1) / 127
+    codes = jnp.round(grouped / jnp.where(step == 0, 1.0, step)[..., None])
+    codes = codes.reshape(*stack, blocks, groups * SCALE_GROUP)[..., :d_out].astype(jnp.int8)
+    return {"scale": codes, "group_scale": step, "offset": offset}
+
+
+def nf4_round_trip(kernel: Float[Array, "*stack d_in d_out"]) -> Float[Array, "*stack d_in d_out"]:
+    """A kernel as it is after quantisation to NF4 and back, in float32; scales stay float32."""
+    return quantize_kernel(kernel).dequantise()
+
+
+def quantize(
+    params: Mapping, kind: str = "nf4", *, double: bool = False, head: bool = False
+) -> dict:
+    """A base with the kernels of its layers quantised; embeddings, norms and biases stay.
+
+    Args:
+        params: Base parameters.
+        kind: "nf4", "int4" or "int8".
+        double: Quantise the scales to 8 bits too.
+        head: Quantise an untied head's kernel as well.
+
+    Returns:
+        The same tree with a `QuantTensor` in place of every such kernel.
+
+    Raises:
+        UserError: If the kind is unknown.
+
+    Example:
+        >>> params = {"layers": {"mlp": {"up_proj": {"kernel": jnp.ones((2, 64, 8))}}}}
+        >>> quantize(params)["layers"]["mlp"]["up_proj"]["kernel"].nbytes
+        576
+    """
+    check_kind(kind)
+    return paths.unflatten(
+        {
+            path: quantize_kernel(leaf, kind, double) if is_quantised(path, head) else leaf
+            for path, leaf in paths.flatten(params).items()
+        }
+    )
+
+
+def check_kind(kind: str | None, double: bool = False) -> None:
+    """Raises a UserError unless this is a known kind; none cannot have its scales quantised."""
+    known = get_args(Quantization)
+    if kind is not None and kind not in known:
+        raise UserError(
+            f"quantization: must be one of {', '.join(map(repr, known))} or null, got {kind!r}."
+        )
+    if kind is None and double:
+        raise UserError("double_quantization: there are no scales without quantization.")
+
+
+def is_quantised(path: str, head: bool = False) -> bool:
+    """Whether the leaf at `path` is a kernel that is quantised."""
+    return path.endswith("/kernel") and (head or path != paths.HEAD)
+
+
+def round_trip_error(kernel: Any, quantised: QuantTensor) -> float:
+    """The length of what quantisation changed over the length of the kernel."""
+    wide = np.asarray(kernel, np.float64)
+    change = np.asarray(quantised.dequantise(), np.float64) - wide
+    return math.sqrt(float(np.sum(change**2)) / max(float(np.sum(wide**2)), 1e-300))

@@ -289,6 +289,12 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
     adapter = jax.eval_shape(start)
     spec = adapter.spec
     check_factors(optim, spec.kind, adapter.params)
+    if config.model.quantization is not None and export_path(config).name == "model":
+        raise UserError(
+            f"model.quantization: method {spec.kind!r} with optim.trainable "
+            f"{list(optim.trainable)} ends in a whole model, and a quantised one has no Hugging "
+            "Face format; set it to null, or train an adapter that PEFT has."
+        )
     for pattern in optim.trainable:
         if not any(is_named(path, (pattern,)) for path in shapes):
             raise UserError(

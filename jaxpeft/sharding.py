@@ -10,6 +10,7 @@ Reference:
     of each matrix the tensor axis cuts).
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
+from jaxpeft.quant import QuantTensor
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -86,6 +88,35 @@ def spec_of(path: str) -> tuple[str | None, ...] | None:
 def param_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Where a base leaf lives; dimensions that do not divide are replicated."""
     return _place(spec_of(path) or (), shape, mesh)
+
+
+def leaf_sharding(path: str, leaf: Any, mesh: Mesh) -> Any:
+    """Where an array, or every array of a quantised kernel, lives.
+
+    A device holds whole blocks of a quantised kernel.
+
+    Args:
+        path: The base leaf's path.
+        leaf: An array, a `jaxpeft.quant.QuantTensor`, or shapes.
+        mesh: The mesh.
+
+    Returns:
+        A sharding, or a tree of them like the leaf.
+    """
+    if not isinstance(leaf, QuantTensor):
+        return param_sharding(path, leaf.shape, mesh)
+    *stack, rows, columns = (*(spec_of(path) or ()), None, None)[: len(leaf.shape)]
+    axes = {
+        "codes": (*stack, rows, None, columns),
+        "scale": (*stack, rows, columns),
+        "group_scale": (*stack, rows, None),
+        "offset": (*stack,),
+    }
+    places = {}
+    for field, wanted in axes.items():
+        array = getattr(leaf, field)
+        places[field] = None if array is None else _place(wanted, array.shape, mesh)
+    return dataclasses.replace(leaf, **places)
 
 
 def adapter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
@@ -168,7 +199,7 @@ def shard_params(params: Mapping, mesh: Mesh) -> dict:
     """
     return paths.unflatten(
         {
-            path: jax.device_put(leaf, param_sharding(path, leaf.shape, mesh))
+            path: jax.device_put(leaf, leaf_sharding(path, leaf, mesh))
             for path, leaf in paths.flatten(params).items()
         }
     )
@@ -182,10 +213,24 @@ def unsharded(params: Mapping, mesh: Mesh) -> list[str]:
         if axes is None:
             notes.append(f"{path}: no rule")
             continue
+        if isinstance(leaf, QuantTensor):
+            notes += _uneven_blocks(path, leaf, axes, mesh)
+            continue
         for size, axis in zip(leaf.shape, axes, strict=False):
             if axis and size % mesh.shape[axis]:
                 notes.append(f"{path}: {size} does not divide by {axis} {mesh.shape[axis]}")
     return notes
+
+
+def _uneven_blocks(path: str, leaf: QuantTensor, axes: Sequence[str | None], mesh: Mesh) -> list:
+    """What of a quantised kernel is replicated: devices hold whole blocks."""
+    blocks, _, columns = leaf.codes.shape[-3:]
+    sizes = zip((blocks, columns), axes[-2:], ("blocks of 64", "columns"), strict=True)
+    return [
+        f"{path}: {size} {what} do not divide by {axis} {mesh.shape[axis]}"
+        for size, axis, what in sizes
+        if axis and size % mesh.shape[axis]
+    ]
 
 
 def _place(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

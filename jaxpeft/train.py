@@ -110,6 +110,8 @@ def train(
             dtype=config.model.dtype,
             compute_dtype=config.model.compute_dtype,
             mesh=mesh,
+            quantization=config.model.quantization,
+            double_quantization=config.model.double_quantization,
         )
         base = stop.run_interruptible(load, "loading the model")
         run = Run(config, base, rows, mesh, restored=latest is not None)

@@ -35,7 +35,7 @@ import json, sys, threading, time
 import jax
 from jaxpeft.models import load
 from jaxpeft.paths import flatten
-path, dtype, keep = sys.argv[1:]
+path, dtype, keep, quantization = sys.argv[1:]
 peak, done, kept = 0, False, []
 def anonymous():
     text = open("/proc/self/status").read()
@@ -56,7 +56,7 @@ before = anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
 try:
-    params, *_ = load.load_params(path, dtype=dtype)
+    params, *_ = load.load_params(path, dtype=dtype, quantization=quantization or None)
     sizes = [leaf.nbytes for leaf in flatten(params).values()]
 finally:
     done = True
@@ -102,10 +102,12 @@ def wide(tmp_path_factory) -> pathlib.Path:
     return write_wide(tmp_path_factory.mktemp("wide"))
 
 
-def measure(folder: pathlib.Path, dtype: str, keep: str = "") -> dict[str, int]:
+def measure(
+    folder: pathlib.Path, dtype: str, keep: str = "", quantization: str = "", least: int = 240 * MB
+) -> dict[str, int]:
     """Loads in a process of its own: bytes of anonymous memory above those before loading."""
     found = subprocess.run(
-        [sys.executable, "-c", WATCH, str(folder), dtype, keep],
+        [sys.executable, "-c", WATCH, str(folder), dtype, keep, quantization],
         capture_output=True,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
@@ -113,7 +115,7 @@ def measure(folder: pathlib.Path, dtype: str, keep: str = "") -> dict[str, int]:
     )
     assert found.returncode == 0, found.stderr
     result = json.loads(found.stdout)
-    assert result["loaded"] > 240 * MB
+    assert result["loaded"] > least
     return result
 
 
@@ -128,6 +130,16 @@ def test_loading_holds_the_parameters_the_largest_one_and_little_more(wide, dtyp
 def test_a_loader_that_held_the_bytes_of_the_files_would_exceed_that_bound(wide):
     found = measure(wide, "float32", "keep")
     assert found["peak"] > found["loaded"] + found["largest"] + SLACK
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("quantization", "most"), [("nf4", 0.57), ("int8", 1.07)])
+def test_kernels_are_quantised_while_they_are_read(wide, quantization, most):
+    found = measure(wide, "float32", quantization=quantization, least=120 * MB)
+    assert found["loaded"] < found["peak"] < found["loaded"] + found["largest"] + 300 * MB
+    kernels = WIDE["num_hidden_layers"] * 1024 * (1024 + 256 + 256 + 1024 + 3 * 2560)
+    table = 16384 * 1024
+    assert found["loaded"] < 4.01 * table + most * kernels
 
 
 def test_every_byte_of_a_tensor_is_read_once(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from jaxpeft.methods.ln_tuning import LNTuning
 from jaxpeft.methods.loha import LoHa
 from jaxpeft.methods.lokr import LoKr
 from jaxpeft.methods.lora import LoRA
+from jaxpeft.methods.merge_quantized import merge_quantized
 from jaxpeft.methods.multitask_prompt import MultitaskPromptTuning
 from jaxpeft.methods.oft import OFT
 from jaxpeft.methods.p_tuning import PTuning
@@ -47,5 +48,6 @@ __all__ = [
     "check_fit",
     "init_adapter",
     "merge",
+    "merge_quantized",
     "prefix_from_prompt",
 ]

@@ -16,6 +16,7 @@ from jaxpeft.linear import SHARED, dtype_of, shape_of, take_shared
 from jaxpeft.methods.base import Adapter, Context, Label, Leaf, Method, weight_at
 from jaxpeft.methods.mixed import extra_axes, first_of, mixed_leaf
 from jaxpeft.methods.registry import KINDS
+from jaxpeft.quant import QuantTensor
 
 
 def init_adapter(method: Method, base: Any, key: jax.Array, *, batches: Any = None) -> Adapter:
@@ -156,10 +157,12 @@ def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
         Where a tied table and the head come to differ there is an ``lm_head/kernel`` more.
 
     Raises:
-        UserError: If an adapter does not fit the base, or cannot be merged.
+        UserError: If an adapter does not fit the base, or cannot be merged, or the base is
+            quantised where it is changed.
     """
     tree, parted = params, False
     for one in adapters_of(adapter):
+        _require_unquantised(params, one)
         kind = KINDS[one.spec.kind]
         if kind.no_merge:
             raise UserError(f"an adapter of kind {kind.name!r} cannot be merged: {kind.no_merge}")
@@ -185,6 +188,16 @@ def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
             merged[paths.HEAD], parted = paths.get(tree, paths.EMBEDDING).T, True
         tree = paths.put(tree, merged)
     return tree
+
+
+def _require_unquantised(params: dict, adapter: Adapter) -> None:
+    coded = [p for p in adapter.spec.paths if isinstance(paths.get(params, p), QuantTensor)]
+    if coded:
+        raise UserError(
+            f"merge: {len(coded)} kernels of this base are quantised: {first_few(coded)}; merge "
+            "into the weights it was made from (load_model without quantization), or round the "
+            "sum to codes again with jaxpeft.methods.merge_quantized."
+        )
 
 
 def unties(params: dict, adapter: Adapter) -> bool:

@@ -34,7 +34,7 @@ from jaxpeft.errors import UserError
 from jaxpeft.linear import materialise, shape_of
 from jaxpeft.methods.base import Leaf
 from jaxpeft.methods.lora_nodes import LoRAKernel
-from jaxpeft.quant import nf4_round_trip
+from jaxpeft.quant import QuantTensor, nf4_round_trip
 
 SUBTRACTED = ("pissa", "olora")
 """Initialisations whose first product is subtracted from the kernel."""
@@ -136,6 +136,11 @@ def of_stack(
                 "their shapes."
             )
         kernel = jnp.zeros((*stack, d_in, d_out))
+    if name == "loftq" and isinstance(kernel, QuantTensor):
+        raise UserError(
+            "LoRA.init_weights 'loftq' starts from what quantisation lost, and this base is "
+            "quantised already; initialise on the weights it was made from, then quantise them."
+        )
     wide = materialise(kernel).astype(jnp.float32).reshape(-1, d_in, d_out)
     ranks = np.asarray(ranks).reshape(-1)
     scales = jnp.asarray(scales, jnp.float32).reshape(-1)

@@ -21,9 +21,9 @@ from jaxpeft.errors import UserError, first_few
 from jaxpeft.folders import new_folder, real_path
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.hf_config import config_to_hf
-from jaxpeft.models.load import count_nonfinite
 from jaxpeft.models.names import Entry, name_table, param_shapes
 from jaxpeft.models.source import PLAIN_DTYPES
+from jaxpeft.models.stacks import count_nonfinite
 
 SHARD_BYTES = 5_000_000_000
 _FILE_DTYPES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}

@@ -6,7 +6,6 @@ the parameters loaded so far where the device is the host, one stacked parameter
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import pathlib
@@ -20,13 +19,11 @@ from jaxpeft.errors import UserError, first_few
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.fingerprint import Fingerprint, read_hashed
 from jaxpeft.models.names import Entry, name_table
-from jaxpeft.models.source import PLAIN_DTYPES, Source, TensorInfo, decode, deinterleave
+from jaxpeft.models.source import PLAIN_DTYPES, Source, TensorInfo
+from jaxpeft.models.stacks import PlainStack, QuantStack, fill
+from jaxpeft.quant import check_kind, is_quantised
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Rows copied at once when a matrix is transposed: keeps both sides in the processor's cache.
-TILE_ROWS = 64
-# Values decoded at once: bounds what dequantising and casting need beside the target.
-SLAB_VALUES = 1 << 20
 
 
 def load_config(path: str | os.PathLike, revision: str | None = None) -> ModelConfig:
@@ -68,6 +65,8 @@ def load_params(
     revision: str | None = None,
     dtype: str | None = "float32",
     mesh: jax.sharding.Mesh | None = None,
+    quantization: str | None = None,
+    double_quantization: bool = False,
 ) -> tuple[dict, ModelConfig, Any, str]:
     """Weights, architecture, tokenizer and fingerprint of a model.
 
@@ -77,6 +76,9 @@ def load_params(
         dtype: "float32", "bfloat16" or "float16"; None keeps what is stored (block-quantised
             tensors become float32).
         mesh: Devices to spread the parameters over; default: the default device.
+        quantization: "nf4", "int4" or "int8" for the kernels of the layers, see
+            `jaxpeft.quant`; None for none.
+        double_quantization: Quantise their scales to 8 bits too.
 
     Returns:
         The nested parameter dict, the config, the tokenizer (None where the folder has no
@@ -87,6 +89,7 @@ def load_params(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}, or none")
+    check_kind(quantization, double_quantization)
     from jaxpeft.models import gguf, hf, locate, tokenizer
 
     place = locate.locate(path, revision, weights=True)
@@ -97,7 +100,8 @@ def load_params(
             f"{place}: the tokenizer has {len(found)} tokens, the embedding only "
             f"{source.config.vocab_size} rows; these files belong to different models"
         )
-    params, fingerprint = read_params(source, dtype, mesh)
+    quantized = None if quantization is None else (quantization, double_quantization)
+    params, fingerprint = read_params(source, dtype, mesh, quantized)
     return params, source.config, found, fingerprint
 
 
@@ -108,6 +112,8 @@ def load_model(
     dtype: str | None = "float32",
     compute_dtype: str = "auto",
     mesh: jax.sharding.Mesh | None = None,
+    quantization: str | None = None,
+    double_quantization: bool = False,
 ) -> Any:
     """A model ready to call: parameters, module, tokenizer.
 
@@ -117,6 +123,9 @@ def load_model(
         dtype: Of the parameters: "float32", "bfloat16", "float16", or None for as stored.
         compute_dtype: Of the activations; "auto" is float32 on CPU and `dtype` elsewhere.
         mesh: Devices to spread the parameters over; default: the default device.
+        quantization: "nf4", "int4" or "int8" for the kernels of the layers, tensor by tensor while
+            they are read; None for none.
+        double_quantization: Quantise their scales to 8 bits too.
 
     Returns:
         A `jaxpeft.Model`.
@@ -130,7 +139,12 @@ def load_model(
     from jaxpeft.models.transformer import Transformer
 
     params, config, tokenizer, fingerprint = load_params(
-        path, revision=revision, dtype=dtype, mesh=mesh
+        path,
+        revision=revision,
+        dtype=dtype,
+        mesh=mesh,
+        quantization=quantization,
+        double_quantization=double_quantization,
     )
     return Model(
         params=params,
@@ -152,7 +166,10 @@ def activation_dtype(compute_dtype: str, params: dict) -> Any:
 
 
 def read_params(
-    source: Source, dtype: str | None = "float32", mesh: jax.sharding.Mesh | None = None
+    source: Source,
+    dtype: str | None = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    quantization: tuple[str, bool] | None = None,
 ) -> tuple[dict, str]:
     """Reads every tensor of `source` into a nested parameter dict.
 
@@ -160,6 +177,7 @@ def read_params(
         source: Where the tensors lie.
         dtype: Target dtype; None keeps what is stored.
         mesh: Devices to spread the parameters over.
+        quantization: Kind of the layers' kernels, and whether scales are quantised too.
 
     Returns:
         The parameters and the fingerprint of the tensors read.
@@ -175,7 +193,7 @@ def read_params(
         files = _OpenFiles(stack)
         _check_tied_head(source, files)
         for entry in table:
-            host = _read_entry(source, entry, dtype, files, fingerprint)
+            host = _read_entry(source, entry, dtype, quantization, files, fingerprint)
             leaf = _put(entry.path, host, mesh)
             del host
             *parents, last = entry.path.split("/")
@@ -229,61 +247,34 @@ def check_tensors(source: Source, table: tuple[Entry, ...]) -> None:
 
 
 def _read_entry(
-    source: Source, entry: Entry, dtype: str | None, files: "_OpenFiles", fingerprint: Fingerprint
-) -> np.ndarray:
-    """One parameter of ours in host memory, layers stacked."""
+    source: Source,
+    entry: Entry,
+    dtype: str | None,
+    quantization: tuple[str, bool] | None,
+    files: "_OpenFiles",
+    fingerprint: Fingerprint,
+) -> Any:
+    """One parameter of ours in host memory, layers stacked: an array, or codes and scales."""
     names = entry.file_names(source.style, source.config.num_layers)
     infos = [source.tensors[name] for name in names]
     target = jnp.dtype(dtype) if dtype else _stored_dtype(infos)
-    out = np.empty(((len(names),) if entry.stacked else ()) + entry.shape, target)
+    layers = len(names) if entry.stacked else None
+    if quantization is not None and is_quantised(entry.path):
+        stack = QuantStack(entry.shape, layers, target, *quantization)
+    else:
+        stack = PlainStack(entry.shape, layers, target)
     for layer, (name, info) in enumerate(zip(names, infos, strict=True)):
         raw, digests = files.read(info)
         fingerprint.add(name, info.dtype, info.shape, digests)
         heads = entry.heads if source.interleaved else 0
-        bad = _fill(out[layer] if entry.stacked else out, raw, info, entry.transposed, heads)
+        bad = fill(stack.buffer(layer), raw, info, entry.transposed, heads)
         if bad:
             raise UserError(
                 f"{info.file}: {name}: {bad} of {math.prod(info.shape)} values are not finite "
                 f"as {target.name}; the weights are damaged, or too large for this dtype"
             )
-    return out
-
-
-def _fill(out: np.ndarray, raw: np.ndarray, info: TensorInfo, transposed: bool, heads: int) -> int:
-    """Decodes, transposes and casts one tensor into `out`, a slab of rows at a time.
-
-    Args:
-        out: Where it goes, in our layout and the target dtype.
-        raw: The tensor's bytes.
-        info: What they mean.
-        transposed: Whether `out` is the transpose of the tensor.
-        heads: Heads whose rows are interleaved; 0 for none.
-
-    Returns:
-        How many values of `out` are not finite.
-    """
-    rows = info.shape[0]
-    row_bytes = info.nbytes // rows
-    unit = rows // heads if heads else 1
-    step = max(SLAB_VALUES * rows // math.prod(info.shape) // unit, 1) * unit
-    bad = 0
-    for start in range(0, rows, step):
-        part = raw[start * row_bytes : (start + step) * row_bytes]
-        value = decode(
-            part, dataclasses.replace(info, shape=(len(part) // row_bytes, *info.shape[1:]))
-        )
-        if heads:
-            value = deinterleave(value, len(value) // unit)
-        with np.errstate(over="ignore"):  # counted below
-            value = value.astype(out.dtype, copy=False)
-        bad += count_nonfinite(value)
-        if transposed:
-            for tile in range(0, len(value), TILE_ROWS):
-                to = slice(start + tile, start + min(tile + TILE_ROWS, len(value)))
-                out[:, to] = value[tile : tile + TILE_ROWS].T
-        else:
-            out[start : start + len(value)] = value
-    return bad
+        stack.done(layer)
+    return stack.result
 
 
 def _stored_dtype(infos: list[TensorInfo]) -> np.dtype:
@@ -291,31 +282,16 @@ def _stored_dtype(infos: list[TensorInfo]) -> np.dtype:
     return stored.pop() if len(stored) == 1 else np.dtype(np.float32)
 
 
-def count_nonfinite(value: np.ndarray) -> int:
-    """How many values are NaN or infinite, by their exponent bits."""
-    bits, mask = {
-        "float32": (np.uint32, 0x7F800000),
-        "float16": (np.uint16, 0x7C00),
-        "bfloat16": (np.uint16, 0x7F80),
-    }[value.dtype.name]
-    flat = np.ascontiguousarray(value).reshape(-1).view(bits)
-    step = 1 << 20
-    return sum(
-        int(np.count_nonzero((flat[i : i + step] & bits(mask)) == bits(mask)))
-        for i in range(0, flat.size, step)
-    )
-
-
-def _put(path: str, host: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
+def _put(path: str, host: Any, mesh: jax.sharding.Mesh | None) -> Any:
     """Copies to the device; the copy is the device's own, so donation stays possible."""
     if mesh is None:
         return jax.block_until_ready(jax.device_put(host, may_alias=False))
-    from jaxpeft.sharding import param_sharding
+    from jaxpeft.sharding import leaf_sharding
 
-    sharding = param_sharding(path, host.shape, mesh)
-    return jax.block_until_ready(
-        jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-    )
+    def place(array: np.ndarray, sharding: Any) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.block_until_ready(jax.tree.map(place, host, leaf_sharding(path, host, mesh)))
 
 
 def _check_tied_head(source: Source, files: "_OpenFiles") -> None:
