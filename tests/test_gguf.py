@@ -165,7 +165,7 @@ def wide(monkeypatch):
 @pytest.mark.parametrize("slab", [1, 100, 1 << 20])
 @pytest.mark.usefixtures("wide")
 def test_quantised_models_load_with_rows_in_order(tmp_path, monkeypatch, quant, slab):
-    monkeypatch.setattr("jaxpeft.models.load.SLAB_VALUES", slab)
+    monkeypatch.setattr("jaxpeft.models.stacks.SLAB_VALUES", slab)
     tensors = hf_tensors("llama")
     actual = load(write_gguf(tmp_path / "m.gguf", "llama", tensors, quant))
     rounded = {
