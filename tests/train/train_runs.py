@@ -56,8 +56,8 @@ def record_runs(monkeypatch) -> list[Run]:
     runs = []
 
     class Recorded(Run):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             runs.append(self)
 
     monkeypatch.setattr(program, "Run", Recorded)
