@@ -45,8 +45,7 @@ _PEFT = {
     "load_in_8bit": ("", "quantised bases are not available yet"),
     "bnb_4bit_quant_type": ("", "quantised bases are not available yet"),
     "bnb_4bit_compute_dtype": ("", "quantised bases are not available yet"),
-    "quantization": ("", "quantised bases are not available yet"),
-    "quantization_config": ("", "quantised bases are not available yet"),
+    "quantization_config": ("model.quantization", ""),
 }
 
 _ACCUMULATION = (
