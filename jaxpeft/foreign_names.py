@@ -41,11 +41,11 @@ _PEFT = {
     "fan_in_fan_out": ("", "kernels always are (in, out) here; drop the key"),
     "inference_mode": ("", "adapters are always ready to train; drop the key"),
     "base_model_name_or_path": ("model.path",),
-    "load_in_4bit": ("", "quantised bases are not available yet"),
-    "load_in_8bit": ("", "quantised bases are not available yet"),
-    "bnb_4bit_quant_type": ("", "quantised bases are not available yet"),
-    "bnb_4bit_compute_dtype": ("", "quantised bases are not available yet"),
-    "quantization_config": ("model.quantization", ""),
+    "load_in_4bit": ("model.quantization",),
+    "load_in_8bit": ("model.quantization",),
+    "bnb_4bit_quant_type": ("model.quantization",),
+    "bnb_4bit_compute_dtype": ("model.compute_dtype",),
+    "quantization_config": ("model.quantization",),
 }
 
 _ACCUMULATION = (

@@ -163,7 +163,7 @@ def test_wrong_type_names_field_type_and_value(key, text, message):
         ("optim", "beta1: 0.8", 'is "b1" here'),
         ("data", "optim: adamw", '"optim" is a section at the top level'),
         ("data", "output_dir: x", 'belongs under "the top level": output_dir'),
-        ("model", "load_in_4bit: true", "quantised bases are not available yet"),
+        ("model", "load_in_4bit: true", 'PEFT\'s load_in_4bit is "quantization" here'),
         ("model", "Path: x", 'did you mean "path"?'),
         ("optim", "zzzzz: 3", "optim.zzzzz: unknown key, known here: name, learning_rate,"),
     ],
