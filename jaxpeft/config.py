@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxpeft import yaml_config
 from jaxpeft.config_keys import Schema, flatten
@@ -17,6 +17,7 @@ from jaxpeft.data import DataConfig
 from jaxpeft.foreign_names import FOREIGN
 from jaxpeft.methods import METHODS
 from jaxpeft.optim import OptimConfig
+from jaxpeft.quant import Quantization
 
 Metric = Literal["eval_loss", "eval_perplexity", "eval_token_accuracy", "eval_exact_match"]
 
@@ -38,7 +39,7 @@ class ModelSection:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    quantization: Literal["nf4", "int4", "int8"] | None = None
+    quantization: Quantization | None = None
     double_quantization: bool = False
 
     def __post_init__(self):
@@ -47,7 +48,7 @@ class ModelSection:
             (self.revision == "", "revision must be null or a branch, tag or commit, got ''"),
             _one_of("dtype", self.dtype, ("float32", "bfloat16")),
             _one_of("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16")),
-            _one_of("quantization", self.quantization, (None, "nf4", "int4", "int8")),
+            _one_of("quantization", self.quantization, (None, *get_args(Quantization))),
             (
                 self.double_quantization and self.quantization is None,
                 "double_quantization needs quantization: nf4, int4 or int8",

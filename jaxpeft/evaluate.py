@@ -114,15 +114,15 @@ def exact_match(
     """
     from jaxpeft.data import prompt_and_reference
 
-    pairs = [pair for row in rows if (pair := prompt_and_reference(row)) is not None]
-    if not pairs:
+    asked = [(row, pair) for row in rows if (pair := prompt_and_reference(row)) is not None]
+    if not asked:
         raise UserError("exact match needs rows with a prompt and an answer, there are none.")
-    asked = [row for row in rows if prompt_and_reference(row) is not None]
+    pairs = [pair for _, pair in asked]
     answers = generate(
         base,
         [prompt for prompt, _ in pairs],
         adapter=adapter,
-        task=[row.get("task", 0) for row in asked] if num_tasks(adapter) else 0,
+        task=[row.get("task", 0) for row, _ in asked] if num_tasks(adapter) else 0,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )

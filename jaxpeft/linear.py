@@ -27,8 +27,8 @@ stands for the table in that role, and a node that is looked up differently from
 says so with ``attends_base``.
 
 **dtype.** Results have the dtype of `x`; a table is read in its own dtype and its reader casts.
-A method adds a node class, nothing else changes; ``tests/test_linear.py`` runs every node through
-scan, remat, vmap, grad, jit and a sharded base.
+A method adds a node class (around a base: `OnBase`), nothing else changes;
+``tests/test_linear.py`` runs every node through scan, remat, vmap, grad, jit and a sharded base.
 """
 
 from collections.abc import Mapping
@@ -84,6 +84,26 @@ class Node:
 
     def _unsupported(self, operation: str) -> TypeError:
         return TypeError(f"{type(self).__name__} does not support {operation!r}.")
+
+
+class OnBase(Node):
+    """A node around another weight, its `base`, whose shape and dtype it has.
+
+    Attributes:
+        base: An array or a node.
+    """
+
+    base: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the base."""
+        return shape_of(self.base)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the base."""
+        return dtype_of(self.base)
 
 
 def linear(x: Float[Array, "*batch d_in"], kernel: Any) -> Float[Array, "*batch d_out"]:

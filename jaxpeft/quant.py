@@ -254,8 +254,8 @@ def is_quantised(path: str, head: bool = False) -> bool:
     return path.endswith("/kernel") and (head or path != paths.HEAD)
 
 
-def round_trip_error(kernel: Any, quantised: QuantTensor) -> float:
-    """The length of what quantisation changed over the length of the kernel."""
+def relative_change(kernel: Any, other: Any) -> float:
+    """The length of the difference of two arrays over the length of the first, in float64."""
     wide = np.asarray(kernel, np.float64)
-    change = np.asarray(quantised.dequantise(), np.float64) - wide
+    change = np.asarray(other, np.float64) - wide
     return math.sqrt(float(np.sum(change**2)) / max(float(np.sum(wide**2)), 1e-300))

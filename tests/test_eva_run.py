@@ -3,30 +3,21 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny_run import evaluation_lines, make_files, training_lines, write_config
 
-from jaxpeft import sharding
 from jaxpeft import train as program
 from jaxpeft.methods import eva
 
 METHOD = {"name": "lora", "rank": 3, "alpha": 6, "init_weights": "eva", "eva_rho": 3.0}
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        patch.setattr(sharding, "make_mesh", lambda **sizes: mesh)
-        yield
 
 
 def train(files, output, method=(), steps=6):

@@ -61,6 +61,16 @@ def test_a_line_of_the_table_is_what_the_run_measured(run):
     ]
 
 
+def test_speed_measured_apart_counts_instead_of_the_run_s(run):
+    (run / "speed.json").write_text("[100.0, 310.0, 205.0]")
+    assert ex.table_row("prompt-sampled", run)[-2] == "205"
+
+
+def test_speeds_are_those_behind_the_step_that_compiles():
+    lines = [{"step": 0, "eval_loss": 1.0}, *({"tokens_per_second": x} for x in (1.0, 7.0, 9.0))]
+    assert ex.speeds_of(lines) == [7.0, 9.0]
+
+
 def test_a_whole_model_counts_where_one_was_saved(run):
     (run / "model").mkdir()
     (run / "model" / "model.safetensors").write_bytes(bytes(4_000_000))

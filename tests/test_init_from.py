@@ -9,26 +9,19 @@ import pytest
 from tiny_run import evaluation_lines, make_files, training_lines, write_config
 
 import jaxpeft as jp
-from jaxpeft import data, sharding
+from jaxpeft import data
 from jaxpeft import train as program
 from jaxpeft.errors import UserError
 from jaxpeft.losses import make_lm_loss
 from jaxpeft.train_step import init_train_state, make_train_step
 
 METHOD = {"name": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "down_proj"]}
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        patch.setattr(sharding, "make_mesh", lambda **sizes: mesh)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,10 @@ finally:
 print(json.dumps({"peak": peak - before, "loaded": sum(sizes), "largest": max(sizes)}))
 """
 
+measured_on_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux says how much anonymous memory a process holds"
+)
+
 
 def write_wide(folder: pathlib.Path) -> pathlib.Path:
     """A sharded bfloat16 model of 250 MB, one file a layer."""
@@ -119,20 +123,20 @@ def measure(
     return result
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@measured_on_linux
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_loading_holds_the_parameters_the_largest_one_and_little_more(wide, dtype):
     found = measure(wide, dtype)
     assert found["loaded"] < found["peak"] < found["loaded"] + found["largest"] + SLACK
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@measured_on_linux
 def test_a_loader_that_held_the_bytes_of_the_files_would_exceed_that_bound(wide):
     found = measure(wide, "float32", "keep")
     assert found["peak"] > found["loaded"] + found["largest"] + SLACK
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@measured_on_linux
 @pytest.mark.parametrize(("quantization", "most"), [("nf4", 0.57), ("int8", 1.07)])
 def test_kernels_are_quantised_while_they_are_read(wide, quantization, most):
     found = measure(wide, "float32", quantization=quantization, least=120 * MB)

@@ -1,12 +1,11 @@
 """metrics.jsonl: whole lines only, never past the step a run resumes from."""
 
-import contextlib
 import json
-import resource
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import files_no_larger_than
 
 from jaxpeft.errors import ResourceError
 from jaxpeft.metrics_log import MetricsLog
@@ -73,16 +72,6 @@ def test_a_missing_file_has_nothing_to_drop(path):
     with MetricsLog(path) as log:
         log.truncate_after(0)
     assert path.read_bytes() == b""
-
-
-@contextlib.contextmanager
-def files_no_larger_than(limit: int):
-    old, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (old, hard))
 
 
 def test_a_full_disk_costs_lines_and_one_warning(path, capsys):

@@ -18,9 +18,13 @@ HOLD = """
 import sys, os, time
 from jaxpeft.run_lock import RunLock
 with RunLock(sys.argv[1]):
-    if sys.argv[2] == "fork" and os.fork() == 0:
-        sys.stdout.close()
-        time.sleep(60)
+    if sys.argv[2] == "fork":
+        born, tell = os.pipe()
+        if os.fork() == 0:
+            os.write(tell, b".")
+            sys.stdout.close()
+            time.sleep(60)
+        os.read(born, 1)  # a child that has just begun may still hold the folder
     print("held", flush=True)
     time.sleep(60)
 """

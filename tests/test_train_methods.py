@@ -12,7 +12,6 @@ from tiny_run import Files, make_row, training_lines, write_config, write_rows
 from toy_model import toy_model
 
 import jaxpeft as jp
-from jaxpeft import sharding
 from jaxpeft import train as program
 from jaxpeft.methods import METHODS
 from jaxpeft.models.load import load_model
@@ -42,24 +41,21 @@ RUNS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device(tmp_path_factory):
-    """One device, and the same code compiled once: tests are quicker so."""
-    with pytest.MonkeyPatch.context() as patch:
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        patch.setattr(sharding, "make_mesh", lambda **sizes: mesh)
-        settings = {
-            "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-            "jax_persistent_cache_min_compile_time_secs": 0.0,
-            "jax_persistent_cache_min_entry_size_bytes": -1,
-        }
-        before = {name: getattr(jax.config, name) for name in settings}
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+def compiled_once(one_device, tmp_path_factory):
+    """The same code is compiled once: tests are quicker so."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ zero is left as it is, with zero gradients; so layers of a stack that are not ad
 adapter of zeros is "no adapter" in a mixed batch.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -146,7 +147,7 @@ NO_CONTEXT = Context()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(abc.ABC):
     """A frozen, validated record of what to train and how; see `jaxpeft.LoRA`.
 
     Attributes:
@@ -203,6 +204,7 @@ class Method:
         """Whether `init` reads batches; it then runs outside of ``jax.jit``."""
         return False
 
+    @abc.abstractmethod
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter.
 
@@ -214,7 +216,6 @@ class Method:
         Returns:
             The adapter; ``jax.jit`` of this function works, unless it `needs_batches`.
         """
-        raise NotImplementedError
 
     def trainable(self, params: dict) -> dict:
         """Which leaves of an adapter's `params` are trained: a tree of booleans, all by default."""
@@ -330,7 +331,7 @@ class Kind:
 
     config: type[Method]
     bind: Callable[[Leaf], dict[str, Any]]
-    leaf_shape: Callable[[dict], tuple[int, ...] | None]
+    leaf_shape: Callable[[dict], tuple[int, ...] | None] = lambda params: None
     config_of: Callable[[Adapter], Method]
     bind_rows: Callable[[Leaf, Any], dict[str, Any]] | None = None
     own_axes: Mapping[str, int] = dataclasses.field(default_factory=dict)

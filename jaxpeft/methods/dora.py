@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxpeft.errors import UserError
-from jaxpeft.linear import Node, dtype_of, linear, materialise, shape_of
+from jaxpeft.linear import OnBase, linear, materialise
 from jaxpeft.methods.base import Leaf
 from jaxpeft.methods.lora_nodes import LoRAKernel, drop
 
@@ -29,7 +29,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @flax.struct.dataclass
-class DoRAKernel(Node):
+class DoRAKernel(OnBase):
     """A frozen kernel with its low-rank factors and magnitudes.
 
     Attributes:
@@ -53,16 +53,6 @@ class DoRAKernel(Node):
     rank: Any
     dropout: Any = 0.0
     key: Any = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base kernel."""
-        return shape_of(self.base)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base kernel."""
-        return dtype_of(self.base)
 
     def factor(self) -> Float[Array, "d_out"]:
         """What every output is multiplied with, ``m`` over the norm; exactly 1 for a new adapter.

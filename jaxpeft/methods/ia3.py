@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
-from jaxpeft.linear import Node, dtype_of, linear, materialise, shape_of
+from jaxpeft.linear import OnBase, linear, materialise, shape_of
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
 from jaxpeft.methods.exchange import (
     PREFIX,
@@ -131,7 +131,7 @@ def feedforward_paths(
 
 
 @flax.struct.dataclass
-class IA3Kernel(Node):
+class IA3Kernel(OnBase):
     """A frozen kernel with its inputs or outputs scaled.
 
     Attributes:
@@ -145,16 +145,6 @@ class IA3Kernel(Node):
     l: Any  # noqa: E741 (the paper's name)
     rank: Any
     feedforward: bool = flax.struct.field(pytree_node=False, default=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base kernel."""
-        return shape_of(self.base)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base kernel."""
-        return dtype_of(self.base)
 
     def multiply(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """``(l * x) W`` or ``l * (x W)``; the scaling in float32, rounded to the dtype of `x`."""

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxpeft import paths
-from jaxpeft.linear import Node, dtype_of, linear, materialise, shape_of
+from jaxpeft.linear import OnBase, linear, materialise, shape_of
 from jaxpeft.methods import lycoris
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method
 from jaxpeft.methods.exchange import (
@@ -96,7 +96,7 @@ class LoHa(Method):
 
 
 @flax.struct.dataclass
-class LoHaKernel(Node):
+class LoHaKernel(OnBase):
     """A frozen kernel with the factors of its change.
 
     Attributes:
@@ -114,16 +114,6 @@ class LoHaKernel(Node):
     a2: Any
     b2: Any
     scale: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base kernel."""
-        return shape_of(self.base)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base kernel."""
-        return dtype_of(self.base)
 
     def delta(self) -> Float[Array, "*stack d_in d_out"]:
         """The change of the kernel, in float32; also of a stack."""

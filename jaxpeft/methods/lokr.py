@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
-from jaxpeft.linear import Node, dtype_of, linear, materialise, shape_of
+from jaxpeft.linear import OnBase, linear, materialise, shape_of
 from jaxpeft.methods import lycoris
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method
 from jaxpeft.methods.exchange import (
@@ -151,7 +151,7 @@ def factor_shapes(
 
 
 @flax.struct.dataclass
-class LoKrKernel(Node):
+class LoKrKernel(OnBase):
     """A frozen kernel with the factors of its change.
 
     Attributes:
@@ -164,16 +164,6 @@ class LoKrKernel(Node):
     base: Any
     factors: dict
     scale: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base kernel."""
-        return shape_of(self.base)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base kernel."""
-        return dtype_of(self.base)
 
     def multiply(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """``x (base + delta)`` without forming delta; float32 in the branch, rounded once."""

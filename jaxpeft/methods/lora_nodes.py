@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxpeft.linear import Node, dtype_of, linear, materialise, shape_of
+from jaxpeft.linear import OnBase, linear, materialise
 
 
 @flax.struct.dataclass
-class LoRAKernel(Node):
+class LoRAKernel(OnBase):
     """A frozen kernel with its low-rank factors.
 
     Attributes:
@@ -36,16 +36,6 @@ class LoRAKernel(Node):
     dropout: Any = 0.0
     key: Any = None
     bias: Any = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base kernel."""
-        return shape_of(self.base)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base kernel."""
-        return dtype_of(self.base)
 
     def multiply(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Computes ``x @ (base + scale * a @ b) + scale * bias`` without forming the sum.

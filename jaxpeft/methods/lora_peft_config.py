@@ -150,9 +150,6 @@ def parse(values: Values) -> PeftLoraConfig:
             "model. Convert the adapter with PEFT: save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)."
         )
-    dropout = values.number("lora_dropout")
-    if not 0.0 <= dropout < 1.0:
-        raise values.wrong("lora_dropout", "a probability in [0, 1)")
     bias, saved = values.get("bias"), values.names("modules_to_save")
     if bias not in BIASES:
         raise values.wrong("bias", f"one of {', '.join(BIASES)}")
@@ -165,7 +162,7 @@ def parse(values: Values) -> PeftLoraConfig:
         alpha=values.number("lora_alpha"),
         rank_pattern=values.pattern("rank_pattern", whole=True),
         alpha_pattern=values.pattern("alpha_pattern", whole=False),
-        dropout=float(dropout),
+        dropout=values.probability("lora_dropout"),
         rslora=values.flag("use_rslora"),
         dora=values.flag("use_dora"),
         selection=values.selection(DEFAULT_TARGETS),

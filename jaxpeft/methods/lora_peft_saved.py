@@ -45,14 +45,14 @@ class Copy(NamedTuple):
 
 def keys(folder: Folder) -> set[str]:
     """The tensors that stand in for base leaves, as config and base have them, and spare ones."""
-    own = {copy.key for copy in _wanted(folder)}
+    wanted = [*_wanted(folder)]
     spare = {
         f"{PREFIX}{copy.name}.{ending}"
-        for copy in _wanted(folder)
+        for copy in wanted
         if copy.leaf == "bias" and folder.config.saves(copy.name)
         for ending in SPARE
     }
-    return own | (spare & folder.tensors.shapes.keys())
+    return {copy.key for copy in wanted} | (spare & folder.tensors.shapes.keys())
 
 
 def check(folder: Folder) -> None:
@@ -64,14 +64,14 @@ def check(folder: Folder) -> None:
 def read(folder: Folder, width: int) -> Arrays:
     """The copies, stacked."""
     del width
-    params, places = folder.base.params, {}
+    params, places, wanted = folder.base.params, {}, [*_wanted(folder)]
     for leaf in (*WEIGHTS, "bias"):
         modules = {
             copy.name: {
                 "value": _turned(folder.tensors.read(copy.key), leaf),
                 "rank": np.int32(1),
             }
-            for copy in _wanted(folder)
+            for copy in wanted
             if copy.leaf == leaf
         }
         for path, arrays in stack(modules, sites_of(params, leaf), params).items():
@@ -99,9 +99,9 @@ PART = Part(keys=keys, check=check, read=read, write=write)
 def _wanted(folder: Folder) -> Iterator[Copy]:
     config, params = folder.config, folder.base.params
     for leaf in WEIGHTS:
-        for name in filter(config.saves, sites_of(params, leaf)):
-            path = sites_of(params, leaf)[name].path
-            yield Copy(_key(name, leaf, False), name, leaf, _shape(params, path))
+        for name, site in sites_of(params, leaf).items():
+            if config.saves(name):
+                yield Copy(_key(name, leaf, False), name, leaf, _shape(params, site.path))
     for name, site in sites_of(params, "bias").items():
         saved, wrapped = config.saves(name), config.adapts(name)
         if saved or config.bias == "all" or (config.bias == "lora_only" and wrapped):

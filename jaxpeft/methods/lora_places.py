@@ -35,7 +35,7 @@ class Place:
     """
 
     bind: Callable[[Leaf], dict[str, Any]]
-    leaf_shape: Callable[[dict], tuple[int, ...] | None]
+    leaf_shape: Callable[[dict], tuple[int, ...] | None] = lambda params: None
     merge: Callable[[Leaf, dict[str, Any]], dict[str, Any]] = merge_leaf
 
 
@@ -84,7 +84,7 @@ def merge_factors(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
 PLACES: dict[str, Place] = {
     "a": Place(bind=bind_factors, leaf_shape=factors_shape, merge=merge_factors),
     "value": Place(bind=lora_saved.bind, leaf_shape=value_shape),
-    "rows": Place(bind=token_rows.bind, leaf_shape=token_rows.any_shape),
+    "rows": Place(bind=token_rows.bind),
 }
 """The sorts of places by the array that only they hold."""
 

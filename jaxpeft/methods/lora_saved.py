@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few, nearest
-from jaxpeft.linear import Node, Transposed, attend, dtype_of, embed, materialise, shape_of
+from jaxpeft.linear import OnBase, Transposed, attend, embed, materialise
 from jaxpeft.methods.base import Adapter, Leaf
 from jaxpeft.methods.exchange import modules_of
 from jaxpeft.methods.replace import bind_selected, selected_replacement
@@ -29,7 +29,7 @@ WEIGHTS = ("kernel", "scale", "embedding")
 
 
 @flax.struct.dataclass
-class LookupTable(Node):
+class LookupTable(OnBase):
     """A trained embedding table of a model whose head goes on reading the base's.
 
     Attributes:
@@ -41,16 +41,6 @@ class LookupTable(Node):
     value: Any
 
     attends_base: ClassVar[bool] = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base table."""
-        return shape_of(self.base)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base table."""
-        return dtype_of(self.base)
 
     def lookup(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
         """Rows of the trained table."""

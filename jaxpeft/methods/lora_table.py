@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.errors import UserError
-from jaxpeft.linear import Node, attend, dtype_of, embed, materialise, shape_of
+from jaxpeft.linear import OnBase, attend, embed, materialise
 from jaxpeft.methods import dora
 from jaxpeft.methods.base import Leaf
 
@@ -32,7 +32,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @flax.struct.dataclass
-class LoRATable(Node):
+class LoRATable(OnBase):
     """A frozen table with its low-rank factors.
 
     Attributes:
@@ -47,16 +47,6 @@ class LoRATable(Node):
     b: Any
     scale: Any
     attends_base: ClassVar[bool] = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base table."""
-        return shape_of(self.base)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base table."""
-        return dtype_of(self.base)
 
     def branch(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
         """What the factors add to the rows; nothing for ids beyond the table, virtual tokens."""

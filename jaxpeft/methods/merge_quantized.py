@@ -4,16 +4,13 @@
 those are not at hand, this is the way, and it says what it costs.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 from jaxpeft import paths
 from jaxpeft.methods.base import Adapter
 from jaxpeft.methods.binding import adapters_of, merge
-from jaxpeft.quant import QuantTensor, quantize_kernel, round_trip_error
+from jaxpeft.quant import QuantTensor, quantize_kernel, relative_change
 
 
 class MergeError(NamedTuple):
@@ -54,11 +51,7 @@ def merge_quantized(
     for path, old in quantised.items():
         kernel = paths.get(merged, path)
         again[path] = quantize_kernel(kernel, old.kind, old.group_scale is not None)
-        error = round_trip_error(kernel, again[path])
-        wide = np.asarray(kernel, np.float64)
-        brought = wide - np.asarray(dense[path], np.float64)
-        size = math.sqrt(float(np.sum(wide**2)))
-        errors[path] = MergeError(
-            error, error * size / max(math.sqrt(float(np.sum(brought**2))), 1e-300)
-        )
+        lost = relative_change(kernel, again[path].dequantise())
+        brought = relative_change(kernel, dense[path])
+        errors[path] = MergeError(lost, lost / max(brought, 1e-300))
     return paths.put(merged, again), errors

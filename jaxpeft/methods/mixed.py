@@ -27,13 +27,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.linear import Node, Transposed, attend, dtype_of, embed, linear, shape_of
+from jaxpeft.linear import Node, OnBase, Transposed, attend, embed, linear
 from jaxpeft.methods.base import Adapter, Leaf
 from jaxpeft.methods.registry import KINDS
 
 
 @flax.struct.dataclass
-class Mixed(Node):
+class Mixed(OnBase):
     """A weight that each row of a batch sees through its own adapter.
 
     Attributes:
@@ -58,16 +58,6 @@ class Mixed(Node):
     path: str = flax.struct.field(pytree_node=False, default="")
     options: tuple = flax.struct.field(pytree_node=False, default=())
     attends_base: bool = flax.struct.field(pytree_node=False, default=False)  # pyright: ignore
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base."""
-        return shape_of(self.base)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base."""
-        return dtype_of(self.base)
 
     def multiply(self, x: Float[Array, "rows *batch d_in"]) -> Float[Array, "rows *batch d_out"]:
         """Row by row ``x`` times the weight."""

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.linear import Node, dtype_of, linear, materialise, shape_of
+from jaxpeft.linear import OnBase, linear, materialise, shape_of
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
 from jaxpeft.methods.exchange import (
     PREFIX,
@@ -128,7 +128,7 @@ def count_blocks(d_in: int, block_size: int, where: str) -> int:
 
 
 @flax.struct.dataclass
-class OFTKernel(Node):
+class OFTKernel(OnBase):
     """A frozen kernel behind a rotation of its inputs.
 
     Attributes:
@@ -144,16 +144,6 @@ class OFTKernel(Node):
     rank: Any
     exact: bool = flax.struct.field(pytree_node=False, default=False)
     terms: int = flax.struct.field(pytree_node=False, default=5)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base kernel."""
-        return shape_of(self.base)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base kernel."""
-        return dtype_of(self.base)
 
     def rotations(self) -> Float[Array, "*stack blocks size size"]:
         """The blocks of ``R``; the identity, without a gradient, where the rank is 0."""

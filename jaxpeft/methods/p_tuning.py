@@ -217,7 +217,6 @@ KIND = Kind(
     config=PTuning,
     bind=bind,
     own_axes=prompt.OWN_AXES,
-    leaf_shape=lambda params: None,
     config_of=config_of,
     no_merge=prompt.NO_MERGE,
     virtual_tokens=prompt.virtual_tokens,

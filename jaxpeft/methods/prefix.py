@@ -340,7 +340,6 @@ KIND = Kind(
     bind=bind,
     bind_rows=bind_rows,
     own_axes={"k": 4, "embedding": 2},
-    leaf_shape=lambda params: None,
     config_of=config_of,
     needs_base=False,
     no_merge="its keys and values stand in front of the input; keep it beside the base",

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.linear import Node, attend, dtype_of, embed, materialise, shape_of
+from jaxpeft.linear import OnBase, attend, embed, materialise, shape_of
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
 from jaxpeft.methods.exchange import PeftFormat, Tensors, Values, contiguous, require_finite
 
@@ -150,7 +150,7 @@ def arrays_of(adapter: Adapter) -> dict[str, Any]:
 
 
 @flax.struct.dataclass
-class PromptTable(Node):
+class PromptTable(OnBase):
     """An embedding table with the rows of virtual tokens behind its own.
 
     Attributes:
@@ -161,16 +161,6 @@ class PromptTable(Node):
     base: Any
     prompt: Any
     attends_base: ClassVar[bool] = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base table."""
-        return shape_of(self.base)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base table."""
-        return dtype_of(self.base)
 
     def lookup(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
         """Rows of both, in the dtype of the base.
@@ -339,7 +329,6 @@ KIND = Kind(
     config=PromptTuning,
     bind=bind,
     own_axes=OWN_AXES,
-    leaf_shape=lambda params: None,
     config_of=config_of,
     no_merge=NO_MERGE,
     virtual_tokens=virtual_tokens,

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.linear import Node, attend, dtype_of, embed, linear, materialise, shape_of
+from jaxpeft.linear import OnBase, attend, embed, linear, materialise, shape_of
 from jaxpeft.methods.base import Adapter, Leaf
 
 PLACES = (paths.EMBEDDING, paths.HEAD)
@@ -28,7 +28,7 @@ PLACES = (paths.EMBEDDING, paths.HEAD)
 
 
 @flax.struct.dataclass
-class _TokenWeight(Node):
+class _TokenWeight(OnBase):
     """What a table and a head with trained rows have in common.
 
     Attributes:
@@ -42,16 +42,6 @@ class _TokenWeight(Node):
     rows: Any
     ids: Any
     rank: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base."""
-        return shape_of(self.base)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base."""
-        return dtype_of(self.base)
 
     def _rounded(self) -> Float[Array, "n d_model"]:
         return self.rows.astype(self.dtype)
@@ -164,11 +154,6 @@ def bind(leaf: Leaf) -> dict[str, Any]:
     node = TokenTable if leaf.path == paths.EMBEDDING else TokenHead
     buffers = leaf.buffers
     return {leaf.path: node(leaf.base, leaf.params["rows"], buffers["ids"], buffers["rank"])}
-
-
-def any_shape(params: dict) -> None:
-    """Rows don't tell the size of the vocabulary; `check` compares their width."""
-    del params
 
 
 def check(params: dict, adapter: Adapter) -> None:

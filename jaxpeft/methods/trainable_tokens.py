@@ -180,7 +180,6 @@ PEFT = PeftFormat(
 KIND = Kind(
     config=TrainableTokens,
     bind=token_rows.bind,
-    leaf_shape=token_rows.any_shape,
     config_of=config_of,
     check=token_rows.check,
     peft=PEFT,

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.linear import SHARED, Node, dtype_of, linear, materialise, shape_of
+from jaxpeft.linear import SHARED, OnBase, linear, materialise, shape_of
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
 from jaxpeft.methods.exchange import (
     PREFIX,
@@ -142,7 +142,7 @@ def make_adapter(vectors: dict, buffers: dict, a: Any, b: Any, prng_key: int = 0
 
 
 @flax.struct.dataclass
-class VeRAKernel(Node):
+class VeRAKernel(OnBase):
     """A frozen kernel with its two vectors and the matrices that all layers share.
 
     Attributes:
@@ -161,16 +161,6 @@ class VeRAKernel(Node):
     dropout: Any = 0.0
     key: Any = None
     shared: Any = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base kernel."""
-        return shape_of(self.base)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base kernel."""
-        return dtype_of(self.base)
 
     def matrices(self) -> tuple[Float[Array, "d_in rank"], Float[Array, "rank d_out"]]:
         """A and B, cut to the size of the kernel; no gradient reaches them."""

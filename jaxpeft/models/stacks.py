@@ -5,6 +5,7 @@ scales before the next is read.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -53,7 +54,8 @@ class QuantStack:
         self._kind, self._double = kind, double
         stack = () if layers is None else (layers,)
         self._stacked = layers is not None
-        one = jax.eval_shape(lambda: quantize_kernel(jax.numpy.empty(shape, dtype), kind, double))
+        quantize = functools.partial(quantize_kernel, kind=kind, double=double)
+        one = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, dtype))
         self.result: QuantTensor = jax.tree.map(
             lambda leaf: np.empty((*stack, *leaf.shape), leaf.dtype), one
         )

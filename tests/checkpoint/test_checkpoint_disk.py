@@ -1,8 +1,6 @@
 """Full disks, read-only folders and processes killed while they save."""
 
-import contextlib
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,23 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_states import bits, contents, save_and_wait, small_state
+from full_disk import files_no_larger_than
 
 from jaxpeft import checkpoint_folder, manifest
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.errors import ResourceError
 
 ROOT = Path(__file__).parents[2]
-
-
-@contextlib.contextmanager
-def files_no_larger_than(limit: int):
-    """What a full disk looks like to a writer, without filling one."""
-    old, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (old, hard))
 
 
 def test_a_disk_that_fills_up_costs_only_the_new_step(checkpoints, tmp_path, capfd):

@@ -8,7 +8,6 @@ from tiny_run import (
 )
 from train_runs import losses
 
-from jaxpeft import sharding
 from jaxpeft import train as program
 
 
@@ -18,14 +17,11 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device():
+def in_a_hurry(one_device):
     """Most facts hold on one device, and in code compiled in a hurry; tests are quicker so."""
-    with pytest.MonkeyPatch.context() as patch:
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        patch.setattr(sharding, "make_mesh", lambda **sizes: mesh)
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
