@@ -56,6 +56,11 @@ def without(tree: Mapping, paths: Iterable[str]) -> dict:
     return unflatten({path: leaf for path, leaf in flatten(tree).items() if path not in gone})
 
 
+def ends_in(path: str, ends: Sequence[str]) -> bool:
+    """Whether a path is one of `ends`, or whole parts at its end are."""
+    return any(path == end or path.endswith("/" + end) for end in ends)
+
+
 @dataclasses.dataclass(frozen=True)
 class Site:
     """Where a module's weight lives.

@@ -5,29 +5,26 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxpeft import config as run_config
 from jaxpeft import data, paths, report, sharding
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
-from jaxpeft.errors import UserError, first_few
+from jaxpeft.errors import first_few
 from jaxpeft.evaluate import Sample, evaluate_loss, exact_match
-from jaxpeft.init_from import check_init_from, load_start
+from jaxpeft.init_from import load_start
 from jaxpeft.losses import make_lm_loss
 from jaxpeft.methods import Adapter, Context, Full
 from jaxpeft.methods.binding import head_is_frozen
 from jaxpeft.model import Model, save_model
-from jaxpeft.models.config import ModelConfig
-from jaxpeft.models.names import param_shapes
 from jaxpeft.optim import make_optimizer, make_schedule, masked
-from jaxpeft.optim_lora import check_factors, without_a
+from jaxpeft.optim_lora import without_a
 from jaxpeft.peft_format import save_adapter
+from jaxpeft.run_checks import check_unchanged
 from jaxpeft.run_folder import export_path
 from jaxpeft.train_step import TrainState, init_train_state, make_train_step
 
@@ -265,89 +262,10 @@ class Run:
         patterns, on = self.config.optim.trainable, self.config.method.trainable(tree["adapter"])
         return {
             "base": paths.unflatten(
-                {path: is_named(path, patterns) for path in paths.flatten(tree["base"])}
+                {path: paths.ends_in(path, patterns) for path in paths.flatten(tree["base"])}
             ),
             "adapter": without_a(on) if self.config.optim.lora_fa else on,
         }
-
-
-def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> None:
-    """Finds out from sizes alone whether method and optimizer fit a model.
-
-    Raises:
-        UserError: A pattern matches nothing, a rank is too large, a choice excludes another, or
-            there is no adapter to go on from.
-    """
-    check_init_from(config.method)
-    optim, shapes = config.optim, param_shapes(model)
-    context = Context(config=model, tokenizer=tokenizer, shapes_only=True)
-
-    def start() -> Adapter:
-        zeros = {path: jnp.zeros(shape) for path, shape in shapes.items()}
-        return config.method.init(paths.unflatten(zeros), jax.random.key(0), context)
-
-    adapter = jax.eval_shape(start)
-    spec = adapter.spec
-    check_factors(optim, spec.kind, adapter.params)
-    if config.model.quantization is not None and export_path(config).name == "model":
-        raise UserError(
-            f"model.quantization: method {spec.kind!r} with optim.trainable "
-            f"{list(optim.trainable)} ends in a whole model, and a quantised one has no Hugging "
-            "Face format; set it to null, or train an adapter that PEFT has."
-        )
-    for pattern in optim.trainable:
-        if not any(is_named(path, (pattern,)) for path in shapes):
-            raise UserError(
-                f"optim.trainable: {pattern!r} is the end of no base path; they are "
-                f"{', '.join(shapes)}."
-            )
-    both = [path for path in spec.paths if is_named(path, optim.trainable)]
-    if both:
-        raise UserError(f"optim.trainable: the method trains {first_few(both)} already.")
-    if optim.name == "adafactor":  # ranks are values; the zeros are never made
-        buffers, params = jax.jit(lambda: start().buffers)(), jax.eval_shape(start).params
-        for path in spec.paths:
-            rank = paths.get(buffers, f"{path}/rank")
-            whole = paths.get(params, f"{path}/value") is not None
-            if rank is None or (np.asarray(rank) == (1 if whole else max(spec.rank, 1))).all():
-                continue
-            raise UserError(
-                "optim.name: adafactor scales by the mean over a whole stack, which layers that "
-                "are not adapted would change; adapt all layers of a kernel, or take adamw."
-            )
-
-
-def check_batches(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises a UserError unless all batches can be split over the mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    train = config.train
-    sizes = {"train.batch_size": train.batch_size}
-    if train.microbatch_size is not None:
-        sizes["train.microbatch_size"] = train.microbatch_size
-    if config.data.eval is not None:
-        sizes["evaluation.batch_size"] = config.evaluation.batch_size
-    for name, size in sizes.items():
-        if size % shards:
-            lower = size // shards * shards
-            near = f"{lower} or {lower + shards}" if lower else str(shards)
-            raise UserError(
-                f"{name}: {size} does not divide by the {shards} devices of the mesh's data and "
-                f"fsdp axes; nearest: {near}."
-            )
-
-
-def check_unchanged(what: str, saved: str, now: str, output: pathlib.Path) -> None:
-    """Raises a UserError unless a run goes on with what it began with."""
-    if saved != now:
-        raise UserError(
-            f"{output}: the {what} are not those this run began with ({saved[:12]}, now "
-            f"{now[:12]}); put them back, or start anew with --overwrite or another output_dir."
-        )
-
-
-def is_named(path: str, patterns: Sequence[str]) -> bool:
-    """Whether a base path is one of `patterns` or ends in one."""
-    return any(path == pattern or path.endswith("/" + pattern) for pattern in patterns)
 
 
 def leaves(tree: Any) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from jaxpeft.config import RunConfig
 from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.load import load_config, load_model, load_tokenizer
-from jaxpeft.run import Rows, Run, check_batches, check_model, check_unchanged
+from jaxpeft.run import Rows, Run
+from jaxpeft.run_checks import check_batches, check_model, check_unchanged
 from jaxpeft.run_folder import (
     CHECKPOINTS,
     PROFILE,

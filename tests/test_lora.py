@@ -14,9 +14,9 @@ from tiny_decoder import CONFIG, decoder, make_adapter
 from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.methods import LoRA, bind, init_adapter, merge
-from jaxpeft.methods.exchange import shortest_decimal
 from jaxpeft.methods.lora import config_of
 from jaxpeft.methods.lora_nodes import LoRAKernel, drop
+from jaxpeft.methods.modules import shortest_decimal
 
 BF16 = ml_dtypes.bfloat16
 IDS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])

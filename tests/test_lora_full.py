@@ -21,8 +21,8 @@ from jaxpeft.config import load_config
 from jaxpeft.errors import UserError
 from jaxpeft.methods import LoRA, bind, init_adapter, merge
 from jaxpeft.methods.binding import head_is_frozen
-from jaxpeft.methods.exchange import modules_of
 from jaxpeft.methods.lora import config_of
+from jaxpeft.methods.modules import modules_of
 from jaxpeft.model import Model
 from jaxpeft.models.load import load_params
 from jaxpeft.models.transformer import Transformer

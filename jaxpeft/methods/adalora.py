@@ -27,8 +27,9 @@ from jaxpeft.linear import shape_of
 from jaxpeft.methods import adalora_peft
 from jaxpeft.methods.adalora_schedule import Schedule, allocate_ranks, count_places
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
-from jaxpeft.methods.exchange import Values, modules_of, shortest_decimal
+from jaxpeft.methods.exchange import Values
 from jaxpeft.methods.lora_nodes import LoRAKernel
+from jaxpeft.methods.modules import modules_of, shortest_decimal
 from jaxpeft.methods.replace import selected_layers
 
 EPSILON = 1e-5

@@ -15,11 +15,8 @@ from jaxpeft import paths
 from jaxpeft.linear import SHARED, shape_of
 from jaxpeft.methods import lora_peft_config
 from jaxpeft.methods.base import Adapter, Spec
-from jaxpeft.methods.exchange import (
-    PREFIX,
-    PeftFormat,
-    Tensors,
-    Values,
+from jaxpeft.methods.exchange import PREFIX, PeftFormat, Tensors, Values
+from jaxpeft.methods.modules import (
     contiguous,
     modules_of,
     require_finite,

@@ -15,7 +15,7 @@ import jax
 from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Method
-from jaxpeft.methods.exchange import modules_of
+from jaxpeft.methods.modules import modules_of
 from jaxpeft.methods.replace import bind_selected, selected_replacement, value_shape
 
 

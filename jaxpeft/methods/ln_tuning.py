@@ -17,16 +17,8 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.linear import shape_of
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Method
-from jaxpeft.methods.exchange import (
-    PREFIX,
-    PeftFormat,
-    Tensors,
-    Values,
-    contiguous,
-    modules_of,
-    require_finite,
-    targets_value,
-)
+from jaxpeft.methods.exchange import PREFIX, PeftFormat, Tensors, Values
+from jaxpeft.methods.modules import contiguous, modules_of, require_finite, targets_value
 from jaxpeft.methods.replace import bind_selected, selected_replacement, value_shape
 
 LEAF = "scale"

@@ -28,16 +28,9 @@ from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import OnBase, linear, materialise, shape_of
 from jaxpeft.methods import lycoris
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method
-from jaxpeft.methods.exchange import (
-    PREFIX,
-    PeftFormat,
-    Tensors,
-    Values,
-    contiguous,
-    modules_of,
-    require_finite,
-)
+from jaxpeft.methods.exchange import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.methods.lycoris import uniform
+from jaxpeft.methods.modules import contiguous, modules_of, require_finite
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -50,7 +50,8 @@ from jaxpeft.methods.base import (
     Spec,
     weight_at,
 )
-from jaxpeft.methods.exchange import Values, default_and_exceptions
+from jaxpeft.methods.exchange import Values
+from jaxpeft.methods.modules import default_and_exceptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

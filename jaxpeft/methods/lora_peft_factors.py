@@ -18,9 +18,10 @@ from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import shape_of
 from jaxpeft.methods import dora
 from jaxpeft.methods.base import Adapter, weight_at
-from jaxpeft.methods.exchange import (
-    CONFIG,
-    PREFIX,
+from jaxpeft.methods.exchange import CONFIG, PREFIX
+from jaxpeft.methods.lora_peft_config import Arrays, Folder, Part
+from jaxpeft.methods.lora_select import numbers_of, sites_of
+from jaxpeft.methods.modules import (
     contiguous,
     default_and_exceptions,
     modules_of,
@@ -28,8 +29,6 @@ from jaxpeft.methods.exchange import (
     stack,
     targets_value,
 )
-from jaxpeft.methods.lora_peft_config import Arrays, Folder, Part
-from jaxpeft.methods.lora_select import numbers_of, sites_of
 
 FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.weight)?")
 

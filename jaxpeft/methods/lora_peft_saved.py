@@ -13,15 +13,10 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.linear import shape_of
 from jaxpeft.methods.base import Adapter
-from jaxpeft.methods.exchange import (
-    PREFIX,
-    contiguous,
-    modules_of,
-    require_finite,
-    stack,
-)
+from jaxpeft.methods.exchange import PREFIX
 from jaxpeft.methods.lora_peft_config import Arrays, Folder, Part
 from jaxpeft.methods.lora_saved import WEIGHTS, sites_of
+from jaxpeft.methods.modules import contiguous, modules_of, require_finite, stack
 
 SPARE = ("modules_to_save.bias", "original_module.bias")
 """Endings of copies of the biases of saved modules, of trained and of base ones."""

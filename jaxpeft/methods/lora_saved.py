@@ -20,7 +20,7 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few, nearest
 from jaxpeft.linear import OnBase, Transposed, attend, embed, materialise
 from jaxpeft.methods.base import Adapter, Leaf
-from jaxpeft.methods.exchange import modules_of
+from jaxpeft.methods.modules import modules_of
 from jaxpeft.methods.replace import bind_selected, selected_replacement
 
 BIASES = ("none", "all", "lora_only")

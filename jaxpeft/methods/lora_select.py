@@ -17,7 +17,7 @@ from jaxpeft.errors import UserError, first_few, nearest
 from jaxpeft.linear import shape_of
 from jaxpeft.methods import lora_saved
 from jaxpeft.methods.base import Adapter, FrozenMap, weight_at
-from jaxpeft.methods.exchange import modules_of, shortest_decimal
+from jaxpeft.methods.modules import modules_of, shortest_decimal
 from jaxpeft.methods.selection import first_match, layer_of
 
 

@@ -14,8 +14,9 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.methods import token_rows
 from jaxpeft.methods.base import Adapter
-from jaxpeft.methods.exchange import PREFIX, Values, contiguous, require_finite
+from jaxpeft.methods.exchange import PREFIX, Values
 from jaxpeft.methods.lora_peft_config import Arrays, Folder, Part
+from jaxpeft.methods.modules import contiguous, require_finite
 
 FIELDS = {paths.EMBEDDING: "token_ids", paths.HEAD: "head_token_ids"}
 """The config's field for each place."""

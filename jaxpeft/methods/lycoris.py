@@ -18,8 +18,8 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.methods.base import Adapter, Spec
-from jaxpeft.methods.exchange import (
-    Values,
+from jaxpeft.methods.exchange import Values
+from jaxpeft.methods.modules import (
     default_and_exceptions,
     modules_of,
     shortest_decimal,

@@ -29,17 +29,8 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.linear import OnBase, linear, materialise, shape_of
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
-from jaxpeft.methods.exchange import (
-    PREFIX,
-    PeftFormat,
-    Tensors,
-    Values,
-    contiguous,
-    modules_of,
-    require_finite,
-    stack,
-    targets_value,
-)
+from jaxpeft.methods.exchange import PREFIX, PeftFormat, Tensors, Values
+from jaxpeft.methods.modules import contiguous, modules_of, require_finite, stack, targets_value
 from jaxpeft.methods.replace import selected_layers
 
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -26,7 +26,8 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.linear import OnBase, attend, embed, materialise, shape_of
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
-from jaxpeft.methods.exchange import PeftFormat, Tensors, Values, contiguous, require_finite
+from jaxpeft.methods.exchange import PeftFormat, Tensors, Values
+from jaxpeft.methods.modules import contiguous, require_finite
 
 Initial = Literal["sampled", "random", "text"]
 EMBEDDINGS = "prompt_embeddings"

@@ -20,14 +20,8 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.methods import token_rows
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Method, Spec
-from jaxpeft.methods.exchange import (
-    PREFIX,
-    PeftFormat,
-    Tensors,
-    Values,
-    contiguous,
-    require_finite,
-)
+from jaxpeft.methods.exchange import PREFIX, PeftFormat, Tensors, Values
+from jaxpeft.methods.modules import contiguous, require_finite
 
 DEFAULT_TARGETS = ("embed_tokens",)
 

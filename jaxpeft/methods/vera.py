@@ -28,11 +28,9 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.linear import SHARED, OnBase, linear, materialise, shape_of
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
-from jaxpeft.methods.exchange import (
-    PREFIX,
-    PeftFormat,
-    Tensors,
-    Values,
+from jaxpeft.methods.exchange import PREFIX, PeftFormat, Tensors, Values
+from jaxpeft.methods.lora_nodes import drop
+from jaxpeft.methods.modules import (
     contiguous,
     modules_of,
     require_finite,
@@ -40,7 +38,6 @@ from jaxpeft.methods.exchange import (
     stack,
     targets_value,
 )
-from jaxpeft.methods.lora_nodes import drop
 from jaxpeft.methods.replace import selected_layers
 
 HIGHEST = jax.lax.Precision.HIGHEST
