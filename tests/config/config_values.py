@@ -1,0 +1,32 @@
+"""What the tests of the config share."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from jaxpeft.config_keys import Schema
+from jaxpeft.methods.base import FrozenMap
+from jaxpeft.yaml_config import loads
+
+SMALL = """\
+model: {path: base}
+method: {name: lora}
+data: {train: train.jsonl, eval: test.jsonl}
+train: {steps: 20}
+output_dir: out
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    text: str = ""
+    maybe: str | None = None
+    number: float = 0.0
+    count: int = 0
+    flag: bool = False
+    names: str | tuple[str, ...] = ()
+    ranks: Mapping[str, int] = FrozenMap()
+    alphas: Mapping[str, float] = FrozenMap()
+
+
+def value(key, text):
+    return getattr(loads(Schema(Values), f"{key}: {text}\n", "v.yaml"), key)
