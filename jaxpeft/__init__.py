@@ -19,8 +19,21 @@ if TYPE_CHECKING:
     from jaxpeft.flops import count_flops as count_flops
     from jaxpeft.losses import cross_entropy as cross_entropy
     from jaxpeft.losses import make_lm_loss as make_lm_loss
+    from jaxpeft.methods import IA3 as IA3
+    from jaxpeft.methods import OFT as OFT
+    from jaxpeft.methods import AdaLoRA as AdaLoRA
+    from jaxpeft.methods import BitFit as BitFit
     from jaxpeft.methods import Full as Full
+    from jaxpeft.methods import LNTuning as LNTuning
+    from jaxpeft.methods import LoHa as LoHa
+    from jaxpeft.methods import LoKr as LoKr
     from jaxpeft.methods import LoRA as LoRA
+    from jaxpeft.methods import MultitaskPromptTuning as MultitaskPromptTuning
+    from jaxpeft.methods import PrefixTuning as PrefixTuning
+    from jaxpeft.methods import PromptTuning as PromptTuning
+    from jaxpeft.methods import PTuning as PTuning
+    from jaxpeft.methods import TrainableTokens as TrainableTokens
+    from jaxpeft.methods import VeRA as VeRA
     from jaxpeft.methods import bind as bind
     from jaxpeft.methods import init_adapter as init_adapter
     from jaxpeft.methods import merge as merge
@@ -55,7 +68,7 @@ _HOMES = {
     "jaxpeft.evaluate": ("evaluate_loss", "exact_match"),
     "jaxpeft.flops": ("count_flops",),
     "jaxpeft.losses": ("cross_entropy", "make_lm_loss"),
-    "jaxpeft.methods": ("Full", "LoRA", "bind", "init_adapter", "merge"),
+    "jaxpeft.methods": ("bind", "init_adapter", "merge"),
     "jaxpeft.methods.algebra": ("stack_adapters",),
     "jaxpeft.methods.base": ("Adapter",),
     "jaxpeft.methods.combine": ("combine",),
@@ -76,16 +89,25 @@ __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name from its module and keeps it."""
-    if name not in _HOME:
+    """Imports a public name from its module and keeps it; methods are found by the registry."""
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name.startswith("_") or name not in (methods := _methods()):
         raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    else:
+        value = methods[name]
     globals()[name] = value
     return value
 
 
+def _methods() -> dict[str, type]:
+    """The config classes of all methods by name, such as ``IA3``."""
+    registry = importlib.import_module("jaxpeft.methods").METHODS
+    return {config.__name__: config for config in registry.values()}
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_methods()})
 
 
 class _Package(types.ModuleType):
