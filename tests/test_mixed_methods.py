@@ -28,6 +28,7 @@ MIXED = {
     "loha": METHODS["loha"](**LORA),
     "lokr": METHODS["lokr"](**LORA),
     "ia3": METHODS["ia3"](targets=("v_proj", "layers.1.mlp.down_proj")),
+    "trainable_tokens": METHODS["trainable_tokens"](token_ids=(3, 5, 7)),
     "prompt_tuning": METHODS["prompt_tuning"](**SOFT),
     "p_tuning": METHODS["p_tuning"](**SOFT, hidden_size=8),
     "multitask": METHODS["multitask_prompt_tuning"](**SOFT, num_tasks=2, rank=2),
