@@ -117,8 +117,10 @@ def train(name: str, steps: int | None) -> None:
     (run / MEASURES).write_text(json.dumps(measures, indent=2) + "\n", encoding="utf-8")
 
 
-def measure_speed(names: Sequence[str], rounds: int) -> None:
+def measure_speed(names: Sequence[str], rounds: int, steps: int | None) -> None:
     """Trains every exercise for a few steps, in turns, and notes the tokens a second of each.
+
+    They are noted beside the trainings of `steps` steps.
 
     Raises:
         ValueError: A training failed.
@@ -126,9 +128,12 @@ def measure_speed(names: Sequence[str], rounds: int) -> None:
     speeds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
-            run = run_folder(name, SPEED_STEPS)
+            run = RUNS / "speed" / name
+            shutil.rmtree(run, ignore_errors=True)
             short = [
                 *command(name, SPEED_STEPS),
+                "--output_dir",
+                str(run),
                 "--data.eval",
                 "null",
                 "--evaluation.exact_match",
@@ -139,8 +144,7 @@ def measure_speed(names: Sequence[str], rounds: int) -> None:
             speeds[name] += speeds_of(read_jsonl(run / "metrics.jsonl"))
             shutil.rmtree(run)
     for name, values in speeds.items():
-        run_folder(name, None).mkdir(parents=True, exist_ok=True)
-        (run_folder(name, None) / SPEED).write_text(json.dumps(values) + "\n", encoding="utf-8")
+        (run_folder(name, steps) / SPEED).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
 def speeds_of(lines: Iterable[dict[str, Any]]) -> list[float]:
@@ -239,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names:
             train(name, args.steps)
         if args.speed:
-            measure_speed(names, args.speed)
+            measure_speed(names, args.speed, args.steps)
         runs = {name: run_folder(name, args.steps) for name in names}
         print(markdown(HEADINGS, [table_row(name, run) for name, run in runs.items()]))
         if {"lora-rank-16", "sms"} <= runs.keys():
