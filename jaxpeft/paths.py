@@ -31,6 +31,15 @@ def unflatten(leaves: Mapping[str, Any]) -> dict:
     return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
+def require_tree(params: Any) -> None:
+    """Raises a UserError unless base parameters are what they are called."""
+    if not isinstance(params, Mapping):
+        raise UserError(
+            f"params: expected a nested dict of arrays, got {type(params).__name__}; of a "
+            "jaxpeft.Model pass base.params."
+        )
+
+
 def get(tree: Mapping, path: str, default: Any = None) -> Any:
     """The subtree or leaf at `path`, or `default`."""
     node: Any = tree

@@ -53,11 +53,11 @@ def pad_rank(adapter: Adapter, rank: int) -> Adapter:
         factors = [path for path in leaves if path.rpartition("/")[2] in RANK_AXES]
         return paths.unflatten(leaves | {path: pad(path, leaves[path]) for path in factors})
 
-    return Adapter(
-        pad_all(adapter.params),
-        pad_all(adapter.buffers),
-        dataclasses.replace(adapter.spec, rank=rank),
-        adapter.base_name,
+    return dataclasses.replace(
+        adapter,
+        params=pad_all(adapter.params),
+        buffers=pad_all(adapter.buffers),
+        spec=dataclasses.replace(adapter.spec, rank=rank),
     )
 
 
@@ -83,12 +83,19 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
         if (one.spec.kind, one.spec.options) != (first.kind, first.options):
             raise UserError(
                 "adapters: only adapters of one kind and the same options can be stacked, got "
-                f"{first.kind} {dict(first.options)} and {one.spec.kind} {dict(one.spec.options)}."
+                f"{first.kind} {dict(first.options)} and {one.spec.kind} {dict(one.spec.options)}; "
+                "jaxpeft.combine and jaxpeft.to_lora make plain LoRAs of them."
             )
     several = [pad_rank(one, max(one.spec.rank for one in several)) for one in several]
     places = sorted({path for one in several for path in one.spec.paths})
     for path in places:
         holders = [one for one in several if path in one.spec.paths]
+        sorts = {tuple(sorted(paths.get(one.params, path))) for one in holders}
+        if len(sorts) > 1:
+            raise UserError(
+                f"adapters: {path} holds {' and '.join(map(str, sorted(sorts)))} in different "
+                "ones; only places trained in the same way can be stacked."
+            )
         ranked = paths.get(holders[0].buffers, f"{path}/rank") is not None
         if len(holders) < len(several) and not ranked:
             raise UserError(
@@ -98,7 +105,7 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     spec = dataclasses.replace(several[0].spec, paths=tuple(places))
     params = _stack([one.params for one in several])
     buffers = _stack([one.buffers for one in several])
-    return Adapter(params, buffers, spec, several[0].base_name)
+    return dataclasses.replace(several[0], params=params, buffers=buffers, spec=spec)
 
 
 def _stack(trees: Sequence[dict]) -> dict:

@@ -14,9 +14,12 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import SHARED, dtype_of, shape_of, take_shared
 from jaxpeft.methods.base import Adapter, Context, Label, Leaf, Method, weight_at
-from jaxpeft.methods.mixed import extra_axes, first_of, mixed_leaf
+from jaxpeft.methods.mixed import NOT_STACKED, extra_axes, first_of, mixed_leaf
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.quant import QuantTensor
+
+ABSOLUTE = frozenset({"value", "m", "rows"})
+"""Trained arrays of a place that stand in for what the base has there: they add up with nothing."""
 
 
 def init_adapter(method: Method, base: Any, key: jax.Array, *, batches: Any = None) -> Adapter:
@@ -71,12 +74,15 @@ def bind(
         UserError: If an adapter addresses leaves that the base lacks, or with other shapes, or if
             it has no meaning to multiply its change, or to let it differ from row to row.
     """
-    tree = params
+    tree, changed = params, set()
     for position, one in enumerate(adapters_of(adapter, weights)):
         key = dropout_key
         if key is not None and position:
             key = jax.random.fold_in(key, position)
+        if index is not None and extra_axes(one) == 0:
+            raise UserError(NOT_STACKED)
         check_fit(params, one if index is None else first_of(one))
+        _require_unchanged(one, changed)
         for path in one.spec.paths:
             if index is None:
                 nodes = KINDS[one.spec.kind].bind(make_leaf(tree, one, path, key))
@@ -97,6 +103,18 @@ def _bind_mixed(tree: dict, adapter: Adapter, path: str, index: Any, key: Any) -
     return mixed_leaf(make_leaf(tree, adapter, path, key), adapter, probe, index)
 
 
+def _require_unchanged(adapter: Adapter, changed: set[str]) -> None:
+    """Raises a UserError if an adapter replaces what adapters before it `changed`; adds its own."""
+    for path in adapter.spec.paths:
+        if path in changed and not ABSOLUTE.isdisjoint(paths.get(adapter.params, path, {})):
+            raise UserError(
+                f"{path}: this adapter replaces what the base has there (a DoRA does, a module or "
+                "token trained whole), and one before it changes that; put it first, or merge the "
+                "other one before."
+            )
+    changed.update(adapter.spec.paths)
+
+
 def adapters_of(
     adapter: Adapter | Sequence[Adapter] | None, weights: Sequence[Any] | None = None
 ) -> list[Adapter]:
@@ -106,8 +124,7 @@ def adapters_of(
     several = [adapter] if isinstance(adapter, Adapter) else list(adapter)
     if weights is None:
         return several
-    if len(weights) != len(several):
-        raise UserError(f"weights: {len(weights)} weights for {len(several)} adapters.")
+    check_weights(weights, len(several))
     for one in several:
         if KINDS[one.spec.kind].weigh is None:
             raise UserError(
@@ -118,6 +135,18 @@ def adapters_of(
         KINDS[one.spec.kind].weigh(one, weight)  # pyright: ignore[reportOptionalCall]
         for one, weight in zip(several, weights, strict=True)
     ]
+
+
+def check_weights(weights: Any, count: int) -> None:
+    """Raises a UserError unless there is one weight for each of `count` adapters."""
+    try:
+        given = len(weights)
+    except TypeError:
+        raise UserError(
+            f"weights: expected a list with one number for each adapter, got {weights!r}."
+        ) from None
+    if given != count:
+        raise UserError(f"weights: {given} weights for {count} adapters.")
 
 
 def make_leaf(tree: dict, adapter: Adapter, path: str, key: Any = None) -> Leaf:
@@ -160,13 +189,15 @@ def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
         UserError: If an adapter does not fit the base, or cannot be merged, or the base is
             quantised where it is changed.
     """
-    tree, parted = params, False
+    paths.require_tree(params)
+    tree, parted, changed = params, False, set()
     for one in adapters_of(adapter):
         _require_unquantised(params, one)
         kind = KINDS[one.spec.kind]
         if kind.no_merge:
             raise UserError(f"an adapter of kind {kind.name!r} cannot be merged: {kind.no_merge}")
         check_fit(params, one)
+        _require_unchanged(one, changed)
         if parted and paths.EMBEDDING in one.spec.paths and not unties(params, one):
             raise UserError(
                 f"{paths.EMBEDDING}: an adapter before this one leaves the tied head to the base, "
@@ -213,6 +244,7 @@ def check_fit(params: dict, adapter: Adapter) -> None:
 
     `bind` calls it: it looks at names and shapes only, and costs nothing in a traced function.
     """
+    paths.require_tree(params)
     kind = KINDS[adapter.spec.kind]
     bases = {path: make_leaf(params, adapter, path).base for path in adapter.spec.paths}
     lost = [path for path, base in bases.items() if base is None]
@@ -225,7 +257,7 @@ def check_fit(params: dict, adapter: Adapter) -> None:
         count = jax.tree.leaves(adapter.params)[0].shape[0]
         raise UserError(
             f"{adapter.spec.paths[0]}: {count} stacked adapters; pass index= to say which one each "
-            "row of the batch gets."
+            "row of the batch gets, or take one: jax.tree.map(lambda leaf: leaf[0], adapter)."
         )
     for path, base in bases.items():
         theirs = kind.leaf_shape(paths.get(adapter.params, path, {}))

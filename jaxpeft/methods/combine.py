@@ -20,8 +20,9 @@ References:
     HF PEFT 0.21, ``utils/merge_utils.py``.
 """
 
+import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +32,9 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import shape_of
 from jaxpeft.methods.base import Adapter
+from jaxpeft.methods.binding import adapters_of, check_weights
 from jaxpeft.methods.low_rank import check_cut, cut, lora_of, svd_of_product
+from jaxpeft.methods.mixed import extra_axes
 
 SUMS = ("cat", "linear")
 PRUNED = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
@@ -72,15 +75,16 @@ def combine(
         UserError: If an adapter's change is no sum of products (DoRA, other kinds), or an option
             is missing, out of range, or means nothing to this mode.
     """
-    several = list(adapters)
+    several = adapters_of(adapters)
     _check_options(several, weights, how, rank, energy, density, key)
     sources = [_additive(one, f"adapters[{i}]") for i, one in enumerate(several)]
     scaled = [float(w) * part[2] for w, part in _used(sources, weights)]
     keep = len(set(scaled)) == 1 and scaled[0] > 0
+    widths = {path: _sides(several, path) for path in sorted({*itertools.chain(*sources)})}
     if rank is None and energy is None:
         rank = max(_width(source) for source in sources)
     result: dict[str, list[Any]] = {}
-    for path in sorted({path for source in sources for path in source}):
+    for path in widths:
         depth = len(next(source[path] for source in sources if path in source))
         for layer in range(depth):
             parts = [source[path][layer] if path in source else [] for source in sources]
@@ -94,9 +98,8 @@ def combine(
                 total = _merge_changes([_change(p) for p in parts], weights, how, density, keys)
                 made = cut(*np.linalg.svd(total, full_matrices=False), rank, energy)
             result.setdefault(path, []).append(made)
-    widths = {path: _sides(several, path) for path in result}
     scale = scaled[0] if keep and how in SUMS else 1.0
-    return lora_of(result, widths, scale, _common_dropout(several), several[0].base_name)
+    return lora_of(result, widths, scale, _common_dropout(several), several[0])
 
 
 def _check_options(
@@ -105,8 +108,9 @@ def _check_options(
     if how not in (*SUMS, "svd", *PRUNED):
         known = ", ".join((*SUMS, "svd", *PRUNED))
         raise UserError(f"how: {how!r} is not one of {known}.")
-    if not several or len(weights) != len(several):
-        raise UserError(f"weights: {len(weights)} weights for {len(several)} adapters.")
+    if not several:
+        raise UserError("adapters: there are none to combine.")
+    check_weights(weights, len(several))
     if not all(np.isfinite(float(w)) for w in weights):
         raise UserError(f"weights: expected finite numbers, got {list(weights)}.")
     if how in SUMS and not (rank is None and energy is None):
@@ -127,14 +131,17 @@ def _additive(adapter: Adapter, where: str) -> dict[str, list[list[Factors]]]:
     spec = adapter.spec
     if spec.kind != "lora":
         raise UserError(f"{where}: kind {spec.kind!r} is no LoRA; convert it by to_lora first.")
+    if extra_axes(adapter) == 1:
+        raise UserError(
+            f"{where}: is several, stacked; take one: jax.tree.map(lambda leaf: leaf[0], adapter)."
+        )
     found: dict[str, list[list[Factors]]] = {}
     for path in spec.paths:
         arrays = paths.get(adapter.params, path, {}) | paths.get(adapter.buffers, path, {})
-        odd = sorted(set(arrays) - PLAIN)
-        if odd or not {"a", "b", "scale", "rank"} <= set(arrays):
+        if odd := odd_arrays(arrays):
             raise UserError(
-                f"{where}: {path}: a LoRA with {first_few(odd) or 'other arrays'} (DoRA, biases, "
-                "saved modules, ...) is no sum of products; convert it by to_lora, or merge it."
+                f"{where}: {path}: a LoRA with {first_few(odd)} (DoRA, biases, saved modules, ...) "
+                "is no sum of products; convert it by to_lora with rank= or energy=, or merge it."
             )
         values = {name: np.asarray(value) for name, value in arrays.items()}
         if not paths.is_stacked(path):
@@ -149,6 +156,12 @@ def _additive(adapter: Adapter, where: str) -> dict[str, list[list[Factors]]]:
     if not any(parts for layers in found.values() for parts in layers):
         raise UserError(f"{where}: adapts no module: all its ranks are 0.")
     return found
+
+
+def odd_arrays(names: Iterable[str]) -> list[str]:
+    """Which arrays of a place are not those of a sum of products; none if it is one."""
+    names = set(names)
+    return sorted(names - PLAIN) or sorted({"a", "b", "scale", "rank"} - names)
 
 
 def _used(sources: list[dict[str, list[list[Factors]]]], weights: Any) -> list[tuple[Any, Factors]]:

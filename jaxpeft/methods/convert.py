@@ -22,7 +22,7 @@ from jaxpeft.errors import UserError
 from jaxpeft.linear import materialise
 from jaxpeft.methods.base import Adapter
 from jaxpeft.methods.binding import check_fit, make_leaf
-from jaxpeft.methods.combine import combine
+from jaxpeft.methods.combine import combine, odd_arrays
 from jaxpeft.methods.low_rank import check_cut, cut, lora_of
 from jaxpeft.methods.registry import KINDS
 
@@ -38,7 +38,8 @@ def to_lora(
         rank: Singular values to keep of every layer's change.
         energy: Instead of `rank`: the share of the squared norm that each layer must keep. A
             LoRA, also one that starts from PiSSA or OLoRA, needs neither and becomes plain
-            exactly.
+            exactly. Singular values that rounding the merged kernel to float32 may have made,
+            below ``2^-23 |kernel|`` (Frobenius), are never kept.
 
     Returns:
         The LoRA, and by path the relative error ``|change - LoRA| / |change|`` (Frobenius).
@@ -50,8 +51,9 @@ def to_lora(
     params = base if isinstance(base, Mapping) else base.params
     kind = KINDS[adapter.spec.kind]
     if rank is None and energy is None:
-        if kind.name != "lora":
-            raise UserError(f"to_lora: an adapter of kind {kind.name!r} needs rank= or energy=.")
+        if kind.name != "lora" or any(odd_arrays(_names(adapter, p)) for p in adapter.spec.paths):
+            what = f"of kind {kind.name!r}" if kind.name != "lora" else "with more than factors"
+            raise UserError(f"to_lora: an adapter {what} needs rank= or energy=.")
         check_fit(dict(params), adapter)
         return combine([adapter], [1.0], "cat"), dict.fromkeys(adapter.spec.paths, 0.0)
     check_cut(rank, energy)
@@ -66,11 +68,13 @@ def to_lora(
         *_, d_in, d_out = before.shape
         layers = change.reshape(-1, d_in, d_out)
         made, lost, norm = [], 0.0, 0.0
-        for layer in layers:
+        for layer, kernel in zip(layers, before.reshape(-1, d_in, d_out), strict=True):
             exact = layer.astype(np.float64)
+            u, s, vt = np.linalg.svd(exact, full_matrices=False)
+            s = s[s > np.finfo(np.float32).eps * np.linalg.norm(kernel)]
             factors = None
-            if exact.any():
-                factors = cut(*np.linalg.svd(exact, full_matrices=False), rank, energy)
+            if s.size:
+                factors = cut(u, s, vt, rank, energy)
                 lost += float(np.sum((exact - factors[0] @ factors[1]) ** 2))
             norm += float(np.sum(exact**2))
             made.append(factors)
@@ -78,7 +82,12 @@ def to_lora(
         errors[path] = (lost / norm) ** 0.5 if norm else 0.0
     if not result:
         raise UserError("to_lora: the adapter changes no kernel.")
-    return lora_of(result, widths, 1.0, 0.0, adapter.base_name), errors
+    return lora_of(result, widths, 1.0, 0.0, adapter), errors
+
+
+def _names(adapter: Adapter, path: str) -> set[str]:
+    """What the arrays of a place are called."""
+    return {*paths.get(adapter.params, path, {}), *paths.get(adapter.buffers, path, {})}
 
 
 def _merged_change(params: dict, adapter: Adapter, path: str) -> tuple[Any, Any]:

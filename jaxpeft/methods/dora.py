@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from jaxpeft.errors import UserError
 from jaxpeft.linear import OnBase, linear, materialise
 from jaxpeft.methods.base import Leaf
-from jaxpeft.methods.lora_nodes import LoRAKernel, drop
+from jaxpeft.methods.lora_nodes import drop
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -127,16 +127,7 @@ def start(kernel: Any, rank: Any) -> Float[Array, "*stack d_out"]:
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for a kernel adapted with DoRA.
-
-    Raises:
-        UserError: If another adapter is on the kernel already: the norm would not be its own.
-    """
-    if isinstance(leaf.base, DoRAKernel | LoRAKernel):
-        raise UserError(
-            f"{leaf.path}: a DoRA adapter goes on the base itself; put it first, or merge the "
-            "other one before."
-        )
+    """The node that stands for a kernel adapted with DoRA."""
     node = DoRAKernel(
         leaf.base,
         leaf.params["a"],

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxpeft.errors import UserError
 from jaxpeft.linear import OnBase, attend, embed, materialise
 from jaxpeft.methods import dora
 from jaxpeft.methods.base import Leaf
@@ -114,19 +113,10 @@ def start(
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for the table adapted with LoRA or DoRA.
-
-    Raises:
-        UserError: If DoRA meets another adapter on the table: the norm would not be its own.
-    """
+    """The node that stands for the table adapted with LoRA or DoRA."""
     params, buffers = leaf.params, leaf.buffers
     if not leaf.options.get("dora"):
         return {leaf.path: LoRATable(leaf.base, params["a"], params["b"], buffers["scale"])}
-    if isinstance(leaf.base, LoRATable):
-        raise UserError(
-            f"{leaf.path}: a DoRA adapter goes on the base itself; put it first, or merge the "
-            "other one before."
-        )
     node = DoRATable(
         leaf.base,
         params["a"],

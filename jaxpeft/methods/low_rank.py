@@ -5,6 +5,7 @@ Reference:
     https://doi.org/10.1007/BF02288367.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.methods.base import Adapter, Label, Spec
+from jaxpeft.methods.base import Adapter, Spec
 
 
 def check_cut(rank: Any, energy: Any) -> None:
@@ -35,7 +36,7 @@ def cut(
         # Less by what rounding of float32 factors leaves in singular values that should be zero.
         rank = int(np.searchsorted(share, (energy or 1.0) - 1e-12)) + 1
     root = np.sqrt(s[:rank])
-    return u[:, :rank] * root, root[:, None] * vt[:rank]
+    return u[:, : root.size] * root, root[:, None] * vt[: root.size]
 
 
 def svd_of_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,9 +52,12 @@ def lora_of(
     widths: Mapping[str, tuple[int, int]],
     scale: float,
     dropout: float,
-    base_name: Label,
+    source: Adapter,
 ) -> Adapter:
-    """A plain LoRA from the factors of every layer, None where a layer is left as it is."""
+    """A plain LoRA from the factors of every layer, None where a layer is left as it is.
+
+    It has the base's name and revision of its `source`.
+    """
     ranks = {
         path: [0 if f is None else f[0].shape[1] for f in each] for path, each in layers.items()
     }
@@ -84,4 +88,5 @@ def lora_of(
         trained[path] = {name: arrays[name] for name in ("a", "b")}
         frozen[path] = {name: arrays[name] for name in ("scale", "rank", "dropout")}
     spec = Spec(kind="lora", paths=tuple(sorted(layers)), rank=width)
-    return Adapter(paths.unflatten(trained), paths.unflatten(frozen), spec, base_name)
+    params, buffers = paths.unflatten(trained), paths.unflatten(frozen)
+    return dataclasses.replace(source, params=params, buffers=buffers, spec=spec)

@@ -31,6 +31,8 @@ from jaxpeft.linear import Node, OnBase, Transposed, attend, embed, linear
 from jaxpeft.methods.base import Adapter, Leaf
 from jaxpeft.methods.registry import KINDS
 
+NOT_STACKED = "index: the adapters are not stacked; use jaxpeft.stack_adapters([...])."
+
 
 @flax.struct.dataclass
 class Mixed(OnBase):
@@ -196,11 +198,13 @@ def check_index(adapter: Adapter | None, index: Any, rows: int) -> np.ndarray:
     """
     if adapter is None:
         raise UserError("index: there is no adapter; pass adapter=jaxpeft.stack_adapters([...]).")
+    if not isinstance(adapter, Adapter):
+        raise UserError(NOT_STACKED)
     leaves = jax.tree.leaves((adapter.params, adapter.buffers))
     counts = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
     count = counts.pop() if len(counts) == 1 else None
     if count is None or extra_axes(adapter) == 0:
-        raise UserError("index: the adapters are not stacked; use jaxpeft.stack_adapters([...]).")
+        raise UserError(NOT_STACKED)
     chosen = np.asarray(index)
     if chosen.shape != (rows,) or not np.issubdtype(chosen.dtype, np.integer):
         raise UserError(f"index: expected one whole number for each of {rows} rows.")
