@@ -7,6 +7,7 @@ ranks and scales where the method would take them from batches, which are then n
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,9 @@ from jaxpeft.methods import KINDS, Adapter, Context, Method
 from jaxpeft.methods.algebra import pad_rank
 from jaxpeft.peft_format import load_adapter, peek_kind
 
-_COMPARED = ("rank", "scale")
+_COMPARED = ("rank", "scale", "ids")
+_NOTES = ("trained_with",)
+"""Options that say where an adapter comes from, not what it is."""
 _OWN = "dropout"
 
 
@@ -38,7 +41,7 @@ def check_init_from(method: Method) -> None:
             "as model.path."
         )
     try:
-        kind = peek_kind(method.init_from)
+        kind = peek_kind(*_place(method.init_from))
     except UserError as error:
         raise UserError(f"method.init_from: {error}") from error
     if kind != method.name:
@@ -65,7 +68,8 @@ def load_start(method: Method, base: Any, key: jax.Array, context: Context) -> A
     """
     assert method.init_from is not None
     check_init_from(method)
-    saved = load_adapter(method.init_from, base)
+    path, revision = _place(method.init_from)
+    saved = load_adapter(path, base, revision=revision)
     context = dataclasses.replace(context, shapes_only=True)
     described = jax.eval_shape(lambda params: method.init(params, key, context), base.params)
     if method.needs_batches:
@@ -83,7 +87,15 @@ def load_start(method: Method, base: Any, key: jax.Array, context: Context) -> A
             f"method.init_from: {method.init_from} is not what the method section describes: "
             f"{first_few(differences, 3)}; describe it as its adapter_config.json does."
         )
-    return saved
+    return dataclasses.replace(saved, spec=described.spec)
+
+
+def _place(init_from: str) -> tuple[str, str | None]:
+    """A folder, or a hub id and what follows its "@": a branch, tag or commit."""
+    name, at, revision = init_from.rpartition("@")
+    if not at or pathlib.Path(init_from).expanduser().exists():
+        return init_from, None
+    return name, revision
 
 
 def _with_room(saved: Adapter, described: Adapter) -> Adapter:
@@ -131,7 +143,9 @@ def _compare_trees(saved: Adapter, described: Adapter):
             yield f"it does not adapt {path}"
     if theirs.rank != ours.rank:
         yield f"its rank is {theirs.rank}, not {ours.rank}"
-    before, now = dict(theirs.options), dict(ours.options)
+    before, now = (
+        {name: value for name, value in one.options if name not in _NOTES} for one in (theirs, ours)
+    )
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
             yield f"its {name} is {before.get(name)}, not {now.get(name)}"

@@ -30,6 +30,7 @@ class Model:
         tokenizer: The transformers tokenizer, with its chat template.
         fingerprint: Hex SHA-256 over the source tensors: which weights these are.
         name: Where the model came from: a folder, a file or a hub id.
+        revision: Branch, tag or commit of a hub id; "" for none.
     """
 
     params: dict
@@ -38,6 +39,7 @@ class Model:
     tokenizer: Any = flax.struct.field(pytree_node=False, default=None)
     fingerprint: str = flax.struct.field(pytree_node=False, default="")
     name: str = flax.struct.field(pytree_node=False, default="")
+    revision: str = flax.struct.field(pytree_node=False, default="")
 
     def __repr__(self) -> str:
         """One line instead of all arrays."""

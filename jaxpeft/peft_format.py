@@ -142,11 +142,12 @@ def read_method(config: Any, revision: str | None = None) -> Method:
         raise UserError(f"{place}: {error}") from error
 
 
-def peek_kind(path: str | os.PathLike) -> str:
+def peek_kind(path: str | os.PathLike, revision: str | None = None) -> str:
     """The family of a saved adapter, from its ``adapter_config.json`` alone.
 
     Args:
         path: As `load_adapter` takes it.
+        revision: The same.
 
     Returns:
         A key of ``jaxpeft.methods.KINDS``.
@@ -154,7 +155,7 @@ def peek_kind(path: str | os.PathLike) -> str:
     Raises:
         UserError: If there is no such adapter, or it is of no supported family.
     """
-    peft = _open_folder(path, None)[3]
+    peft = _open_folder(path, revision)[3]
     return next(name for name, kind in KINDS.items() if kind.peft is peft)
 
 
@@ -167,7 +168,9 @@ def _render(peft: PeftFormat, adapter: Adapter, base: Any) -> dict[str, bytes]:
 
     own, tensors = peft.write(adapter, base)
     named = {"peft_type": peft.type, BASE_NAME: base.name}
-    if str(adapter.base_name) == base.name and adapter.base_revision:
+    if base.revision:
+        named["revision"] = base.revision
+    elif str(adapter.base_name) == base.name and adapter.base_revision:
         named["revision"] = str(adapter.base_revision)
     values = COMMON | dict(peft.defaults) | own | named
     files = {

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxpeft import paths
-from jaxpeft.errors import UserError
+from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import Node
 
 NF4 = np.array(
@@ -222,7 +222,7 @@ def quantize(
         The same tree with a `QuantTensor` in place of every such kernel.
 
     Raises:
-        UserError: If the kind is unknown.
+        UserError: If the kind is unknown, or kernels are quantised already.
 
     Example:
         >>> params = {"layers": {"mlp": {"up_proj": {"kernel": jnp.ones((2, 64, 8))}}}}
@@ -230,11 +230,16 @@ def quantize(
         576
     """
     check_kind(kind)
+    paths.require_tree(params)
+    leaves = paths.flatten(params)
+    chosen = [path for path in leaves if is_quantised(path, head)]
+    coded = [path for path in chosen if isinstance(leaves[path], QuantTensor)]
+    if coded:
+        raise UserError(
+            f"quantize: {len(coded)} kernels are quantised already: {first_few(coded)}."
+        )
     return paths.unflatten(
-        {
-            path: quantize_kernel(leaf, kind, double) if is_quantised(path, head) else leaf
-            for path, leaf in paths.flatten(params).items()
-        }
+        leaves | {path: quantize_kernel(leaves[path], kind, double) for path in chosen}
     )
 
 

@@ -24,6 +24,7 @@ from jaxpeft.model import Model, save_model
 from jaxpeft.optim import make_optimizer, make_schedule, masked
 from jaxpeft.optim_lora import without_a
 from jaxpeft.peft_format import save_adapter
+from jaxpeft.quant import quantize
 from jaxpeft.run_checks import check_unchanged
 from jaxpeft.run_folder import export_path
 from jaxpeft.train_step import TrainState, init_train_state, make_train_step
@@ -84,6 +85,11 @@ class Run:
         self.schedule = make_schedule(config.optim, rows.steps)
         rule = config.method.wrap_optimizer(make_optimizer(config.optim, rows.steps), rows.steps)
         self.tx = masked(rule, self._trainable)
+        keys, saved = jax.random.split(jax.random.key(config.train.seed)), None
+        if starts_dense(config, restored):
+            saved = config.method.init(base.params, keys[0], Context(base.config, base.module))
+            coded = quantize(base.params)
+            base = dataclasses.replace(base, params=sharding.shard_params(coded, mesh))
         self.base_shapes = jax.eval_shape(lambda: base.params)
         replaced = tuple(paths.flatten(self.base_shapes)) if isinstance(config.method, Full) else ()
         self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
@@ -96,8 +102,7 @@ class Run:
             kept = paths.without(params, replaced)
             return init_train_state(kept, adapter, self.tx, keys[1])
 
-        keys, saved = jax.random.split(jax.random.key(config.train.seed)), None
-        if config.method.init_from is not None:
+        if config.method.init_from is not None and not restored:
             saved = load_start(config.method, base, keys[0], context)
         elif config.method.needs_batches and not restored:
             saved = config.method.init(base.params, keys[0], context)
@@ -266,6 +271,11 @@ class Run:
             ),
             "adapter": without_a(on) if self.config.optim.lora_fa else on,
         }
+
+
+def starts_dense(config: RunConfig, restored: bool) -> bool:
+    """Whether the adapter starts from the weights as they are before they are quantised."""
+    return config.method.starts_dense and config.method.init_from is None and not restored
 
 
 def leaves(tree: Any) -> dict[str, Any]:

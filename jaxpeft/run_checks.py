@@ -10,7 +10,6 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import UserError, first_few
-from jaxpeft.init_from import check_init_from
 from jaxpeft.methods import Adapter, Context
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.names import param_shapes
@@ -22,10 +21,9 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
     """Finds out from sizes alone whether method and optimizer fit a model.
 
     Raises:
-        UserError: A pattern matches nothing, a rank is too large, a choice excludes another, or
-            there is no adapter to go on from.
+        UserError: A pattern matches nothing, a rank is too large, or a choice excludes another.
     """
-    check_init_from(config.method)
+    check_dense_start(config)
     optim, shapes = config.optim, param_shapes(model)
     context = Context(config=model, tokenizer=tokenizer, shapes_only=True)
 
@@ -62,6 +60,23 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
                 "optim.name: adafactor scales by the mean over a whole stack, which layers that "
                 "are not adapted would change; adapt all layers of a kernel, or take adamw."
             )
+
+
+def check_dense_start(config: RunConfig) -> None:
+    """Raises a UserError if a start from what quantising loses has nothing to start from."""
+    method, model = config.method, config.model
+    if not method.starts_dense or method.init_from is not None:
+        return
+    if (model.quantization, model.double_quantization) != ("nf4", False):
+        raise UserError(
+            "method.init_weights: 'loftq' makes up for what NF4 loses of the base; set "
+            "model.quantization to nf4 and leave double_quantization out, or choose another start."
+        )
+    if getattr(method, "loftq_steps", 1) != 1:
+        raise UserError(
+            "method.loftq_steps: further steps belong to a base that is rounded otherwise than "
+            "model.quantization rounds it; set it to 1."
+        )
 
 
 def check_batches(config: RunConfig, mesh: jax.sharding.Mesh) -> None:

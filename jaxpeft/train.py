@@ -23,9 +23,10 @@ from jaxpeft import data, report, sharding, track
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
+from jaxpeft.init_from import check_init_from
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.load import load_config, load_model, load_tokenizer
-from jaxpeft.run import Rows, Run
+from jaxpeft.run import Rows, Run, starts_dense
 from jaxpeft.run_checks import check_batches, check_model, check_unchanged
 from jaxpeft.run_folder import (
     CHECKPOINTS,
@@ -88,6 +89,8 @@ def train(
     model = load_config(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     check_model(config, model, tokenizer)
+    if overwrite or not (output / CHECKPOINTS).is_dir():  # a run that goes on needs it no more
+        check_init_from(config.method)
     rows = read_data(config, model, tokenizer)
     make_folder(output)
     with contextlib.ExitStack() as stack:
@@ -111,9 +114,10 @@ def train(
             dtype=config.model.dtype,
             compute_dtype=config.model.compute_dtype,
             mesh=mesh,
-            quantization=config.model.quantization,
-            double_quantization=config.model.double_quantization,
         )
+        if not starts_dense(config, latest is not None):
+            quantization, double = config.model.quantization, config.model.double_quantization
+            load = functools.partial(load, quantization=quantization, double_quantization=double)
         base = stop.run_interruptible(load, "loading the model")
         run = Run(config, base, rows, mesh, restored=latest is not None)
         if overwrite:  # only now: what can be wrong with the new run has been seen

@@ -151,8 +151,8 @@ class Method(abc.ABC):
     """A frozen, validated record of what to train and how; see `jaxpeft.LoRA`.
 
     Attributes:
-        init_from: An adapter to go on from, as `jaxpeft.load_adapter` takes it; the other values
-            must then describe that adapter.
+        init_from: An adapter to go on from, as `jaxpeft.load_adapter` takes it, or a hub id and
+            revision, "org/name@v1"; the other values must then describe that adapter.
     """
 
     name: ClassVar[str]
@@ -202,6 +202,11 @@ class Method(abc.ABC):
     @property
     def needs_batches(self) -> bool:
         """Whether `init` reads batches; it then runs outside of ``jax.jit``."""
+        return False
+
+    @property
+    def starts_dense(self) -> bool:
+        """Whether `init` reads the weights as they are before the base is quantised."""
         return False
 
     @abc.abstractmethod

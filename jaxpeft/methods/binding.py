@@ -33,7 +33,8 @@ def init_adapter(method: Method, base: Any, key: jax.Array, *, batches: Any = No
         batches: Batches as the training step takes them, for initialisations from data.
 
     Returns:
-        An adapter; but for a few soft prompts it leaves the model's function unchanged.
+        An adapter; but for a few soft prompts, and LoftQ, which makes up for what quantising the
+        base loses, it leaves the model's function unchanged.
 
     Raises:
         UserError: If a target pattern matches no module, or the method needs what is not there.
@@ -42,7 +43,8 @@ def init_adapter(method: Method, base: Any, key: jax.Array, *, batches: Any = No
         return method.init(dict(base), key, Context(batches=batches))
     context = Context(base.config, base.module, base.tokenizer, batches)
     adapter = method.init(base.params, key, context)
-    return dataclasses.replace(adapter, base_name=Label(base.name))
+    name, revision = Label(base.name), Label(base.revision)
+    return dataclasses.replace(adapter, base_name=name, base_revision=revision)
 
 
 def bind(

@@ -132,12 +132,17 @@ class LoRA(Method):
         return self.init_weights == "eva"
 
     @property
+    def starts_dense(self) -> bool:
+        """Whether `init` reads the weights as they are before the base is quantised."""
+        return self.init_weights == "loftq"
+
+    @property
     def scale(self) -> float:
         """What the product of the factors is multiplied with where no pattern says otherwise."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
-        """A new adapter that leaves the model's function unchanged.
+        """A new adapter that leaves the model's function unchanged (LoftQ: on a quantised base).
 
         A is uniform in ``(-1/sqrt(d_in), 1/sqrt(d_in))`` (PEFT's Kaiming with ``a = sqrt(5)``),
         B is zero; both float32. Every kernel's numbers depend on the key and its own path only.

@@ -82,23 +82,23 @@ def loftq(key: jax.Array, kernel: Any, rank: int, scale: Any, *, steps: int = 1)
     """What a quantised kernel lacks: the best approximation of ``W - Q(W)`` of the rank.
 
     Q is NF4 with blocks of 64 along d_in. The adapter is meant for the quantised base: on the full
-    one it adds that difference. As in PEFT the product is not divided by the scale, so it is exact
+    one it adds that difference. PEFT does not divide the product by the scale, which is right
     where the scale is 1.
 
     Args:
         key: Not used.
         kernel: ``(d_in, d_out)``, float32.
         rank: Inner dimension.
-        scale: Not used.
+        scale: What the product will be multiplied with.
         steps: How often to alternate between quantisation and approximation.
     """
-    del key, scale
+    del key
     rest = kernel
     a, b = jnp.zeros((kernel.shape[0], rank)), jnp.zeros((rank, kernel.shape[1]))
     for _ in range(steps):
         a, b = _halves(kernel - nf4_round_trip(rest), rank)
         rest = kernel - jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    return a, b
+    return a / jnp.sqrt(scale), b / jnp.sqrt(scale)
 
 
 BY_NAME: dict[str, Callable[..., Factors]] = {

@@ -153,6 +153,7 @@ def load_model(
         tokenizer=tokenizer,
         fingerprint=fingerprint,
         name=str(path),
+        revision=revision or "",
     )
 
 
