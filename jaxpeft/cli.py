@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jaxpeft.config_keys import Schema, describe
 from jaxpeft.errors import UserError, nearest
@@ -44,6 +44,30 @@ def make_parser(verb: str, description: str, schema: Schema | None = None) -> Pa
         epilog=keys,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_base(parser: Parser) -> None:
+    """Adds the flags that say which base model to load, for `load_base`."""
+    parser.add_argument("--model", required=True, help="HF folder, hub id or GGUF file")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--dtype", default="float32", help="dtype of the base")
+    parser.add_argument("--quantization", help="nf4, int4 or int8 for the kernels of its layers")
+    parser.add_argument(
+        "--double_quantization", action="store_true", help="quantise their scales too"
+    )
+
+
+def load_base(args: argparse.Namespace) -> Any:
+    """The `jaxpeft.Model` that the flags of `add_base` name."""
+    import jaxpeft as jp
+
+    return jp.load_model(
+        args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        double_quantization=args.double_quantization,
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxpeft.decoding import generate
 from jaxpeft.errors import UserError
 from jaxpeft.losses import make_lm_loss
+from jaxpeft.methods.algebra import pad_rank
 from jaxpeft.methods.base import Adapter
 from jaxpeft.model import Model
 from jaxpeft.prompting import num_tasks, virtual_ids
@@ -143,7 +144,9 @@ def evaluate_file(
     max_new_tokens: int = 32,
     batch_size: int = 8,
 ) -> dict[str, dict[str, float]]:
-    """All metrics of several adapters on one file, on one base, without recompiling.
+    """All metrics of several adapters on one file, on one base.
+
+    LoRAs are padded to one rank, so that all of them share what is compiled.
 
     Args:
         base: The model, with its tokenizer.
@@ -171,8 +174,12 @@ def evaluate_file(
         num_tasks=min(counts, default=0),
     ).first(max_rows)
     answered = any(data.prompt_and_reference(row) is not None for row in examples.rows)
+    loras = [one for one in adapters.values() if one is not None and one.spec.kind == "lora"]
+    width = max((one.spec.rank for one in loras), default=0)
     results = {}
     for name, adapter in adapters.items():
+        if adapter is not None and adapter.spec.kind == "lora":
+            adapter = pad_rank(adapter, width)
         tasks = num_tasks(adapter)
         virtual = virtual_ids(adapter, np.arange(tasks) if tasks else 0)
         batches = data.eval_batches(
@@ -215,13 +222,11 @@ def print_results(results: Mapping[str, Mapping[str, float]], stream: Any) -> No
 def main(argv: list[str]) -> None:
     """Prints a table: one line for the base and one for every adapter."""
     parser = cli.make_parser("evaluate", "Evaluates a base model and adapters on a file of rows.")
-    parser.add_argument("--model", required=True, help="HF folder, hub id or GGUF file")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    cli.add_base(parser)
     parser.add_argument("--data", required=True, help="a .jsonl or .json file of rows")
     parser.add_argument(
         "--adapter", action="append", default=[], help="adapter folder or hub id; repeat"
     )
-    parser.add_argument("--dtype", default="float32", help="dtype of the base")
     parser.add_argument("--max_length", type=int, default=512, help="longest row in tokens")
     parser.add_argument("--max_rows", type=int, help="only the first rows")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer")
@@ -238,7 +243,7 @@ def main(argv: list[str]) -> None:
     from jaxpeft.data import read_rows
 
     read_rows(args.data)  # its problems are told before the model takes its time
-    base = jp.load_model(args.model, revision=args.revision, dtype=args.dtype)
+    base = cli.load_base(args)
     adapters: dict[str, Adapter | None] = {} if args.no_base else {"base": None}
     adapters |= {path: jp.load_adapter(path, base) for path in args.adapter}
     results = evaluate_file(

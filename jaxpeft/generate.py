@@ -17,12 +17,10 @@ def main(argv: list[str]) -> None:
     """Prints the answer to every prompt, in order."""
     parser = cli.make_parser("generate", "Answers prompts with a base model and an adapter.")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text; - reads lines")
-    parser.add_argument("--model", required=True, help="HF folder, hub id or GGUF file")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    cli.add_base(parser)
     parser.add_argument("--adapter", help="adapter folder or hub id")
     parser.add_argument("--system", help="system message in front of every prompt")
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
-    parser.add_argument("--dtype", default="float32", help="dtype of the base")
     parser.add_argument("--task", type=int, default=0, help="of an adapter for several tasks")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -47,7 +45,7 @@ def main(argv: list[str]) -> None:
 
     import jaxpeft as jp
 
-    base = jp.load_model(args.model, revision=args.revision, dtype=args.dtype)
+    base = cli.load_base(args)
     adapter = jp.load_adapter(args.adapter, base) if args.adapter else None
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     if not args.raw and base.tokenizer is not None and not base.tokenizer.chat_template:

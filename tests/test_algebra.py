@@ -1,5 +1,9 @@
 """Padding, stacking, combining and converting adapters, against float64 NumPy."""
 
+import dataclasses
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +12,9 @@ from tiny_decoder import CONFIG, decoder, draw, make_batch
 
 import jaxpeft as jp
 from jaxpeft import paths
-from jaxpeft.methods import LoRA, bind, merge
+from jaxpeft.methods import METHODS, LoRA, bind, merge
 from jaxpeft.methods.algebra import pad_rank
+from jaxpeft.methods.base import Label
 
 MODES = ("cat", "linear", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties")
 
@@ -223,6 +228,7 @@ def test_to_lora_of_a_lora_gives_its_merged_weights():
     for given in ({}, {"rank": 2}, {"energy": 1.0}):
         made, errors = jp.to_lora(one, base, **given)
         assert max(errors.values()) < 1e-5
+        assert made.spec.rank == 2  # rounding of the merged kernel is not kept
         jax.tree.map(
             lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5),
             merge(base, made),
@@ -254,3 +260,118 @@ def test_stacking_pads_ranks_and_places_with_zeros():
         jp.stack_adapters([first, full])
     with pytest.raises(jp.UserError, match="none to stack"):
         jp.stack_adapters([])
+
+
+def test_places_trained_in_other_ways_are_not_stacked():
+    tied = lora(1, targets=("q_proj", "embed_tokens"))
+    tokens = lora(2, targets=("q_proj",), token_ids=(3, 5))
+    with pytest.raises(jp.UserError, match=r"embed_tokens/embedding holds .*'a', 'b'.*'rows'"):
+        jp.stack_adapters([tied, tokens])
+
+
+def test_what_is_made_of_adapters_knows_their_base_and_its_revision():
+    one = dataclasses.replace(lora(1), base_name=Label("org/base"), base_revision=Label("v1"))
+    made = [
+        pad_rank(one, 4),
+        jp.stack_adapters([one, one]),
+        jp.combine([one], [2.0]),
+        jp.to_lora(one, decoder()[1], rank=1)[0],
+    ]
+    assert {(str(m.base_name), str(m.base_revision)) for m in made} == {("org/base", "v1")}
+
+
+def test_adapters_that_do_not_belong_together_are_told_in_one_line():
+    one, base = lora(1), decoder()[1]
+    wide = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1) if x.ndim > 1 else x, one.params)
+    deep = jax.tree.map(lambda x: jnp.concatenate([x, x]), (one.params, one.buffers))
+    deep = one.replace(params=deep[0], buffers=deep[1])
+    dora = jp.init_adapter(LoRA(rank=2, dora=True), base, jax.random.key(0))
+    for call, message in (
+        (lambda: jp.combine([one, one.replace(params=wide)], [1, 1]), "have different bases"),
+        (lambda: jp.combine([deep, one], [1, 1], "svd"), "have different bases"),
+        (lambda: jp.combine([jp.stack_adapters([one, one])], [1.0]), r"take one: jax\.tree\.map"),
+        (lambda: bind(base, one, index=jnp.array([0])), "are not stacked"),
+        (lambda: merge(base, jp.stack_adapters([one, one])), r"take one: jax\.tree\.map"),
+        (lambda: jp.to_lora(dora, base), "with more than factors needs rank= or energy="),
+    ):
+        with pytest.raises(jp.UserError, match=message):
+            call()
+    stacked = jp.stack_adapters([one, lora(2)])
+    assert_same(deltas(jax.tree.map(lambda leaf: leaf[1], stacked)), deltas(lora(2)))
+
+
+WRONG_CALLS = """
+import jax.numpy as jnp, jaxpeft as jp
+params = {"lm_head": {"kernel": jnp.ones((4, 6))}}
+one = jp.init_adapter(jp.LoRA(rank=2, targets=["lm_head"]), params, __import__("jax").random.key(0))
+model = jp.Model(params, None, None)
+for call in (
+    lambda: jp.combine([one, one], 0.5),
+    lambda: jp.combine([one], None),
+    lambda: jp.bind(params, one, weights=0.5),
+    lambda: jp.bind(model, one),
+    lambda: jp.merge(model, one),
+    lambda: jp.quantize(model),
+    lambda: model(jnp.ones((1, 1), int), adapter=[one, one], index=[0]),
+    lambda: jp.LoRA(alpha="16"),
+    lambda: jp.LoRA(targets=None),
+    lambda: jp.LoRA(init_weights="loftq", loftq_steps=1.5),
+    lambda: jp.IA3(feedforward="(q"),
+    lambda: jp.LoRA(layers=(0,), layers_pattern="("),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+print(len(jp.combine(one, [1.0]).spec.paths))
+"""
+
+
+def test_wrong_calls_are_answered_in_one_line():
+    """In a process of its own: here types are checked before the function sees them."""
+    result = subprocess.run(
+        [sys.executable, "-c", WRONG_CALLS], capture_output=True, text=True, check=False
+    )
+    one_number = "weights: expected a list with one number for each adapter, got"
+    of_model = "params: expected a nested dict of arrays, got Model; of a jaxpeft.Model pass"
+    regex = "'(' is not a valid regex: missing ), unterminated subpattern at position 0."
+    assert result.stdout.splitlines() == [
+        f"{one_number} 0.5.",
+        f"{one_number} None.",
+        f"{one_number} 0.5.",
+        *[f"{of_model} base.params."] * 3,
+        "index: the adapters are not stacked; use jaxpeft.stack_adapters([...]).",
+        "LoRA.alpha must be finite and positive, got '16'.",
+        "LoRA.targets must be a text or a list of names, got None.",
+        "LoRA.loftq_steps must be at least 1, got 1.5.",
+        f"IA3.feedforward: {regex.replace('(', '(q', 1)}",
+        f"LoRA.layers_pattern: {regex}",
+        "1",
+    ], result.stderr
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "full"},
+        {"name": "ln_tuning"},
+        {"name": "lora", "targets": ["up_proj"], "save_modules": ["q_proj"]},
+        {"name": "lora", "targets": ["q_proj"], "dora": True},
+    ],
+    ids=lambda method: "-".join(map(str, method)),
+)
+@pytest.mark.parametrize("put", [bind, merge])
+def test_what_replaces_a_weight_goes_before_what_changes_it(method, put):
+    base, key = decoder()[1], jax.random.key(0)
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in method.items() if k != "name"}
+    whole = jp.init_adapter(METHODS[method["name"]](**fields), base, key)
+    changed = jax.tree.map(lambda x: x + 0.1, whole.params)
+    whole = whole.replace(params=changed)
+    before = whole if method["name"] == "ln_tuning" else lora(1, targets=("q_proj",))
+    with pytest.raises(jp.UserError, match=r"replaces what the base has there.*put it first"):
+        put(base, [before, whole])
+    if method["name"] != "ln_tuning":
+        actual, once = put(base, [whole, before]), put(base, whole)
+        assert jax.tree.structure(actual) != jax.tree.structure(once) or any(
+            jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), actual, once))
+        )

@@ -53,8 +53,11 @@ def files(tmp_path_factory):
 def loaded(files, monkeypatch):
     """The files, where loading the model again costs nothing."""
 
-    def load_model(path, revision=None, dtype="float32"):
-        assert (path, revision, dtype) == (files.model, None, "float32")
+    def load_model(path, **settings):
+        assert path == files.model
+        plain = {"revision": None, "dtype": "float32"}
+        none = {"quantization": None, "double_quantization": False}
+        assert settings in (plain, plain | none)
         return files.base
 
     monkeypatch.setattr(jp, "load_model", load_model)

@@ -135,3 +135,15 @@ def test_the_gradient_takes_the_norm_for_a_constant(getkey):
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4), actual, expected
     )
+
+
+def test_a_step_makes_no_array_of_the_kernels_size_but_the_product_with_the_base(getkey):
+    w, a, b = (jax.random.normal(getkey(), shape) for shape in ((31, 37), (31, 2), (2, 37)))
+    norm = base_norm(w)
+
+    def loss(factors, x):
+        node = DoRAKernel(w, *factors, norm, scale=jnp.float32(0.5), rank=2)
+        return node.multiply(x).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))((a, b, norm), jnp.ones((5, 31))))
+    assert [line for line in text.splitlines() if "f32[31,37] =" in line] == []

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from tiny_run import evaluation_lines, make_files, training_lines, write_config
 
 import jaxpeft as jp
-from jaxpeft import data
+from jaxpeft import data, peft_format
 from jaxpeft import train as program
 from jaxpeft.errors import UserError
 from jaxpeft.losses import make_lm_loss
@@ -146,3 +147,36 @@ def test_overwriting_the_folder_one_goes_on_from_is_refused(files, tmp_path):
     with pytest.raises(UserError, match="--overwrite would discard what this run reads"):
         program.main([config, "--overwrite"])
     assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_other_tokens_than_those_of_the_saved_adapter_are_refused(files, tmp_path):
+    method = {"name": "trainable_tokens", "token_ids": [1, 2]}
+    program.main([write_config(files, tmp_path / "first", method=method, train={"steps": 1})])
+    method |= {"token_ids": [5, 6], "init_from": str(tmp_path / "first")}
+    with pytest.raises(UserError, match=r"embedding/ids is 1, not 5"):
+        program.main([write_config(files, tmp_path / "run", method=method)])
+
+
+def test_a_run_that_has_begun_needs_the_adapter_it_began_with_no_more(files, first, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(first / "adapter", source)
+    method, output = {"init_from": str(source)}, tmp_path / "run"
+    train(files, output, method, train={"steps": 4})
+    tensors = output / "adapter" / "adapter_model.safetensors"
+    whole = tensors.read_bytes()
+    for place in (source, output / "adapter", output / "checkpoints" / "4"):
+        shutil.rmtree(place)
+    train(files, output, method, train={"steps": 4})  # goes on after the third step
+    assert tensors.read_bytes() == whole
+
+
+def test_a_hub_id_may_name_a_revision(files, first, tmp_path, monkeypatch):
+    asked = []
+
+    def locate(path, revision, names):
+        asked.append((str(path), revision))
+        return first / "adapter"
+
+    monkeypatch.setattr(peft_format, "locate_adapter", locate)
+    train(files, tmp_path / "run", {"init_from": "some/adapter@v1"}, train={"steps": 1})
+    assert set(asked) == {("some/adapter", "v1")}

@@ -1,6 +1,8 @@
 """Quantised kernels: codes by the published definition in float64; models on a coded base."""
 
+import dataclasses
 import functools
+import statistics
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,22 @@ from jaxpeft import paths, sharding
 from jaxpeft import train as program
 from jaxpeft.linear import linear
 from jaxpeft.methods import bind, merge, merge_quantized
-from jaxpeft.quant import NF4, QuantTensor, quantize, quantize_kernel
+from jaxpeft.quant import QuantTensor, quantize, quantize_kernel
 
 KINDS = ("nf4", "int4", "int8")
+
+
+def normal_levels():
+    """NF4 as appendix E of the paper has it: quantiles of the normal distribution, 0 exactly."""
+    inverse = statistics.NormalDist().inv_cdf
+    upper = [inverse(p) for p in np.linspace(0.9677083, 0.5, 9)[:-1]]
+    lower = [-inverse(p) for p in np.linspace(0.9677083, 0.5, 8)[:-1]]
+    levels = np.array(sorted([*lower, 0.0, *upper]))
+    return levels / levels.max()
+
+
 LEVELS = {
-    "nf4": NF4.astype(np.float64),
+    "nf4": normal_levels(),
     "int4": np.arange(-7, 8) / 7,
     "int8": np.arange(-127, 128) / 127,
 }
@@ -168,6 +181,33 @@ def test_losses_and_gradients_are_those_of_the_dequantised_base(kind, remat):
     )
 
 
+def test_a_head_is_quantised_where_that_is_asked_for():
+    config = dataclasses.replace(CONFIG, tie_embeddings=False)
+    module, params = decoder(config)
+    coded = quantize(params, "nf4", head=True)
+    assert isinstance(coded["lm_head"]["kernel"], QuantTensor)
+    assert not isinstance(quantize(params)["lm_head"]["kernel"], QuantTensor)
+    adapter, batch = make_adapter(config=config, trained=True), make_batch(2, 6)
+
+    def run(params, frozen):
+        loss = jp.make_lm_loss(module, head_frozen=frozen)
+        sums = lambda p: loss(params, adapter.replace(params=p), batch, None)[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(sums))(adapter.params)
+
+    expected = run(dense_of(coded), False)
+    for frozen in (False, True):
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-6),
+            run(coded, frozen),
+            expected,
+        )
+
+
+def test_what_is_quantised_already_is_refused():
+    with pytest.raises(jp.UserError, match="quantised already"):
+        quantize(quantize(decoder()[1]))
+
+
 def test_an_unknown_kind_is_refused():
     with pytest.raises(jp.UserError, match=r"quantization: must be one of 'nf4'.*got 'nf5'"):
         jp.quantize(decoder()[1], "nf5")
@@ -290,9 +330,39 @@ def test_a_run_trains_on_codes_and_its_adapter_belongs_to_the_base(files, tmp_pa
     assert np.abs(coded(batch, adapter=adapter) - coded(batch)).max() > 1e-3
 
 
+def test_a_run_of_loftq_makes_up_for_what_the_codes_of_its_base_lose(files, tmp_path):
+    method = {"name": "lora", "rank": 8, "alpha": 32, "init_weights": "loftq"}
+    model, still = {"path": str(files.model), "quantization": "nf4"}, {"learning_rate": 1e-12}
+    config = write_config(
+        files, tmp_path / "run", method=method, model=model, optim=still, train={"steps": 1}
+    )
+    program.main([config])
+    dense, coded = jp.load_model(files.model), jp.load_model(files.model, quantization="nf4")
+    adapter = jp.load_adapter(tmp_path / "run", coded)
+    for path in adapter.spec.paths:
+        lost = np.asarray(paths.get(dense.params, path), np.float64)
+        lost = lost - np.asarray(paths.get(coded.params, path).dequantise(), np.float64)
+        a, b = (np.asarray(paths.get(adapter.params, f"{path}/{k}"), np.float64) for k in "ab")
+        rest = np.linalg.norm(lost - 4 * a @ b, axis=(1, 2))
+        s = np.linalg.svd(lost, compute_uv=False)
+        np.testing.assert_allclose(rest, np.sqrt((s[:, 8:] ** 2).sum(-1)), rtol=1e-3)
+        assert (rest < 0.8 * np.linalg.norm(s, axis=-1)).all()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        (
+            {"model": {}, "method": {"name": "lora", "init_weights": "loftq"}},
+            "makes up for what NF4 loses of the base; set model.quantization to nf4",
+        ),
+        (
+            {
+                "model": {"quantization": "nf4"},
+                "method": {"name": "lora", "init_weights": "loftq", "loftq_steps": 2},
+            },
+            "method.loftq_steps: .*set it to 1",
+        ),
         (
             {"model": {"quantization": "nf5"}},
             "model.quantization: expected one of nf4, int4, int8 or null, got nf5",

@@ -128,6 +128,7 @@ def test_a_run_goes_on_to_the_same_bytes_and_its_adapter_loads(files, tmp_path, 
         ("dora", {**LORA, "dora": True}),
         ("pissa", {**LORA, "rank": 4, "alpha": 8}),  # saved as a plain LoRA of twice the rank
         ("multitask", RUNS["multitask"][0]),
+        ("p_tuning", {**RUNS["p_tuning"][0], "encoder": "none"}),  # the encoder is not saved
     ],
 )
 def test_a_run_begins_where_the_adapter_it_goes_on_from_ended(files, tmp_path, name, described):

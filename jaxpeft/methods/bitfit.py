@@ -17,6 +17,7 @@ from jaxpeft.errors import UserError
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Method
 from jaxpeft.methods.modules import modules_of
 from jaxpeft.methods.replace import bind_selected, selected_replacement, value_shape
+from jaxpeft.methods.selection import keep_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,7 @@ class BitFit(Method):
     targets: str | tuple[str, ...] = ".*"
 
     def __post_init__(self):
-        if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(self.targets))
+        keep_names(self, "targets")
         if not self.targets or self.targets == paths.ALL_LINEAR:
             raise ValueError(f"BitFit.targets must name modules, got {self.targets!r}.")
 

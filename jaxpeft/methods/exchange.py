@@ -50,7 +50,7 @@ class PeftFormat:
             `defaults`, and the tensors.
         config: ``config(values)``: the method that the config describes, as `read` would have it
             trained; it refuses what the family's config class cannot say.
-        tags: What the model card says of it, such as "LoRA adapter".
+        title: What the model card says of it, such as "LoRA adapter".
     """
 
     type: str
@@ -139,6 +139,8 @@ class Values:
     def selection(self, default: str | tuple[str, ...] = ()) -> Selection:
         """Which modules the config adapts; `default` where it names none."""
         layers, pattern = self.ints("layers_to_transform"), self.names("layers_pattern")
+        for name in pattern:
+            self._require_regex(name, "layers_pattern")
         return Selection(
             targets=self.names("target_modules", default),
             exclude=self.names("exclude_modules"),

@@ -26,6 +26,7 @@ from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Metho
 from jaxpeft.methods.exchange import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.methods.modules import contiguous, modules_of, require_finite, stack, targets_value
 from jaxpeft.methods.replace import selected_layers
+from jaxpeft.methods.selection import keep_names
 
 FEEDFORWARD = ("down_proj",)
 """What PEFT scales in front of the kernel when no feed-forward modules are given."""
@@ -48,10 +49,7 @@ class IA3(Method):
     exclude: str | tuple[str, ...] = ()
 
     def __post_init__(self):
-        for field in ("targets", "feedforward", "exclude"):
-            value = getattr(self, field)
-            if not isinstance(value, str):
-                object.__setattr__(self, field, tuple(value))
+        keep_names(self, "targets", "feedforward", "exclude")
         if not self.targets:
             raise ValueError("IA3.targets must name at least one module.")
 

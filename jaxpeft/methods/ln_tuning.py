@@ -20,6 +20,7 @@ from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Method
 from jaxpeft.methods.exchange import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.methods.modules import contiguous, modules_of, require_finite, targets_value
 from jaxpeft.methods.replace import bind_selected, selected_replacement, value_shape
+from jaxpeft.methods.selection import keep_names
 
 LEAF = "scale"
 DEFAULT_TARGETS = ("input_layernorm", "post_attention_layernorm", "norm")
@@ -42,10 +43,7 @@ class LNTuning(Method):
     exclude: str | tuple[str, ...] = ()
 
     def __post_init__(self):
-        for field in ("targets", "exclude"):
-            value = getattr(self, field)
-            if not isinstance(value, str):
-                object.__setattr__(self, field, tuple(value))
+        keep_names(self, "targets", "exclude")
         if not self.targets or self.targets == paths.ALL_LINEAR:
             raise ValueError(f"LNTuning.targets must name norms, got {self.targets!r}.")
 

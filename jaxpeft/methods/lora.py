@@ -115,7 +115,7 @@ class LoRA(Method):
     def __post_init__(self):
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"LoRA.rank must be a whole number of at least 1, got {self.rank!r}.")
-        if not math.isfinite(self.alpha) or self.alpha <= 0:
+        if not lora_select.is_alpha(self.alpha):
             raise ValueError(f"LoRA.alpha must be finite and positive, got {self.alpha!r}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA.dropout must be in [0, 1), got {self.dropout!r}.")

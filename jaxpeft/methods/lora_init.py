@@ -171,7 +171,7 @@ def check(config: Any) -> None:
         raise ValueError(
             f"LoRA.dora must be false with init_weights {name!r}: its B starts at zero."
         )
-    if isinstance(config.loftq_steps, bool) or config.loftq_steps < 1:
+    if not isinstance(config.loftq_steps, int) or config.loftq_steps < 1:
         raise ValueError(f"LoRA.loftq_steps must be at least 1, got {config.loftq_steps!r}.")
 
 

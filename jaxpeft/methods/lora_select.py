@@ -18,7 +18,7 @@ from jaxpeft.linear import shape_of
 from jaxpeft.methods import lora_saved
 from jaxpeft.methods.base import Adapter, FrozenMap, weight_at
 from jaxpeft.methods.modules import modules_of, shortest_decimal
-from jaxpeft.methods.selection import first_match, layer_of
+from jaxpeft.methods.selection import check_regex, first_match, keep_names, layer_of
 
 
 class Module(NamedTuple):
@@ -40,11 +40,10 @@ def check(config: Any) -> None:
 
     It also puts them into the form that they are kept in: tuples, and mappings that don't change.
     """
-    for field in ("targets", "exclude", "layers_pattern"):
-        value = getattr(config, field)
-        if not isinstance(value, str):
-            object.__setattr__(config, field, tuple(value))
-    layers = config.layers
+    keep_names(config, "targets", "exclude", "layers_pattern")
+    patterns, layers = config.layers_pattern, config.layers
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        check_regex("LoRA.layers_pattern", pattern)
     object.__setattr__(config, "layers", (layers,) if isinstance(layers, int) else tuple(layers))
     if not config.targets:
         raise ValueError("LoRA.targets must name at least one module.")
@@ -58,7 +57,7 @@ def check(config: Any) -> None:
     if config.layers_pattern and not config.layers:
         raise ValueError("LoRA.layers_pattern must be empty without layers.")
     _check_pattern(config, "rank_pattern", _is_rank, "whole numbers of at least 1")
-    _check_pattern(config, "alpha_pattern", _is_alpha, "finite and positive")
+    _check_pattern(config, "alpha_pattern", is_alpha, "finite and positive")
 
 
 def sites_of(params: Mapping) -> dict[str, paths.Site]:
@@ -171,7 +170,8 @@ def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _is_alpha(value: Any) -> bool:
+def is_alpha(value: Any) -> bool:
+    """Whether a value can be an alpha: finite and positive."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and math.isfinite(value) and value > 0
 

@@ -27,7 +27,7 @@ from jaxpeft.methods.modules import (
     targets_value,
 )
 from jaxpeft.methods.replace import selected_layers
-from jaxpeft.methods.selection import first_match
+from jaxpeft.methods.selection import first_match, keep_names
 
 DEFAULTS: dict[str, Any] = {
     "alpha": 8,
@@ -63,10 +63,7 @@ def check_fields(method: Any, name: str) -> None:
         raise ValueError(f"{name}.rank must be a whole number of at least 1, got {method.rank!r}.")
     if not math.isfinite(method.alpha) or method.alpha <= 0:
         raise ValueError(f"{name}.alpha must be finite and positive, got {method.alpha!r}.")
-    for field in ("targets", "exclude"):
-        value = getattr(method, field)
-        if not isinstance(value, str):
-            object.__setattr__(method, field, tuple(value))
+    keep_names(method, "targets", "exclude")
     if not method.targets:
         raise ValueError(f"{name}.targets must name at least one module.")
 

@@ -32,6 +32,7 @@ from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Metho
 from jaxpeft.methods.exchange import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.methods.modules import contiguous, modules_of, require_finite, stack, targets_value
 from jaxpeft.methods.replace import selected_layers
+from jaxpeft.methods.selection import keep_names
 
 HIGHEST = jax.lax.Precision.HIGHEST
 DEFAULT_TARGETS = ("q_proj", "v_proj")
@@ -66,10 +67,7 @@ class OFT(Method):
                 raise ValueError(
                     f"OFT.{field} must be a whole number of at least {least}, got {value!r}."
                 )
-        for field in ("targets", "exclude"):
-            value = getattr(self, field)
-            if not isinstance(value, str):
-                object.__setattr__(self, field, tuple(value))
+        keep_names(self, "targets", "exclude")
         if not self.targets:
             raise ValueError("OFT.targets must name at least one module.")
 

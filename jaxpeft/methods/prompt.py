@@ -115,6 +115,11 @@ def first_rows(
     vocab_size, width = shape_of(table)
     if initial == "random":
         return jax.random.normal(key, (count, width))
+    if isinstance(table, jax.ShapeDtypeStruct):
+        raise UserError(
+            f"initial {initial!r} takes rows of the embedding table; pass parameters, not their "
+            "shapes."
+        )
     if initial == "sampled":
         ids = jax.random.randint(key, (count,), 0, vocab_size)
     else:

@@ -1,15 +1,39 @@
-"""Which modules an ``adapter_config.json`` means: the rules of HF PEFT 0.21.
+"""Which modules a config means, and an ``adapter_config.json``: the rules of HF PEFT 0.21.
 
 They are those of ``tuners_utils.check_target_module_exists`` and ``utils/other.py``.
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
+
+
+def keep_names(config: Any, *fields: str) -> None:
+    """Makes tuples of the fields of a config that name modules by a list; regexes stay.
+
+    Raises:
+        ValueError: A field is neither, or its regex is malformed.
+    """
+    for field in fields:
+        value, where = getattr(config, field), f"{type(config).__name__}.{field}"
+        if isinstance(value, str):
+            check_regex(where, value)
+        elif isinstance(value, Iterable) and all(isinstance(name, str) for name in value):
+            object.__setattr__(config, field, tuple(value))
+        else:
+            raise ValueError(f"{where} must be a text or a list of names, got {value!r:.60}.")
+
+
+def check_regex(where: str, pattern: str) -> None:
+    """Raises a ValueError unless `pattern` is a regex."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: {pattern!r} is not a valid regex: {error}.") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from jaxpeft.methods import token_rows
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Method, Spec
 from jaxpeft.methods.exchange import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.methods.modules import contiguous, require_finite
+from jaxpeft.methods.selection import keep_names
 
 DEFAULT_TARGETS = ("embed_tokens",)
 
@@ -44,8 +45,7 @@ class TrainableTokens(Method):
     def __post_init__(self):
         ids = token_rows.check_ids("TrainableTokens.token_ids", self.token_ids)
         object.__setattr__(self, "token_ids", ids)
-        if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(self.targets))
+        keep_names(self, "targets")
         if not self.targets or self.targets == paths.ALL_LINEAR:
             raise ValueError(
                 f"TrainableTokens.targets must be embed_tokens or lm_head, got {self.targets!r}."

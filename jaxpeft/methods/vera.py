@@ -39,6 +39,7 @@ from jaxpeft.methods.modules import (
     targets_value,
 )
 from jaxpeft.methods.replace import selected_layers
+from jaxpeft.methods.selection import keep_names
 
 HIGHEST = jax.lax.Precision.HIGHEST
 DEFAULT_TARGETS = ("q_proj", "v_proj")
@@ -71,10 +72,7 @@ class VeRA(Method):
             raise ValueError(f"VeRA.dropout must be in [0, 1), got {self.dropout!r}.")
         if not math.isfinite(self.d_initial) or self.d_initial == 0:
             raise ValueError(f"VeRA.d_initial must be finite and not 0, got {self.d_initial!r}.")
-        for field in ("targets", "exclude"):
-            value = getattr(self, field)
-            if not isinstance(value, str):
-                object.__setattr__(self, field, tuple(value))
+        keep_names(self, "targets", "exclude")
         if not self.targets:
             raise ValueError("VeRA.targets must name at least one module.")
 
