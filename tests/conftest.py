@@ -1,17 +1,17 @@
 """Shapes in annotations are checked while tests run; the CPU pretends to be eight devices."""
 
 import gc
+import importlib.metadata
 import itertools
 import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the tests' time is compilation: the same programs, machine code that is made sooner.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false"
-)
+flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones refuse what they lack
+    flags += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from jaxtyping import install_import_hook
