@@ -14,7 +14,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones refus
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("jaxpeft", "checker.check")
 
