@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ from jaxpeft.models.hf import read_header, read_json
 from jaxpeft.models.locate import locate_adapter
 from jaxpeft.models.shapes import load_shapes
 from jaxpeft.models.source import decode
+from jaxpeft.quant import scheme_of
 
 TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
@@ -180,7 +182,11 @@ def _render(peft: PeftFormat, adapter: Adapter, base: Any) -> dict[str, bytes]:
     }
     side = {
         "format": FORMAT,
-        "base": {"name": base.name, "fingerprint": base.fingerprint},
+        "base": {
+            "name": base.name,
+            "fingerprint": base.fingerprint,
+            "quantization": scheme_of(base.params),
+        },
         "versions": {name: _version(name) for name in ("jaxpeft", "jax", "flax")},
         "sha256": {name: hashlib.sha256(files[name]).hexdigest() for name in (CONFIG, TENSORS)},
     }
@@ -322,4 +328,11 @@ def _check_side_file(folder: pathlib.Path, base: Any, allow_other_base: bool) ->
             f"{folder}: trained on {known.get('name')!r} (fingerprint {str(theirs)[:12]}), this "
             f"base is {base.name!r} (fingerprint {base.fingerprint[:12]}); load that base, or pass "
             "allow_other_base=True."
+        )
+    before, now = known.get("quantization", ""), scheme_of(base.params)
+    if base.fingerprint and "quantization" in known and before != now:
+        warnings.warn(
+            f"{folder}: trained on a base in {before or 'full precision'}, this one is in "
+            f"{now or 'full precision'}: answers differ by what rounding the base changes.",
+            stacklevel=3,
         )

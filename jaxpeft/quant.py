@@ -259,6 +259,14 @@ def is_quantised(path: str, head: bool = False) -> bool:
     return path.endswith("/kernel") and (head or path != paths.HEAD)
 
 
+def scheme_of(params: Mapping) -> str:
+    """How a base is quantised, such as "nf4" or "nf4, scales quantised"; "" if it is not."""
+    for leaf in paths.flatten(params).values():
+        if isinstance(leaf, QuantTensor):
+            return leaf.kind if leaf.group_scale is None else f"{leaf.kind}, scales quantised"
+    return ""
+
+
 def relative_change(kernel: Any, other: Any) -> float:
     """The length of the difference of two arrays over the length of the first, in float64."""
     wide = np.asarray(kernel, np.float64)

@@ -324,7 +324,12 @@ def test_a_run_trains_on_codes_and_its_adapter_belongs_to_the_base(files, tmp_pa
     coded = jp.load_model(files.model, quantization="nf4", double_quantization=True)
     adapter = jp.load_adapter(tmp_path / "run", coded)
     dense = jp.load_model(files.model)
-    merged = merge(dense.params, jp.load_adapter(tmp_path / "run", dense))
+    note = "trained on a base in nf4, scales quantised, this one is in full precision"
+    with pytest.warns(UserWarning, match=note):
+        merged = merge(dense.params, jp.load_adapter(tmp_path / "run", dense))
+    jp.save_adapter(tmp_path / "dense", jp.init_adapter(jp.LoRA(), dense, jax.random.key(0)), dense)
+    with pytest.warns(UserWarning, match="in full precision, this one is in nf4, scales quantised"):
+        jp.load_adapter(tmp_path / "dense", coded)
     assert all(not isinstance(leaf, QuantTensor) for leaf in paths.flatten(merged).values())
     batch = jnp.arange(8)[None]
     assert np.abs(coded(batch, adapter=adapter) - coded(batch)).max() > 1e-3
