@@ -17,7 +17,7 @@ from jaxpeft.losses import make_lm_loss
 from jaxpeft.methods import AdaLoRA
 from jaxpeft.methods.adalora_schedule import Schedule, allocate_ranks, places_of
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "adalora_schedule.safetensors"
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 PARAMS = decoder(CONFIG)[1]
 TARGETS = ("q_proj", "layers.1.mlp.up_proj")
 Q, UP = "layers/self_attn/q_proj/kernel", "layers/mlp/up_proj/kernel"
@@ -135,7 +135,7 @@ def test_the_schedule_is_that_of_peft_step_by_step():
 
 def test_budgets_and_ranks_are_those_that_peft_computed():
     """Against ``scripts/make_golden_adalora.py``; nothing is clipped, so gradients are the same."""
-    with safe_open(GOLDEN, "numpy") as file:
+    with safe_open(GOLDEN / "adalora_schedule.safetensors", "numpy") as file:
         golden = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         given = json.loads(file.metadata()["settings"])
     layers, steps, first = golden["e"].shape[1], given["steps"], given["init_r"]
@@ -251,6 +251,26 @@ def test_what_was_taken_away_is_left_out_of_the_folder_and_comes_back_as_zeros(t
     np.testing.assert_allclose(
         base(ids, adapter=again), base(ids, adapter=adapter), rtol=1e-5, atol=1e-5
     )
+
+
+def test_ranks_that_peft_lowered_are_zeros_and_saved_as_it_writes_them(tmp_path):
+    folder = GOLDEN / "methods" / "adalora_pruned"
+    base = jp.load_model(GOLDEN / "models" / "llama3")
+    adapter = jp.load_adapter(folder, base)
+    jp.save_adapter(tmp_path / "out", adapter, base)
+    ours, theirs = (
+        json.loads((place / "adapter_config.json").read_text())["rank_pattern"]
+        for place in (tmp_path / "out", folder)
+    )
+    assert ours == theirs
+    ranks = [sum(marks) for marks in theirs.values()]
+    assert min(ranks) == 0
+    assert len(set(ranks)) > 2
+    for name, marks in theirs.items():
+        path, layer = paths.module_names(base.params)[name.removesuffix(".lora_E")]
+        place = paths.get(adapter.params, path)
+        for letter, axes in {"a": 0, "b": 1, "e": ()}.items():
+            np.testing.assert_array_equal((np.asarray(place[letter])[layer] != 0).any(axes), marks)
 
 
 @pytest.mark.parametrize(("first", "last", "steps"), [(0, 10, 10), (5, 5, 10), (12, 0, 10)])
