@@ -82,8 +82,8 @@ class Run:
         self.config, self.rows, self.mesh = config, rows, mesh
         self.output = pathlib.Path(config.output_dir)
         self.schedule = make_schedule(config.optim, rows.steps)
-        rule = config.method.wrap_optimizer(make_optimizer(config.optim, rows.steps), rows.steps)
-        self.tx = masked(rule, self._trainable)
+        tx = make_optimizer(config.optim, rows.steps, config.method.wrap_optimizer)
+        self.tx = masked(tx, self._trainable)
         self.base_shapes = jax.eval_shape(lambda: base.params)
         replaced = tuple(paths.flatten(self.base_shapes)) if isinstance(config.method, Full) else ()
         self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))

@@ -15,7 +15,13 @@ import jaxpeft as jp
 from jaxpeft import paths
 from jaxpeft.losses import make_lm_loss
 from jaxpeft.methods import AdaLoRA
-from jaxpeft.methods.adalora_schedule import Schedule, allocate_ranks, places_of
+from jaxpeft.methods.adalora_schedule import (
+    AllocationState,
+    Schedule,
+    allocate_ranks,
+    places_of,
+)
+from jaxpeft.optim import OptimConfig, make_optimizer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 PARAMS = decoder(CONFIG)[1]
@@ -98,17 +104,26 @@ def modules_of(tree):
     }
 
 
-def test_the_schedule_is_that_of_peft_step_by_step():
+def averages(opt_state, field):
+    """One of the averages in an optimizer's state, by module."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AllocationState))
+    [state] = [node for node in nodes if isinstance(node, AllocationState)]
+    return modules_of(getattr(state, field))
+
+
+@pytest.mark.parametrize("clip", [None, 30.0])
+def test_the_schedule_is_that_of_peft_step_by_step(clip):
     steps, rate = 14, 0.05
     adapter = start()
-    tx = jp.masked(METHOD.wrap_optimizer(optax.sgd(rate), steps), jp.adapter_only)
+    optim = OptimConfig(name="sgd", b1=0.0, learning_rate=rate, schedule="constant", clip_norm=clip)
+    tx = jp.masked(make_optimizer(optim, steps, METHOD.wrap_optimizer), jp.adapter_only)
     tree = {"base": PARAMS, "adapter": adapter.params}
     state, update = tx.init(tree), jax.jit(tx.update)
     modules = modules_of(tree)
     allocator = RankAllocator(METHOD, modules, steps)
-    zeros = []
+    zeros, norms = [], []
     for t in range(1, steps + 1):
-        noise = draw(adapter.params, seed=t, scale=1.0)
+        noise = draw(adapter.params, seed=t, scale=1.0 if t % 3 else 3.0)
         alone = paths.get(noise, UP)
         alone |= {k: v.at[0].set(0.0) for k, v in alone.items()}  # a layer that is not adapted
         grads = {"base": jax.tree.map(lambda _: None, PARAMS), "adapter": noise}
@@ -117,8 +132,10 @@ def test_the_schedule_is_that_of_peft_step_by_step():
         tree = {"base": PARAMS, "adapter": moved}
 
         slopes = modules_of({"adapter": noise})
+        norms.append(np.sqrt(sum((g**2).sum() for m in slopes.values() for g in m.values())))
         for n, place in modules.items():
             for k in "abe":
+                slopes[n][k] *= min(1.0, clip / norms[-1]) if clip else 1.0
                 place[k] -= rate * slopes[n][k]
         allocator.update_and_allocate(modules, slopes, t)
         ours = modules_of(tree)
@@ -126,7 +143,12 @@ def test_the_schedule_is_that_of_peft_step_by_step():
             np.testing.assert_array_equal(ours[n]["e"] == 0, place["e"] == 0)
             for k in "abe":
                 np.testing.assert_allclose(ours[n][k], place[k], rtol=1e-4, atol=1e-5)
+        for field, theirs in (("importance", allocator.avg), ("uncertainty", allocator.unc)):
+            for n, place in averages(state, field).items():
+                for k in "abe":
+                    np.testing.assert_allclose(place[k], theirs[n][k], rtol=1e-3, atol=1e-5)
         zeros.append(sum(int((place["e"] == 0).sum()) for place in ours.values()))
+    assert clip is None or min(norms) < clip < max(norms)
     assert zeros[:2] == [0, 0]
     assert zeros[3:11:2] == sorted(zeros[3:11:2])
     assert zeros[10:] == [6, 6, 6, 6]  # of 3 * 4 triplets, 3 * 2 are left
@@ -267,10 +289,11 @@ def test_ranks_that_peft_lowered_are_zeros_and_saved_as_it_writes_them(tmp_path)
     assert min(ranks) == 0
     assert len(set(ranks)) > 2
     for name, marks in theirs.items():
-        path, layer = paths.module_names(base.params)[name.removesuffix(".lora_E")]
-        place = paths.get(adapter.params, path)
+        site = paths.module_names(base.params)[name.removesuffix(".lora_E")]
+        place = paths.get(adapter.params, site.path)
         for letter, axes in {"a": 0, "b": 1, "e": ()}.items():
-            np.testing.assert_array_equal((np.asarray(place[letter])[layer] != 0).any(axes), marks)
+            used = (np.asarray(place[letter])[site.layer] != 0).any(axes)
+            np.testing.assert_array_equal(used, marks)
 
 
 @pytest.mark.parametrize(("first", "last", "steps"), [(0, 10, 10), (5, 5, 10), (12, 0, 10)])

@@ -158,7 +158,7 @@ class AdaLoRA(Method):
         return self.orthogonality * total / jnp.maximum(count, 1.0)
 
     def wrap_optimizer(self, tx: Any, steps: int) -> Any:
-        """The optimizer, followed by the choice of ranks; see `jaxpeft.methods.adalora_schedule`.
+        """The update rule, followed by the choice of ranks; see `jaxpeft.methods.adalora_schedule`.
 
         Raises:
             UserError: If the run has no updates between its initial and final ones.

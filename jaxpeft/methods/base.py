@@ -227,11 +227,11 @@ class Method(abc.ABC):
         return None
 
     def wrap_optimizer(self, tx: Any, steps: int) -> Any:
-        """The optimizer of the trained leaves, with what the method adds to it.
+        """The update rule of the trained leaves, with what the method adds to it.
 
         Args:
-            tx: An optax transformation. Its update gets ``buffers=``, those of the adapter, as an
-                extra argument.
+            tx: An optax transformation of gradients that are clipped already. Its update gets
+                ``buffers=``, those of the adapter, as an extra argument.
             steps: Updates of the whole run.
         """
         del steps
