@@ -89,7 +89,14 @@ class Run:
         self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
 
         batches = (self.put(rows.plan.batch(step)) for step in range(rows.steps))
-        context = Context(base.config, base.module, base.tokenizer, batches, shapes_only=restored)
+        context = Context(
+            base.config,
+            base.module,
+            base.tokenizer,
+            batches,
+            shapes_only=restored,
+            steps=rows.steps,
+        )
 
         def start(params: dict, keys: jax.Array, saved: Adapter | None) -> TrainState:
             adapter = config.method.init(params, keys[0], context) if saved is None else saved

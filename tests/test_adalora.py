@@ -14,7 +14,7 @@ from tiny_decoder import CONFIG, decoder, draw, make_batch
 import jaxpeft as jp
 from jaxpeft import paths
 from jaxpeft.losses import make_lm_loss
-from jaxpeft.methods import AdaLoRA
+from jaxpeft.methods import AdaLoRA, Context
 from jaxpeft.methods.adalora_schedule import (
     AllocationState,
     Schedule,
@@ -275,6 +275,37 @@ def test_what_was_taken_away_is_left_out_of_the_folder_and_comes_back_as_zeros(t
     )
 
 
+def test_going_on_draws_lost_triplets_anew_and_leaves_the_function_and_the_others_alone():
+    base = jp.load_model(GOLDEN / "models" / "llama3")
+    saved = jp.load_adapter(GOLDEN / "methods" / "adalora_pruned", base)
+    method = AdaLoRA(rank=4, initial_rank=5, every=3, orthogonality=0.125)
+    adapter = method.go_on(saved, jax.random.key(1), Context(steps=20))
+    ids = np.arange(12).reshape(2, 6)
+    np.testing.assert_array_equal(base(ids, adapter=adapter), base(ids, adapter=saved))
+    slopes = jax.grad(lambda p: base(ids, adapter=adapter.replace(params=p)).std())(adapter.params)
+    lost = 0
+    for path in saved.spec.paths:
+        before, now = paths.get(saved.params, path), paths.get(adapter.params, path)
+        gone = np.asarray(before["e"]) == 0
+        lost += gone.sum()
+        for letter, axis in {"a": -1, "b": -2}.items():
+            old, new = (np.moveaxis(np.asarray(x[letter]), axis, 1) for x in (before, now))
+            assert not old[gone].any()
+            np.testing.assert_array_equal(new[~gone], old[~gone])
+            np.testing.assert_allclose(new[gone].std(), 0.02, rtol=0.25)
+        np.testing.assert_array_equal(now["e"], before["e"])
+        assert (np.asarray(paths.get(slopes, path)["e"]) != 0).all()
+    assert lost == 12
+    shared = {name: float(value) for name, value in adapter.buffers["shared"].items()}
+    assert shared | {"rank": 4, "every": 3, "orthogonality": 0.125, "steps": 20} == shared
+
+
+def test_going_on_leaves_layers_that_are_not_adapted_and_fresh_factors_as_they_are():
+    adapter = start()
+    again = METHOD.go_on(adapter, jax.random.key(5))
+    jax.tree.map(np.testing.assert_array_equal, again.params, adapter.params)
+
+
 def test_ranks_that_peft_lowered_are_zeros_and_saved_as_it_writes_them(tmp_path):
     folder = GOLDEN / "methods" / "adalora_pruned"
     base = jp.load_model(GOLDEN / "models" / "llama3")
@@ -301,6 +332,21 @@ def test_a_run_without_updates_to_lower_the_ranks_in_is_refused(first, last, ste
     method = AdaLoRA(initial_steps=first, final_steps=last)
     with pytest.raises(jp.UserError, match="leave none of the 10 updates"):
         method.wrap_optimizer(optax.sgd(0.1), steps)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"rank": 999}, "AdaLoRA.rank 999 exceeds"),
+        ({"rank": 12}, "AdaLoRA.initial_rank 18 exceeds"),
+        ({"initial_rank": 17}, "AdaLoRA.initial_rank 17 exceeds"),
+    ],
+)
+def test_a_rank_beyond_the_kernels_sides_is_refused_as_lora_does(ranks, message):
+    with pytest.raises(jp.UserError) as error:
+        AdaLoRA(targets=("up_proj",), **ranks).init(PARAMS, jax.random.key(0))
+    assert str(error.value) == f"{message} the smaller side of {UP} (16 x 24); choose at most 16."
+    AdaLoRA(targets=("up_proj",), initial_rank=16).init(PARAMS, jax.random.key(0))
 
 
 def test_an_update_without_params_says_so():

@@ -6,6 +6,7 @@ the file holds only those; the scale stays that of the initial rank. Ours is the
 triplets that were taken away are zeros in their place.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -32,18 +33,18 @@ NUMBERS = {"orthogonality": "orth_reg_weight", "beta1": "beta1", "beta2": "beta2
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 STEPS = "steps"
-"""Updates of the run that an adapter of PEFT was made for; 0 if not known."""
+"""Updates of the run that an adapter was made for, PEFT's ``total_step``; 0 if not known."""
 
 
-def settings(method: Any, steps: int = 0) -> dict[str, Any]:
+def settings(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """What only training needs, as buffers: the adapter knows its config.
 
     Args:
-        method: Anything with the fields of an `AdaLoRA`.
+        values: The fields of an `AdaLoRA`, or more.
         steps: Updates of the whole run, or 0.
     """
-    whole = {field: jnp.int32(getattr(method, field)) for field in COUNTS}
-    real = {field: jnp.float32(getattr(method, field)) for field in NUMBERS}
+    whole = {field: jnp.int32(values[field]) for field in COUNTS}
+    real = {field: jnp.float32(values[field]) for field in NUMBERS}
     return {SHARED: {**whole, **real, STEPS: jnp.int32(steps)}}
 
 
@@ -95,8 +96,7 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
         }
         for path, on in selected_layers(base.params, chosen).items()
     }
-    own = type("Settings", (), read_settings(values))
-    shared = settings(own, values.count("total_step"))
+    shared = settings(read_settings(values), values.count("total_step"))
     spec = Spec(kind="adalora", paths=tuple(sorted(trained)), rank=r)
     return Adapter(paths.unflatten(trained), paths.unflatten(buffers) | shared, spec)
 
@@ -126,7 +126,8 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
         "lora_dropout": shortest_decimal(dropout),
         "rank_pattern": None if all(map(all, pattern.values())) else pattern,
         "target_modules": targets_value(factors, paths.module_names(base.params)),
-        # PEFT wants room between the first and the last updates, also to read a folder.
+        # Only a run knows its length. PEFT wants room between the first and the last updates, also
+        # to read a folder.
         "total_step": steps or own["initial_steps"] + own["final_steps"] + 1,
     }
     return values, tensors

@@ -44,13 +44,13 @@ from jaxpeft.methods.base import (
     NO_CONTEXT,
     Adapter,
     Context,
-    FrozenMap,
     Kind,
     Method,
     Spec,
     weight_at,
 )
 from jaxpeft.methods.exchange import Values
+from jaxpeft.methods.frozen_map import FrozenMap
 from jaxpeft.methods.modules import default_and_exceptions
 
 
