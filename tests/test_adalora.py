@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -325,6 +326,26 @@ def test_ranks_that_peft_lowered_are_zeros_and_saved_as_it_writes_them(tmp_path)
         for letter, axes in {"a": 0, "b": 1, "e": ()}.items():
             used = (np.asarray(place[letter])[site.layer] != 0).any(axes)
             np.testing.assert_array_equal(used, marks)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_dropout": 3.0}, "lora_dropout: expected a probability in [0, 1), got 3.0."),
+        ({"beta1": 7}, "beta1: expected a number above 0 and below 1, got 7."),
+        ({"target_r": 0}, "target_r: expected a whole number of at least 1, got 0."),
+        ({"tfinal": -1}, "tfinal: expected a whole number of at least 0, got -1."),
+        ({"total_step": 3}, "total_step: expected more than tinit and tfinal together, 3, got 3."),
+    ],
+)
+def test_a_folder_with_settings_that_make_no_sense_is_refused(tmp_path, values, message):
+    folder = shutil.copytree(GOLDEN / "methods" / "adalora_pruned", tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    base = jp.load_model(GOLDEN / "models" / "llama3")
+    with pytest.raises(jp.UserError) as error:
+        jp.load_adapter(folder, base)
+    assert str(error.value) == f"{file}: {message}"
 
 
 @pytest.mark.parametrize(("first", "last", "steps"), [(0, 10, 10), (5, 5, 10), (12, 0, 10)])

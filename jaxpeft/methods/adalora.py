@@ -75,7 +75,7 @@ class AdaLoRA(Method):
     beta2: float = 0.85
 
     def __post_init__(self):
-        least = {"rank": 1, "initial_steps": 0, "final_steps": 0, "every": 1}
+        least = dict(adalora_peft.LEAST)
         if self.initial_rank is not None:
             least["initial_rank"] = self.rank
         for field, bound in least.items():

@@ -108,7 +108,7 @@ def select(config: Any, params: Mapping, leave: Iterable[str] = ()) -> dict[str,
 
 
 def check_rank(field: str, rank: int, path: str, params: Mapping) -> None:
-    """Raises a UserError if the rank that a field gives exceeds the sides of the kernel at a path."""
+    """Raises a UserError if the rank that a field gives exceeds a side of the kernel at a path."""
     d_in, d_out = shape_of(weight_at(params, path))[-2:]
     if rank > min(d_in, d_out):
         raise UserError(
