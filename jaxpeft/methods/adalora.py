@@ -26,9 +26,11 @@ from jaxpeft import paths
 from jaxpeft.linear import shape_of
 from jaxpeft.methods import adalora_peft
 from jaxpeft.methods.adalora_schedule import Schedule, allocate_ranks, count_places
+from jaxpeft.methods.algebra import weigh_scales
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
 from jaxpeft.methods.exchange import Values
 from jaxpeft.methods.lora_nodes import LoRAKernel
+from jaxpeft.methods.lora_places import factors_shape
 from jaxpeft.methods.lora_select import check_rank
 from jaxpeft.methods.modules import modules_of, shortest_decimal
 from jaxpeft.methods.replace import selected_layers
@@ -227,11 +229,6 @@ def bind(leaf: Leaf) -> dict[str, Any]:
     return {leaf.path: node}
 
 
-def leaf_shape(params: dict) -> tuple[int, ...]:
-    """The shape of the kernel that the factors belong to, layer axis included."""
-    return (*params["a"].shape[:-1], params["b"].shape[-1])
-
-
 def config_of(adapter: Adapter) -> AdaLoRA:
     """The config of an adapter; targets come back as full names."""
     names, scale, dropout = [], 1.0, 0.0
@@ -262,20 +259,11 @@ def config_from_peft(values: Values) -> AdaLoRA:
     )
 
 
-def weigh(adapter: Adapter, weight: Any) -> Adapter:
-    """The adapter with all its scales multiplied by `weight`."""
-    buffers = {
-        path: value * weight if path.endswith("/scale") else value
-        for path, value in paths.flatten(adapter.buffers).items()
-    }
-    return adapter.replace(buffers=paths.unflatten(buffers))  # pyright: ignore
-
-
 KIND = Kind(
     config=AdaLoRA,
     bind=bind,
-    leaf_shape=leaf_shape,
+    leaf_shape=factors_shape,
     config_of=config_of,
-    weigh=weigh,
+    weigh=weigh_scales,
     peft=dataclasses.replace(adalora_peft.PEFT, config=config_from_peft),
 )

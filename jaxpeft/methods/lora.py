@@ -40,6 +40,7 @@ from jaxpeft.methods import (
     lora_tokens,
     token_rows,
 )
+from jaxpeft.methods.algebra import weigh_scales
 from jaxpeft.methods.base import (
     NO_CONTEXT,
     Adapter,
@@ -288,12 +289,7 @@ def weigh(adapter: Adapter, weight: Any) -> Adapter:
             "a LoRA with trained biases or tokens, or saved modules" if whole else "a DoRA adapter"
         )
         raise UserError(f"weights: {what} is no sum that could be weighted; leave weights out.")
-    buffers = paths.flatten(adapter.buffers)
-    scaled = {
-        path: value * weight if path.endswith("/scale") else value
-        for path, value in buffers.items()
-    }
-    return adapter.replace(buffers=paths.unflatten(scaled))  # pyright: ignore
+    return weigh_scales(adapter, weight)
 
 
 KIND = Kind(
