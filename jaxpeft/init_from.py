@@ -1,9 +1,10 @@
 """Going on from a saved adapter: ``method.init_from``.
 
 The method section still describes what is trained, and the saved adapter must be just that: the
-same family, places, shapes, ranks and scales. Dropout alone is the new run's own, for it changes
-nothing that was learned. Whatever else the adapter holds frozen comes from the saved one; so do
-ranks and scales where the method would take them from batches, which are then not read.
+same family, places, shapes, ranks and scales. Dropout is the new run's own, and so is what
+`Method.go_on` decides, such as AdaLoRA's schedule; they change nothing that was learned. Whatever
+else the adapter holds frozen comes from the saved one; so do ranks and scales where the method
+would take them from batches, which are then not read.
 """
 
 import dataclasses
@@ -57,11 +58,11 @@ def load_start(method: Method, base: Any, key: jax.Array, context: Context) -> A
     Args:
         method: With `init_from`.
         base: The `jaxpeft.Model`.
-        key: Typed PRNG key of the initialisation that does not take place.
+        key: Typed PRNG key; of the adapter it draws only what `Method.go_on` draws anew.
         context: As `Method.init` takes it.
 
     Returns:
-        The saved adapter with the dropout of `method`.
+        The saved adapter with the dropout of `method`, as `Method.go_on` has it.
 
     Raises:
         UserError: If it cannot be loaded, or is not what `method` describes.
@@ -76,6 +77,7 @@ def load_start(method: Method, base: Any, key: jax.Array, context: Context) -> A
         saved = _with_room(saved, described)
     differences = [*_compare_trees(saved, described)]
     if not differences:
+        saved = method.go_on(saved, key, context)
         numbers = _numbers(method, base.params, key, context)  # ranks are values, not shapes
         buffers = paths.flatten(saved.buffers)
         if not method.needs_batches:

@@ -100,12 +100,16 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, steps: int, wrap: Callable[[Any, int], Any] | None = None
+) -> optax.GradientTransformation:
     """The optimizer of a run: clipping by global norm, then the update rule with its schedule.
 
     Args:
         config: Which rule, with its numbers.
         steps: Updates of the whole run, for the schedule.
+        wrap: ``wrap(rule, steps)``: the rule with what a method adds to it, such as
+            `Method.wrap_optimizer`; its gradients are clipped.
 
     Returns:
         A transformation over the trained leaves; `masked` keeps it off the others.
@@ -121,6 +125,8 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             return make_rule(group, steps)
 
         rule = lora_plus(scaled, config.lora_plus_ratio)
+    if wrap is not None:
+        rule = wrap(rule, steps)
     parts = [rule]
     if config.lora_fa:
         parts.insert(0, project_b())

@@ -1,9 +1,9 @@
 """LoRA+ and LoRA-FA: which factors move, and how fast, as optax transformations.
 
 **LoRA+**: ``B`` learns at `ratio` times the rate of ``A``. The groups are those of PEFT's
-``create_loraplus_optimizer``: "a" (factors A and whole matrices, the rate), "b" (factors B and
-vectors, the rate times the ratio), "b_no_decay" (biases, the same without weight decay) and
-"embedding" (factors of the embedding table, a rate of their own).
+``create_loraplus_optimizer``: "a" (factors A, AdaLoRA's singular values and whole matrices, the
+rate), "b" (factors B and vectors, the rate times the ratio), "b_no_decay" (biases, the same without
+weight decay) and "embedding" (factors of the embedding table, a rate of their own).
 
 **LoRA-FA**: ``A`` stays as it was drawn, is not trained at all, and ``B`` moves along
 
@@ -165,4 +165,6 @@ def _group(name: str, ndim: int) -> str:
     if "bias" in name:
         return "b_no_decay"
     vector = ndim - paths.is_stacked(place) == 1
+    # AdaLoRA's singular values are no vector but a matrix of one column in PEFT.
+    vector &= not _is_factor(name, "e")
     return "b" if vector or _is_factor(name, "b") else "a"

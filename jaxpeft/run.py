@@ -83,8 +83,8 @@ class Run:
         self.config, self.rows, self.mesh = config, rows, mesh
         self.output = pathlib.Path(config.output_dir)
         self.schedule = make_schedule(config.optim, rows.steps)
-        rule = config.method.wrap_optimizer(make_optimizer(config.optim, rows.steps), rows.steps)
-        self.tx = masked(rule, self._trainable)
+        tx = make_optimizer(config.optim, rows.steps, config.method.wrap_optimizer)
+        self.tx = masked(tx, self._trainable)
         keys, saved = jax.random.split(jax.random.key(config.train.seed)), None
         if starts_dense(config, restored):
             saved = config.method.init(base.params, keys[0], Context(base.config, base.module))
@@ -95,7 +95,14 @@ class Run:
         self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
 
         batches = (self.put(rows.plan.batch(step)) for step in range(rows.steps))
-        context = Context(base.config, base.module, base.tokenizer, batches, shapes_only=restored)
+        context = Context(
+            base.config,
+            base.module,
+            base.tokenizer,
+            batches,
+            shapes_only=restored,
+            steps=rows.steps,
+        )
 
         def start(params: dict, keys: jax.Array, saved: Adapter | None) -> TrainState:
             adapter = config.method.init(params, keys[0], context) if saved is None else saved

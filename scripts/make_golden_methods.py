@@ -147,6 +147,24 @@ ADAPTERS: dict[str, tuple[str, str, dict]] = {
             "target_modules": ["q_proj", "down_proj"],
         },
     ),
+    "adalora_pruned": (
+        "llama3",
+        "AdaLoraConfig",
+        {
+            "init_r": 5,
+            "target_r": 3,
+            "lora_alpha": 4,
+            "lora_dropout": 0.1,
+            "tinit": 1,
+            "tfinal": 2,
+            "deltaT": 2,
+            "beta1": 0.8,
+            "beta2": 0.7,
+            "orth_reg_weight": 0.25,
+            "total_step": 7,
+            "target_modules": ["q_proj", "down_proj"],
+        },
+    ),
     "ia3": ("llama_bias", "IA3Config", {}),
     "ia3_qwen": (
         "qwen2",
@@ -245,6 +263,9 @@ NOT_MERGED = (
     "lora_tokens_head_tied",
 )
 
+# A module of each AdaLoRA whose ranks are lowered; it learns nothing, and none of its rank is left.
+PRUNED = {"adalora_pruned": "layers.1.self_attn.q_proj"}
+
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """Moves every trained value so that each one matters: vectors a little, matrices by rows."""
@@ -259,6 +280,17 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 parameter.add_(noise * spread)
             else:
                 parameter.copy_(noise * spread / parameter.shape[-1] ** 0.5)
+
+
+def allocate(model: torch.nn.Module, idle: str, seed: int) -> None:
+    """Lets PEFT lower the ranks of AdaLoRA, with random gradients, zero in the module `idle`."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(1, model.active_peft_config.total_step + 1):
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+                parameter.grad *= f"{idle}." not in name
+        model.base_model.update_and_allocate(step)
 
 
 def logits_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -280,6 +312,8 @@ def write_adapter(root: Path, name: str, seed: int) -> None:
     torch.manual_seed(seed)
     model = peft.get_peft_model(load(root / "models" / base), config).eval()
     randomise(model, seed)
+    if name in PRUNED:
+        allocate(model, PRUNED[name], seed)
     folder = root / "methods" / name
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)

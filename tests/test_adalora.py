@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,16 @@ from tiny_decoder import CONFIG, decoder, draw, make_batch
 import jaxpeft as jp
 from jaxpeft import paths
 from jaxpeft.losses import make_lm_loss
-from jaxpeft.methods import AdaLoRA
-from jaxpeft.methods.adalora_schedule import Schedule, allocate_ranks, places_of
+from jaxpeft.methods import AdaLoRA, Context
+from jaxpeft.methods.adalora_schedule import (
+    AllocationState,
+    Schedule,
+    allocate_ranks,
+    places_of,
+)
+from jaxpeft.optim import OptimConfig, make_optimizer
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "adalora_schedule.safetensors"
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 PARAMS = decoder(CONFIG)[1]
 TARGETS = ("q_proj", "layers.1.mlp.up_proj")
 Q, UP = "layers/self_attn/q_proj/kernel", "layers/mlp/up_proj/kernel"
@@ -98,17 +105,26 @@ def modules_of(tree):
     }
 
 
-def test_the_schedule_is_that_of_peft_step_by_step():
+def averages(opt_state, field):
+    """One of the averages in an optimizer's state, by module."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AllocationState))
+    [state] = [node for node in nodes if isinstance(node, AllocationState)]
+    return modules_of(getattr(state, field))
+
+
+@pytest.mark.parametrize("clip", [None, 30.0])
+def test_the_schedule_is_that_of_peft_step_by_step(clip):
     steps, rate = 14, 0.05
     adapter = start()
-    tx = jp.masked(METHOD.wrap_optimizer(optax.sgd(rate), steps), jp.adapter_only)
+    optim = OptimConfig(name="sgd", b1=0.0, learning_rate=rate, schedule="constant", clip_norm=clip)
+    tx = jp.masked(make_optimizer(optim, steps, METHOD.wrap_optimizer), jp.adapter_only)
     tree = {"base": PARAMS, "adapter": adapter.params}
     state, update = tx.init(tree), jax.jit(tx.update)
     modules = modules_of(tree)
     allocator = RankAllocator(METHOD, modules, steps)
-    zeros = []
+    zeros, norms = [], []
     for t in range(1, steps + 1):
-        noise = draw(adapter.params, seed=t, scale=1.0)
+        noise = draw(adapter.params, seed=t, scale=1.0 if t % 3 else 3.0)
         alone = paths.get(noise, UP)
         alone |= {k: v.at[0].set(0.0) for k, v in alone.items()}  # a layer that is not adapted
         grads = {"base": jax.tree.map(lambda _: None, PARAMS), "adapter": noise}
@@ -117,8 +133,10 @@ def test_the_schedule_is_that_of_peft_step_by_step():
         tree = {"base": PARAMS, "adapter": moved}
 
         slopes = modules_of({"adapter": noise})
+        norms.append(np.sqrt(sum((g**2).sum() for m in slopes.values() for g in m.values())))
         for n, place in modules.items():
             for k in "abe":
+                slopes[n][k] *= min(1.0, clip / norms[-1]) if clip else 1.0
                 place[k] -= rate * slopes[n][k]
         allocator.update_and_allocate(modules, slopes, t)
         ours = modules_of(tree)
@@ -126,7 +144,12 @@ def test_the_schedule_is_that_of_peft_step_by_step():
             np.testing.assert_array_equal(ours[n]["e"] == 0, place["e"] == 0)
             for k in "abe":
                 np.testing.assert_allclose(ours[n][k], place[k], rtol=1e-4, atol=1e-5)
+        for field, theirs in (("importance", allocator.avg), ("uncertainty", allocator.unc)):
+            for n, place in averages(state, field).items():
+                for k in "abe":
+                    np.testing.assert_allclose(place[k], theirs[n][k], rtol=1e-3, atol=1e-5)
         zeros.append(sum(int((place["e"] == 0).sum()) for place in ours.values()))
+    assert clip is None or min(norms) < clip < max(norms)
     assert zeros[:2] == [0, 0]
     assert zeros[3:11:2] == sorted(zeros[3:11:2])
     assert zeros[10:] == [6, 6, 6, 6]  # of 3 * 4 triplets, 3 * 2 are left
@@ -135,7 +158,7 @@ def test_the_schedule_is_that_of_peft_step_by_step():
 
 def test_budgets_and_ranks_are_those_that_peft_computed():
     """Against ``scripts/make_golden_adalora.py``; nothing is clipped, so gradients are the same."""
-    with safe_open(GOLDEN, "numpy") as file:
+    with safe_open(GOLDEN / "adalora_schedule.safetensors", "numpy") as file:
         golden = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         given = json.loads(file.metadata()["settings"])
     layers, steps, first = golden["e"].shape[1], given["steps"], given["init_r"]
@@ -253,11 +276,98 @@ def test_what_was_taken_away_is_left_out_of_the_folder_and_comes_back_as_zeros(t
     )
 
 
+def test_going_on_draws_lost_triplets_anew_and_leaves_the_function_and_the_others_alone():
+    base = jp.load_model(GOLDEN / "models" / "llama3")
+    saved = jp.load_adapter(GOLDEN / "methods" / "adalora_pruned", base)
+    method = AdaLoRA(rank=4, initial_rank=5, every=3, orthogonality=0.125)
+    adapter = method.go_on(saved, jax.random.key(1), Context(steps=20))
+    ids = np.arange(12).reshape(2, 6)
+    np.testing.assert_array_equal(base(ids, adapter=adapter), base(ids, adapter=saved))
+    slopes = jax.grad(lambda p: base(ids, adapter=adapter.replace(params=p)).std())(adapter.params)
+    lost = 0
+    for path in saved.spec.paths:
+        before, now = paths.get(saved.params, path), paths.get(adapter.params, path)
+        gone = np.asarray(before["e"]) == 0
+        lost += gone.sum()
+        for letter, axis in {"a": -1, "b": -2}.items():
+            old, new = (np.moveaxis(np.asarray(x[letter]), axis, 1) for x in (before, now))
+            assert not old[gone].any()
+            np.testing.assert_array_equal(new[~gone], old[~gone])
+            np.testing.assert_allclose(new[gone].std(), 0.02, rtol=0.25)
+        np.testing.assert_array_equal(now["e"], before["e"])
+        assert (np.asarray(paths.get(slopes, path)["e"]) != 0).all()
+    assert lost == 12
+    shared = {name: float(value) for name, value in adapter.buffers["shared"].items()}
+    assert shared | {"rank": 4, "every": 3, "orthogonality": 0.125, "steps": 20} == shared
+
+
+def test_going_on_leaves_layers_that_are_not_adapted_and_fresh_factors_as_they_are():
+    adapter = start()
+    again = METHOD.go_on(adapter, jax.random.key(5))
+    jax.tree.map(np.testing.assert_array_equal, again.params, adapter.params)
+
+
+def test_ranks_that_peft_lowered_are_zeros_and_saved_as_it_writes_them(tmp_path):
+    folder = GOLDEN / "methods" / "adalora_pruned"
+    base = jp.load_model(GOLDEN / "models" / "llama3")
+    adapter = jp.load_adapter(folder, base)
+    jp.save_adapter(tmp_path / "out", adapter, base)
+    ours, theirs = (
+        json.loads((place / "adapter_config.json").read_text())["rank_pattern"]
+        for place in (tmp_path / "out", folder)
+    )
+    assert ours == theirs
+    ranks = [sum(marks) for marks in theirs.values()]
+    assert min(ranks) == 0
+    assert len(set(ranks)) > 2
+    for name, marks in theirs.items():
+        site = paths.module_names(base.params)[name.removesuffix(".lora_E")]
+        place = paths.get(adapter.params, site.path)
+        for letter, axes in {"a": 0, "b": 1, "e": ()}.items():
+            used = (np.asarray(place[letter])[site.layer] != 0).any(axes)
+            np.testing.assert_array_equal(used, marks)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_dropout": 3.0}, "lora_dropout: expected a probability in [0, 1), got 3.0."),
+        ({"beta1": 7}, "beta1: expected a number above 0 and below 1, got 7."),
+        ({"target_r": 0}, "target_r: expected a whole number of at least 1, got 0."),
+        ({"tfinal": -1}, "tfinal: expected a whole number of at least 0, got -1."),
+        ({"total_step": 3}, "total_step: expected more than tinit and tfinal together, 3, got 3."),
+    ],
+)
+def test_a_folder_with_settings_that_make_no_sense_is_refused(tmp_path, values, message):
+    folder = shutil.copytree(GOLDEN / "methods" / "adalora_pruned", tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    base = jp.load_model(GOLDEN / "models" / "llama3")
+    with pytest.raises(jp.UserError) as error:
+        jp.load_adapter(folder, base)
+    assert str(error.value) == f"{file}: {message}"
+
+
 @pytest.mark.parametrize(("first", "last", "steps"), [(0, 10, 10), (5, 5, 10), (12, 0, 10)])
 def test_a_run_without_updates_to_lower_the_ranks_in_is_refused(first, last, steps):
     method = AdaLoRA(initial_steps=first, final_steps=last)
     with pytest.raises(jp.UserError, match="leave none of the 10 updates"):
         method.wrap_optimizer(optax.sgd(0.1), steps)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"rank": 999}, "AdaLoRA.rank 999 exceeds"),
+        ({"rank": 12}, "AdaLoRA.initial_rank 18 exceeds"),
+        ({"initial_rank": 17}, "AdaLoRA.initial_rank 17 exceeds"),
+    ],
+)
+def test_a_rank_beyond_the_kernels_sides_is_refused_as_lora_does(ranks, message):
+    with pytest.raises(jp.UserError) as error:
+        AdaLoRA(targets=("up_proj",), **ranks).init(PARAMS, jax.random.key(0))
+    assert str(error.value) == f"{message} the smaller side of {UP} (16 x 24); choose at most 16."
+    AdaLoRA(targets=("up_proj",), initial_rank=16).init(PARAMS, jax.random.key(0))
 
 
 def test_an_update_without_params_says_so():

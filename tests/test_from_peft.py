@@ -313,7 +313,14 @@ def test_objects_files_folders_and_dicts_are_the_same(tmp_path):
         ({"peft_type": "OFT", "layers_to_transform": [1], "layers_pattern": "h"}, "layers_pattern"),
         ({"peft_type": "VERA", "vera_dropout": 1.0}, "vera_dropout: expected a probability"),
         ({"peft_type": "VERA", "d_initial": 0}, "VeRA.d_initial must be finite and not 0"),
-        ({"peft_type": "ADALORA", "deltaT": 1.5}, "deltaT: expected a whole number"),
+        ({"peft_type": "ADALORA", "deltaT": 1.5}, "deltaT: expected a whole number of at least 1"),
+        (
+            {"peft_type": "ADALORA", "target_r": 0},
+            "target_r: expected a whole number of at least 1",
+        ),
+        ({"peft_type": "ADALORA", "tinit": -1}, "tinit: expected a whole number of at least 0"),
+        ({"peft_type": "ADALORA", "beta1": 7}, "beta1: expected a number above 0 and below 1"),
+        ({"peft_type": "ADALORA", "orth_reg_weight": -1}, "orth_reg_weight: expected a number of"),
         ({"peft_type": "ADALORA", "init_lora_weights": "pissa"}, "init_lora_weights: expected"),
         ({"peft_type": "PROMPT_TUNING"}, "num_virtual_tokens: expected a whole number"),
         (

@@ -81,6 +81,33 @@ def test_going_on_is_training_the_saved_adapter_with_a_fresh_optimizer(files, fi
     )
 
 
+def test_adalora_goes_on_with_all_its_triplets_and_a_schedule_of_its_own(files, tmp_path):
+    section = {"name": "adalora", "rank": 1, "initial_rank": 3, "targets": ["q_proj"]}
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(files, first, section, train={"steps": 3})
+    ours = {"rank": 3, "orthogonality": 0.25, "every": 2, "init_from": str(first)}
+    train(files, second, section | ours, train={"steps": 4})
+    before, after = evaluation_lines(first)[-1], evaluation_lines(second)[0]
+    assert after["step"] == 0
+    assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-6)
+    base = jp.load_model(files.model)
+    old, new = (
+        np.asarray(
+            jp.load_adapter(folder, base).params["layers"]["self_attn"]["q_proj"]["kernel"]["e"]
+        )
+        for folder in (first, second)
+    )
+    assert (old == 0).sum() == 2 * len(old)
+    assert (new != 0).all()
+    was, saved = (
+        json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        for folder in (first, second)
+    )
+    keys = ("target_r", "orth_reg_weight", "deltaT", "total_step")
+    assert [was[key] for key in keys] == [1, 0.5, 1, 3]
+    assert [saved[key] for key in keys] == [3, 0.25, 2, 4]
+
+
 @pytest.mark.parametrize(
     ("method", "parts"),
     [

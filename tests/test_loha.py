@@ -9,8 +9,9 @@ from tiny_decoder import CONFIG, decoder
 import jaxpeft as jp
 from jaxpeft import paths
 from jaxpeft.methods import KINDS, LoHa
+from jaxpeft.methods.algebra import weigh_scales
 from jaxpeft.methods.loha import LoHaKernel
-from jaxpeft.methods.lycoris import ranks_values, weigh
+from jaxpeft.methods.lycoris import ranks_values
 
 RNG = np.random.default_rng(0)
 
@@ -66,7 +67,9 @@ def test_a_weight_multiplies_the_change():
     adapter = make(targets=("q_proj",))
     adapter = adapter.replace(params=jax.tree.map(lambda v: v + 0.1, adapter.params))
     path = "layers/self_attn/q_proj/kernel"
-    once, twice = (paths.get(jp.merge(params, one), path) for one in (adapter, weigh(adapter, 2.0)))
+    once, twice = (
+        paths.get(jp.merge(params, one), path) for one in (adapter, weigh_scales(adapter, 2.0))
+    )
     before = paths.get(params, path)
     np.testing.assert_allclose(twice - before, 2 * (once - before), rtol=1e-4, atol=1e-6)
 

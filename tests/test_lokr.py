@@ -9,9 +9,9 @@ from tiny_decoder import CONFIG, decoder
 import jaxpeft as jp
 from jaxpeft import paths
 from jaxpeft.methods import LoKr
+from jaxpeft.methods.algebra import weigh_scales
 from jaxpeft.methods.exchange import Tensors, Values
 from jaxpeft.methods.lokr import PEFT, LoKrKernel, factor_shapes, read, split
-from jaxpeft.methods.lycoris import weigh
 
 RNG = np.random.default_rng(0)
 
@@ -94,7 +94,9 @@ def test_a_weight_multiplies_the_change():
     params, path = decoder(CONFIG)[1], "layers/self_attn/q_proj/kernel"
     adapter = make(targets=("q_proj",))
     adapter = adapter.replace(params=jax.tree.map(lambda v: v + 0.1, adapter.params))
-    once, twice = (paths.get(jp.merge(params, one), path) for one in (adapter, weigh(adapter, 2.0)))
+    once, twice = (
+        paths.get(jp.merge(params, one), path) for one in (adapter, weigh_scales(adapter, 2.0))
+    )
     before = paths.get(params, path)
     np.testing.assert_allclose(twice - before, 2 * (once - before), rtol=1e-4, atol=1e-6)
 

@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import Files, make_row, training_lines, write_config, write_rows
@@ -120,6 +121,22 @@ def test_a_run_goes_on_to_the_same_bytes_and_its_adapter_loads(files, tmp_path, 
     assert adapter.spec.kind == method["name"]
     ids = tokens_of(base)
     assert np.abs(base(ids, adapter=adapter) - base(ids)).max() > 1e-3
+
+
+def test_what_a_method_adds_to_the_update_rule_sees_clipped_gradients(files, tmp_path, monkeypatch):
+    norms = []
+
+    def spy(self, tx, steps):
+        def update(grads, state, params=None):
+            jax.debug.callback(lambda norm: norms.append(float(norm)), optax.tree.norm(grads))
+            return grads, state
+
+        look = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+        return optax.chain(look, tx)
+
+    monkeypatch.setattr(METHODS["lora"], "wrap_optimizer", spy)
+    train(files, tmp_path / "run", LORA, clip_norm=1e-3)
+    assert norms == pytest.approx([1e-3, 1e-3], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,15 @@ from jaxpeft import paths
 from jaxpeft.linear import shape_of
 from jaxpeft.methods import adalora_peft
 from jaxpeft.methods.adalora_schedule import Schedule, allocate_ranks, count_places
+from jaxpeft.methods.algebra import weigh_scales
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
 from jaxpeft.methods.exchange import Values
 from jaxpeft.methods.lora_nodes import LoRAKernel
+from jaxpeft.methods.lora_places import factors_shape
+from jaxpeft.methods.lora_select import check_rank
 from jaxpeft.methods.modules import modules_of, shortest_decimal
 from jaxpeft.methods.replace import selected_layers
+from jaxpeft.methods.selection import keep_names
 
 EPSILON = 1e-5
 """What PEFT adds to the rank that alpha is divided by."""
@@ -74,7 +78,7 @@ class AdaLoRA(Method):
     beta2: float = 0.85
 
     def __post_init__(self):
-        least = {"rank": 1, "initial_steps": 0, "final_steps": 0, "every": 1}
+        least = dict(adalora_peft.LEAST)
         if self.initial_rank is not None:
             least["initial_rank"] = self.rank
         for field, bound in least.items():
@@ -95,10 +99,7 @@ class AdaLoRA(Method):
             value = getattr(self, field)
             if not 0.0 < value < 1.0:
                 raise ValueError(f"AdaLoRA.{field} must be in (0, 1), got {value!r}.")
-        for field in ("targets", "exclude"):
-            value = getattr(self, field)
-            if not isinstance(value, str):
-                object.__setattr__(self, field, tuple(value))
+        keep_names(self, "targets", "exclude")
         if not self.targets:
             raise ValueError("AdaLoRA.targets must name at least one module.")
 
@@ -115,24 +116,25 @@ class AdaLoRA(Method):
         Args:
             params: Base parameters; shapes are enough.
             key: Typed PRNG key.
-            context: Not used.
+            context: Of a run the number of its updates, which PEFT writes down too.
 
         Returns:
             The adapter.
 
         Raises:
-            UserError: If a pattern matches nothing.
+            UserError: If a pattern matches nothing, or a rank exceeds a kernel's sides.
         """
-        del context
         sites = paths.match(self.targets, self.exclude, paths.module_names(params))
         trained, buffers, r = {}, {}, self.first_rank
         for path, adapted in selected_layers(params, sites).items():
+            check_rank("AdaLoRA.rank", self.rank, path, params)
+            check_rank("AdaLoRA.initial_rank", r, path, params)
             *stack, d_in, d_out = shape_of(paths.get(params, path))
-            keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())))
+            a, b = draw_factors(key, path, (*stack, d_in, r), (*stack, r, d_out))
             on = adapted[..., None, None] > 0
             trained[path] = {
-                "a": jnp.where(on, STD * jax.random.normal(keys[0], (*stack, d_in, r)), 0.0),
-                "b": jnp.where(on, STD * jax.random.normal(keys[1], (*stack, r, d_out)), 0.0),
+                "a": jnp.where(on, a, 0.0),
+                "b": jnp.where(on, b, 0.0),
                 "e": jnp.zeros((*stack, r)),
             }
             scale = jnp.float32(self.alpha / (r + EPSILON))
@@ -141,9 +143,26 @@ class AdaLoRA(Method):
                 "rank": r * adapted,
                 "scale": jnp.where(adapted > 0, scale, 0.0),
             }
-        shared = adalora_peft.settings(self)
+        shared = adalora_peft.settings(vars(self), context.steps)
         spec = Spec(kind=self.name, paths=tuple(sorted(trained)), rank=r)
         return Adapter(paths.unflatten(trained), paths.unflatten(buffers) | shared, spec)
+
+    def go_on(self, saved: Adapter, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
+        """The saved adapter with this schedule, and with factors for triplets that were taken away.
+
+        A saved triplet without rank is zero, and so would be all its gradients. Its factors are
+        drawn as in `init`; its singular value stays zero, and with it the model's function.
+        """
+        drawn = {}
+        for path in saved.spec.paths:
+            place, rank = paths.get(saved.params, path), paths.get(saved.buffers, path)["rank"]
+            a, b = draw_factors(key, path, place["a"].shape, place["b"].shape)
+            held = (place["a"] != 0).any(-2) | (place["b"] != 0).any(-1) | (place["e"] != 0)
+            gone = (rank[..., None] > 0) & ~held
+            drawn[f"{path}/a"] = jnp.where(gone[..., None, :], a, place["a"])
+            drawn[f"{path}/b"] = jnp.where(gone[..., None], b, place["b"])
+        buffers = saved.buffers | adalora_peft.settings(vars(self), context.steps)
+        return dataclasses.replace(saved, params=paths.put(saved.params, drawn), buffers=buffers)
 
     def penalty(self, adapter: Adapter) -> Any:
         """How far the factors are from orthogonal; see the module."""
@@ -158,7 +177,7 @@ class AdaLoRA(Method):
         return self.orthogonality * total / jnp.maximum(count, 1.0)
 
     def wrap_optimizer(self, tx: Any, steps: int) -> Any:
-        """The optimizer, followed by the choice of ranks; see `jaxpeft.methods.adalora_schedule`.
+        """The update rule, followed by the choice of ranks; see `jaxpeft.methods.adalora_schedule`.
 
         Raises:
             UserError: If the run has no updates between its initial and final ones.
@@ -173,6 +192,14 @@ class AdaLoRA(Method):
             beta2=self.beta2,
         )
         return allocate_ranks(tx, schedule, lambda t: count_places(t, self.targets, self.exclude))
+
+
+def draw_factors(
+    key: jax.Array, path: str, a: tuple[int, ...], b: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """New factors of a place, of these shapes; they depend on the key and the path only."""
+    keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())))
+    return STD * jax.random.normal(keys[0], a), STD * jax.random.normal(keys[1], b)
 
 
 def distance_from_orthogonal(rows: jax.Array) -> jax.Array:
@@ -198,11 +225,6 @@ def bind(leaf: Leaf) -> dict[str, Any]:
         key=leaf.keys(),
     )
     return {leaf.path: node}
-
-
-def leaf_shape(params: dict) -> tuple[int, ...]:
-    """The shape of the kernel that the factors belong to, layer axis included."""
-    return (*params["a"].shape[:-1], params["b"].shape[-1])
 
 
 def config_of(adapter: Adapter) -> AdaLoRA:
@@ -235,20 +257,11 @@ def config_from_peft(values: Values) -> AdaLoRA:
     )
 
 
-def weigh(adapter: Adapter, weight: Any) -> Adapter:
-    """The adapter with all its scales multiplied by `weight`."""
-    buffers = {
-        path: value * weight if path.endswith("/scale") else value
-        for path, value in paths.flatten(adapter.buffers).items()
-    }
-    return adapter.replace(buffers=paths.unflatten(buffers))  # pyright: ignore
-
-
 KIND = Kind(
     config=AdaLoRA,
     bind=bind,
-    leaf_shape=leaf_shape,
+    leaf_shape=factors_shape,
     config_of=config_of,
-    weigh=weigh,
+    weigh=weigh_scales,
     peft=dataclasses.replace(adalora_peft.PEFT, config=config_from_peft),
 )

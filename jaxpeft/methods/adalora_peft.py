@@ -6,6 +6,7 @@ the file holds only those; the scale stays that of the initial rank. Ours is the
 triplets that were taken away are zeros in their place.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,21 +30,23 @@ from jaxpeft.methods.replace import selected_layers
 COUNTS = {"rank": "target_r", "initial_steps": "tinit", "final_steps": "tfinal", "every": "deltaT"}
 NUMBERS = {"orthogonality": "orth_reg_weight", "beta1": "beta1", "beta2": "beta2"}
 """Our fields, and PEFT's keys, of the settings that only training needs."""
+LEAST = {"rank": 1, "initial_steps": 0, "final_steps": 0, "every": 1}
+"""The smallest value of each whole number."""
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 STEPS = "steps"
-"""Updates of the run that an adapter of PEFT was made for; 0 if not known."""
+"""Updates of the run that an adapter was made for, PEFT's ``total_step``; 0 if not known."""
 
 
-def settings(method: Any, steps: int = 0) -> dict[str, Any]:
+def settings(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """What only training needs, as buffers: the adapter knows its config.
 
     Args:
-        method: Anything with the fields of an `AdaLoRA`.
+        values: The fields of an `AdaLoRA`, or more.
         steps: Updates of the whole run, or 0.
     """
-    whole = {field: jnp.int32(getattr(method, field)) for field in COUNTS}
-    real = {field: jnp.float32(getattr(method, field)) for field in NUMBERS}
+    whole = {field: jnp.int32(values[field]) for field in COUNTS}
+    real = {field: jnp.float32(values[field]) for field in NUMBERS}
     return {SHARED: {**whole, **real, STEPS: jnp.int32(steps)}}
 
 
@@ -56,10 +59,22 @@ def saved_settings(adapter: Adapter) -> dict[str, Any]:
 
 def read_settings(values: Values) -> dict[str, Any]:
     """The settings of PEFT's config, by our names."""
-    whole = {field: values.number(key) for field, key in COUNTS.items()}
-    if odd := [COUNTS[field] for field, value in whole.items() if not isinstance(value, int)]:
-        raise values.wrong(odd[0], "a whole number")
-    return whole | {field: values.number(key) for field, key in NUMBERS.items()}
+    whole = {field: values.count(key, LEAST[field]) for field, key in COUNTS.items()}
+    real = {field: values.number(key) for field, key in NUMBERS.items()}
+    if real["orthogonality"] < 0:
+        raise values.wrong("orth_reg_weight", "a number of at least 0")
+    for key in ("beta1", "beta2"):
+        if not 0.0 < real[key] < 1.0:
+            raise values.wrong(key, "a number above 0 and below 1")
+    return whole | real
+
+
+def read_steps(values: Values, own: Mapping[str, Any]) -> int:
+    """Updates of the run that PEFT's config is for; it asks for some to lower the ranks in."""
+    steps, taken = values.count("total_step"), own["initial_steps"] + own["final_steps"]
+    if steps <= taken:
+        raise values.wrong("total_step", f"more than tinit and tfinal together, {taken}")
+    return steps
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
@@ -85,18 +100,18 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
         full["a"][:, kept[name]], full["b"][kept[name]], full["e"][kept[name]] = a.T, b.T, e[:, 0]
         modules[name] = full
     trained = stack(modules, sites, base.params)
-    alpha = values.number("lora_alpha")
+    alpha, dropout = values.number("lora_alpha"), values.probability("lora_dropout")
     scale = np.float32((alpha if alpha > 0 else r) / (r + 1e-5))
     buffers = {
         path: {
-            "dropout": jnp.full(on.shape, values.number("lora_dropout"), jnp.float32),
+            "dropout": jnp.full(on.shape, dropout, jnp.float32),
             "rank": r * on,
             "scale": jnp.where(on > 0, scale, 0.0),
         }
         for path, on in selected_layers(base.params, chosen).items()
     }
-    own = type("Settings", (), read_settings(values))
-    shared = settings(own, values.count("total_step"))
+    own = read_settings(values)
+    shared = settings(own, read_steps(values, own))
     spec = Spec(kind="adalora", paths=tuple(sorted(trained)), rank=r)
     return Adapter(paths.unflatten(trained), paths.unflatten(buffers) | shared, spec)
 
@@ -126,7 +141,8 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
         "lora_dropout": shortest_decimal(dropout),
         "rank_pattern": None if all(map(all, pattern.values())) else pattern,
         "target_modules": targets_value(factors, paths.module_names(base.params)),
-        # PEFT wants room between the first and the last updates, also to read a folder.
+        # Only a run knows its length. PEFT wants room between the first and the last updates, also
+        # to read a folder.
         "total_step": steps or own["initial_steps"] + own["final_steps"] + 1,
     }
     return values, tensors

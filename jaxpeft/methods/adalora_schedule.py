@@ -1,7 +1,8 @@
 """Which singular values AdaLoRA keeps: importance and budget, as a part of the optimizer.
 
-After every update ``t`` (from 1 to ``T``) each trained number has an importance
-``I = |p g|``, averaged, and the deviation from that average, averaged too::
+After every update ``t`` (from 1 to ``T``) each trained number ``p`` has an importance
+``I = |p g|``, where its gradient ``g`` is the clipped one. It is averaged, and the deviation from
+that average, too::
 
     m <- beta1 m + (1 - beta1) I        u <- beta2 u + (1 - beta2) |I - m|        s = m u
 
@@ -101,7 +102,8 @@ def allocate_ranks(
     """Follows an optimizer's updates with the choice of ranks.
 
     Args:
-        tx: Any optax transformation.
+        tx: Any optax transformation. Importance takes the gradients as they come in, so clip them
+            before, not here.
         schedule: When to choose, and how many.
         count_modules: From the shapes of the singular values by path, the number of kernels that
             are really adapted (layers of a stack may not be). A static number.

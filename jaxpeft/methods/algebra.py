@@ -1,4 +1,4 @@
-"""Adapters as values: padded to one rank, stacked on a leading axis.
+"""Adapters as values: weighted, padded to one rank, stacked on a leading axis.
 
 What is stacked is trained or served at once: under ``jax.vmap`` against one base, or in one batch
 with an index (`jaxpeft.methods.mixed`). Padding is zeros, which no method notices: a layer of rank
@@ -7,6 +7,7 @@ with an index (`jaxpeft.methods.mixed`). Padding is zeros, which no method notic
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -17,6 +18,15 @@ from jaxpeft.methods.base import Adapter
 
 RANK_AXES = {"a": -1, "b": -2, "a0": -1, "b0": -2}
 """Which axis of LoRA's factors has the rank's size."""
+
+
+def weigh_scales(adapter: Adapter, weight: Any) -> Adapter:
+    """The adapter with all its scales multiplied by `weight`; see `Kind.weigh`."""
+    scaled = {
+        path: value * weight if path.endswith("/scale") else value
+        for path, value in paths.flatten(adapter.buffers).items()
+    }
+    return dataclasses.replace(adapter, buffers=paths.unflatten(scaled))
 
 
 def pad_rank(adapter: Adapter, rank: int) -> Adapter:

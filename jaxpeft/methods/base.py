@@ -18,7 +18,7 @@ adapter of zeros is "no adapter" in a mixed batch.
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import flax.struct
@@ -65,46 +65,6 @@ class Label(str):
         return 0
 
 
-class FrozenMap(Mapping[str, Any]):
-    """A mapping that never changes, so that a config with one can be hashed.
-
-    The order of its keys is part of it: of patterns, the first that matches wins.
-
-    Example:
-        >>> FrozenMap({"down_proj": 16}) == {"down_proj": 16}
-        True
-    """
-
-    __slots__ = ("_items",)
-
-    def __init__(self, items: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()):
-        object.__setattr__(self, "_items", dict(items))
-
-    def __getitem__(self, key: str) -> Any:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and [*self.items()] == [*other.items()]
-
-    def __hash__(self) -> int:
-        return hash(tuple(self._items.items()))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"a FrozenMap cannot be changed: {name}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FrozenMap, (self._items,)
-
-    def __repr__(self) -> str:
-        return repr(self._items)
-
-
 @flax.struct.dataclass
 class Adapter:
     """Trained arrays, frozen arrays and the static description that reads them.
@@ -134,6 +94,7 @@ class Context:
         tokenizer: Its tokenizer.
         batches: Batches as the training step takes them, for initialisations from data.
         shapes_only: Only shapes matter to the caller: what batches decide may be anything.
+        steps: Updates of the run that is to come, 0 if not known.
     """
 
     config: Any = None
@@ -141,6 +102,7 @@ class Context:
     tokenizer: Any = None
     batches: Iterable[Mapping[str, Any]] | None = None
     shapes_only: bool = False
+    steps: int = 0
 
 
 NO_CONTEXT = Context()
@@ -222,6 +184,17 @@ class Method(abc.ABC):
             The adapter; ``jax.jit`` of this function works, unless it `needs_batches`.
         """
 
+    def go_on(self, saved: Adapter, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
+        """What a run starts from that goes on from a saved adapter, one that this describes.
+
+        Args:
+            saved: The adapter.
+            key: Typed PRNG key.
+            context: As `init` takes it.
+        """
+        del key, context
+        return saved
+
     def trainable(self, params: dict) -> dict:
         """Which leaves of an adapter's `params` are trained: a tree of booleans, all by default."""
         return jax.tree.map(lambda _: True, params)
@@ -232,11 +205,11 @@ class Method(abc.ABC):
         return None
 
     def wrap_optimizer(self, tx: Any, steps: int) -> Any:
-        """The optimizer of the trained leaves, with what the method adds to it.
+        """The update rule of the trained leaves, with what the method adds to it.
 
         Args:
-            tx: An optax transformation. Its update gets ``buffers=``, those of the adapter, as an
-                extra argument.
+            tx: An optax transformation of gradients that are clipped already. Its update gets
+                ``buffers=``, those of the adapter, as an extra argument.
             steps: Updates of the whole run.
         """
         del steps

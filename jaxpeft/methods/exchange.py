@@ -94,9 +94,9 @@ class Values:
         """A finite number."""
         return self._number(key, self.get(key))
 
-    def count(self, key: str) -> int:
-        """A whole number of at least 1."""
-        return self._count(key, self.get(key))
+    def count(self, key: str, least: int = 1) -> int:
+        """A whole number of at least `least`."""
+        return self._count(key, self.get(key), least)
 
     def flag(self, key: str) -> bool:
         """True or false."""
@@ -155,9 +155,9 @@ class Values:
             raise self.wrong(key, "a finite number")
         return value
 
-    def _count(self, key: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.wrong(key, "a whole number of at least 1")
+    def _count(self, key: str, value: Any, least: int = 1) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.wrong(key, f"a whole number of at least {least}")
         return value
 
     def _require_regex(self, pattern: str, key: str) -> None:

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 from jaxpeft import paths
 from jaxpeft.linear import OnBase, linear, materialise, shape_of
 from jaxpeft.methods import lycoris
+from jaxpeft.methods.algebra import weigh_scales
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method
 from jaxpeft.methods.exchange import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.methods.lycoris import uniform
@@ -215,6 +216,6 @@ KIND = Kind(
     bind=bind,
     leaf_shape=leaf_shape,
     config_of=config_of,
-    weigh=lycoris.weigh,
+    weigh=weigh_scales,
     peft=PEFT,
 )

@@ -27,6 +27,7 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import OnBase, linear, materialise, shape_of
 from jaxpeft.methods import lycoris
+from jaxpeft.methods.algebra import weigh_scales
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method
 from jaxpeft.methods.exchange import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.methods.lycoris import uniform
@@ -291,6 +292,6 @@ KIND = Kind(
     bind=bind,
     leaf_shape=leaf_shape,
     config_of=config_of,
-    weigh=lycoris.weigh,
+    weigh=weigh_scales,
     peft=PEFT,
 )

@@ -40,17 +40,18 @@ from jaxpeft.methods import (
     lora_tokens,
     token_rows,
 )
+from jaxpeft.methods.algebra import weigh_scales
 from jaxpeft.methods.base import (
     NO_CONTEXT,
     Adapter,
     Context,
-    FrozenMap,
     Kind,
     Method,
     Spec,
     weight_at,
 )
 from jaxpeft.methods.exchange import Values
+from jaxpeft.methods.frozen_map import FrozenMap
 from jaxpeft.methods.modules import default_and_exceptions
 
 
@@ -293,12 +294,7 @@ def weigh(adapter: Adapter, weight: Any) -> Adapter:
             "a LoRA with trained biases or tokens, or saved modules" if whole else "a DoRA adapter"
         )
         raise UserError(f"weights: {what} is no sum that could be weighted; leave weights out.")
-    buffers = paths.flatten(adapter.buffers)
-    scaled = {
-        path: value * weight if path.endswith("/scale") else value
-        for path, value in buffers.items()
-    }
-    return adapter.replace(buffers=paths.unflatten(scaled))  # pyright: ignore
+    return weigh_scales(adapter, weight)
 
 
 KIND = Kind(

@@ -16,7 +16,8 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few, nearest
 from jaxpeft.linear import shape_of
 from jaxpeft.methods import lora_saved
-from jaxpeft.methods.base import Adapter, FrozenMap, weight_at
+from jaxpeft.methods.base import Adapter, weight_at
+from jaxpeft.methods.frozen_map import FrozenMap
 from jaxpeft.methods.modules import modules_of, shortest_decimal
 from jaxpeft.methods.selection import check_regex, first_match, keep_names, layer_of
 
@@ -99,15 +100,20 @@ def select(config: Any, params: Mapping, leave: Iterable[str] = ()) -> dict[str,
     for name, site in chosen.items():
         rank = first_match(config.rank_pattern, name, config.rank)
         alpha = first_match(config.alpha_pattern, name, config.alpha)
-        d_in, d_out = shape_of(weight_at(params, site.path))[-2:]
-        if rank > min(d_in, d_out):
-            field = "rank" if rank == config.rank else "rank_pattern"
-            raise UserError(
-                f"LoRA.{field} {rank} exceeds the smaller side of {site.path} "
-                f"({d_in} x {d_out}); choose at most {min(d_in, d_out)}."
-            )
+        field = "rank" if rank == config.rank else "rank_pattern"
+        check_rank(f"LoRA.{field}", rank, site.path, params)
         modules[name] = Module(site, rank, alpha / (math.sqrt(rank) if config.rslora else rank))
     return modules
+
+
+def check_rank(field: str, rank: int, path: str, params: Mapping) -> None:
+    """Raises a UserError if the rank that a field gives exceeds a side of the kernel at a path."""
+    d_in, d_out = shape_of(weight_at(params, path))[-2:]
+    if rank > min(d_in, d_out):
+        raise UserError(
+            f"{field} {rank} exceeds the smaller side of {path} ({d_in} x {d_out}); choose at most "
+            f"{min(d_in, d_out)}."
+        )
 
 
 def by_path(modules: Iterable[Module], params: Mapping) -> dict[str, tuple[np.ndarray, np.ndarray]]:

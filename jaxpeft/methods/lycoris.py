@@ -5,7 +5,6 @@ Reference:
     Evaluation", 2023, https://arxiv.org/abs/2309.14859.
 """
 
-import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -107,15 +106,6 @@ def make_adapter(
     """An adapter from its arrays by path."""
     spec = Spec(kind=kind, paths=tuple(sorted(factors)), rank=rank, options=options)
     return Adapter(paths.unflatten(factors), paths.unflatten(buffers), spec)
-
-
-def weigh(adapter: Adapter, weight: Any) -> Adapter:
-    """The adapter with all its scales multiplied by `weight`."""
-    scaled = {
-        path: value * weight if path.endswith("/scale") else value
-        for path, value in paths.flatten(adapter.buffers).items()
-    }
-    return dataclasses.replace(adapter, buffers=paths.unflatten(scaled))
 
 
 def rank_and_alpha(adapter: Adapter) -> tuple[int, float, tuple[str, ...]]:

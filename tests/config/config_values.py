@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from jaxpeft.config_keys import Schema
-from jaxpeft.methods.base import FrozenMap
+from jaxpeft.methods.frozen_map import FrozenMap
 from jaxpeft.yaml_config import loads
 
 SMALL = """\

@@ -15,7 +15,7 @@ from jaxpeft.config_keys import Schema, describe, flatten
 from jaxpeft.data import DataConfig
 from jaxpeft.errors import UserError
 from jaxpeft.methods import METHODS, Full, LoRA
-from jaxpeft.methods.base import FrozenMap
+from jaxpeft.methods.frozen_map import FrozenMap
 from jaxpeft.optim import OptimConfig
 from jaxpeft.yaml_config import dumps, loads
 
