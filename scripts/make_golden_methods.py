@@ -222,6 +222,8 @@ ADAPTERS: dict[str, tuple[str, str, dict]] = {
         },
     ),
     "oft": ("llama2", "OFTConfig", {"oft_block_size": 8, "target_modules": "all-linear"}),
+    # PEFT takes the nearest number of blocks that divides the inputs, 2.
+    "oft_blocks": ("llama2", "OFTConfig", {"r": 3, "oft_block_size": 0}),
     "oft_exact": (
         "mistral",
         "OFTConfig",

@@ -29,6 +29,7 @@ NOT_OURS = {
     "loha_patterns": "rank_pattern",
     "lokr_low_rank": "alpha_pattern",
     "lora_mica": "init_lora_weights",
+    "oft_blocks": "r",
 }
 """Folders whose config our class of the method cannot say, and the key that the error names."""
 NUMBERS = ("scale", "rank", "dropout")
