@@ -92,7 +92,7 @@ def __getattr__(name: str) -> Any:
     """Imports a public name from its module and keeps it; methods are found by the registry."""
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
-    elif name.startswith("_") or name not in (methods := _methods()):
+    elif not name[:1].isupper() or name not in (methods := _methods()):
         raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")
     else:
         value = methods[name]

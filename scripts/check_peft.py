@@ -27,6 +27,8 @@ import numpy as np
 
 TEXT = "Question: What is the capital of France? Answer: Paris, a city of 2 million people."
 TOLERANCE = 1e-4
+USUAL = {"ADALORA": "The following rank_pattern keys", "LN_TUNING": "Unsupported layer type"}
+"""How warnings begin that PEFT gives for its own adapters of a type, too."""
 
 
 def write(adapter_folder: Path, base_path: Path, file: Path, merged: Path) -> None:
@@ -61,8 +63,6 @@ def write(adapter_folder: Path, base_path: Path, file: Path, merged: Path) -> No
 def check(adapter_folder: Path, base_path: Path, file: Path) -> None:
     """Loads the folder with PEFT and compares; exits with an error if anything differs."""
     import torch
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from safetensors.numpy import load_file
     from transformers import AutoModelForCausalLM
 
@@ -75,15 +75,33 @@ def check(adapter_folder: Path, base_path: Path, file: Path) -> None:
     golden = load_file(file)
     ids = golden["input_ids"]
     faults = compare("base", golden["base_logits"], torch_logits(base, ids))
+    model, more = load_in_peft(base, adapter_folder)
+    faults += more
+    extra = {}
+    if model.peft_config["default"].peft_type == "MULTITASK_PROMPT_TUNING":
+        extra["task_ids"] = torch.zeros(1, dtype=torch.long)
+    faults += compare("adapted", golden["logits"], torch_logits(model, ids, **extra))
+    if hasattr(model, "merge_and_unload"):
+        merged = torch_logits(model.merge_and_unload(), ids)
+        faults += compare("merged by PEFT", golden["logits"], merged)
+    finish(faults)
+
+
+def load_in_peft(base: Any, adapter_folder: Path) -> tuple[Any, list[str]]:
+    """The adapted model, and what PEFT had to say against the folder: warnings, keys, tensors."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+    from safetensors.numpy import load_file
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(base, adapter_folder)
         result = model.load_adapter(adapter_folder, adapter_name="again")
     config = model.peft_config["default"]
     warned = [str(w.message) for w in caught if "peft" in w.filename]
-    if config.peft_type == "LN_TUNING":  # PEFT says it of every norm, of its own adapters too
-        warned = [text for text in warned if not text.startswith("Unsupported layer type")]
-    faults += [f"PEFT warns: {text}" for text in warned]
+    usual = USUAL.get(config.peft_type)
+    warned = [text for text in warned if usual is None or not text.startswith(usual)]
+    faults = [f"PEFT warns: {text}" for text in warned]
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
     missing = [key for key in result.missing_keys if prefix in key]
     faults += [f"missing keys: {missing[:3]}"] if missing else []
@@ -95,14 +113,7 @@ def check(adapter_folder: Path, base_path: Path, file: Path) -> None:
     faults += [f"unexpected keys: {unexpected[:3]}"] if unexpected else []
     print(f"keys: {len(missing)} missing, {len(unexpected)} unexpected")
     faults += same_tensors(saved, {key: value.detach().numpy() for key, value in again.items()})
-    extra = {}
-    if config.peft_type == "MULTITASK_PROMPT_TUNING":
-        extra["task_ids"] = torch.zeros(1, dtype=torch.long)
-    faults += compare("adapted", golden["logits"], torch_logits(model.eval(), ids, **extra))
-    if hasattr(model, "merge_and_unload"):
-        merged = torch_logits(model.merge_and_unload(), ids)
-        faults += compare("merged by PEFT", golden["logits"], merged)
-    finish(faults)
+    return model.eval(), faults
 
 
 def check_merged(folder: Path, file: Path) -> None:

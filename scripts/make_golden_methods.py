@@ -118,6 +118,35 @@ ADAPTERS: dict[str, tuple[str, str, dict]] = {
         "LoraConfig",
         {"r": 2, "target_modules": ["lm_head"], "trainable_token_indices": [60, 9]},
     ),
+    # PEFT takes a part of the base off, when it makes such an adapter and when it loads one.
+    "lora_pissa": (
+        "llama_bias",
+        "LoraConfig",
+        {
+            "r": 3,
+            "lora_alpha": 5,
+            "lora_dropout": 0.1,
+            "init_lora_weights": "pissa",
+            "target_modules": ["q_proj", "up_proj", "down_proj"],
+            "exclude_modules": ["model.layers.1.self_attn.q_proj"],
+            "rank_pattern": {"q_proj": 2, "2.mlp.down_proj": 4},
+            "alpha_pattern": {"up_proj": 7},
+        },
+    ),
+    "lora_olora": (
+        "qwen2",
+        "LoraConfig",
+        {
+            "r": 3,
+            "lora_alpha": 2,
+            "use_rslora": True,
+            "init_lora_weights": "olora",
+            "target_modules": ["k_proj", "o_proj", "gate_proj", "down_proj"],
+            "rank_pattern": {"0.self_attn.o_proj": 5},
+            "alpha_pattern": {"gate_proj": 3},
+        },
+    ),
+    "lora_mica": ("llama3", "LoraConfig", {"r": 3, "init_lora_weights": "mica"}),
     "dora": ("llama3", "LoraConfig", {"r": 3, "use_dora": True}),
     "dora_all": (
         "qwen2",
@@ -211,6 +240,8 @@ ADAPTERS: dict[str, tuple[str, str, dict]] = {
         },
     ),
     "oft": ("llama2", "OFTConfig", {"oft_block_size": 8, "target_modules": "all-linear"}),
+    # PEFT takes the nearest number of blocks that divides the inputs, 2.
+    "oft_blocks": ("llama2", "OFTConfig", {"r": 3, "oft_block_size": 0}),
     "oft_exact": (
         "mistral",
         "OFTConfig",

@@ -25,7 +25,12 @@ FOLDERS = [
     for where in ("methods", "adapters")
     for file in sorted((GOLDEN / where).glob("*/adapter_config.json"))
 ]
-NOT_OURS = {"loha_patterns": "rank_pattern", "lokr_low_rank": "alpha_pattern"}
+NOT_OURS = {
+    "loha_patterns": "rank_pattern",
+    "lokr_low_rank": "alpha_pattern",
+    "lora_mica": "init_lora_weights",
+    "oft_blocks": "r",
+}
 """Folders whose config our class of the method cannot say, and the key that the error names."""
 NUMBERS = ("scale", "rank", "dropout")
 

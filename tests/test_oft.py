@@ -1,6 +1,9 @@
-"""OFT's rotations against float64 NumPy and the laws of orthogonal matrices."""
+"""OFT's rotations against float64 NumPy and the laws of orthogonal matrices; PEFT's blocks."""
 
 import dataclasses
+import json
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +13,10 @@ from tiny_decoder import CONFIG, decoder
 
 import jaxpeft as jp
 from jaxpeft.methods import OFT, bind, check_fit
-from jaxpeft.methods.oft import OFTKernel, cayley
+from jaxpeft.methods.oft import OFTKernel, cayley, size_in_peft
 from jaxpeft.models.config import ModelConfig
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 RNG = np.random.default_rng(0)
 Q = RNG.normal(size=(3, 6)).astype(np.float32)  # three blocks of size four
 
@@ -97,3 +101,60 @@ def test_layers_that_are_not_chosen_have_no_gradient():
 def test_nonsense_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=rf"OFT\.{field} must"):
         OFT(**{field: value})
+
+
+def folder_with(tmp_path, name, **values):
+    folder = shutil.copytree(GOLDEN / "methods" / name, tmp_path / name)
+    file = folder / "adapter_config.json"
+    values = json.loads(file.read_text()) | values
+    file.write_text(json.dumps(values))
+    return folder, jp.load_model(GOLDEN / "models" / values["base_model_name_or_path"])
+
+
+@pytest.mark.parametrize(
+    ("d_in", "wanted", "found"),
+    [(32, 5, 4), (32, 7, 8), (32, 12, 8), (32, 40, 32), (48, 32, 24), (48, 7, 6), (97, 32, 1)],
+)
+def test_what_does_not_divide_becomes_what_peft_makes_of_it(d_in, wanted, found):
+    """Expected: ``OFTLayer.adjust_oft_parameters`` of PEFT 0.21."""
+    assert size_in_peft(d_in, wanted, 0) == found
+    assert size_in_peft(d_in, 0, wanted) == d_in // found
+
+
+@pytest.mark.parametrize("values", [{"oft_block_size": 5}, {"oft_block_size": 0, "r": 9}])
+def test_a_folder_whose_blocks_peft_adjusted_loads_the_same(tmp_path, values):
+    folder, base = folder_with(tmp_path, "oft_exact", **values)  # 8 blocks of 4
+    loaded = jp.load_adapter(folder, base)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        loaded,
+        jp.load_adapter(GOLDEN / "methods" / "oft_exact", base),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("oft", {"num_cayley_neumann_terms": 1}, "num_cayley_neumann_terms: expected at least 2"),
+        ("oft", {"r": 4, "oft_block_size": 0}, "r 4 makes blocks of .*blocks of several sizes"),
+        ("oft", {"oft_block_size": 32}, "oft_block_size 32 makes blocks of .* of several sizes"),
+        ("oft", {"r": 4}, "r: expected 0 beside an oft_block_size"),
+        ("oft", {"oft_block_size": 0}, "r: expected 0 beside an oft_block_size"),
+        ("oft_exact", {"r": 32, "oft_block_size": 0}, "blocks of one input"),
+    ],
+)
+def test_a_folder_with_blocks_or_terms_that_we_do_not_have_is_refused(
+    tmp_path, name, values, message
+):
+    folder, base = folder_with(tmp_path, name, **values)
+    with pytest.raises(jp.UserError, match=message) as error:
+        jp.load_adapter(folder, base)
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_the_number_of_terms_is_not_read_where_rotations_are_exact(tmp_path):
+    folder, base = folder_with(tmp_path, "oft_exact", num_cayley_neumann_terms=1)
+    q = jp.load_adapter(folder, base).params
+    expected = jp.load_adapter(GOLDEN / "methods" / "oft_exact", base).params
+    jax.tree.map(np.testing.assert_array_equal, q, expected)

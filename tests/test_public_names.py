@@ -65,6 +65,12 @@ print([name for name in {heavy} if name in sys.modules])
     assert run(code) == "[]\n"
 
 
+@pytest.mark.parametrize("name", ["load_model", "quantize"])
+def test_a_name_may_be_the_first_that_is_asked_for(name):
+    """Modules import each other from the package, which must not answer by importing methods."""
+    assert run(f"import jaxpeft\nprint(jaxpeft.{name}.__name__)") == f"{name}\n"
+
+
 def test_editors_are_told_the_names_that_exist():
     tree = ast.parse(pathlib.Path(inspect.getfile(jp)).read_text())
     (block,) = [

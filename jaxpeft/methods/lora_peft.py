@@ -16,8 +16,10 @@ from jaxpeft.linear import dtype_of, materialise, shape_of
 from jaxpeft.methods import (
     lora_peft_factors,
     lora_peft_saved,
+    lora_peft_start,
     lora_places,
     lora_saved,
+    lora_select,
     lora_tokens,
 )
 from jaxpeft.methods.base import Adapter, Spec
@@ -48,6 +50,9 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     tokens = lora_tokens.parse(values, paths.get(base.params, paths.HEAD) is None)
     config = dataclasses.replace(parse(values), tokens=tokens)
     folder = Folder(config, tensors, base)
+    if config.start:
+        sites = lora_select.sites_of(base.params)
+        lora_peft_start.require_weights(values.file, config, sites, base.params)
     _require_known(folder)
     for part in PARTS.values():
         part.check(folder)
@@ -61,6 +66,7 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     options = {
         "bias": config.bias != "none" and biases and config.bias,
         "dora": config.dora,
+        "init_weights": config.start,
         "lora_bias": config.lora_bias,
         "rslora": config.rslora,
     }

@@ -15,7 +15,7 @@ import numpy as np
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.methods.base import Adapter
 from jaxpeft.methods.exchange import Tensors, Values
-from jaxpeft.methods.lora_peft_start import start_fields
+from jaxpeft.methods.lora_peft_start import start_fields, subtracted
 from jaxpeft.methods.lora_saved import BIASES
 from jaxpeft.methods.selection import Selection, first_match
 
@@ -79,9 +79,6 @@ SUFFIXES = (
 )
 """Last parts of the names of modules in the models there are."""
 
-PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
-"""Initialisations that leave the base as it is; the others need their changed base."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftLoraConfig:
@@ -100,6 +97,7 @@ class PeftLoraConfig:
         lora_bias: Whether B has a bias.
         saved: Ends of the names of modules that are saved whole.
         tokens: Ids of trained tokens by the path of their weight.
+        start: "pissa" or "olora" where their first product is taken off the base, else "".
     """
 
     rank: int
@@ -114,6 +112,7 @@ class PeftLoraConfig:
     lora_bias: bool = False
     saved: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    start: str = ""
 
     def adapts(self, name: str) -> bool:
         """Whether the module with this full name has factors."""
@@ -143,13 +142,7 @@ class PeftLoraConfig:
 
 def parse(values: Values) -> PeftLoraConfig:
     """The meaning of an ``adapter_config.json``; wrong or unsupported values are UserErrors."""
-    init = values.get("init_lora_weights")
-    if init is not None and init not in PLAIN_INITS:
-        raise UserError(
-            f"{values.file}: init_lora_weights: {init!r} is not supported yet: it changes the base "
-            "model. Convert the adapter with PEFT: save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...)."
-        )
+    start = subtracted(values)
     bias, saved = values.get("bias"), values.names("modules_to_save")
     if bias not in BIASES:
         raise values.wrong("bias", f"one of {', '.join(BIASES)}")
@@ -169,6 +162,7 @@ def parse(values: Values) -> PeftLoraConfig:
         bias=bias,
         lora_bias=values.flag("lora_bias"),
         saved=saved,
+        start=start,
     )
 
 

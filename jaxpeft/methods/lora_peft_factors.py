@@ -16,7 +16,7 @@ import numpy as np
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import shape_of
-from jaxpeft.methods import dora
+from jaxpeft.methods import dora, lora_peft_start
 from jaxpeft.methods.base import Adapter, weight_at
 from jaxpeft.methods.exchange import CONFIG, PREFIX
 from jaxpeft.methods.lora_peft_config import Arrays, Folder, Part
@@ -77,8 +77,12 @@ def read(folder: Folder, width: int) -> Arrays:
     places = stack(layers, sites_of(base.params), base.params)
     for path, arrays in places.items():
         arrays["dropout"] = jnp.full(arrays["rank"].shape, config.dropout, jnp.float32)
+        kernel = weight_at(base.params, path)
         if config.dora:
-            arrays["norm"] = dora.start(weight_at(base.params, path), arrays["rank"])
+            arrays["norm"] = dora.start(kernel, arrays["rank"])
+        if config.start:
+            ranks, scales = np.asarray(arrays["rank"]), np.asarray(arrays["scale"])
+            arrays |= lora_peft_start.first_factors(config.start, kernel, ranks, scales, width)
     trained = ("a", "b", "m", "bias")
     return {
         path: (

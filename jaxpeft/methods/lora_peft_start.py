@@ -1,9 +1,32 @@
-"""How an ``adapter_config.json`` of HF PEFT 0.21 starts the factors of a LoRA."""
+"""How an ``adapter_config.json`` of HF PEFT 0.21 starts the factors of a LoRA.
+
+A start that takes a part of the base off stays in the folder: PEFT repeats it whenever it loads
+one that was not converted. What it takes off depends on the base's weights, and on no sign that a
+decomposition may choose; PEFT then rounds what is left to the base's dtype, which is not done here.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jaxpeft.methods.exchange import Values
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxpeft import paths
+from jaxpeft.errors import UserError
+from jaxpeft.linear import shape_of
+from jaxpeft.methods import lora_init
+from jaxpeft.methods.base import weight_at
+from jaxpeft.methods.exchange import CONFIG, Values
+from jaxpeft.quant import QuantTensor
+
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Starts that leave the base as it is."""
+
+CONVERT = (
+    "convert the adapter with PEFT: save_pretrained(..., "
+    "path_initial_model_for_weight_conversion=...)"
+)
 
 EVA = {
     "adjust_scaling_factors": True,
@@ -47,6 +70,92 @@ def start_fields(values: Values) -> dict[str, Any]:
             'true, "gaussian", "orthogonal", "pissa", "olora", "loftq" or "eva"',
         )
     return {"init_weights": init}
+
+
+def subtracted(values: Values) -> str:
+    """The start whose product PEFT takes off the base when it loads the folder, "" for none.
+
+    Raises:
+        UserError: If it cannot be repeated, or goes with nothing else that the config says.
+    """
+    init = values.get("init_lora_weights")
+    init = init.lower() if isinstance(init, str) else init
+    if init in PLAIN_INITS:
+        return ""
+    where = f"{values.file}: init_lora_weights: {values.get('init_lora_weights')!r}"
+    if init == "loftq":
+        raise UserError(
+            f"{where}: PEFT rounds the base's weights when it loads this, which is not supported. "
+            "Merge with PEFT (merge_and_unload) and load the merged model; if your base holds the "
+            f"rounded weights already, set init_lora_weights to true in {CONFIG}."
+        )
+    if isinstance(init, str) and init.startswith("pissa_niter_"):
+        raise UserError(
+            f"{where}: takes a random approximation off the base, which cannot be repeated; "
+            f"{CONVERT}."
+        )
+    if init not in lora_init.SUBTRACTED:
+        raise UserError(f"{where} is not supported yet: it changes the base model; {CONVERT}.")
+    for key in ("use_dora", "lora_bias"):
+        if values.flag(key):
+            raise values.wrong(key, f"false with init_lora_weights {init!r}")
+    return init
+
+
+def require_weights(file: Any, config: Any, sites: Mapping[str, paths.Site], params: Any) -> None:
+    """Raises a UserError unless the start of a folder can be repeated on this base.
+
+    Args:
+        file: The config's file.
+        config: A `jaxpeft.methods.lora_peft_config.PeftLoraConfig`.
+        sites: All modules that LoRA can adapt.
+        params: Parameters of the base.
+    """
+    where = f"{file}: init_lora_weights: {config.start!r}"
+    for name, site in sites.items():
+        if not config.adapts(name):
+            continue
+        kernel = weight_at(params, site.path)
+        if site.path in (paths.EMBEDDING, paths.HEAD):
+            raise UserError(
+                f"{where} is not supported for {name}, of which PEFT saves a changed copy; "
+                f"{CONVERT}."
+            )
+        if isinstance(kernel, jax.ShapeDtypeStruct):
+            raise UserError(
+                f"{where} takes a part of the base's weights off, and only its shapes are known; "
+                "load the base and pass it: load_adapter(..., base)."
+            )
+        if isinstance(kernel, QuantTensor):
+            raise UserError(
+                f"{where} takes a part of the full weights off, and this base is quantised; load "
+                "the adapter on the full base, save it (it becomes a plain LoRA), and load that."
+            )
+        rank, sides = config.rank_of(name), shape_of(kernel)[-2:]
+        if rank > min(sides):
+            raise UserError(
+                f"{where}: rank {rank} exceeds the smaller side of {name} "
+                f"({sides[0]} x {sides[1]}); no decomposition gives that many columns."
+            )
+        if config.start == "pissa" and not config.scale_of(name) > 0:
+            raise UserError(f"{where} needs a positive alpha, {name} has {config.alpha_of(name)}.")
+
+
+def first_factors(
+    start: str, kernel: Any, ranks: np.ndarray, scales: np.ndarray, width: int
+) -> dict[str, Float[Array, "..."]]:
+    """The frozen arrays ``a0`` and ``b0`` of a place, whose product PEFT takes off the base.
+
+    Args:
+        start: "pissa" or "olora".
+        kernel: The base's leaf, stacked or not.
+        ranks: Of every layer, 0 where it is not adapted.
+        scales: Of every layer.
+        width: The rank that all are padded to.
+    """
+    key = jax.random.key(0)  # neither start draws
+    a0, b0 = lora_init.of_stack(start, key, kernel, ranks, scales, width, 1)
+    return {"a0": a0, "b0": b0}
 
 
 def _settings(values: Values, key: str, defaults: Mapping[str, Any]) -> dict[str, Any]:

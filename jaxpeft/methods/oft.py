@@ -16,6 +16,7 @@ References:
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -212,34 +213,72 @@ def config_from_peft(values: Values) -> OFT:
     """The config that PEFT's describes; see `PeftFormat`."""
     values.only("init_weights", True)
     values.only("module_dropout", 0)
-    return OFT(**_block_fields(values), **values.selection(DEFAULT_TARGETS).fields(values.file))
+    if values.get("r"):
+        raise values.wrong("r", "0, and oft_block_size in its place: OFT.block_size holds a size")
+    block_size = values.count("oft_block_size")
+    return OFT(
+        block_size=block_size,
+        **_rotation_fields(values),
+        **values.selection(DEFAULT_TARGETS).fields(values.file),
+    )
 
 
-def _block_fields(values: Values) -> dict[str, Any]:
-    """How PEFT's config makes the blocks."""
-    return {
-        "block_size": values.count("oft_block_size"),
-        "exact": not values.flag("use_cayley_neumann"),
-        "terms": values.count("num_cayley_neumann_terms"),
-    }
+def _rotation_fields(values: Values) -> dict[str, Any]:
+    """How PEFT's config makes rotations."""
+    exact, terms = not values.flag("use_cayley_neumann"), values.count("num_cayley_neumann_terms")
+    if terms < 2 and not exact:
+        raise values.wrong("num_cayley_neumann_terms", "at least 2: PEFT rotates nothing by fewer")
+    return {"exact": exact, "terms": max(terms, 2)}
+
+
+@functools.cache
+def size_in_peft(d_in: int, block_size: int, blocks: int) -> int:
+    """Width of the blocks that PEFT makes; what does not divide becomes the nearest that does.
+
+    Args:
+        d_in: Inputs of the kernel.
+        block_size: PEFT's ``oft_block_size``, or 0.
+        blocks: PEFT's ``r``, or 0; one of the two is 0.
+    """
+    wanted = min(block_size or blocks, d_in)
+    divisors = [n for n in range(1, d_in + 1) if d_in % n == 0]
+    found = min(divisors, key=lambda n: (abs(n - wanted), n))
+    return found if block_size else d_in // found
+
+
+def _block_size(values: Values, widths: dict[str, int]) -> int:
+    """The one width of all blocks; `widths` are the inputs of the kernels by module."""
+    given = [values.count(key) if values.get(key) else 0 for key in ("oft_block_size", "r")]
+    if all(given) or not any(given):
+        raise values.wrong(
+            "r", "0 beside an oft_block_size, and a number in its place if that is 0"
+        )
+    sizes = {name: size_in_peft(d_in, *given) for name, d_in in widths.items()}
+    where = f"{values.file}: {'oft_block_size' if given[0] else 'r'} {max(given)}"
+    if small := [name for name, size in sizes.items() if size < 2]:
+        raise UserError(f"{where} makes blocks of one input in {small[0]}, which rotate nothing.")
+    first, *others = sizes
+    if other := [name for name in others if sizes[name] != sizes[first]]:
+        raise UserError(
+            f"{where} makes blocks of {sizes[first]} in {first} and of {sizes[other[0]]} in "
+            f"{other[0]}; blocks of several sizes in one adapter are not supported."
+        )
+    return sizes[first]
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`."""
-    blocking, sites = _block_fields(values), paths.module_names(base.params)
-    chosen, size = (
-        values.selection(DEFAULT_TARGETS).select(sites, values.file),
-        blocking["block_size"],
-    )
-    shapes = {}
-    for name, site in chosen.items():
-        d_in = shape_of(paths.get(base.params, site.path))[-2]
-        blocks = count_blocks(d_in, size, f"{values.file}: oft_block_size: {name}")
-        shapes[_key(name)] = (blocks, size * (size - 1) // 2)
+    rotation, sites = _rotation_fields(values), paths.module_names(base.params)
+    chosen = values.selection(DEFAULT_TARGETS).select(sites, values.file)
+    widths = {
+        name: shape_of(paths.get(base.params, site.path))[-2] for name, site in chosen.items()
+    }
+    size = _block_size(values, widths)
+    shapes = {_key(n): (d_in // size, size * (size - 1) // 2) for n, d_in in widths.items()}
     tensors.require(shapes, base.name)
     q = stack({name: {"q": tensors.read(_key(name))} for name in chosen}, sites, base.params)
     ranks = {path: {"rank": rank} for path, rank in selected_layers(base.params, chosen).items()}
-    spec = make_spec(tuple(sorted(q)), **blocking)
+    spec = make_spec(tuple(sorted(q)), size, **rotation)
     return Adapter(paths.unflatten(q), paths.unflatten(ranks), spec)
 
 
@@ -287,7 +326,7 @@ PEFT = PeftFormat(
     },
     read_keys=(
         *("exclude_modules", "layers_pattern", "layers_to_transform", "num_cayley_neumann_terms"),
-        *("oft_block_size", "target_modules", "use_cayley_neumann"),
+        *("oft_block_size", "r", "target_modules", "use_cayley_neumann"),
     ),
     harmless_keys=("eps", "init_weights", "module_dropout"),
     read=read,

@@ -248,7 +248,6 @@ def test_another_width_is_told_in_one_line():
         ({"layers_to_transform": "0"}, "layers_to_transform: expected a whole number"),
         ({"peft_type": "POLY"}, "peft_type: 'POLY' is not supported; supported: "),
         ({"task_type": "SEQ_CLS"}, "task_type: only 'CAUSAL_LM' is supported"),
-        ({"init_lora_weights": "pissa"}, "changes the base model"),
         ({"use_dora": True}, "magnitude"),
         (
             {"modules_to_save": ["lm_head"]},
