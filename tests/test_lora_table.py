@@ -244,8 +244,9 @@ def test_merging_tokens_of_the_table_behind_its_lookups_is_refused():
     params, table = decoder()[1], make(targets=(EMBED,))
     tokens = moved(TrainableTokens(token_ids=(1, 5)).init(params, jax.random.key(0)), 3)
     close(logits(None, params=merge(params, [tokens, table])), logits([tokens, table]))
-    with pytest.raises(jp.UserError, match="leaves the tied head to the base"):
-        merge(params, [table, tokens])
+    for put in (bind, merge):
+        with pytest.raises(jp.UserError, match=r"replaces what the base has.*put it first"):
+            put(params, [table, tokens])
 
 
 @pytest.mark.parametrize(

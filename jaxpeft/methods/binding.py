@@ -18,9 +18,6 @@ from jaxpeft.methods.mixed import NOT_STACKED, extra_axes, first_of, mixed_leaf
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.quant import QuantTensor
 
-ABSOLUTE = frozenset({"value", "m", "rows"})
-"""Trained arrays of a place that stand in for what the base has there: they add up with nothing."""
-
 
 def init_adapter(method: Method, base: Any, key: jax.Array, *, batches: Any = None) -> Adapter:
     """A new adapter of `method`.
@@ -76,7 +73,7 @@ def bind(
         UserError: If an adapter addresses leaves that the base lacks, or with other shapes, or if
             it has no meaning to multiply its change, or to let it differ from row to row.
     """
-    tree, changed = params, set()
+    tree, changed = params, {}
     for position, one in enumerate(adapters_of(adapter, weights)):
         key = dropout_key
         if key is not None and position:
@@ -105,16 +102,25 @@ def _bind_mixed(tree: dict, adapter: Adapter, path: str, index: Any, key: Any) -
     return mixed_leaf(make_leaf(tree, adapter, path, key), adapter, probe, index)
 
 
-def _require_unchanged(adapter: Adapter, changed: set[str]) -> None:
-    """Raises a UserError if an adapter replaces what adapters before it `changed`; adds its own."""
+def _require_unchanged(adapter: Adapter, changed: dict[str, bool]) -> None:
+    """Raises a UserError if an adapter replaces what adapters before it changed.
+
+    Args:
+        adapter: The adapter.
+        changed: Paths that those before it stand at, and whether the base's own leaf is changed:
+            virtual tokens only stand behind the table. The adapter's own are added.
+    """
+    virtual = KINDS[adapter.spec.kind].virtual_tokens(adapter) > 0
     for path in adapter.spec.paths:
-        if path in changed and not ABSOLUTE.isdisjoint(paths.get(adapter.params, path, {})):
+        arrays = {} if virtual else paths.get(adapter.params, path, {})
+        whole, part = "value" in arrays, "m" in arrays or "rows" in arrays
+        if path in changed and (whole or (part and changed[path])):
             raise UserError(
-                f"{path}: this adapter replaces what the base has there (a DoRA does, a module or "
-                "token trained whole), and one before it changes that; put it first, or merge the "
+                f"{path}: this adapter replaces what the base has there (DoRA does, and modules or "
+                "tokens trained whole), and one before it changes that; put it first, or merge the "
                 "other one before."
             )
-    changed.update(adapter.spec.paths)
+        changed[path] = changed.get(path, False) or not virtual
 
 
 def adapters_of(
@@ -192,7 +198,7 @@ def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
             quantised where it is changed.
     """
     paths.require_tree(params)
-    tree, parted, changed = params, False, set()
+    tree, parted, changed = params, False, {}
     for one in adapters_of(adapter):
         _require_unquantised(params, one)
         kind = KINDS[one.spec.kind]
