@@ -103,6 +103,10 @@ def test_virtual_tokens_behind_the_table_get_nothing_of_its_factors():
         np.testing.assert_array_equal(one, other)
         rows = paths.get(prompt.params, f"{paths.EMBEDDING}/prompt")
         np.testing.assert_array_equal(one[0, :2], rows)
+    whole = LoRA(targets=("q_proj",), save_modules=(EMBED,)).init(params, jax.random.key(0))
+    bind(params, [whole, prompt])
+    with pytest.raises(jp.UserError, match=r"replaces what the base has.*put it first"):
+        bind(params, [prompt, whole])
 
 
 @models
