@@ -253,7 +253,7 @@ def config_from_peft(values: Values) -> AdaLoRA:
         initial_rank=r,
         alpha=float(alpha if alpha > 0 else r),
         dropout=values.probability("lora_dropout"),
-        **values.selection(adalora_peft.DEFAULT_TARGETS).fields(values.file),
+        **values.selection().fields(values.file),
     )
 
 

@@ -33,7 +33,6 @@ NUMBERS = {"orthogonality": "orth_reg_weight", "beta1": "beta1", "beta2": "beta2
 LEAST = {"rank": 1, "initial_steps": 0, "final_steps": 0, "every": 1}
 """The smallest value of each whole number."""
 
-DEFAULT_TARGETS = ("q_proj", "v_proj")
 STEPS = "steps"
 """Updates of the run that an adapter was made for, PEFT's ``total_step``; 0 if not known."""
 
@@ -80,7 +79,7 @@ def read_steps(values: Values, own: Mapping[str, Any]) -> int:
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`."""
     r, sites = values.count("init_r"), paths.module_names(base.params)
-    chosen = values.selection(DEFAULT_TARGETS).select(sites, values.file)
+    chosen = values.selection().select(sites, values.file)
     kept = {name: np.ones(r, bool) for name in chosen} | _kept(values, r)
     if strange := sorted(kept.keys() - chosen.keys()):
         raise values.wrong("rank_pattern", f"modules that target_modules selects, not {strange[0]}")

@@ -20,6 +20,8 @@ from jaxpeft.methods.selection import Selection
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 FLOAT32_MAX = 3.4e38
+PEFT_TARGETS = ("q_proj", "v_proj")
+"""What most families of PEFT adapt in Llama, Mistral and Qwen models if no targets are given."""
 FLOATS = ("F32", "F16", "BF16")
 
 COMMON: dict[str, Any] = {
@@ -136,7 +138,7 @@ class Values:
             self._require_regex(name, key)
         return {name: check(key, item) for name, item in value.items()}
 
-    def selection(self, default: str | tuple[str, ...] = ()) -> Selection:
+    def selection(self, default: str | tuple[str, ...] = PEFT_TARGETS) -> Selection:
         """Which modules the config adapts; `default` where it names none."""
         layers, pattern = self.ints("layers_to_transform"), self.names("layers_pattern")
         for name in pattern:

@@ -192,7 +192,7 @@ def config_from_peft(values: Values) -> IA3:
         raise values.wrong(
             "target_modules", "names or a regex, as PEFT's choice depends on the base"
         )
-    fields = values.selection().fields(values.file)
+    fields = values.selection(()).fields(values.file)
     inner, targets = values.names("feedforward_modules", FEEDFORWARD), fields["targets"]
     if values.get("feedforward_modules") is None and not isinstance(targets, str):
         inner = tuple(n for n in inner if any(paths.name_matches((n,), t) for t in targets))

@@ -165,7 +165,7 @@ def config_from_peft(values: Values) -> LoHa:
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`."""
     sites = paths.module_names(base.params)
-    chosen = values.selection(lycoris.DEFAULT_TARGETS).select(sites, values.file)
+    chosen = values.selection().select(sites, values.file)
     ranks = lycoris.read_ranks(values, chosen)
     shapes = {}
     for name, site in chosen.items():

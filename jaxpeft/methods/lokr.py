@@ -223,7 +223,7 @@ def _split_fields(values: Values) -> dict[str, Any]:
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`."""
     sites = paths.module_names(base.params)
-    chosen = values.selection(lycoris.DEFAULT_TARGETS).select(sites, values.file)
+    chosen = values.selection().select(sites, values.file)
     ranks = lycoris.read_ranks(values, chosen)
     options = _split_fields(values)
     shapes, kinds = {}, {}

@@ -19,9 +19,6 @@ from jaxpeft.methods.lora_peft_start import start_fields, subtracted
 from jaxpeft.methods.lora_saved import BIASES
 from jaxpeft.methods.selection import Selection, first_match
 
-DEFAULT_TARGETS = ("q_proj", "v_proj")
-"""What PEFT adapts in Llama, Mistral and Qwen models when no targets are given."""
-
 DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
@@ -158,7 +155,7 @@ def parse(values: Values) -> PeftLoraConfig:
         dropout=values.probability("lora_dropout"),
         rslora=values.flag("use_rslora"),
         dora=values.flag("use_dora"),
-        selection=values.selection(DEFAULT_TARGETS),
+        selection=values.selection(),
         bias=bias,
         lora_bias=values.flag("lora_bias"),
         saved=saved,

@@ -53,7 +53,6 @@ HARMLESS_KEYS = (
     *("init_weights", "module_dropout", "rank_dropout"),
     "use_effective_conv2d",  # of convolutions there are none
 )
-DEFAULT_TARGETS = ("q_proj", "v_proj")
 
 
 def check_fields(method: Any, name: str) -> None:
@@ -147,7 +146,7 @@ def fields_from_peft(values: Values) -> dict[str, Any]:
     for key in ("module_dropout", "rank_dropout"):
         values.only(key, 0)
     values.only("init_weights", True)
-    fields = values.selection(DEFAULT_TARGETS).fields(values.file)
+    fields = values.selection().fields(values.file)
     return {"rank": values.count("r"), "alpha": float(values.number("alpha")), **fields}
 
 

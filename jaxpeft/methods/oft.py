@@ -36,8 +36,6 @@ from jaxpeft.methods.replace import selected_layers
 from jaxpeft.methods.selection import keep_names
 
 HIGHEST = jax.lax.Precision.HIGHEST
-DEFAULT_TARGETS = ("q_proj", "v_proj")
-"""What PEFT adapts in Llama, Mistral and Qwen models when no targets are given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,7 +217,7 @@ def config_from_peft(values: Values) -> OFT:
     return OFT(
         block_size=block_size,
         **_rotation_fields(values),
-        **values.selection(DEFAULT_TARGETS).fields(values.file),
+        **values.selection().fields(values.file),
     )
 
 
@@ -269,7 +267,7 @@ def _block_size(values: Values, widths: dict[str, int]) -> int:
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`."""
     rotation, sites = _rotation_fields(values), paths.module_names(base.params)
-    chosen = values.selection(DEFAULT_TARGETS).select(sites, values.file)
+    chosen = values.selection().select(sites, values.file)
     widths = {
         name: shape_of(paths.get(base.params, site.path))[-2] for name, site in chosen.items()
     }

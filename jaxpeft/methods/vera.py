@@ -42,7 +42,6 @@ from jaxpeft.methods.replace import selected_layers
 from jaxpeft.methods.selection import keep_names
 
 HIGHEST = jax.lax.Precision.HIGHEST
-DEFAULT_TARGETS = ("q_proj", "v_proj")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,14 +225,14 @@ def config_from_peft(values: Values) -> VeRA:
         rank=values.count("r"),
         dropout=values.probability("vera_dropout"),
         d_initial=float(values.number("d_initial")),
-        **values.selection(DEFAULT_TARGETS).fields(values.file),
+        **values.selection().fields(values.file),
     )
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """An adapter from PEFT's config and tensors; see `PeftFormat`."""
     sites = paths.module_names(base.params)
-    chosen = values.selection(DEFAULT_TARGETS).select(sites, values.file)
+    chosen = values.selection().select(sites, values.file)
     if not values.flag("save_projection"):
         raise UserError(
             f"{values.file}: save_projection: false leaves A and B to torch's random generator, "
