@@ -47,6 +47,30 @@ def make_parser(verb: str, description: str, schema: Schema | None = None) -> Pa
     )
 
 
+def add_compilation_cache(parser: Parser) -> None:
+    """Adds the flag that `keep_compiled` reads."""
+    parser.add_argument(
+        "--no_compilation_cache",
+        action="store_true",
+        help="compile anew; else compiled programs are kept in ~/.cache/jaxpeft",
+    )
+
+
+def keep_compiled(args: argparse.Namespace) -> None:
+    """Lets JAX find programs that an earlier process compiled, unless a flag says no.
+
+    They are kept where JAX_COMPILATION_CACHE_DIR says, else in ``jaxpeft/compiled`` of the user's
+    cache folder; those that took less than a second are not kept.
+    """
+    import jax
+
+    if args.no_compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "jaxpeft" / "compiled"))
+
+
 def add_base(parser: Parser) -> None:
     """Adds the flags that say which base model to load, for `load_base`."""
     parser.add_argument("--model", required=True, help="HF folder, hub id or GGUF file")
@@ -56,12 +80,14 @@ def add_base(parser: Parser) -> None:
     parser.add_argument(
         "--double_quantization", action="store_true", help="quantise their scales too"
     )
+    add_compilation_cache(parser)
 
 
 def load_base(args: argparse.Namespace) -> Any:
     """The `jaxpeft.Model` that the flags of `add_base` name."""
     import jaxpeft as jp
 
+    keep_compiled(args)
     return jp.load_model(
         args.model,
         revision=args.revision,

@@ -75,12 +75,20 @@ class RunLog:
         """Counts the time of the next step from here."""
         self._clock = time.perf_counter()
 
-    def step(self, step: int, metrics: dict, batch: dict) -> None:
-        """Takes a step's metrics, still being computed, and writes those of the step before."""
+    def step(self, step: int, metrics: dict, batch: dict, waited: float) -> None:
+        """Takes a step's metrics, still being computed, and writes those of the step before.
+
+        Args:
+            step: Which one.
+            metrics: What the step returned.
+            batch: What it learned from.
+            waited: Seconds until the batch was there.
+        """
         self.flush()
         counts = {
             "tokens": int((batch["segment_ids"] > 0).sum()),
             "supervised_tokens": int((batch["weights"] > 0).sum()),
+            "data_wait_seconds": waited,
         }
         self._pending = (step, metrics, counts)
 
@@ -103,6 +111,7 @@ class RunLog:
             "tokens_per_second": counts["tokens"] / seconds,
             "supervised_tokens": counts["supervised_tokens"],
             "seconds": seconds,
+            "data_wait_seconds": counts["data_wait_seconds"],
             "skipped_updates": skipped,
         }
         self._write(step, line)

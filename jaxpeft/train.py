@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -52,12 +53,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="discard the run in output_dir")
     parser.add_argument("--print_config", action="store_true", help="print all keys and stop")
     parser.add_argument("--profile", metavar="START:STOP", help="trace these steps (XProf)")
+    cli.add_compilation_cache(parser)
     args, overrides = cli.parse_arguments(parser, argv, run_config.SCHEMA)
     config = run_config.load_config(args.config, overrides)
     if args.print_config:
         print(run_config.to_yaml(config), end="")
         return
     profile = parse_range(args.profile)
+    cli.keep_compiled(args)
     train(config, resume=args.resume == "auto", overwrite=args.overwrite, profile=profile)
 
 
@@ -216,10 +219,12 @@ def loop(run: Run, checkpoints: Checkpoints, stop: StopRequest, profile: range) 
         trace = stack.enter_context(Trace(run.output / PROFILE, profile))
         log.start_clock()
         for step in range(first + 1, last + 1):
+            asked = time.perf_counter()
             batch = next(batches)
+            waited = time.perf_counter() - asked
             trace.before(step)
             run.state, metrics = step_fn(run.state, run.base.params, run.put(batch))
-            log.step(step, metrics, batch)
+            log.step(step, metrics, batch, waited)
             if step == last:
                 log.flush()
             trace.after(step, log.flush)

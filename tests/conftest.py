@@ -13,6 +13,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones refus
     flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of the user's, for the commands
 
 from jaxtyping import install_import_hook  # noqa: E402
 

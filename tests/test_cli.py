@@ -172,3 +172,31 @@ def test_huge_pages_are_left_alone_where_unwanted(command, tmp_path, variables):
     *shown, pid = done.stdout.rsplit(maxsplit=1)
     assert shown == [f"[] {tunables}"]
     assert pid.isdigit()
+
+
+CACHED = """
+import sys
+from jaxpeft import cli
+parser = cli.make_parser("verb", "Does something.")
+cli.add_compilation_cache(parser)
+cli.keep_compiled(cli.parse_arguments(parser, sys.argv[1:])[0])
+import jax, jax.numpy as jnp
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+print(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((3, 3))).shape)
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--no_compilation_cache"]])
+def test_compiled_programs_are_kept_in_the_users_cache_unless_a_flag_says_no(tmp_path, flags):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
+        environment.pop(name, None)
+    result = subprocess.run(
+        [sys.executable, "-c", CACHED, *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "(3, 3)\n", result.stderr
+    assert any((tmp_path / "jaxpeft" / "compiled").glob("*")) == (not flags)

@@ -45,6 +45,7 @@ RUNS = {
 def compiled_once(one_device, tmp_path_factory):
     """The same code is compiled once: tests are quicker so."""
     settings = {
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -40,9 +40,11 @@ def test_loss_falls_and_the_metrics_have_their_fields(finished):
             "tokens_per_second",
             "supervised_tokens",
             "seconds",
+            "data_wait_seconds",
             "skipped_updates",
         }
         assert line["seconds"] > 0
+        assert line["data_wait_seconds"] >= 0
         assert line["tokens_per_second"] > 0
     for line in lines:
         if "eval_loss" in line:
