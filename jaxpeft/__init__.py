@@ -107,7 +107,7 @@ def _methods() -> dict[str, type]:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_methods()})
+    return sorted({*__all__, *_methods(), *(name for name in globals() if name.startswith("__"))})
 
 
 class _Package(types.ModuleType):

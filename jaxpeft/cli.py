@@ -66,7 +66,7 @@ def keep_compiled(args: argparse.Namespace) -> None:
 
     if args.no_compilation_cache:
         jax.config.update("jax_enable_compilation_cache", False)
-    elif jax.config.jax_compilation_cache_dir is None:
+    elif jax.config.values["jax_compilation_cache_dir"] is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "jaxpeft" / "compiled"))
 

@@ -182,7 +182,7 @@ def make_lm_loss(
     Returns:
         ``loss_fn(params, adapter, batch, key) -> (total, aux)`` for batches of
         ``tokens, targets, weights, segment_ids, positions``, and ``index`` for stacked adapters:
-        which of them each row trains.
+        which of them each row trains. ``aux["penalty"]`` is the penalty times the weight.
     """
 
     def loss_fn(params: dict, adapter: Adapter | None, batch: dict, key: Any = None) -> Any:
@@ -206,7 +206,8 @@ def make_lm_loss(
         )
         extra = None if penalty is None or adapter is None else penalty(adapter)
         if extra is not None:  # times the weight: the total is divided by it
-            total += extra * aux["weight"]
+            aux["penalty"] = extra * aux["weight"]
+            total += aux["penalty"]
         return total, aux
 
     return loss_fn

@@ -112,6 +112,8 @@ class Progress:
         self._timer.pause()
         if self._live is not None:
             self._draw(f"{self._head()}  {what}")
+        elif self._enabled and self._latest is None:  # nothing was said yet
+            self._write(f"{self._head()}  {what}")
         try:
             yield
         finally:

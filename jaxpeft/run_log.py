@@ -104,8 +104,9 @@ class RunLog:
         skipped, in_a_row = int(values["skipped"]), int(values["skipped_in_a_row"])
         self.last_step, self.skipped_in_a_row = step, in_a_row
         updates_before = step - skipped - (0 if in_a_row else 1)
+        penalty = values["penalty"] / values["weight"] if "penalty" in values else None
         line = {
-            "loss": values["loss"],
+            "loss": values["loss"] - (penalty or 0.0),
             "learning_rate": float(self._rates[updates_before]),
             "grad_norm": values["grad_norm"],
             "tokens_per_second": counts["tokens"] / seconds,
@@ -114,6 +115,8 @@ class RunLog:
             "data_wait_seconds": counts["data_wait_seconds"],
             "skipped_updates": skipped,
         }
+        if penalty is not None:
+            line["penalty"] = penalty
         self._write(step, line)
         if in_a_row:
             lines = self.run.rows.lines_of_step(step)

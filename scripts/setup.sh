@@ -95,7 +95,7 @@ fi
 
 say "installing jaxpeft$extras and ${file_packages[*]} into .venv; the first time, this takes a minute or more"
 rm -f "$stamp"
-pip_install=("$python" -m pip install --quiet --disable-pip-version-check --no-compile)
+pip_install=("$python" -m pip install --quiet --quiet --disable-pip-version-check --no-compile)
 # A plain path, not an import hook: the hook loses to this folder where a script lies beside it.
 "${pip_install[@]}" --config-settings editable_mode=compat --editable ".$extras"
 "${pip_install[@]}" --no-deps "${file_packages[@]}"

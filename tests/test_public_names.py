@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import jaxpeft as jp
@@ -91,7 +92,15 @@ def test_editors_are_told_the_names_that_exist():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'jaxpeft' has no attribute 'generat'"):
         _ = jp.generat
-    assert {*jp.__all__, *CONFIGS} <= set(dir(jp))
+    assert {*jp.__all__, *CONFIGS} == {name for name in dir(jp) if not name.startswith("_")}
+
+
+def test_methods_and_adapters_are_printed_in_a_line():
+    base = {"layers": {"up_proj": {"kernel": jax.numpy.ones((3, 4, 5))}}}
+    adapter = jp.init_adapter(jp.LoRA(rank=2, dora=True), base, jax.random.key(0))
+    assert repr(adapter) == "Adapter(lora, rank 2, 1 places, 69 trained numbers)"
+    assert str(jp.LoRA(rank=2, dora=True)) == "lora(rank=2, dora=True)"
+    assert str(jp.TrainableTokens(token_ids=(3,))) == "trainable_tokens(token_ids=(3,))"
 
 
 @pytest.mark.parametrize("first", ["import jaxpeft.generate, jaxpeft.merge", "import jaxpeft"])

@@ -20,7 +20,7 @@ def test_readme_is_short_and_names_the_two_commands():
 
 def test_readme_examples_run(tmp_path, monkeypatch):
     """On a toy model, whose letters stand for the words of the examples."""
-    first, second = re.findall(r"```python\n(.*?)```", README, re.S)
+    first, second, third = re.findall(r"```python\n(.*?)```", README, re.S)
     lines = first.strip().splitlines()
     assert len([line for line in lines if line]) <= 16
     base = toy_model(jax.random.key(0), tokenizer=toy_tokenizer())
@@ -34,3 +34,5 @@ def test_readme_examples_run(tmp_path, monkeypatch):
     monkeypatch.setattr(jp, "load_adapter", lambda path, base: next(adapters))
     exec(second, names)
     assert names["one"].spec.rank == 3
+    exec(third, names)
+    assert jax.tree.structure(names["grads"]) == jax.tree.structure(names["a"].params)

@@ -160,5 +160,16 @@ def test_a_run_begins_where_the_adapter_it_goes_on_from_ended(files, tmp_path, n
     np.testing.assert_allclose(base(ids, adapter=after), logits, rtol=1e-5, atol=1e-5)
 
 
+def test_the_loss_that_is_logged_leaves_the_penalty_out(files, tmp_path):
+    lines = {}
+    for strength in (0.0, 0.5):
+        method = RUNS["adalora"][0] | {"orthogonality": strength}
+        train(files, tmp_path / str(strength), method)
+        lines[strength] = training_lines(tmp_path / str(strength))[0]
+    assert lines[0.5]["loss"] == pytest.approx(lines[0.0]["loss"], rel=1e-5)
+    assert "penalty" not in lines[0.0]
+    assert lines[0.5]["penalty"] > 0.1
+
+
 def test_every_method_is_trained_here():
     assert {method["name"] for method, _ in RUNS.values()} == set(METHODS) - {"full"}

@@ -220,7 +220,9 @@ class Encoder:
         hint = "begin the turn's content with other than blanks"
         if not row.is_chat:
             where = '"prompt" and "completion"'
-            hint = "move blanks from the end of the prompt to the start of the completion"
+            hint = "begin the completion with a blank or a new line"
+            if row.spans[0][0][-1:].isspace():
+                hint = "move blanks from the end of the prompt to the start of the completion"
         return RowError(
             f"{where} merge into other tokens where they meet: the prompt alone ends in "
             f"{alone!r}, with what follows it reads {joined!r}; {hint}"

@@ -18,6 +18,7 @@ adapter of zeros is "no adapter" in a mixed batch.
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -83,6 +84,13 @@ class Adapter:
     base_name: Label = flax.struct.field(pytree_node=False, default=Label(""))
     base_revision: Label = flax.struct.field(pytree_node=False, default=Label(""))
 
+    def __repr__(self) -> str:
+        """One line instead of all arrays."""
+        sizes = [math.prod(getattr(x, "shape", ())) for x in jax.tree.leaves(self.params)]
+        rank = f", rank {self.spec.rank}" if self.spec.rank else ""
+        places = f"{len(self.spec.paths)} places"
+        return f"Adapter({self.spec.kind}{rank}, {places}, {sum(sizes):,} trained numbers)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -120,6 +128,15 @@ class Method(abc.ABC):
     name: ClassVar[str]
 
     init_from: str | None = None
+
+    def __str__(self) -> str:
+        """What differs from the defaults, such as ``lora(rank=8, dora=True)``."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     @classmethod
     def from_peft(cls: type[M], config: Any, *, revision: str | None = None) -> M:
