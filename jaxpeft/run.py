@@ -25,7 +25,7 @@ from jaxpeft.optim import make_optimizer, make_schedule, masked
 from jaxpeft.optim_lora import without_a
 from jaxpeft.peft_format import save_adapter
 from jaxpeft.quant import quantize
-from jaxpeft.run_checks import check_unchanged
+from jaxpeft.run_checks import check_unchanged, starts_dense
 from jaxpeft.run_folder import export_path
 from jaxpeft.train_step import TrainState, init_train_state, make_train_step
 
@@ -278,11 +278,6 @@ class Run:
             ),
             "adapter": without_a(on) if self.config.optim.lora_fa else on,
         }
-
-
-def starts_dense(config: RunConfig, restored: bool) -> bool:
-    """Whether the adapter starts from the weights as they are before they are quantised."""
-    return config.method.starts_dense and config.method.init_from is None and not restored
 
 
 def leaves(tree: Any) -> dict[str, Any]:

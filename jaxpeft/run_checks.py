@@ -62,10 +62,15 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
             )
 
 
+def starts_dense(config: RunConfig, restored: bool) -> bool:
+    """Whether the adapter starts from the weights as they are before they are quantised."""
+    return config.method.starts_dense and config.method.init_from is None and not restored
+
+
 def check_dense_start(config: RunConfig) -> None:
     """Raises a UserError if a start from what quantising loses has nothing to start from."""
     method, model = config.method, config.model
-    if not method.starts_dense or method.init_from is not None:
+    if not starts_dense(config, restored=False):
         return
     if (model.quantization, model.double_quantization) != ("nf4", False):
         raise UserError(

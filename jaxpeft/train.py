@@ -27,8 +27,8 @@ from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
 from jaxpeft.init_from import check_init_from
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.load import load_config, load_model, load_tokenizer
-from jaxpeft.run import Rows, Run, starts_dense
-from jaxpeft.run_checks import check_batches, check_model, check_unchanged
+from jaxpeft.run import Rows, Run
+from jaxpeft.run_checks import check_batches, check_model, check_unchanged, starts_dense
 from jaxpeft.run_folder import (
     CHECKPOINTS,
     PROFILE,

@@ -75,9 +75,9 @@ HEADINGS = (
 )
 
 
-def command(name: str, steps: int | None) -> list[str]:
-    """The command that trains an exercise, in a folder of its own."""
-    exercise, run = EXERCISES[name], run_folder(name, steps)
+def command(name: str, steps: int | None, run: Path) -> list[str]:
+    """The command that trains an exercise in the folder `run`."""
+    exercise = EXERCISES[name]
     flags = [*exercise.flags, "--output_dir", str(run)]
     if exercise.rows is not None:
         flags += ["--data.train", str(RUNS / f"train-{exercise.rows}.jsonl")]
@@ -105,7 +105,7 @@ def train(name: str, steps: int | None) -> None:
     if rows is not None:
         lines = Path(DATA, "train.jsonl").read_bytes().splitlines(keepends=True)
         (RUNS / f"train-{rows}.jsonl").write_bytes(b"".join(lines[:rows]))
-    process = subprocess.Popen(command(name, steps))
+    process = subprocess.Popen(command(name, steps, run))
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     peak = run / PEAK  # of all processes, where training was interrupted
@@ -130,15 +130,8 @@ def measure_speed(names: Sequence[str], rounds: int, steps: int | None) -> None:
         for name in names:
             run = RUNS / "speed" / name
             shutil.rmtree(run, ignore_errors=True)
-            short = [
-                *command(name, SPEED_STEPS),
-                "--output_dir",
-                str(run),
-                "--data.eval",
-                "null",
-                "--evaluation.exact_match",
-                "false",
-            ]
+            silent = ["--data.eval", "null", "--evaluation.exact_match", "false"]
+            short = [*command(name, SPEED_STEPS, run), *silent]
             if subprocess.run(short, stdout=subprocess.DEVNULL).returncode:
                 raise ValueError(f"{name}: training for {SPEED_STEPS} steps failed.")
             speeds[name] += speeds_of(read_jsonl(run / "metrics.jsonl"))

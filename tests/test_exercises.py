@@ -1,6 +1,7 @@
 """The exercises: every config is a run, the tables say what the runs' files say."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_tables_are_markdown():
 @pytest.mark.parametrize("name", ex.EXERCISES)
 def test_every_exercise_is_a_config_that_loads(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, module, program, config, *flags = ex.command(name, 3)
+    _, module, program, config, *flags = ex.command(name, 3, ex.run_folder(name, 3))
     assert (module, program) == ("-m", "jaxpeft.train")
     loaded = load_config(config, flags)
     assert loaded.train.steps == 3
@@ -96,6 +97,30 @@ def test_what_is_done_is_not_done_again(run, monkeypatch):
     monkeypatch.setattr(ex, "run_folder", lambda name, steps: run)
     monkeypatch.setattr(ex.subprocess, "Popen", None)
     ex.train("dora", None)
+
+
+def test_speed_is_that_of_short_runs_in_turns_beside_the_trainings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines, folders = [100.0, 30.0, 40.0], []
+
+    def run(command, stdout):
+        config = load_config(str(ROOT / command[3]), command[4:])
+        folder = Path(config.output_dir)
+        folders.append(folder)
+        folder.mkdir(parents=True)
+        rows = [json.dumps({"step": i, "tokens_per_second": t}) for i, t in enumerate(lines)]
+        (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+        assert (config.train.steps, config.data.eval) == (ex.SPEED_STEPS, None)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ex.subprocess, "run", run)
+    for name in ("dora", "ia3"):
+        ex.run_folder(name, 7).mkdir(parents=True)
+    ex.measure_speed(["dora", "ia3"], 2, 7)
+    assert [folder.name for folder in folders] == ["dora", "ia3"] * 2
+    assert not any(folder.exists() for folder in folders)
+    for name in ("dora", "ia3"):
+        assert json.loads((ex.run_folder(name, 7) / ex.SPEED).read_text()) == [30.0, 40.0] * 2
 
 
 def test_general_text_is_sixty_different_sentences():

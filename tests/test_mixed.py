@@ -53,7 +53,6 @@ def assert_close(actual, expected, rtol=1e-5, atol=1e-5):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_every_row_of_a_mixed_batch_is_that_of_its_own_adapter(remat):
-    decoder(CONFIG, remat)  # built outside of the traced function
     several, tokens = adapters(), make_batch(len(ROWS), 6)["tokens"]
     mixed = functools.partial(run, stack_adapters(several), remat=remat)
     mixed = jax.jit(mixed)(jnp.array(ROWS))

@@ -104,7 +104,6 @@ def assert_close(actual, expected):
 
 @every_method
 def test_logits_and_gradients_are_those_of_every_row_with_its_own_adapter(name):
-    decoder()  # built outside of the traced function
     stacked = jp.stack_adapters(several(name))
     mixed, grads = run(stacked, batch_of(stacked, slice(None), ROWS))
     sums = [jax.tree.map(np.zeros_like, one.params) for one in several(name)]

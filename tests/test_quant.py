@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-import statistics
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nf4_levels import normal_levels
 from tiny_decoder import CONFIG, decoder, make_adapter, make_batch
 from tiny_run import make_files, training_lines, write_config
 
@@ -19,17 +20,6 @@ from jaxpeft.methods import bind, merge, merge_quantized
 from jaxpeft.quant import QuantTensor, quantize, quantize_kernel
 
 KINDS = ("nf4", "int4", "int8")
-
-
-def normal_levels():
-    """NF4 as appendix E of the paper has it: quantiles of the normal distribution, 0 exactly."""
-    inverse = statistics.NormalDist().inv_cdf
-    upper = [inverse(p) for p in np.linspace(0.9677083, 0.5, 9)[:-1]]
-    lower = [-inverse(p) for p in np.linspace(0.9677083, 0.5, 8)[:-1]]
-    levels = np.array(sorted([*lower, 0.0, *upper]))
-    return levels / levels.max()
-
-
 LEVELS = {
     "nf4": normal_levels(),
     "int4": np.arange(-7, 8) / 7,
@@ -168,7 +158,6 @@ def loss(adapter, params, remat="none"):
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_losses_and_gradients_are_those_of_the_dequantised_base(kind, remat):
     adapter = make_adapter(trained=True)
-    decoder(CONFIG, remat)
 
     def run(params):
         return jax.jit(
@@ -339,9 +328,15 @@ def test_a_run_of_loftq_makes_up_for_what_the_codes_of_its_base_lose(files, tmp_
     method = {"name": "lora", "rank": 8, "alpha": 32, "init_weights": "loftq"}
     model, still = {"path": str(files.model), "quantization": "nf4"}, {"learning_rate": 1e-12}
     config = write_config(
-        files, tmp_path / "run", method=method, model=model, optim=still, train={"steps": 1}
+        files, tmp_path / "run", method=method, model=model, optim=still, train={"steps": 4}
     )
     program.main([config])
+    tensors = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    whole = tensors.read_bytes()
+    for place in (tmp_path / "run" / "adapter", tmp_path / "run" / "checkpoints" / "4"):
+        shutil.rmtree(place)
+    program.main([config])  # goes on after the third step
+    assert tensors.read_bytes() == whole
     dense, coded = jp.load_model(files.model), jp.load_model(files.model, quantization="nf4")
     adapter = jp.load_adapter(tmp_path / "run", coded)
     for path in adapter.spec.paths:

@@ -28,12 +28,13 @@ CONFIG = ModelConfig(
 @functools.cache
 def decoder(config=CONFIG, remat="none", dtype=jnp.float32):
     """The module and its parameters; biases and norms are drawn, too. Nobody changes them."""
-    module = Transformer(config, dtype, remat)
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
-    params = draw(shapes, seed=0, scale=0.2)
-    norms = {path: 1 + leaf for path, leaf in paths.flatten(params).items() if "norm" in path}
-    return module, paths.put(params, norms)
+    with jax.ensure_compile_time_eval():  # a traced function may be the first to ask
+        module = Transformer(config, dtype, remat)
+        ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
+        params = draw(shapes, seed=0, scale=0.2)
+        norms = {path: 1 + leaf for path, leaf in paths.flatten(params).items() if "norm" in path}
+        return module, paths.put(params, norms)
 
 
 def draw(shapes, seed, scale):

@@ -279,6 +279,12 @@ def weight_at(params: Mapping, path: str) -> Any:
     return weight if table is None else Transposed(table)
 
 
+def require_values(weight: Any, what: str) -> None:
+    """Raises a UserError if there is only the shape of a weight; `what` says why that won't do."""
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        raise UserError(f"{what}; pass parameters, not their shapes.")
+
+
 def merge_leaf(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
     """The usual way to merge: every bound node as the matrix it stands for.
 

@@ -22,7 +22,7 @@ References:
 
 import itertools
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -137,12 +137,12 @@ def _additive(adapter: Adapter, where: str) -> dict[str, list[list[Factors]]]:
         )
     found: dict[str, list[list[Factors]]] = {}
     for path in spec.paths:
-        arrays = paths.get(adapter.params, path, {}) | paths.get(adapter.buffers, path, {})
-        if odd := odd_arrays(arrays):
+        if odd := odd_arrays(adapter, path):
             raise UserError(
                 f"{where}: {path}: a LoRA with {first_few(odd)} (DoRA, biases, saved modules, ...) "
                 "is no sum of products; convert it by to_lora with rank= or energy=, or merge it."
             )
+        arrays = paths.get(adapter.params, path) | paths.get(adapter.buffers, path)
         values = {name: np.asarray(value) for name, value in arrays.items()}
         if not paths.is_stacked(path):
             values = {name: value[None] for name, value in values.items()}
@@ -158,9 +158,9 @@ def _additive(adapter: Adapter, where: str) -> dict[str, list[list[Factors]]]:
     return found
 
 
-def odd_arrays(names: Iterable[str]) -> list[str]:
+def odd_arrays(adapter: Adapter, path: str) -> list[str]:
     """Which arrays of a place are not those of a sum of products; none if it is one."""
-    names = set(names)
+    names = {*paths.get(adapter.params, path, {}), *paths.get(adapter.buffers, path, {})}
     return sorted(names - PLAIN) or sorted({"a", "b", "scale", "rank"} - names)
 
 

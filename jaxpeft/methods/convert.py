@@ -51,7 +51,7 @@ def to_lora(
     params = base if isinstance(base, Mapping) else base.params
     kind = KINDS[adapter.spec.kind]
     if rank is None and energy is None:
-        if kind.name != "lora" or any(odd_arrays(_names(adapter, p)) for p in adapter.spec.paths):
+        if kind.name != "lora" or any(odd_arrays(adapter, path) for path in adapter.spec.paths):
             what = f"of kind {kind.name!r}" if kind.name != "lora" else "with more than factors"
             raise UserError(f"to_lora: an adapter {what} needs rank= or energy=.")
         check_fit(dict(params), adapter)
@@ -83,11 +83,6 @@ def to_lora(
     if not result:
         raise UserError("to_lora: the adapter changes no kernel.")
     return lora_of(result, widths, 1.0, 0.0, adapter), errors
-
-
-def _names(adapter: Adapter, path: str) -> set[str]:
-    """What the arrays of a place are called."""
-    return {*paths.get(adapter.params, path, {}), *paths.get(adapter.buffers, path, {})}
 
 
 def _merged_change(params: dict, adapter: Adapter, path: str) -> tuple[Any, Any]:

@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxpeft.errors import UserError
 from jaxpeft.linear import OnBase, linear, materialise
-from jaxpeft.methods.base import Leaf
+from jaxpeft.methods.base import Leaf, require_values
 from jaxpeft.methods.lora_nodes import drop
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -119,10 +118,7 @@ def start(kernel: Any, rank: Any) -> Float[Array, "*stack d_out"]:
     Raises:
         UserError: If there are only shapes, no values.
     """
-    if isinstance(kernel, jax.ShapeDtypeStruct):
-        raise UserError(
-            "DoRA starts from the norms of the base's kernels; pass parameters, not their shapes."
-        )
+    require_values(kernel, "DoRA starts from the norms of the base's kernels")
     return jnp.where(jnp.asarray(rank)[..., None] > 0, base_norm(kernel), 0.0)
 
 

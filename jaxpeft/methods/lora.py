@@ -53,6 +53,8 @@ from jaxpeft.methods.base import (
 from jaxpeft.methods.exchange import Values
 from jaxpeft.methods.frozen_map import FrozenMap
 from jaxpeft.methods.modules import default_and_exceptions
+from jaxpeft.methods.selection import is_count
+from jaxpeft.quant import QuantTensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,7 @@ class LoRA(Method):
     head_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+        if not is_count(self.rank):
             raise ValueError(f"LoRA.rank must be a whole number of at least 1, got {self.rank!r}.")
         if not lora_select.is_alpha(self.alpha):
             raise ValueError(f"LoRA.alpha must be finite and positive, got {self.alpha!r}.")
@@ -174,6 +176,8 @@ class LoRA(Method):
         for path, (ranks, scales) in places.items():
             path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
             kernel = weight_at(params, path)
+            if context.shapes_only and isinstance(kernel, QuantTensor):
+                kernel = jnp.zeros(shape_of(kernel))  # LoftQ has no use for codes
             if path in first:
                 a, b = first[path], jnp.zeros((*ranks.shape, width, shape_of(kernel)[-1]))
             else:

@@ -32,8 +32,9 @@ from jaxtyping import Array, Float
 
 from jaxpeft.errors import UserError
 from jaxpeft.linear import materialise, shape_of
-from jaxpeft.methods.base import Leaf
+from jaxpeft.methods.base import Leaf, require_values
 from jaxpeft.methods.lora_nodes import LoRAKernel
+from jaxpeft.methods.selection import is_count
 from jaxpeft.quant import QuantTensor, nf4_round_trip
 
 SUBTRACTED = ("pissa", "olora")
@@ -131,10 +132,7 @@ def of_stack(
     *stack, d_in, d_out = shape_of(kernel)
     if isinstance(kernel, jax.ShapeDtypeStruct):
         if name in NEEDS_WEIGHTS:
-            raise UserError(
-                f"LoRA.init_weights {name!r} decomposes the base's kernels; pass parameters, not "
-                "their shapes."
-            )
+            require_values(kernel, f"LoRA.init_weights {name!r} decomposes the base's kernels")
         kernel = jnp.zeros((*stack, d_in, d_out))
     if name == "loftq" and isinstance(kernel, QuantTensor):
         raise UserError(
@@ -171,7 +169,7 @@ def check(config: Any) -> None:
         raise ValueError(
             f"LoRA.dora must be false with init_weights {name!r}: its B starts at zero."
         )
-    if not isinstance(config.loftq_steps, int) or config.loftq_steps < 1:
+    if not is_count(config.loftq_steps):
         raise ValueError(f"LoRA.loftq_steps must be at least 1, got {config.loftq_steps!r}.")
 
 

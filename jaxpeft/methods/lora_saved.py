@@ -13,13 +13,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import flax.struct
-import jax
 from jaxtyping import Array, Float, Int
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few, nearest
 from jaxpeft.linear import OnBase, Transposed, attend, embed, materialise
-from jaxpeft.methods.base import Adapter, Leaf
+from jaxpeft.methods.base import Adapter, Leaf, require_values
 from jaxpeft.methods.modules import modules_of
 from jaxpeft.methods.replace import bind_selected, selected_replacement
 
@@ -169,11 +168,7 @@ def _with_leaves(params: dict, sites: Mapping[str, paths.Site]) -> dict:
     for site in sites.values():
         leaf = paths.get(params, site.path)
         leaf = paths.get(params, paths.EMBEDDING) if leaf is None else leaf
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise UserError(
-                "LoRA.bias and LoRA.save_modules start from the base's values; pass parameters, "
-                "not their shapes."
-            )
+        require_values(leaf, "LoRA.bias and LoRA.save_modules start from the base's values")
     tied = paths.get(params, paths.HEAD) is None
     if tied and any(site.path == paths.HEAD for site in sites.values()):
         table = paths.get(params, paths.EMBEDDING)

@@ -19,7 +19,7 @@ from jaxpeft.methods import lora_saved
 from jaxpeft.methods.base import Adapter, weight_at
 from jaxpeft.methods.frozen_map import FrozenMap
 from jaxpeft.methods.modules import modules_of, shortest_decimal
-from jaxpeft.methods.selection import check_regex, first_match, keep_names, layer_of
+from jaxpeft.methods.selection import check_regex, first_match, is_count, keep_names, layer_of
 
 
 class Module(NamedTuple):
@@ -57,7 +57,7 @@ def check(config: Any) -> None:
         raise ValueError("LoRA.layers must be empty with a regex: write the layers into targets.")
     if config.layers_pattern and not config.layers:
         raise ValueError("LoRA.layers_pattern must be empty without layers.")
-    _check_pattern(config, "rank_pattern", _is_rank, "whole numbers of at least 1")
+    _check_pattern(config, "rank_pattern", is_count, "whole numbers of at least 1")
     _check_pattern(config, "alpha_pattern", is_alpha, "finite and positive")
 
 
@@ -170,10 +170,6 @@ def _check_pattern(config: Any, field: str, allowed: Any, expected: str) -> None
             raise ValueError(f"LoRA.{field}: {key!r} is not a valid regex: {error}.") from None
         if not allowed(value):
             raise ValueError(f"LoRA.{field} values must be {expected}, got {value!r} for {key!r}.")
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def is_alpha(value: Any) -> bool:

@@ -25,7 +25,16 @@ from jaxtyping import Array, Float, Int
 from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.linear import OnBase, attend, embed, materialise, shape_of
-from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
+from jaxpeft.methods.base import (
+    NO_CONTEXT,
+    Adapter,
+    Context,
+    Kind,
+    Leaf,
+    Method,
+    Spec,
+    require_values,
+)
 from jaxpeft.methods.exchange import PeftFormat, Tensors, Values
 from jaxpeft.methods.modules import contiguous, require_finite
 
@@ -115,11 +124,7 @@ def first_rows(
     vocab_size, width = shape_of(table)
     if initial == "random":
         return jax.random.normal(key, (count, width))
-    if isinstance(table, jax.ShapeDtypeStruct):
-        raise UserError(
-            f"initial {initial!r} takes rows of the embedding table; pass parameters, not their "
-            "shapes."
-        )
+    require_values(table, f"initial {initial!r} takes rows of the embedding table")
     if initial == "sampled":
         ids = jax.random.randint(key, (count,), 0, vocab_size)
     else:

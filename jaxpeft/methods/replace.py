@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.linear import materialise, shape_of
-from jaxpeft.methods.base import Adapter, Leaf, Spec
+from jaxpeft.methods.base import Adapter, Leaf, Spec, require_values
 from jaxpeft.quant import QuantTensor
 
 
@@ -27,19 +27,15 @@ def replacement(kind: str, leaves: dict[str, Any]) -> Adapter:
     Raises:
         UserError: There are only shapes, or a leaf is quantised.
     """
-    require_values(kind, leaves)
+    require_dense(kind, leaves)
     values = {path: {"value": jnp.array(leaf, jnp.float32)} for path, leaf in leaves.items()}
     return Adapter(paths.unflatten(values), {}, Spec(kind=kind, paths=tuple(sorted(leaves))))
 
 
-def require_values(kind: str, leaves: Mapping[str, Any]) -> None:
+def require_dense(kind: str, leaves: Mapping[str, Any]) -> None:
     """Raises a UserError unless all leaves are arrays that can be trained."""
     for path, leaf in leaves.items():
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise UserError(
-                f"{path}: {kind!r} starts from the base's own values; pass parameters, not their "
-                "shapes."
-            )
+        require_values(leaf, f"{path}: {kind!r} starts from the base's own values")
         if isinstance(leaf, QuantTensor):
             raise UserError(
                 f"{path}: is quantised, and {kind!r} trains it itself; load the base without "
@@ -73,7 +69,7 @@ def selected_replacement(kind: str, params: dict, sites: Mapping[str, paths.Site
         chosen, and the buffer ``rank``.
     """
     values, buffers = {}, {}
-    require_values(kind, {site.path: paths.get(params, site.path) for site in sites.values()})
+    require_dense(kind, {site.path: paths.get(params, site.path) for site in sites.values()})
     for path, rank in selected_layers(params, sites).items():
         base = jnp.asarray(materialise(paths.get(params, path)), jnp.float32)
         values[path] = {"value": jnp.where(_over(rank, base), base, 0.0)}

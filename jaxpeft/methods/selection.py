@@ -36,6 +36,11 @@ def check_regex(where: str, pattern: str) -> None:
         raise ValueError(f"{where}: {pattern!r} is not a valid regex: {error}.") from None
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
     """Which modules an ``adapter_config.json`` adapts.

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.linear import OnBase, attend, embed, linear, materialise, shape_of
-from jaxpeft.methods.base import Adapter, Leaf
+from jaxpeft.methods.base import Adapter, Leaf, require_values
 
 PLACES = (paths.EMBEDDING, paths.HEAD)
 """Where rows may be trained."""
@@ -130,11 +130,7 @@ def start(params: dict, path: str, ids: Sequence[int], owner: str) -> tuple[dict
     kernel = path == paths.HEAD and own is not None
     weight = own if own is not None else paths.get(params, paths.EMBEDDING)
     require_known(ids, shape_of(weight)[1 if kernel else 0], owner)
-    if isinstance(weight, jax.ShapeDtypeStruct):
-        raise UserError(
-            f"{owner}: trained tokens start from rows of the base; pass parameters, not their "
-            "shapes."
-        )
+    require_values(weight, f"{owner}: trained tokens start from rows of the base")
     which = jnp.array(ids, jnp.int32)
     rows = jnp.take(materialise(weight), which, axis=1).T if kernel else embed(which, weight)
     return {"rows": rows.astype(jnp.float32)}, {"ids": which, "rank": jnp.ones((), jnp.int32)}
