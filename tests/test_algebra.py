@@ -318,6 +318,7 @@ for call in (
     lambda: jp.LoRA(init_weights="loftq", loftq_steps=1.5),
     lambda: jp.IA3(feedforward="(q"),
     lambda: jp.LoRA(layers=(0,), layers_pattern="("),
+    lambda: jp.LoRA(targets="a{9999999999}"),
 ):
     try:
         call()
@@ -346,6 +347,7 @@ def test_wrong_calls_are_answered_in_one_line():
         "LoRA.loftq_steps must be at least 1, got 1.5.",
         f"IA3.feedforward: {regex.replace('(', '(q', 1)}",
         f"LoRA.layers_pattern: {regex}",
+        "LoRA.targets: 'a{9999999999}' is not a valid regex: the repetition number is too large.",
         "1",
     ], result.stderr
 

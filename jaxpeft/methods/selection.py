@@ -32,7 +32,7 @@ def check_regex(where: str, pattern: str) -> None:
     """Raises a ValueError unless `pattern` is a regex."""
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise ValueError(f"{where}: {pattern!r} is not a valid regex: {error}.") from None
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import re
 
 import pytest
 import yaml
@@ -35,7 +36,16 @@ def build(drawn):
     )
 
 
+def is_regex(text):
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, FutureWarning):
+        return False
+    return True
+
+
 words = st.text(min_size=1, max_size=12).filter(str.strip)
+regexes = words.filter(is_regex)
 lists = st.lists(words, min_size=1, max_size=3).map(tuple)
 positive = st.integers(1, 10**6)
 configs = record(
@@ -47,8 +57,8 @@ configs = record(
         rank=positive,
         alpha=st.floats(1e-300, 1e300),
         dropout=st.floats(0, 1, exclude_max=True),
-        targets=words | lists,
-        exclude=words | lists,
+        targets=regexes | lists,
+        exclude=regexes | lists,
         rslora=st.booleans(),
     ),
     data=record(DataConfig, train=words, eval=words, packing=st.booleans()),
