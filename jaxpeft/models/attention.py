@@ -1,14 +1,11 @@
-"""Causal attention over packed rows, in blocks of queries that read only earlier keys.
+"""Causal attention over packed rows.
 
 One mask serves every caller: a query sees a key if both are in the same segment, the key's
 position is not later, and it is less than the layer's window behind. In a row that is not cached
-the order of slots is that of positions within a segment, so a block of queries never needs keys
-behind its own end: they are not read at all. A prefix stands in front of all keys, and every
-segment sees it.
+the order of slots is that of positions within a segment, so later keys are not read at all. A
+prefix stands in front of all keys, and every segment sees it.
 
-Reference:
-    Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021,
-    https://arxiv.org/abs/2112.05682 (blocks of queries; here without blocks of keys).
+Few queries (decoding, short rows) are one product with all keys; longer rows go in tiles.
 """
 
 import math
@@ -20,8 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpeft.errors import UserError
+from jaxpeft.models.tiles import EVERYONE, Places, tiled_attention, visible
 
-QUERY_BLOCK = 128
+BLOCK = 128
+"""How many queries, and keys, make a tile."""
 
 
 @flax.struct.dataclass
@@ -86,37 +85,23 @@ def attention(
         prefix: What stands in front of the keys; positions of queries and keys begin behind it.
 
     Returns:
-        Values averaged with softmax weights (computed in float32), in the dtype of `q`.
+        Values averaged with softmax weights (computed in float32), in the dtype of `q`; zero for
+        queries that see nothing.
     """
-    seq, slots = q.shape[1], k.shape[1]
-    ahead = 0 if prefix is None else prefix.length
+    ahead = 0
     if prefix is not None:
+        ahead, batch = prefix.length, q.shape[0]
         k, v = _in_front(prefix.k, k), _in_front(prefix.v, v)
-    blocks = []
-    for start in range(0, seq, QUERY_BLOCK):
-        rows = slice(start, min(start + QUERY_BLOCK, seq))
-        columns = slice(0, rows.stop if slots == seq else slots)
-        mask = visible(
-            q_positions[:, rows],
-            k_positions[:, columns],
-            q_segments[:, rows],
-            k_segments[:, columns],
-            window,
-        )
-        if prefix is not None:
-            seen = visible(
-                q_positions[:, rows],
-                jnp.broadcast_to(jnp.arange(ahead), (q.shape[0], ahead)),
-                (q_segments[:, rows] != 0).astype(jnp.int32),
-                jnp.ones((q.shape[0], ahead), jnp.int32),
-                window,
-            )
-            if prefix.used is not None:
-                seen &= prefix.used[:, None, None]
-            mask = jnp.concatenate([seen, mask], axis=2)
-            columns = slice(0, ahead + columns.stop)
-        blocks.append(_attend_block(q[:, rows], k[:, columns], v[:, columns], mask))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+        used = True if prefix.used is None else prefix.used[:, None]
+        segments = jnp.where(used, EVERYONE, jnp.zeros((batch, ahead), jnp.int32))
+        positions = jnp.broadcast_to(jnp.arange(ahead), (batch, ahead))
+        k_segments = jnp.concatenate([segments, k_segments], axis=1)
+        k_positions = jnp.concatenate([positions, k_positions], axis=1)
+    places = Places(q_positions, k_positions, q_segments, k_segments, window)
+    if q.shape[1] <= BLOCK:
+        return _attend(q, k, v, visible(*places))
+    cached = k.shape[1] != q.shape[1] + ahead
+    return tiled_attention(BLOCK, None if cached else ahead, q, k, v, places)
 
 
 def positions_of(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
@@ -135,28 +120,13 @@ def _in_front(
     return jnp.concatenate([first, then], axis=1)
 
 
-def visible(
-    q_positions: Int[Array, "batch rows"],
-    k_positions: Int[Array, "batch columns"],
-    q_segments: Int[Array, "batch rows"],
-    k_segments: Int[Array, "batch columns"],
-    window: Int[Array, ""] | None,
-) -> Bool[Array, "batch rows columns"]:
-    """Which keys each query may see."""
-    behind = q_positions[:, :, None] - k_positions[:, None, :]
-    seen = (q_segments[:, :, None] == k_segments[:, None, :]) & (behind >= 0)
-    if window is not None:
-        seen &= (behind < window) | (window == 0)
-    return seen
-
-
-def _attend_block(
+def _attend(
     q: Float[Array, "batch rows heads head_dim"],
     k: Float[Array, "batch columns kv_heads head_dim"],
     v: Float[Array, "batch columns kv_heads head_dim"],
     mask: Bool[Array, "batch rows columns"],
 ) -> Float[Array, "batch rows heads head_dim"]:
-    """One block of queries; the heads of a group become rows of one product a kv head."""
+    """All queries with all keys; the heads of a group become rows of one product a kv head."""
     batch, rows, heads, head_dim = q.shape
     kv_heads, columns = k.shape[2], k.shape[1]
     group = heads // kv_heads
@@ -164,9 +134,11 @@ def _attend_block(
     q = q.reshape(batch, kv_heads, group * rows, head_dim)
     scores = jnp.einsum("bkrd,bckd->bkrc", q, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, group, rows, columns) / math.sqrt(head_dim)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    limits = jnp.finfo(jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores, limits.min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1, keepdims=True)
+    weights = jnp.where(mask[:, None, None], weights, 0.0)
+    total = jnp.maximum(weights.sum(axis=-1, keepdims=True), limits.tiny)
     weights = weights.reshape(batch, kv_heads, group * rows, columns).astype(q.dtype)
     out = jnp.einsum("bkrc,bckd->bkrd", weights, v, preferred_element_type=jnp.float32)
     out = out.reshape(batch, kv_heads, group, rows, head_dim) / total
