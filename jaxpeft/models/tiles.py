@@ -119,7 +119,7 @@ def _backward(block: int, behind: int | None, kept: Any, slope: Any) -> Any:
     q, k, v, places, out, log_total = kept
     cut = _cut(block, q, k, places)
     queries, keys, values, slopes = cut.queries(q), cut.keys(k), cut.keys(v), cut.queries(slope)
-    means = jnp.einsum("nbkrd,nbkrd->nbkr", slopes, cut.queries(out), **_WIDE)
+    means = (slopes.astype(jnp.float32) * cut.queries(out)).sum(axis=-1)
 
     def visit(i: Array, j: Array, grads: Any) -> Any:
         seen, scores = cut.scores(queries, keys, i, j)
@@ -172,7 +172,7 @@ class _Cut(NamedTuple):
     q_segments: Any
     k_segments: Any
 
-    def queries(self, x: Array) -> Array:
+    def queries(self, x: Any) -> Array:
         """``(batch, seq, heads, d)`` as ``(blocks, batch, kv_heads, group * block, d)``."""
         batch, _, heads, d = x.shape
         x = _blocks(x, self.q_block).reshape(
@@ -187,7 +187,7 @@ class _Cut(NamedTuple):
         x = x.transpose(1, 0, 4, 2, 3, 5)
         return x.reshape(batch, blocks * self.q_block, -1, d)[:, : self.seq]
 
-    def keys(self, x: Array) -> Array:
+    def keys(self, x: Any) -> Array:
         """``(batch, slots, kv_heads, d)`` as ``(blocks, batch, kv_heads, block, d)``."""
         return _blocks(x, self.k_block).swapaxes(2, 3)
 
@@ -245,7 +245,7 @@ def _range(x: Int[Array, "n batch rows"], real: Bool[Array, "n batch rows"]) -> 
     return jnp.where(real, x, _FAR).min(axis=-1), jnp.where(real, x, -_FAR).max(axis=-1)
 
 
-def _cut(block: int, q: Array, k: Array, places: Places) -> _Cut:
+def _cut(block: int, q: Any, k: Any, places: Places) -> _Cut:
     q_block, k_block = _even(q.shape[1], block), _even(k.shape[1], block)
     return _Cut(
         q_block,
@@ -267,7 +267,7 @@ def _even(length: int, block: int) -> int:
     return -(-length // (-(-length // block) * 8)) * 8
 
 
-def _blocks(x: Array, block: int) -> Array:
+def _blocks(x: Any, block: int) -> Array:
     """``(batch, length, ...)`` as ``(blocks, batch, block, ...)``, padded with zeros."""
     pad = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)
     x = jnp.pad(x, pad)

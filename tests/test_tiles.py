@@ -1,0 +1,202 @@
+"""Attention in tiles: values and gradients of the formula in float64, and what is not visited."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxpeft.flops import count_flops
+from jaxpeft.models import attention as module
+from jaxpeft.models.attention import Prefix, attention
+from jaxpeft.models.tiles import EVERYONE
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+
+
+def formula(q, k, v, mask, slope):
+    """Softmax attention and its gradients, whole matrices in float64; `mask` is (b, q, k)."""
+    q, k, v, slope = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v, slope))
+    group = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x, group, axis=1) for x in (k, v))
+    scale = 1 / np.sqrt(q.shape[-1])
+    scores = np.where(mask[:, None], q @ k.swapaxes(2, 3) * scale, -np.inf)
+    highest = scores.max(axis=-1, keepdims=True)
+    p = np.exp(scores - np.where(np.isfinite(highest), highest, 0))
+    p /= np.maximum(p.sum(axis=-1, keepdims=True), 1e-300)
+    dp = slope @ v.swapaxes(2, 3)
+    ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) * scale
+
+    def over_group(x):
+        return x.reshape(x.shape[0], -1, group, *x.shape[2:]).sum(axis=2)
+
+    dk, dv = over_group(ds.swapaxes(2, 3) @ q), over_group(p.swapaxes(2, 3) @ slope)
+    return [x.swapaxes(1, 2) for x in (p @ v, ds @ k, dk, dv)]
+
+
+def seen(positions, ids, window, ahead=0, used=None):
+    """Who sees whom, from the definition: (batch, seq, ahead + seq)."""
+    batch, seq = ids.shape
+    mask = np.zeros((batch, seq, ahead + seq), bool)
+    for b, i, j in np.ndindex(mask.shape):
+        first = j < ahead
+        where = j if first else positions[b, j - ahead]
+        same = (used is None or used[b]) if first else ids[b, i] == ids[b, j - ahead]
+        far = positions[b, i] - where
+        mask[b, i, j] = ids[b, i] and same and far >= 0 and (not window or far < window)
+    return mask
+
+
+def rows_of(lengths, seq, ahead=0):
+    """Segment ids and positions of rows packed from segments of these lengths, padded."""
+    ids = np.zeros((len(lengths), seq), np.int32)
+    positions = np.zeros((len(lengths), seq), np.int32)
+    for row, segments in enumerate(lengths):
+        start = 0
+        for number, length in enumerate(segments, 1):
+            there = slice(start, min(start + length, seq))
+            ids[row, there] = number
+            positions[row, there] = ahead + np.arange(there.stop - start)
+            start = there.stop
+    return ids, positions
+
+
+def draw(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def inputs(batch, seq):
+    shapes = ((HEADS, 0), (KV_HEADS, 1), (KV_HEADS, 2), (HEADS, 3))
+    return [draw((batch, seq, heads, HEAD_DIM), seed) for heads, seed in shapes]
+
+
+def places(ids, positions):
+    ids, positions = jnp.asarray(ids), jnp.asarray(positions)
+    there = {"q_positions": positions, "k_positions": positions}
+    return {**there, "q_segments": ids, "k_segments": ids}
+
+
+def value_and_grads(q, k, v, slope, **rest):
+    out, back = jax.vjp(lambda q, k, v: attention(q, k, v, **rest), q, k, v)
+    return out, *back(slope)
+
+
+run = jax.jit(value_and_grads)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 40), max_size=6), min_size=2, max_size=2),
+    window=st.sampled_from([None, 0, 1, 7, 30]),
+)
+def test_packed_rows_have_the_values_and_gradients_of_the_formula(lengths, window):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK", 8)
+        ids, positions = rows_of(lengths, 44)
+        q, k, v, slope = inputs(2, 44)
+        given_window = None if window is None else jnp.int32(window)
+        actual = run(q, k, v, slope, **places(ids, positions), window=given_window)
+    expected = formula(q, k, v, seen(positions, ids, window), slope)
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("used", [None, (True, False)])
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_prefix_is_seen_by_every_segment_and_gets_gradients(monkeypatch, used, window):
+    monkeypatch.setattr(module, "BLOCK", 8)
+    ahead, seq = 5, 36
+    ids, positions = rows_of([[20, 11], [36]], seq, ahead)
+    q, k, v, slope = inputs(2, seq)
+    first_k, first_v = (draw((ahead, KV_HEADS, HEAD_DIM), seed) for seed in (4, 5))
+    flags = None if used is None else jnp.array(used)
+    given_window = None if window is None else jnp.int32(window)
+
+    def value(q, k, v, first_k, first_v):
+        prefix = Prefix(first_k, first_v, flags)
+        there = places(ids, positions)
+        return attention(q, k, v, **there, window=given_window, prefix=prefix)
+
+    out, back = jax.vjp(value, q, k, v, first_k, first_v)
+    dq, dk, dv, *of_prefix = back(slope)
+    mask = seen(positions, ids, window, ahead, used)
+    wide = [
+        np.concatenate([np.broadcast_to(first, (2, *first.shape)), x], axis=1)
+        for first, x in ((first_k, k), (first_v, v))
+    ]
+    expected_out, expected_dq, wide_dk, wide_dv = formula(q, *wide, mask, slope)
+    expected = [expected_out, expected_dq, wide_dk[:, ahead:], wide_dv[:, ahead:]]
+    expected += [x[:, :ahead].sum(axis=0) for x in (wide_dk, wide_dv)]
+    for one, other in zip((out, dq, dk, dv, *of_prefix), expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_that_no_query_sees_are_not_visited(monkeypatch):
+    """Numbers that are none would spread through a product with them, even by a weight of 0."""
+    monkeypatch.setattr(module, "BLOCK", 8)
+    ids, positions = rows_of([[16, 16, 16], [16, 16, 16]], 48)
+    q, k, v, slope = inputs(2, 48)
+    clean = run(q, k, v, slope, **places(ids, positions))
+    k[:, :16], v[:, :16] = np.nan, np.nan
+    for one, other in zip(run(q, k, v, slope, **places(ids, positions)), clean, strict=True):
+        np.testing.assert_array_equal(one[:, 16:], other[:, 16:])
+    window = jnp.int32(8)  # of one segment; the blocks' nearest pair is 9 apart, two blocks on
+    ids, positions = rows_of([[48], [48]], 48)
+    out, *_ = run(q, k, v, slope, **places(ids, positions), window=window)
+    assert np.isnan(out[:, 16:24]).all()
+    assert np.isfinite(out[:, 24:]).all()
+
+
+def test_a_row_with_nothing_to_see_is_zero_and_has_zero_gradients(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 8)
+    ids, positions = rows_of([[], [20]], 20)
+    for x in run(*inputs(2, 20), **places(ids, positions)):
+        assert not np.asarray(x[0]).any()
+        assert np.isfinite(x).all()
+
+
+def test_vmapped_attention_is_each_one_s(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 8)
+    ids, positions = rows_of([[30], [9, 11, 12]], 32)
+    stacked = [np.stack([x, 2 * x]) for x in inputs(2, 32)]
+    together = jax.jit(jax.vmap(lambda *a: value_and_grads(*a, **places(ids, positions))))(*stacked)
+    for n in (0, 1):
+        alone = run(*(x[n] for x in stacked), **places(ids, positions))
+        for one, other in zip(together, alone, strict=True):
+            np.testing.assert_allclose(one[n], other, rtol=2e-5, atol=2e-5)
+
+
+def test_a_cache_s_empty_slots_and_other_rows_prompts_do_not_count(monkeypatch):
+    """A prompt of 20 is read into 40 slots that hold 10 older ones, at other places by row."""
+    monkeypatch.setattr(module, "BLOCK", 8)
+    ids, positions = rows_of([[30], [24]], 40)
+    ids[1] = np.roll(ids[1], 6)
+    positions[1] = np.roll(positions[1], 6)
+    q, k, v, slope = inputs(2, 40)
+    now = slice(10, 30)
+    out = jax.jit(attention)(
+        jnp.asarray(q[:, now]),
+        jnp.asarray(k),
+        jnp.asarray(v),
+        q_positions=jnp.asarray(positions[:, now]),
+        k_positions=jnp.asarray(positions),
+        q_segments=jnp.asarray(ids[:, now]),
+        k_segments=jnp.asarray(ids),
+    )
+    mask = seen(positions, ids, None)[:, now]
+    expected, *_ = formula(q[:, now], k, v, mask, slope[:, now])
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_both_passes_count_the_tiles_of_a_whole_row():
+    """Two products forward, five backward, for each of the 10 tiles up to the diagonal."""
+    seq = 4 * module.BLOCK
+    ids, positions = rows_of([[seq]], seq)
+    tile = 2 * HEADS * HEAD_DIM * module.BLOCK**2
+    counted = count_flops(run, *inputs(1, seq), **places(ids, positions))
+    assert counted == 10 * (2 + 5) * tile
+
+
+def test_no_segment_of_a_row_is_everyone_s():
+    assert EVERYONE < 0  # rows number their segments from 1
