@@ -1,0 +1,78 @@
+"""What the compiled training step needs: memory linear in tokens, a program flat in depth.
+
+No buffer has a side of all tokens twice, also not in the program that is lowered for CUDA.
+"""
+
+import dataclasses
+import functools
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_decoder import CONFIG
+
+import jaxpeft as jp
+from jaxpeft.losses import make_lm_loss
+from jaxpeft.models.transformer import Transformer
+from jaxpeft.train_step import adapter_only, init_train_state, make_train_step
+
+WIDE = dataclasses.replace(CONFIG, d_model=64, d_ff=128, head_dim=16, num_layers=2)
+
+
+@functools.cache
+def lower(tokens, config=WIDE, remat="full", platform="cpu"):
+    """The LoRA step of one row, from shapes alone, lowered for a platform."""
+    module = Transformer(config, jnp.float32, remat)
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    tx = jp.masked(optax.adamw(1e-3), adapter_only)
+
+    def start(params):
+        adapter = jp.init_adapter(jp.LoRA(rank=4, alpha=8.0), params, jax.random.key(0))
+        return init_train_state(params, adapter, tx, jax.random.key(0))
+
+    row = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    names = ("tokens", "targets", "segment_ids", "positions")
+    batch = {**dict.fromkeys(names, row), "weights": jax.ShapeDtypeStruct(row.shape, jnp.float32)}
+    step = make_train_step(make_lm_loss(module, head_frozen=True), tx)
+    traced = step.trace(jax.eval_shape(start, params), params, batch)
+    return traced.lower(lowering_platforms=(platform,))
+
+
+def temporaries(tokens, **kwargs):
+    return lower(tokens, **kwargs).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_memory_of_the_step_is_linear_in_tokens(remat):
+    """From 1024 to 4096 tokens it grows no steeper than from 256 to 1024."""
+    tokens = (256, 1024, 4096)
+    sizes = [temporaries(count, remat=remat) for count in tokens]
+    slopes = np.diff(sizes) / np.diff(tokens)
+    assert slopes[1] <= 1.1 * slopes[0], sizes
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_no_array_of_the_program_is_as_long_as_the_row_twice(platform):
+    tokens = 4096
+    text = lower(tokens, platform=platform).as_text()
+    shapes = [
+        [int(n) for n in found.split("x")] for found in re.findall(r"tensor<([0-9x]+)x[a-z]", text)
+    ]
+    assert [tokens] in [shape[1:2] for shape in shapes]
+    assert not [shape for shape in shapes if np.prod(shape) >= tokens**2]
+
+
+def test_the_program_is_as_long_for_64_layers_as_for_8():
+    seconds, lines = {}, {}
+    for layers in (8, 64):
+        lowered = lower(256, config=dataclasses.replace(WIDE, num_layers=layers))
+        began = time.process_time()
+        lowered.compile()
+        seconds[layers] = time.process_time() - began
+        lines[layers] = len(lowered.as_text().splitlines())
+    assert lines[64] == lines[8]
+    assert seconds[64] <= 1.3 * seconds[8] + 0.2
