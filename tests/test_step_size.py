@@ -16,6 +16,7 @@ import pytest
 from tiny_decoder import CONFIG
 
 import jaxpeft as jp
+from jaxpeft.flops import count_flops
 from jaxpeft.losses import make_lm_loss
 from jaxpeft.models.transformer import Transformer
 from jaxpeft.train_step import adapter_only, init_train_state, make_train_step
@@ -76,3 +77,18 @@ def test_the_program_is_as_long_for_64_layers_as_for_8():
         lines[layers] = len(lowered.as_text().splitlines())
     assert lines[64] == lines[8]
     assert seconds[64] <= 1.3 * seconds[8] + 0.2
+
+
+def test_rematerialised_layers_visit_no_tile_a_third_time():
+    """What "full" computes again is the products with kernels, of a layer all but the last."""
+
+    def cost(remat):
+        module = Transformer(WIDE, jnp.float32, remat)
+        ids = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+        params = jax.eval_shape(module.init, jax.random.key(0), ids)
+        return count_flops(jax.grad(lambda v, ids: module.apply(v, ids).sum()), params, ids)
+
+    c = WIDE
+    sides = c.d_model * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
+    kernels = sides + 2 * c.d_model * c.d_ff
+    assert cost("full") - cost("none") == c.num_layers * 2 * 512 * kernels

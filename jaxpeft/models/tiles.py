@@ -22,12 +22,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpeft import flops
 
 EVERYONE = -1
 """The segment of keys that every token sees."""
+
+KEPT = "attention"
+"""Name of what a policy of ``jax.checkpoint`` may keep, so that no tile is visited a third time."""
 
 _FAR = 2**30
 _LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -112,7 +116,8 @@ def _forward(block: int, behind: int | None, q: Any, k: Any, v: Any, places: Pla
     highest, total, out = cut.visit_all(behind, visit, start)
     total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     out = cut.whole_queries((out / total[..., None]).astype(q.dtype))
-    return out, (q, k, v, places, out, highest + jnp.log(total))
+    out, log_total = (checkpoint_name(x, KEPT) for x in (out, highest + jnp.log(total)))
+    return out, (q, k, v, places, out, log_total)
 
 
 def _backward(block: int, behind: int | None, kept: Any, slope: Any) -> Any:

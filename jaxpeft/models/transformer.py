@@ -34,12 +34,20 @@ from jaxpeft.models import rope
 from jaxpeft.models.attention import Prefix, attention, positions_of
 from jaxpeft.models.cache import Cache, append
 from jaxpeft.models.config import ModelConfig
+from jaxpeft.models.tiles import KEPT
 
+_POLICIES = jax.checkpoint_policies
+_KEEP_ATTENTION = _POLICIES.save_only_these_names(KEPT)
 REMAT_POLICIES: dict[str, Any] = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _KEEP_ATTENTION,
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _KEEP_ATTENTION
+    ),
 }
-"""What the backward pass keeps of a layer, by name; "none" keeps everything."""
+"""What the backward pass keeps of a layer, by name; "none" keeps everything.
+
+Beside the layer's input, "full" keeps what attention in tiles gave: an array of the same size.
+"""
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], init: Any) -> Any:
