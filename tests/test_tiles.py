@@ -1,16 +1,21 @@
 """Attention in tiles: values and gradients of the formula in float64, and what is not visited."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft.flops import count_flops
 from jaxpeft.models import attention as module
 from jaxpeft.models.attention import Prefix, attention
 from jaxpeft.models.tiles import EVERYONE
+from jaxpeft.sharding import make_mesh
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
@@ -200,3 +205,23 @@ def test_both_passes_count_the_tiles_of_a_whole_row():
 
 def test_no_segment_of_a_row_is_everyone_s():
     assert EVERYONE < 0  # rows number their segments from 1
+
+
+def test_rows_and_heads_on_several_devices_stay_there():
+    """Equal to one device's; what travels between devices is no larger than the list of tiles."""
+    seq = 3 * module.BLOCK
+    ids, positions = rows_of([[200, 150], [384], [9] * 40, [100, 100]], seq)
+    arrays = inputs(4, seq)
+    mesh = make_mesh(2, 1, 2, devices=jax.devices()[:4])
+    whole = NamedSharding(mesh, PartitionSpec("data", None, "tensor", None))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    there = jax.device_put(places(ids, positions), rows)
+    spread = jax.device_put(tuple(arrays), whole)
+    compiled = jax.jit(value_and_grads, out_shardings=whole).lower(*spread, **there).compile()
+    alone = run(*arrays, **places(ids, positions))
+    for one, other in zip(compiled(*spread, **there), alone, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    lines = re.findall(r"= (.*?) (?:all|collective|reduce-scatter)[-\w]*\(", compiled.as_text())
+    shapes = [shape.split(",") for line in lines for shape in re.findall(r"\w+\[([\d,]*)\]", line)]
+    assert shapes
+    assert all(math.prod(map(int, shape)) <= 9 for shape in shapes)
