@@ -9,6 +9,7 @@ from jaxpeft.models import attention as module
 from jaxpeft.models.attention import attention
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+BLOCK = module.BLOCKS["cpu"]
 
 
 def reference(q, k, v, qp, kp, qs, ks, window):
@@ -71,7 +72,7 @@ def test_long_rows_equal_the_formula_on_both_sides_of_a_block(seq):
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_gradients_equal_finite_differences_of_the_formula(monkeypatch, window):
-    monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setitem(module.BLOCKS, "cpu", 4)
     q, k, v, positions, ids = make_inputs(10, ([6, 3], [10]))
     rng = np.random.default_rng(1)
     probe = rng.standard_normal(q.shape)
@@ -133,6 +134,6 @@ def test_later_keys_are_not_even_multiplied():
     """Blocks of queries end where they end: products shrink towards half of the full square."""
     from jaxpeft.flops import count_flops
 
-    q, k, v, positions, ids = make_inputs(8 * module.BLOCK)
+    q, k, v, positions, ids = make_inputs(8 * BLOCK)
     full = 4 * 2 * HEADS * HEAD_DIM * q.shape[1] ** 2
     assert count_flops(run, q, k, v, positions, ids) == pytest.approx(full * (8 + 1) / 16)

@@ -18,6 +18,7 @@ from jaxpeft.models.tiles import EVERYONE
 from jaxpeft.sharding import make_mesh
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+BLOCK = module.BLOCKS["cpu"]
 
 
 def formula(q, k, v, mask, slope):
@@ -97,7 +98,7 @@ run = jax.jit(value_and_grads)
 )
 def test_packed_rows_have_the_values_and_gradients_of_the_formula(lengths, window):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK", 8)
+        patch.setitem(module.BLOCKS, "cpu", 8)
         ids, positions = rows_of(lengths, 44)
         q, k, v, slope = inputs(2, 44)
         given_window = None if window is None else jnp.int32(window)
@@ -110,7 +111,7 @@ def test_packed_rows_have_the_values_and_gradients_of_the_formula(lengths, windo
 @pytest.mark.parametrize("used", [None, (True, False)])
 @pytest.mark.parametrize("window", [None, 9])
 def test_a_prefix_is_seen_by_every_segment_and_gets_gradients(monkeypatch, used, window):
-    monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setitem(module.BLOCKS, "cpu", 8)
     ahead, seq = 5, 36
     ids, positions = rows_of([[20, 11], [36]], seq, ahead)
     q, k, v, slope = inputs(2, seq)
@@ -139,7 +140,7 @@ def test_a_prefix_is_seen_by_every_segment_and_gets_gradients(monkeypatch, used,
 
 def test_tiles_that_no_query_sees_are_not_visited(monkeypatch):
     """Numbers that are none would spread through a product with them, even by a weight of 0."""
-    monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setitem(module.BLOCKS, "cpu", 8)
     ids, positions = rows_of([[16, 16, 16], [16, 16, 16]], 48)
     q, k, v, slope = inputs(2, 48)
     clean = run(q, k, v, slope, **places(ids, positions))
@@ -154,7 +155,7 @@ def test_tiles_that_no_query_sees_are_not_visited(monkeypatch):
 
 
 def test_a_row_with_nothing_to_see_is_zero_and_has_zero_gradients(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setitem(module.BLOCKS, "cpu", 8)
     ids, positions = rows_of([[], [20]], 20)
     for x in run(*inputs(2, 20), **places(ids, positions)):
         assert not np.asarray(x[0]).any()
@@ -162,7 +163,7 @@ def test_a_row_with_nothing_to_see_is_zero_and_has_zero_gradients(monkeypatch):
 
 
 def test_vmapped_attention_is_each_one_s(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setitem(module.BLOCKS, "cpu", 8)
     ids, positions = rows_of([[30], [9, 11, 12]], 32)
     stacked = [np.stack([x, 2 * x]) for x in inputs(2, 32)]
     together = jax.jit(jax.vmap(lambda *a: value_and_grads(*a, **places(ids, positions))))(*stacked)
@@ -174,7 +175,7 @@ def test_vmapped_attention_is_each_one_s(monkeypatch):
 
 def test_a_cache_s_empty_slots_and_other_rows_prompts_do_not_count(monkeypatch):
     """A prompt of 20 is read into 40 slots that hold 10 older ones, at other places by row."""
-    monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setitem(module.BLOCKS, "cpu", 8)
     ids, positions = rows_of([[30], [24]], 40)
     ids[1] = np.roll(ids[1], 6)
     positions[1] = np.roll(positions[1], 6)
@@ -196,9 +197,9 @@ def test_a_cache_s_empty_slots_and_other_rows_prompts_do_not_count(monkeypatch):
 
 def test_both_passes_count_the_tiles_of_a_whole_row():
     """Two products forward, five backward, for each of the 10 tiles up to the diagonal."""
-    seq = 4 * module.BLOCK
+    seq = 4 * BLOCK
     ids, positions = rows_of([[seq]], seq)
-    tile = 2 * HEADS * HEAD_DIM * module.BLOCK**2
+    tile = 2 * HEADS * HEAD_DIM * BLOCK**2
     counted = count_flops(run, *inputs(1, seq), **places(ids, positions))
     assert counted == 10 * (2 + 5) * tile
 
@@ -209,7 +210,7 @@ def test_no_segment_of_a_row_is_everyone_s():
 
 def test_rows_and_heads_on_several_devices_stay_there():
     """Equal to one device's; what travels between devices is no larger than the list of tiles."""
-    seq = 3 * module.BLOCK
+    seq = 3 * BLOCK
     ids, positions = rows_of([[200, 150], [384], [9] * 40, [100, 100]], seq)
     arrays = inputs(4, seq)
     mesh = make_mesh(2, 1, 2, devices=jax.devices()[:4])

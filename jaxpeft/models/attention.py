@@ -19,8 +19,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxpeft.errors import UserError
 from jaxpeft.models.tiles import EVERYONE, Places, tiled_attention, visible
 
-BLOCK = 128
-"""How many queries, and keys, make a tile."""
+BLOCKS = {"cpu": 128}
+"""How many queries, and keys, make a tile, by backend: small ones are skipped more often."""
+
+LARGE_BLOCK = 512
+"""On all other backends, where every tile costs the launch of its kernels."""
 
 
 @flax.struct.dataclass
@@ -98,10 +101,11 @@ def attention(
         k_segments = jnp.concatenate([segments, k_segments], axis=1)
         k_positions = jnp.concatenate([positions, k_positions], axis=1)
     places = Places(q_positions, k_positions, q_segments, k_segments, window)
-    if q.shape[1] <= BLOCK:
+    block = BLOCKS.get(jax.default_backend(), LARGE_BLOCK)
+    if q.shape[1] <= block:
         return _attend(q, k, v, visible(*places))
     cached = k.shape[1] != q.shape[1] + ahead
-    return tiled_attention(BLOCK, None if cached else ahead, q, k, v, places)
+    return tiled_attention(block, None if cached else ahead, q, k, v, places)
 
 
 def positions_of(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
