@@ -22,7 +22,7 @@ from jaxpeft.methods import KINDS, Adapter, Context, Method
 from jaxpeft.methods.algebra import pad_rank
 from jaxpeft.peft_format import load_adapter, peek_kind
 
-_COMPARED = ("rank", "scale", "ids")
+_COMPARED = ("rank", "rslora", "scale", "ids")
 _NOTES = ("trained_with",)
 """Options that say where an adapter comes from, not what it is."""
 _OWN = "dropout"
@@ -168,7 +168,9 @@ def _compare_numbers(buffers: Mapping[str, Any], numbers: Mapping[str, Any]):
         theirs, ours = np.asarray(buffers[path]), np.asarray(value)
         wrong = ~np.isclose(theirs, ours, rtol=1e-6, atol=0)
         if wrong.any():
-            yield f"{path} is {theirs[wrong].flat[0]:g}, not {ours[wrong].flat[0]:g}"
+            form = "" if ours.dtype == bool else "g"
+            before, now = (format(side[wrong].flat[0], form) for side in (theirs, ours))
+            yield f"{path} is {before}, not {now}"
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -1,6 +1,7 @@
 """Padding, stacking, combining and converting adapters, against float64 NumPy."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -74,7 +75,9 @@ def test_one_adapter_of_weight_one_stays_what_it_is(how):
         assert_same(deltas(made), deltas(one))
         if how in ("cat", "linear"):
             jax.tree.map(np.testing.assert_array_equal, made.params, one.params)
-            jax.tree.map(np.testing.assert_array_equal, made.buffers, one.buffers)
+            for path, value in paths.flatten(one.buffers).items():
+                if not path.endswith("/rslora"):  # it is a plain one with the same scale
+                    np.testing.assert_array_equal(paths.get(made.buffers, path), value)
 
 
 @pytest.mark.parametrize("how", ["cat", "linear"])
@@ -260,6 +263,25 @@ def test_stacking_pads_ranks_and_places_with_zeros():
         jp.stack_adapters([first, full])
     with pytest.raises(jp.UserError, match="none to stack"):
         jp.stack_adapters([])
+
+
+def test_each_of_a_stack_of_rslora_and_plain_adapters_is_saved_with_its_own_alpha(tmp_path):
+    from toy_model import toy_model
+
+    base = toy_model(jax.random.key(0))
+    methods = [
+        LoRA(rank=4, alpha=6.0, targets=("q_proj", "up_proj")),
+        LoRA(rank=4, alpha=3.0, rslora=True, targets=("q_proj",)),  # the same scale, 3 / 2
+        LoRA(rank=3, alpha=0.7, rslora=True, targets=("up_proj",)),
+    ]
+    stacked = jp.stack_adapters([jp.init_adapter(m, base, jax.random.key(0)) for m in methods])
+    for i, method in enumerate(methods):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+        jp.save_adapter(tmp_path / str(i), one, base)
+        config = json.loads((tmp_path / str(i) / "adapter_config.json").read_text())
+        assert (config["use_rslora"], config["r"]) == (method.rslora, method.rank)
+        assert (config["lora_alpha"], config["alpha_pattern"]) == (method.alpha, {})
+        assert jp.LoRA.from_peft(tmp_path / str(i)) == method
 
 
 def test_places_trained_in_other_ways_are_not_stacked():

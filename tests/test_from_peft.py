@@ -32,7 +32,7 @@ NOT_OURS = {
     "oft_blocks": "r",
 }
 """Folders whose config our class of the method cannot say, and the key that the error names."""
-NUMBERS = ("scale", "rank", "dropout")
+NUMBERS = ("scale", "rank", "dropout", "rslora")
 
 
 @functools.cache

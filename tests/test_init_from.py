@@ -116,7 +116,7 @@ def test_adalora_goes_on_with_all_its_triplets_and_a_schedule_of_its_own(files, 
         ({"targets": ["q_proj"]}, ["it adapts layers/mlp/down_proj/kernel, the section does not"]),
         ({"targets": "all-linear"}, ["it does not adapt layers/mlp/gate_proj/kernel"]),
         ({"targets": r".*\.0\..*(q|down)_proj"}, ["kernel/rank is 4, not 0"]),
-        ({"rslora": True}, ["its rslora is None, not True"]),
+        ({"rslora": True}, ["q_proj/kernel/rslora is False, not True"]),
     ],
 )
 def test_an_adapter_that_the_section_does_not_describe_is_refused(

@@ -272,9 +272,22 @@ def test_the_config_is_rebuilt_from_spec_and_buffers(rslora):
             "scale": np.float32(method.scale) * np.float32(on),
             "rank": rank * on,
             "dropout": np.full(3, 0.05, np.float32),
+            "rslora": rslora & (on > 0),
         }
         buffers = {"layers": {"mlp": {"up_proj": {"kernel": leaf}}}}
         assert config_of(adapter.replace(buffers=buffers)) == method
+
+
+def test_layers_with_and_without_rslora_have_a_config_with_their_scales():
+    params, key = kernel_params(6, 5), jax.random.key(0)
+    adapter = init_adapter(LoRA(rank=3, alpha=2.0), params, key)
+    place = "layers/mlp/up_proj/kernel"
+    both = {f"{place}/rslora": jnp.array([True, False]), f"{place}/rank": jnp.array([2, 3])}
+    method = config_of(adapter.replace(buffers=paths.put(adapter.buffers, both)))
+    assert not method.rslora
+    again = init_adapter(method, params, key).buffers
+    np.testing.assert_array_equal(paths.get(again, f"{place}/rank"), [2, 3])
+    np.testing.assert_array_equal(paths.get(again, f"{place}/scale"), np.float32([2 / 3, 2 / 3]))
 
 
 @pytest.mark.parametrize("rslora", [False, True])

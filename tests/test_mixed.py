@@ -18,10 +18,10 @@ ROWS = (1, -1, 0, 2, 1)
 
 
 def adapters(**changes):
-    """Three LoRAs of different rank, scale and targets, with all factors drawn."""
+    """Three LoRAs of different rank, scale and targets, with all factors drawn; one is rsLoRA."""
     methods = [
         LoRA(rank=2, alpha=4.0, **changes),
-        LoRA(rank=3, alpha=1.0, targets=("q_proj", "down_proj"), **changes),
+        LoRA(rank=3, alpha=1.0, rslora=True, targets=("q_proj", "down_proj"), **changes),
         LoRA(rank=1, alpha=2.0, targets=(r"model.layers.1.mlp.up_proj", "v_proj"), **changes),
     ]
     made = [make_adapter(method, trained=True) for method in methods]
@@ -188,7 +188,7 @@ def test_soft_prompts_of_a_mixed_batch_stand_in_front_of_their_own_rows():
     )
 
 
-def test_switching_adapters_of_other_alpha_dropout_rank_and_base_never_recompiles():
+def test_switching_adapters_of_other_alpha_dropout_rank_rslora_and_base_never_recompiles():
     import chex
 
     from jaxpeft.methods.algebra import pad_rank
@@ -200,7 +200,8 @@ def test_switching_adapters_of_other_alpha_dropout_rank_and_base_never_recompile
 
     chex.clear_trace_counter()
     methods = [LoRA(rank=2, alpha=4.0), LoRA(rank=3, alpha=9.0, dropout=0.5), LoRA(rank=1)]
-    for name, method in zip(("a", "b", "c"), methods, strict=True):
+    methods.append(LoRA(rank=2, alpha=4.0, rslora=True))
+    for name, method in zip("abcd", methods, strict=True):
         one = pad_rank(make_adapter(method, trained=True), 3)
         one = Adapter(one.params, one.buffers, one.spec, jp.methods.base.Label(name))
         assert_close(logits(one), run(make_adapter(method, trained=True)))

@@ -38,7 +38,7 @@ from jaxpeft.methods.mixed import extra_axes
 
 SUMS = ("cat", "linear")
 PRUNED = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
-PLAIN = {"a", "b", "scale", "rank", "dropout", "a0", "b0"}
+PLAIN = {"a", "b", "scale", "rank", "dropout", "rslora", "a0", "b0"}
 """Arrays of a place whose change is a sum of products."""
 
 Factors = tuple[np.ndarray, np.ndarray, float]

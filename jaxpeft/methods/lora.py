@@ -5,7 +5,8 @@ A kernel ``W`` of shape ``(d_in, d_out)`` is used as ``W + scale * A @ B`` with
 ``alpha / sqrt(rank)`` with rank stabilisation. Stacked layers put one axis in front of all of
 them. Flax kernels are the transpose of the paper's, so our ``A @ B`` is the paper's
 ``(B A)^T``. Layers of a stack that are not adapted hold zeros in both factors and have rank 0:
-their gradients are zero, and so they stay.
+their gradients are zero, and so they stay. The buffer ``rslora`` says which scales are rank
+stabilised; only what writes alpha down reads it.
 
 References:
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021,
@@ -188,6 +189,7 @@ class LoRA(Method):
                 "scale": jnp.asarray(scales),
                 "rank": jnp.asarray(ranks),
                 "dropout": jnp.full(ranks.shape, self.dropout, jnp.float32),
+                "rslora": jnp.asarray((ranks > 0) & self.rslora),
             }
             if self.init_weights in lora_init.SUBTRACTED:
                 buffers[path] |= {"a0": a, "b0": b}
@@ -200,8 +202,8 @@ class LoRA(Method):
         factors, buffers = factors | trained, buffers | kept
         trained, kept = lora_tokens.start(self, params, factors)
         factors, buffers = factors | trained, buffers | kept
-        options: dict[str, Any] = {"dora": self.dora, "rslora": self.rslora}
-        options |= {"lora_bias": self.lora_bias, "bias": self.bias != "none" and self.bias}
+        options: dict[str, Any] = {"dora": self.dora, "lora_bias": self.lora_bias}
+        options["bias"] = self.bias != "none" and self.bias
         if self.init_weights in lora_init.SUBTRACTED:
             options["init_weights"] = self.init_weights
         spec = Spec(
@@ -269,6 +271,7 @@ def factor_fields(adapter: Adapter) -> dict[str, Any]:
         "alpha_pattern": alpha_pattern,
         "targets": tuple(numbers.ranks),
         "dropout": numbers.dropouts.pop(),
+        "rslora": numbers.rslora,
     }
 
 

@@ -68,7 +68,6 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
         "dora": config.dora,
         "init_weights": config.start,
         "lora_bias": config.lora_bias,
-        "rslora": config.rslora,
     }
     spec = Spec(
         kind="lora",
@@ -89,7 +88,6 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
         "bias": options.get("bias", "none"),
         "lora_bias": "lora_bias" in options,
         "use_dora": "dora" in options,
-        "use_rslora": "rslora" in options,
     }
     tensors: dict[str, np.ndarray] = {}
     for sort, places in lora_places.by_sort(adapter):

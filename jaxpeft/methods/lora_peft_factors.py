@@ -71,6 +71,7 @@ def read(folder: Folder, width: int) -> Arrays:
             "b": np.pad(b, ((0, width - rank), (0, 0))),
             "scale": np.float32(config.scale_of(name)),
             "rank": np.int32(rank),
+            "rslora": np.bool_(config.rslora),
         }
         for letter, ending in vectors(config.dora, config.lora_bias).items():
             layers[name][letter] = tensors.read(f"{PREFIX}{name}.{ending}")
@@ -96,8 +97,8 @@ def read(folder: Folder, width: int) -> Arrays:
 def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Config values and tensors of the factors; see `Part`."""
     tensors: dict[str, np.ndarray] = {}
-    options, rslora = dict(adapter.spec.options), "rslora" in dict(adapter.spec.options)
-    ranks, alphas, dropouts = numbers_of(adapter)
+    options = dict(adapter.spec.options)
+    ranks, alphas, dropouts, rslora = numbers_of(adapter)
     for name, path, at in modules_of(adapter):
         a, b = (np.asarray(paths.get(adapter.params, f"{path}/{key}"))[at] for key in "ab")
         require_finite(name, a, b)
@@ -134,6 +135,7 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
         "r": rank,
         "rank_pattern": rank_pattern,
         "target_modules": targets_value(ranks, sites_of(base.params)),
+        "use_rslora": rslora,
     }
     return values, tensors
 

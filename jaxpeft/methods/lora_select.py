@@ -136,22 +136,28 @@ class Numbers(NamedTuple):
         ranks: Inner dimensions.
         alphas: Numerators of the scales, as the shortest decimals that give them.
         dropouts: The rates that occur.
+        rslora: Whether all alphas are divided by the root of the rank. Where some are and some are
+            not, all are given as if by the rank, which has the same scales.
     """
 
     ranks: dict[str, int]
     alphas: dict[str, float]
     dropouts: set[float]
+    rslora: bool
 
 
 def numbers_of(adapter: Adapter) -> Numbers:
     """Ranks, alphas and dropout rates of an adapter that has places with factors only."""
-    rslora = dict(adapter.spec.options).get("rslora", False)
-    found = Numbers({}, {}, set())
-    for name, path, at in modules_of(adapter):
-        scale, rank, dropout = (
+    arrays = {
+        name: [
             np.asarray(paths.get(adapter.buffers, f"{path}/{key}"))[at]
-            for key in ("scale", "rank", "dropout")
-        )
+            for key in ("scale", "rank", "dropout", "rslora")
+        ]
+        for name, path, at in modules_of(adapter)
+    }
+    rslora = all(flag for *_, flag in arrays.values())
+    found = Numbers({}, {}, set(), rslora)
+    for name, (scale, rank, dropout, _) in arrays.items():
         found.ranks[name] = int(rank)
         found.alphas[name] = shortest_decimal(scale, math.sqrt(rank) if rslora else int(rank))
         found.dropouts.add(shortest_decimal(dropout))

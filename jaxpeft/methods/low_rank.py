@@ -81,12 +81,13 @@ def lora_of(
             "scale": np.where(rank > 0, np.float32(scale), np.float32(0)),
             "rank": rank,
             "dropout": np.full(count, dropout, np.float32),
+            "rslora": np.zeros(count, bool),
         }
         if not paths.is_stacked(path):
             arrays = {name: value[0] for name, value in arrays.items()}
         arrays = {name: jnp.asarray(value) for name, value in arrays.items()}
-        trained[path] = {name: arrays[name] for name in ("a", "b")}
-        frozen[path] = {name: arrays[name] for name in ("scale", "rank", "dropout")}
+        trained[path] = {name: arrays.pop(name) for name in ("a", "b")}
+        frozen[path] = arrays
     spec = Spec(kind="lora", paths=tuple(sorted(layers)), rank=width)
     params, buffers = paths.unflatten(trained), paths.unflatten(frozen)
     return dataclasses.replace(source, params=params, buffers=buffers, spec=spec)
