@@ -18,12 +18,13 @@ from jaxpeft.foreign_names import FOREIGN
 from jaxpeft.methods import METHODS
 from jaxpeft.optim import OptimConfig
 from jaxpeft.quant import Quantization
+from jaxpeft.records import Record
 
 Metric = Literal["eval_loss", "eval_perplexity", "eval_token_accuracy", "eval_exact_match"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSection:
+class ModelSection(Record):
     """Which base model, and in which dtypes.
 
     Attributes:
@@ -57,7 +58,7 @@ class ModelSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainSection:
+class TrainSection(Record):
     """How long, and in which portions.
 
     Attributes:
@@ -107,7 +108,7 @@ class TrainSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationSection:
+class EvaluationSection(Record):
     """When and how to evaluate; it needs ``data.eval``.
 
     Attributes:
@@ -134,7 +135,7 @@ class EvaluationSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointSection:
+class CheckpointSection(Record):
     """When to save, and what to keep.
 
     Attributes:
@@ -156,7 +157,7 @@ class CheckpointSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshSection:
+class MeshSection(Record):
     """Sizes of the device mesh; one axis may be -1, the devices that are left.
 
     Attributes:
@@ -182,7 +183,7 @@ class MeshSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrackSection:
+class TrackSection(Record):
     """Where metrics go besides ``metrics.jsonl``.
 
     Attributes:
@@ -198,7 +199,7 @@ class TrackSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Record):
     """Everything one training run is made of.
 
     Attributes:

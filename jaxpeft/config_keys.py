@@ -82,7 +82,7 @@ class Schema:
             owners = " or ".join(_unique(key.variant for key in self.find(here[0].path)))
             return f'unknown key for name "{variant}", it belongs to {owners}'
         if name in self.foreign and all(key.variant for key in same):
-            return self._explain_foreign(section, name)
+            return self._explain_foreign(section, name, allowed)
         if same:
             places = " or ".join(f'"{k.path.rpartition(".")[0] or "the top level"}"' for k in same)
             paths = " or ".join(key.path for key in same)
@@ -95,7 +95,16 @@ class Schema:
         guess = f"did you mean {leaves[close[0]]}? " if close else ""
         return f"unknown key, {guess}known here: {', '.join(allowed) or 'none'}"
 
-    def _explain_foreign(self, section: str, name: str) -> str:
+    def explain_field(self, cls: type, name: str) -> str:
+        """What to say about `name`, which is no field of a class of the config; see `explain`."""
+        allowed = [field.name for field, _ in fields_of(cls)]
+        for field, hint in fields_of(self.root):
+            for variant, known in (variants_of(field) or {"": hint}).items():
+                if known is cls:
+                    return self.explain(field.name, name, allowed, variant)
+        return self.explain("", name, allowed)
+
+    def _explain_foreign(self, section: str, name: str, allowed: Sequence[str]) -> str:
         foreign = self.foreign[name]
         whose = f"{foreign.library}'s {name}" if foreign.library else f'"{name}"'
         parent, _, leaf = foreign.path.rpartition(".")
@@ -103,6 +112,11 @@ class Schema:
         remark = f" ({foreign.remark})" if foreign.remark else ""
         if not foreign.path:
             return f"unknown key: {foreign.remark}"
+        if section and parent == section and leaf not in allowed:
+            if leaf == "name":
+                return f"unknown key, the class stands for {whose}; drop it"
+            owners = " or ".join(_unique(key.variant for key in self.find(foreign.path)))
+            return f'unknown key, {whose} is "{leaf}" with name: {owners}{remark}'
         return f'unknown key, {whose} is "{ours}" here{remark}'
 
 

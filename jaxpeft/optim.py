@@ -13,13 +13,14 @@ import jax
 import optax
 
 from jaxpeft.optim_lora import EMBEDDING_RATE, lora_plus, project_b
+from jaxpeft.records import Record
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Record):
     """How trained arrays move.
 
     Attributes:

@@ -323,6 +323,7 @@ def test_adapters_that_do_not_belong_together_are_told_in_one_line():
 
 
 WRONG_CALLS = """
+import dataclasses
 import jax.numpy as jnp, jaxpeft as jp
 params = {"lm_head": {"kernel": jnp.ones((4, 6))}}
 one = jp.init_adapter(jp.LoRA(rank=2, targets=["lm_head"]), params, __import__("jax").random.key(0))
@@ -341,6 +342,15 @@ for call in (
     lambda: jp.IA3(feedforward="(q"),
     lambda: jp.LoRA(layers=(0,), layers_pattern="("),
     lambda: jp.LoRA(targets="a{9999999999}"),
+    lambda: jp.LoRA(r=8, lora_alpha=16),
+    lambda: jp.LoRA(16, ranks=8),
+    lambda: dataclasses.replace(jp.LoRA(), lora_dropout=0.1),
+    lambda: jp.VeRA(use_dora=True),
+    lambda: jp.IA3(peft_type="IA3"),
+    lambda: jp.PrefixTuning(feedforward=()),
+    lambda: jp.LoRA(learning_rate=1e-3),
+    lambda: jp.LoRA(gradient_accumulation_steps=4, fan_in_fan_out=False),
+    lambda: jp.OptimConfig(lr=1e-3),
 ):
     try:
         call()
@@ -370,6 +380,19 @@ def test_wrong_calls_are_answered_in_one_line():
         f"IA3.feedforward: {regex.replace('(', '(q', 1)}",
         f"LoRA.layers_pattern: {regex}",
         "LoRA.targets: 'a{9999999999}' is not a valid regex: the repetition number is too large.",
+        'LoRA.r: unknown key, PEFT\'s r is "rank" here; '
+        'LoRA.lora_alpha: unknown key, PEFT\'s lora_alpha is "alpha" here',
+        'LoRA.ranks: unknown key, did you mean "rank"?',
+        'LoRA.lora_dropout: unknown key, PEFT\'s lora_dropout is "dropout" here',
+        'VeRA.use_dora: unknown key, PEFT\'s use_dora is "dora" with name: lora',
+        "IA3.peft_type: unknown key, the class stands for PEFT's peft_type; drop it",
+        'PrefixTuning.feedforward: unknown key for name "prefix_tuning", it belongs to ia3',
+        'LoRA.learning_rate: unknown key here, it belongs under "optim": optim.learning_rate',
+        "LoRA.gradient_accumulation_steps: unknown key, Hugging Face's "
+        'gradient_accumulation_steps is "train.microbatch_size" here (batch_size counts the '
+        "sequences of one update over all devices; microbatch_size those that are computed at "
+        "once); LoRA.fan_in_fan_out: unknown key: kernels always are (in, out) here; drop the key",
+        'OptimConfig.lr: unknown key, Hugging Face\'s lr is "learning_rate" here',
         "1",
     ], result.stderr
 

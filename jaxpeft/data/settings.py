@@ -4,12 +4,14 @@ import dataclasses
 import typing
 from typing import Literal
 
+from jaxpeft.records import Record
+
 OnLong = Literal["error", "drop", "truncate"]
 OnBadRow = Literal["error", "drop"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Record):
     """Which rows to learn from, and how they become sequences.
 
     Attributes:

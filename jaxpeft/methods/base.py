@@ -28,6 +28,7 @@ import jax
 from jaxpeft import paths
 from jaxpeft.errors import UserError
 from jaxpeft.linear import Node, Transposed, materialise
+from jaxpeft.records import Record
 
 if TYPE_CHECKING:
     from jaxpeft.methods.exchange import PeftFormat
@@ -117,7 +118,7 @@ NO_CONTEXT = Context()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(abc.ABC):
+class Method(Record, abc.ABC):
     """A frozen, validated record of what to train and how; see `jaxpeft.LoRA`.
 
     Attributes:
@@ -286,15 +287,7 @@ def require_values(weight: Any, what: str) -> None:
 
 
 def merge_leaf(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
-    """The usual way to merge: every bound node as the matrix it stands for.
-
-    Args:
-        leaf: The place.
-        nodes: What `Kind.bind` made of it.
-
-    Returns:
-        Arrays by path.
-    """
+    """The usual way to merge: every bound node as the matrix it stands for, by path."""
     del leaf
     return {
         path: jax.jit(materialise)(node) if isinstance(node, Node) else node

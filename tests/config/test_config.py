@@ -1,11 +1,17 @@
 """The YAML config: what is read, what is refused, and where an error points."""
 
+import copy
+import dataclasses
+import inspect
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from config_values import SMALL, value
 
 from jaxpeft import config as cfg
+from jaxpeft.config_keys import fields_of, is_section
 from jaxpeft.data import DataConfig
 from jaxpeft.errors import UserError
 from jaxpeft.foreign_names import FOREIGN
@@ -125,6 +131,30 @@ def test_unknown_key_is_answered_with_the_right_one(problems, section, line, mes
     where = text.split("\n").index(next(t for t in text.split("\n") if line in t)) + 1
     assert problem.startswith(f"c.yaml:{where}: {section}.")
     assert message in problem
+
+
+CLASSES = [
+    *METHODS.values(),
+    *(hint for field, hint in fields_of(cfg.RunConfig) if is_section(field, hint) and hint != Any),
+]
+
+
+@pytest.mark.parametrize("cls", [*CLASSES, cfg.RunConfig], ids=lambda cls: cls.__name__)
+def test_a_class_of_the_config_answers_a_wrong_keyword_as_yaml_does(cls):
+    with pytest.raises(UserError, match=rf"^{cls.__name__}\.zzzzz: unknown key, known here: "):
+        cls(zzzzz=1)
+    with pytest.raises(TypeError, match="positional argument"):
+        cls(1, 2)
+    assert list(inspect.signature(cls).parameters) == [field.name for field, _ in fields_of(cls)]
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_a_class_of_the_config_is_pickled_copied_and_replaced(cls):
+    given = {"path": "a", "train": "b", "steps": 3, "token_ids": (1,), "num_tasks": 2}
+    names = [field.name for field, _ in fields_of(cls)]
+    one = cls(**{name: value for name, value in given.items() if name in names})
+    again = (pickle.loads(pickle.dumps(one)), copy.deepcopy(one), dataclasses.replace(one))
+    assert all(other == one and type(other) is cls for other in again)
 
 
 def test_every_foreign_name_leads_to_a_key_that_exists():

@@ -1,0 +1,29 @@
+"""What configs have in common: a wrong name is answered as in YAML, with the right one."""
+
+import inspect
+from typing import TYPE_CHECKING
+
+from jaxpeft.errors import UserError
+
+
+class Record:
+    """Base of the frozen dataclasses that make a config.
+
+    Raises:
+        UserError: For a keyword that is no field; it says which one is meant, also where the name
+            is another library's.
+    """
+
+    if not TYPE_CHECKING:  # whose signature is the dataclass's own
+
+        def __new__(cls, *args, **kwargs):
+            """A new object for ``__init__`` to fill."""
+            known = inspect.signature(cls.__init__).parameters
+            catches_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+            wrong = [] if catches_all else [name for name in kwargs if name not in known]
+            if wrong:
+                from jaxpeft.config import SCHEMA
+
+                texts = (f"{cls.__name__}.{n}: {SCHEMA.explain_field(cls, n)}" for n in wrong)
+                raise UserError("; ".join(texts))
+            return super().__new__(cls)
