@@ -26,6 +26,9 @@ inside the layer.
 stands for the table in that role, and a node that is looked up differently from how it is attended
 says so with ``attends_base``.
 
+**Changes.** A node that stands for ``base + A @ B`` gives these factors by `OnBase.product`, so
+that what converts it need not form the sum.
+
 **dtype.** Results have the dtype of `x`; a table is read in its own dtype and its reader casts.
 A method adds a node class (around a base: `OnBase`), nothing else changes;
 ``tests/test_linear.py`` runs every node through scan, remat, vmap, grad, jit and a sharded base.
@@ -37,6 +40,7 @@ from typing import Any, ClassVar
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 SHARED = "shared"
@@ -104,6 +108,10 @@ class OnBase(Node):
     def dtype(self) -> Any:
         """The dtype of the base."""
         return dtype_of(self.base)
+
+    def product(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """A and B in float64, layers included, if the weight is ``base + A @ B``; else None."""
+        return None
 
 
 def linear(x: Float[Array, "*batch d_in"], kernel: Any) -> Float[Array, "*batch d_out"]:

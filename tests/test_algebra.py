@@ -231,12 +231,13 @@ def test_to_lora_of_a_lora_gives_its_merged_weights():
     for given in ({}, {"rank": 2}, {"energy": 1.0}):
         made, errors = jp.to_lora(one, base, **given)
         assert max(errors.values()) < 1e-5
-        assert made.spec.rank == 2  # rounding of the merged kernel is not kept
+        assert made.spec.rank == 2
         jax.tree.map(
             lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5),
             merge(base, made),
             merge(base, one),
         )
+    assert jp.to_lora(pad_rank(one, 5), base, rank=4)[0].spec.rank == 2
 
 
 def test_padding_the_rank_changes_nothing():

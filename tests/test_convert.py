@@ -7,7 +7,7 @@ from tiny_decoder import decoder, make_adapter, make_batch
 
 import jaxpeft as jp
 from jaxpeft import paths
-from jaxpeft.methods import METHODS, bind, merge
+from jaxpeft.methods import KINDS, METHODS, bind, merge
 
 LORA = {"rank": 2, "alpha": 4.0}
 LOSSY = {
@@ -19,6 +19,8 @@ LOSSY = {
     "lokr": METHODS["lokr"](**LORA),
     "oft": METHODS["oft"](block_size=4),
     "ia3": METHODS["ia3"](),
+    "lora": METHODS["lora"](rank=5, alpha=4.0),
+    "lora pissa": METHODS["lora"](rank=4, alpha=4.0, init_weights="pissa"),
 }
 EXACT = {
     "pissa": METHODS["lora"](**LORA, init_weights="pissa"),
@@ -60,6 +62,51 @@ def test_the_reported_error_is_that_of_the_best_matrices_of_the_rank(name):
             actual = np.linalg.norm(kept[path] - exact) / np.linalg.norm(exact)
             assert actual == pytest.approx(expected, rel=2e-3, abs=1e-4)
             assert np.asarray(paths.get(made.buffers, f"{path}/rank")).tolist() == ranks
+
+
+PRODUCTS = {
+    "lora": lambda x: x["scale"] * (x["a"] @ x["b"]),
+    "lora pissa": lambda x: x["scale"] * (x["a"] @ x["b"] - x["a0"] @ x["b0"]),
+    "adalora": lambda x: x["scale"] * (x["a"] * x["e"][:, None]) @ x["b"],
+    "vera": lambda x: (x["A"] * x["d"][:, None]) @ x["B"] * x["b"][:, None],
+}
+
+
+def spelled_out(name, adapter, path):
+    """The change of a stacked kernel in float64."""
+    arrays = paths.get(adapter.params, path) | paths.get(adapter.buffers, path)
+    x = {key: np.asarray(value, np.float64) for key, value in arrays.items()}
+    if name == "vera":
+        d_in, d_out = paths.get(decoder()[1], path).shape[-2:]
+        a, b = (np.asarray(adapter.buffers["shared"][key], np.float64) for key in "ab")
+        x |= {"A": a[:d_in], "B": b[:, :d_out]}
+    else:
+        x["scale"] = x["scale"][:, None, None]
+    return PRODUCTS[name](x)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_that_no_float32_kernel_would_show_is_decomposed_in_float64(name):
+    method, base = LOSSY[name], decoder()[1]
+    weigh = KINDS[method.name].weigh
+    assert weigh is not None
+    adapter = weigh(make_adapter(method, trained=True), 1e-12)
+    made, errors = jp.to_lora(adapter, base, rank=2)
+    assert set(errors) == set(adapter.spec.paths)
+    for path, error in errors.items():
+        exact = spelled_out(name, adapter, path)
+        u, s, vt = np.linalg.svd(exact, full_matrices=False)
+        best = (u[..., :2] * s[:, None, :2]) @ vt[:, :2]
+        assert error == pytest.approx(np.sqrt(np.sum(s[:, 2:] ** 2) / np.sum(s**2)), rel=1e-6)
+        away = np.linalg.norm(spelled_out("lora", made, path) - best)
+        assert away < 1e-6 * np.linalg.norm(best)
+
+
+def test_a_new_pissa_changes_nothing_that_a_lora_could_be_made_of():
+    base = decoder()[1]
+    adapter = jp.init_adapter(EXACT["pissa"], base, jax.random.key(0))
+    with pytest.raises(jp.UserError, match="change nothing"):
+        jp.to_lora(adapter, base, rank=2)
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -1,7 +1,8 @@
 """Any method that changes kernels, as a plain LoRA.
 
 The change ``D = merged - base`` of every layer is replaced by its largest singular values,
-``D ~ U S V^T = (U sqrt(S)) (sqrt(S) V^T)``, the closest matrix of that rank. A LoRA that starts
+``D ~ U S V^T = (U sqrt(S)) (sqrt(S) V^T)``, the closest matrix of that rank. Where the change is
+known as a product of small factors, they are decomposed in its stead. A LoRA that starts
 from an initial product in the base (PiSSA, OLoRA) is a sum of two products already:
 ``s (A B - A0 B0) = s [A, A0] [B; -B0]``, exactly.
 
@@ -11,7 +12,7 @@ References:
     Meng et al., "PiSSA", 2024, https://arxiv.org/abs/2404.02948, section 3.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,11 +20,11 @@ import numpy as np
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.linear import materialise
-from jaxpeft.methods.base import Adapter
+from jaxpeft.linear import OnBase, materialise
+from jaxpeft.methods.base import Adapter, Leaf
 from jaxpeft.methods.binding import check_fit, make_leaf
 from jaxpeft.methods.combine import combine, odd_arrays
-from jaxpeft.methods.low_rank import check_cut, cut, lora_of
+from jaxpeft.methods.low_rank import check_cut, cut, lora_of, svd_of_product
 from jaxpeft.methods.registry import KINDS
 
 
@@ -38,8 +39,9 @@ def to_lora(
         rank: Singular values to keep of every layer's change.
         energy: Instead of `rank`: the share of the squared norm that each layer must keep. A
             LoRA, also one that starts from PiSSA or OLoRA, needs neither and becomes plain
-            exactly. Singular values that rounding the merged kernel to float32 may have made,
-            below ``2^-23 |kernel|`` (Frobenius), are never kept.
+            exactly. Where a method's change is known only from merged kernels, singular values
+            that rounding them to float32 may have made, below ``2^-23 |kernel|`` (Frobenius), are
+            never kept.
 
     Returns:
         The LoRA, and by path the relative error ``|change - LoRA| / |change|`` (Frobenius).
@@ -62,43 +64,57 @@ def to_lora(
     check_fit(dict(params), adapter)
     result, widths, errors = {}, {}, {}
     for path in adapter.spec.paths:
-        before, change = _merged_change(dict(params), adapter, path)
-        if before is None:
-            continue
-        *_, d_in, d_out = before.shape
-        layers = change.reshape(-1, d_in, d_out)
         made, lost, norm = [], 0.0, 0.0
-        for layer, kernel in zip(layers, before.reshape(-1, d_in, d_out), strict=True):
-            exact = layer.astype(np.float64)
-            u, s, vt = np.linalg.svd(exact, full_matrices=False)
-            s = s[s > np.finfo(np.float32).eps * np.linalg.norm(kernel)]
-            factors = None
-            if s.size:
-                factors = cut(u, s, vt, rank, energy)
-                lost += float(np.sum((exact - factors[0] @ factors[1]) ** 2))
-            norm += float(np.sum(exact**2))
+        for u, s, vt, count in _decomposed(dict(params), adapter, path):
+            widths[path] = u.shape[0], vt.shape[1]
+            factors = cut(u, s[:count], vt, rank, energy) if count else None
+            if factors is not None:
+                lost += float(np.sum(s[factors[0].shape[1] :] ** 2))
+            norm += float(np.sum(s**2))
             made.append(factors)
-        result[path], widths[path] = made, (d_in, d_out)
-        errors[path] = (lost / norm) ** 0.5 if norm else 0.0
+        if made:
+            result[path], errors[path] = made, (lost / norm) ** 0.5 if norm else 0.0
     if not result:
         raise UserError("to_lora: the adapter changes no kernel.")
     return lora_of(result, widths, 1.0, 0.0, adapter), errors
 
 
-def _merged_change(params: dict, adapter: Adapter, path: str) -> tuple[Any, Any]:
-    """The kernel at a path in float32 and how merging changes it; None where it is left alone."""
+def _decomposed(params: dict, adapter: Adapter, path: str) -> Iterator[tuple[Any, Any, Any, int]]:
+    """The SVD of every layer's change at a path, in float64; nothing where it is left alone.
+
+    Yields:
+        ``u``, ``s``, ``vt``, and how many of ``s`` are more than rounding.
+    """
     kind = KINDS[adapter.spec.kind]
     found = paths.get(params, path)
-    tree = params
     if found is not None:
-        tree = paths.put(params, {path: jnp.asarray(materialise(found), jnp.float32)})
-    leaf = make_leaf(tree, adapter, path)
+        params = paths.put(params, {path: jnp.asarray(materialise(found), jnp.float32)})
+    leaf = make_leaf(params, adapter, path)
+    nodes = kind.bind(leaf)
+    node = nodes.get(path)
+    product = node.product() if isinstance(node, OnBase) else None
+    if product is not None:
+        for a, b in zip(*(x.reshape(-1, *x.shape[-2:]) for x in product), strict=True):
+            u, s, vt = svd_of_product(a, b)
+            yield u, s, vt, len(s)
+        return
+    before, change = _merged_change(params, leaf, kind.merge(leaf, nodes))
+    if before is not None:
+        layers = (x.reshape(-1, *x.shape[-2:]) for x in (before, change))
+        for kernel, layer in zip(*layers, strict=True):
+            u, s, vt = np.linalg.svd(layer.astype(np.float64), full_matrices=False)
+            least = np.finfo(np.float32).eps * np.linalg.norm(kernel)
+            yield u, s, vt, int(np.sum(s > least))
+
+
+def _merged_change(params: dict, leaf: Leaf, merged: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The kernel of a place in float32 and how merging changes it; None where it is left alone."""
     result = None, None
-    for place, array in kind.merge(leaf, kind.bind(leaf)).items():
-        old = leaf.base if place == path else paths.get(tree, place)
+    for place, array in merged.items():
+        old = leaf.base if place == leaf.path else paths.get(params, place)
         old = None if old is None else np.asarray(materialise(old), np.float32)
         change = None if old is None else np.asarray(array, np.float32) - old
-        if place == path and (place.endswith("/kernel") or "a" in leaf.params):
+        if place == leaf.path and (place.endswith("/kernel") or "a" in leaf.params):
             result = old, change
         elif change is None or change.any():
             raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxpeft.linear import OnBase, linear, materialise
@@ -71,6 +72,16 @@ class LoRAKernel(OnBase):
         product = jnp.matmul(self.a, self.b, precision=jax.lax.Precision.HIGHEST)
         total = materialise(self.base).astype(jnp.float32) + scale * product
         return total.astype(self.dtype)
+
+    def product(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """See `OnBase.product`; with a bias it is more than that."""
+        return None if self.bias is not None else product_of(self.a, self.b, self.scale)
+
+
+def product_of(a: Any, b: Any, scale: Any) -> tuple[np.ndarray, np.ndarray]:
+    """``a`` and ``scale * b`` in float64, stacked or not."""
+    a, b, scale = (np.asarray(x, np.float64) for x in (a, b, scale))
+    return a, scale[..., None, None] * b
 
 
 def drop(x: Float[Array, "..."], rate: Any, key: jax.Array) -> Float[Array, "..."]:

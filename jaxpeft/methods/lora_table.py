@@ -21,11 +21,13 @@ from typing import Any, ClassVar
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.linear import OnBase, attend, embed, materialise
 from jaxpeft.methods import dora
 from jaxpeft.methods.base import Leaf
+from jaxpeft.methods.lora_nodes import product_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -67,6 +69,10 @@ class LoRATable(OnBase):
         total = materialise(self.base).astype(jnp.float32) + self.scale * product
         return total.astype(self.dtype)
 
+    def product(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """See `OnBase.product`."""
+        return product_of(self.a, self.b, self.scale)
+
 
 @flax.struct.dataclass
 class DoRATable(LoRATable):
@@ -101,6 +107,9 @@ class DoRATable(LoRATable):
         return dora.DoRAKernel(
             materialise(self.base), self.a, self.b, self.m, self.norm, self.scale, self.rank
         ).materialise()
+
+    def product(self) -> None:
+        """None: the magnitudes change the base, too."""
 
 
 def start(

@@ -40,11 +40,18 @@ def cut(
 
 
 def svd_of_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The SVD of ``a @ b`` from the small factors of their QR decompositions, in float64."""
-    q_left, r_left = np.linalg.qr(a.astype(np.float64))
-    q_right, r_right = np.linalg.qr(b.astype(np.float64).T)
+    """The SVD of ``a @ b`` from the small factors of their QR decompositions, in float64.
+
+    Singular values that rounding may have made are left out, as NumPy's ``matrix_rank`` does, but
+    measured against ``|a| |b|``: the product itself may be zero, as where PiSSA starts.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    q_left, r_left = np.linalg.qr(a)
+    q_right, r_right = np.linalg.qr(b.T)
     u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    return q_left @ u, s, vt @ q_right.T
+    size = max(len(a), b.shape[1]) * np.linalg.norm(a) * np.linalg.norm(b)
+    rank = int(np.sum(s > np.finfo(np.float64).eps * size))
+    return q_left @ u[:, :rank], s[:rank], vt[:rank] @ q_right.T
 
 
 def lora_of(

@@ -178,6 +178,11 @@ class VeRAKernel(OnBase):
         delta = jnp.matmul(a * self.d[..., None, :], b, precision=HIGHEST) * self.b[..., None, :]
         return (materialise(self.base).astype(jnp.float32) + delta).astype(self.dtype)
 
+    def product(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """``A * d`` and ``B * b``, see `OnBase.product`."""
+        a, b, d, out = (np.asarray(x, np.float64) for x in (*self.matrices(), self.d, self.b))
+        return a * d[..., None, :], b * out[..., None, :]
+
 
 def bind(leaf: Leaf) -> dict[str, Any]:
     """The node that stands for a kernel adapted with VeRA."""
