@@ -1,12 +1,18 @@
 """The exercises: every config is a run, the tables say what the runs' files say."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from toy_model import CONFIG, toy_adapter, toy_model
 
+import jaxpeft as jp
 from jaxpeft.config import load_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -121,6 +127,90 @@ def test_speed_is_that_of_short_runs_in_turns_beside_the_trainings(tmp_path, mon
     assert not any(folder.exists() for folder in folders)
     for name in ("dora", "ia3"):
         assert json.loads((ex.run_folder(name, 7) / ex.SPEED).read_text()) == [30.0, 40.0] * 2
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "model"
+    jp.save_model(str(folder), toy_model(jax.random.key(0), max_positions=512))
+    return jp.load_model(folder)
+
+
+@pytest.fixture
+def base(saved, monkeypatch):
+    """A small model that the exercises take for theirs."""
+    monkeypatch.setattr(ex, "DATA", Path(saved.name).parent)
+    monkeypatch.setattr(ex, "MODEL_LINK", Path(saved.name).name)
+    return saved
+
+
+def adapter_of(base, seed):
+    return toy_adapter(jax.random.key(seed), base, targets=("q_proj", "down_proj"))
+
+
+def perplexity(base, lines, adapter):
+    """By its definition, in float64: every line alone, and a token that ends it."""
+    losses = []
+    for line in lines:
+        ids = [*base.tokenizer(line).input_ids, base.tokenizer.eos_token_id]
+        row = np.pad(ids, (0, 32 - len(ids)))[None]
+        logits = np.asarray(base(row, adapter=adapter)[0], np.float64)
+        for at, target in enumerate(ids[1:]):
+            losses.append(np.log(np.exp(logits[at]).sum()) - logits[at, target])
+    return math.exp(np.mean(losses))
+
+
+def test_a_run_is_measured_by_its_sizes_and_its_perplexity_on_general_text(
+    base, tmp_path, monkeypatch
+):
+    lines = ["Rain fell all day.", "The bridge is old."]
+    (tmp_path / "general.txt").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(ex, "GENERAL", tmp_path / "general.txt")
+    adapter = adapter_of(base, 1)
+    jp.save_adapter(tmp_path / "adapter", adapter, base)
+    measures = ex.measure(tmp_path)
+    d, ff = CONFIG["d_model"], CONFIG["d_ff"]
+    inner = CONFIG["num_heads"] * CONFIG["head_dim"]
+    total = sum(x.size for x in load_file(Path(base.name, "model.safetensors")).values())
+    trainable = CONFIG["num_layers"] * 2 * (d + inner + ff + d)
+    expected = {
+        "trainable": trainable,
+        "percent": 100 * trainable / total,
+        "general_before": perplexity(base, lines, None),
+        "general_after": perplexity(base, lines, adapter),
+    }
+    assert measures == pytest.approx(expected, rel=1e-5)
+    jp.save_model(str(tmp_path / "model"), base, adapter=adapter)  # as full fine-tuning leaves one
+    expected |= {"trainable": total, "percent": 100.0}
+    assert ex.measure(tmp_path) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_matrix_says_how_many_answers_of_each_adapter_are_those_of_the_task(base, tmp_path):
+    loaded = {"none": None, "first": adapter_of(base, 1), "second": adapter_of(base, 2)}
+    for name in ("first", "second"):
+        jp.save_adapter(tmp_path / name, loaded[name], base)
+    prompts = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    said = [
+        jp.generate(base, prompts, adapter=adapter, max_new_tokens=8) for adapter in loaded.values()
+    ]
+    told_apart = [
+        (prompt, dict(zip(loaded, answers, strict=True)))
+        for prompt, *answers in zip(prompts, *said, strict=True)
+        if len({answer.strip() for answer in answers} - {""}) == len(loaded)
+    ]
+    assert len(told_apart) >= 4
+    tasks = {"a": ("none", "first", "first", "second"), "b": ("second",) * 3 + ("none",)}
+    for task, owners in tasks.items():
+        rows = [
+            {"prompt": prompt, "completion": answers[owner]}
+            for (prompt, answers), owner in zip(told_apart, owners, strict=False)
+        ]
+        write_jsonl(tmp_path / f"{task}.jsonl", rows)
+    folders = {name: tmp_path / name for name in ("first", "second")}
+    assert ex.matrix(folders, {task: tmp_path / f"{task}.jsonl" for task in tasks}) == [
+        ["a", "25.0%", "50.0%", "25.0%"],
+        ["b", "25.0%", "0.0%", "75.0%"],
+    ]
 
 
 def test_general_text_is_sixty_different_sentences():
