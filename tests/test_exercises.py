@@ -1,5 +1,6 @@
 """The exercises: every config is a run, the tables say what the runs' files say."""
 
+import functools
 import json
 import math
 import subprocess
@@ -129,19 +130,23 @@ def test_speed_is_that_of_short_runs_in_turns_beside_the_trainings(tmp_path, mon
         assert json.loads((ex.run_folder(name, 7) / ex.SPEED).read_text()) == [30.0, 40.0] * 2
 
 
+LOAD = functools.cache(jp.load_model)  # what is loaded again is compiled again
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "model"
     jp.save_model(str(folder), toy_model(jax.random.key(0), max_positions=512))
-    return jp.load_model(folder)
+    return folder
 
 
 @pytest.fixture
-def base(saved, monkeypatch):
+def base(folder, monkeypatch):
     """A small model that the exercises take for theirs."""
-    monkeypatch.setattr(ex, "DATA", Path(saved.name).parent)
-    monkeypatch.setattr(ex, "MODEL_LINK", Path(saved.name).name)
-    return saved
+    monkeypatch.setattr(jp, "load_model", LOAD)
+    monkeypatch.setattr(ex, "DATA", folder.parent)
+    monkeypatch.setattr(ex, "MODEL_LINK", folder.name)
+    return LOAD(folder)
 
 
 def adapter_of(base, seed):
@@ -191,7 +196,8 @@ def test_the_matrix_says_how_many_answers_of_each_adapter_are_those_of_the_task(
         jp.save_adapter(tmp_path / name, loaded[name], base)
     prompts = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     said = [
-        jp.generate(base, prompts, adapter=adapter, max_new_tokens=8) for adapter in loaded.values()
+        jp.generate(base, prompts, adapter=adapter, max_new_tokens=8, batch_size=4)
+        for adapter in loaded.values()
     ]
     told_apart = [
         (prompt, dict(zip(loaded, answers, strict=True)))
