@@ -252,6 +252,14 @@ def test_merging_leaves_the_base_alone_and_shares_what_no_adapter_touches():
     assert changed == ["layers/self_attn/q_proj/kernel"]
 
 
+def test_parameters_without_an_embedding_table_are_merged_too(getkey):
+    adapter = init_adapter(LoRA(rank=2, alpha=6.0), kernel_params(6, 5), getkey())
+    adapter = adapter.replace(params=jax.tree.map(lambda x: x + 0.5, adapter.params))
+    merged = merge(kernel_params(6, 5), adapter)["layers"]["mlp"]["up_proj"]["kernel"]
+    a, b = (np.asarray(factors(adapter)[key], np.float64) for key in "ab")
+    np.testing.assert_allclose(merged, 1 + 3 * (a @ b), rtol=1e-6)
+
+
 def test_merging_into_bfloat16_rounds_the_sum_once(getkey):
     w = jax.random.normal(getkey(), (6, 5)).astype(BF16)
     a, b = jax.random.normal(getkey(), (6, 2)), jax.random.normal(getkey(), (2, 5))

@@ -154,10 +154,12 @@ def bind(leaf: Leaf) -> dict[str, Any]:
 
 def check(params: dict, adapter: Adapter) -> None:
     """Raises a UserError unless all trained rows of an adapter have the width of the base's."""
-    width = shape_of(paths.get(params, paths.EMBEDDING))[1]
     for path in PLACES:
         rows = paths.get(adapter.params, f"{path}/rows")
-        if rows is not None and rows.shape[-1] != width:
+        if rows is None:
+            continue
+        width = shape_of(paths.get(params, paths.EMBEDDING))[1]
+        if rows.shape[-1] != width:
             raise UserError(
                 f"{path}: the adapter has rows of {rows.shape[-1]} numbers, this base has rows of "
                 f"{width}; it belongs to another model."
