@@ -45,9 +45,10 @@ def make_inputs(seq, segments=None, seed=0, dtype=np.float32):
     return q, k, v, positions, ids
 
 
-def call(q, k, v, positions, ids, window=None):
+def call(q, k, v, positions, ids, window=None, block=None):
     there = {"q_positions": positions, "k_positions": positions}
-    return attention(q, k, v, **there, q_segments=ids, k_segments=ids, window=window)
+    segments = {"q_segments": ids, "k_segments": ids}
+    return attention(q, k, v, **there, **segments, window=window, block=block)
 
 
 run = jax.jit(call)
@@ -71,15 +72,14 @@ def test_long_rows_equal_the_formula_on_both_sides_of_a_block(seq):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_gradients_equal_finite_differences_of_the_formula(monkeypatch, window):
-    monkeypatch.setitem(module.BLOCKS, "cpu", 4)
+def test_gradients_equal_finite_differences_of_the_formula(window):
     q, k, v, positions, ids = make_inputs(10, ([6, 3], [10]))
     rng = np.random.default_rng(1)
     probe = rng.standard_normal(q.shape)
     given = None if window is None else jnp.int32(window)
 
     def value(q, k, v):
-        out = call(q, k, v, jnp.asarray(positions), jnp.asarray(ids), given)
+        out = call(q, k, v, jnp.asarray(positions), jnp.asarray(ids), given, block=8)
         return (out * jnp.asarray(probe, jnp.float32)).sum()
 
     actual = jax.jit(jax.grad(value, argnums=(0, 1, 2)))(q, k, v)
@@ -119,8 +119,9 @@ def test_padding_reaches_no_other_token():
     assert np.isfinite(after).all()
 
 
-def test_bfloat16_inputs_are_summed_in_float32():
-    q, k, v, positions, ids = make_inputs(64, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("seq", [64, 300])
+def test_bfloat16_inputs_are_summed_in_float32(seq):
+    q, k, v, positions, ids = make_inputs(seq, dtype=jnp.bfloat16)
     actual = run(q, k, v, positions, ids)
     assert actual.dtype == jnp.bfloat16
     expected = reference(q, k, v, positions, positions, ids, ids, None)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_decoder import CONFIG
 
-from jaxpeft.flops import count_flops
+from jaxpeft.flops import at_most, count_flops
 from jaxpeft.models.transformer import Transformer
 
 IDS = jax.ShapeDtypeStruct((3, 32), jnp.int32)
@@ -81,3 +81,22 @@ def test_the_most_expensive_branch_of_a_condition_counts():
         return jax.lax.cond(x.sum() > 0, lambda y: y @ y, lambda y: y @ y @ y, x)
 
     assert count_flops(jax.jit(run), x) == 2 * 2 * 4**3
+
+
+def test_a_loop_whose_trip_count_is_data_counts_as_often_as_it_says():
+    def run(x, times, inner):
+        def outer_body(_, x):
+            with at_most(3):
+                return jax.lax.fori_loop(0, inner, lambda _, x: x @ x, x)
+
+        def said(x):
+            with at_most(7):
+                return jax.lax.fori_loop(0, times, outer_body, x)
+
+        return jax.lax.fori_loop(0, times, lambda _, x: x @ x, said(x))
+
+    x = jnp.ones((4, 4))
+    assert count_flops(run, x, 2, 2) == (7 * 3 + 1) * 2 * 4**3
+    stacked = jnp.ones((5, 4, 4))
+    many = jax.vmap(run, in_axes=(0, None, None))
+    assert count_flops(many, stacked, 2, 2) == 5 * (7 * 3 + 1) * 2 * 4**3

@@ -2,8 +2,8 @@
 
 One mask serves every caller: a query sees a key if both are in the same segment, the key's
 position is not later, and it is less than the layer's window behind. In a row that is not cached
-the order of slots is that of positions within a segment, so later keys are not read at all. A
-prefix stands in front of all keys, and every segment sees it.
+it sees no later slot either, whatever its position, and those keys are not read at all. A prefix
+stands in front of all keys, and every segment sees it.
 
 Few queries (decoding, short rows) are one product with all keys; longer rows go in tiles.
 """
@@ -17,13 +17,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpeft.errors import UserError
-from jaxpeft.models.tiles import EVERYONE, Places, tiled_attention, visible
+from jaxpeft.models.tiles import EVERYONE, Places, earlier, tiled_attention, visible
 
 BLOCKS = {"cpu": 128}
 """How many queries, and keys, make a tile, by backend: small ones are skipped more often."""
 
 LARGE_BLOCK = 512
 """On all other backends, where every tile costs the launch of its kernels."""
+
+DENSE = 128
+"""The longest row that is one product."""
 
 
 @flax.struct.dataclass
@@ -73,6 +76,7 @@ def attention(
     k_segments: Int[Array, "batch slots"],
     window: Int[Array, ""] | None = None,
     prefix: Prefix | None = None,
+    block: int | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Softmax attention with grouped key/value heads; head ``i`` reads ``i // (heads/kv_heads)``.
 
@@ -86,6 +90,7 @@ def attention(
         k_segments: Segment of each key; 0 is padding or an empty slot of a cache.
         window: How many positions back a query sees, itself included; 0 or None for all.
         prefix: What stands in front of the keys; positions of queries and keys begin behind it.
+        block: How many queries, and keys, make a tile; None for what suits the backend.
 
     Returns:
         Values averaged with softmax weights (computed in float32), in the dtype of `q`; zero for
@@ -101,11 +106,14 @@ def attention(
         k_segments = jnp.concatenate([segments, k_segments], axis=1)
         k_positions = jnp.concatenate([positions, k_positions], axis=1)
     places = Places(q_positions, k_positions, q_segments, k_segments, window)
-    block = BLOCKS.get(jax.default_backend(), LARGE_BLOCK)
-    if q.shape[1] <= block:
-        return _attend(q, k, v, visible(*places))
-    cached = k.shape[1] != q.shape[1] + ahead
-    return tiled_attention(block, None if cached else ahead, q, k, v, places)
+    block = block or BLOCKS.get(jax.default_backend(), LARGE_BLOCK)
+    behind = ahead if k.shape[1] == q.shape[1] + ahead else None  # no cache
+    if q.shape[1] > min(block, DENSE):
+        return tiled_attention(block, behind, q, k, v, places)
+    mask = visible(*places)
+    if behind is not None:
+        mask &= earlier(0, q.shape[1], 0, k.shape[1], behind)
+    return _attend(q, k, v, mask)
 
 
 def positions_of(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
@@ -138,11 +146,11 @@ def _attend(
     q = q.reshape(batch, kv_heads, group * rows, head_dim)
     scores = jnp.einsum("bkrd,bckd->bkrc", q, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, group, rows, columns) / math.sqrt(head_dim)
-    limits = jnp.finfo(jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, limits.min)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     weights = jnp.where(mask[:, None, None], weights, 0.0)
-    total = jnp.maximum(weights.sum(axis=-1, keepdims=True), limits.tiny)
+    total = weights.sum(axis=-1, keepdims=True)
+    total = jnp.where(total > 0, total, 1.0)
     weights = weights.reshape(batch, kv_heads, group * rows, columns).astype(q.dtype)
     out = jnp.einsum("bkrc,bckd->bkrd", weights, v, preferred_element_type=jnp.float32)
     out = out.reshape(batch, kv_heads, group, rows, head_dim) / total

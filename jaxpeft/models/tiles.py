@@ -4,10 +4,12 @@ Queries and keys are cut into blocks; a tile is one block of each. Which tiles h
 is data (segments, positions, windows), so the tiles to visit are listed first and a loop runs as
 often as there are some: a row of short packed segments costs less than one long segment. Softmax
 is summed up tile by tile; the backward pass computes each tile's weights again from the
-log-sum-exp of its queries. No buffer grows with the square of the row's length.
+log-sum-exp of its queries. Nothing grows with the square of the row's length but the list of
+tiles, one number for every pair of blocks.
 
 The list is one for all rows of a batch, which keeps every array whole along the batch: with rows
-spread over devices each device works on its own.
+spread over devices each device works on its own. A tile is left out if no row needs it, so the
+more rows of short segments there are, the less is saved.
 
 Reference:
     Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691, section 3.1 (both passes).
@@ -27,8 +29,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxpeft import flops
 
-EVERYONE = -1
-"""The segment of keys that every token sees."""
+EVERYONE = -(2**30)
+"""The segment of keys that every token sees; segments of data lie between it and ``2**30``."""
 
 KEPT = "attention"
 """Name of what a policy of ``jax.checkpoint`` may keep, so that no tile is visited a third time."""
@@ -51,6 +53,12 @@ def visible(
     if window is not None:
         seen &= (behind < window) | (window == 0)
     return seen
+
+
+def earlier(q_first: Any, rows: int, k_first: Any, columns: int, behind: int) -> Any:
+    """Which slots are not after ``query + behind``, ``(rows, columns)``, from these slots on."""
+    queries, keys = q_first + jnp.arange(rows), k_first + jnp.arange(columns)
+    return keys <= queries[:, None] + behind
 
 
 class Places(NamedTuple):
@@ -76,7 +84,7 @@ def tiled_attention(
 
     Args:
         block: About how many queries, and keys, make a block.
-        behind: Promise that query ``i`` sees no key after slot ``i + behind``; None for none.
+        behind: Query ``i`` sees no key after slot ``i + behind``; None for no such limit.
         q: Queries, rotated.
         k: Keys, rotated.
         v: Values.
@@ -84,7 +92,8 @@ def tiled_attention(
 
     Returns:
         Values averaged with softmax weights (computed in float32), in the dtype of `q`; zero for
-        queries that see nothing.
+        queries that see nothing. It has first derivatives in reverse mode, and ``jax.jvp`` of
+        those; forward mode alone it has not.
     """
     return _forward(block, behind, q, k, v, places)[0]
 
@@ -95,7 +104,7 @@ def _forward(block: int, behind: int | None, q: Any, k: Any, v: Any, places: Pla
 
     def visit(i: Array, j: Array, sums: Any) -> Any:
         highest, total, out = (_at(x, i) for x in sums)
-        seen, scores = cut.scores(queries, keys, i, j)
+        seen, scores = cut.scores(queries, keys, i, j, behind)
         higher = jnp.maximum(highest, scores.max(axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0.0)
         shrink = jnp.exp(highest - higher)
@@ -109,12 +118,12 @@ def _forward(block: int, behind: int | None, q: Any, k: Any, v: Any, places: Pla
 
     rows = queries.shape[:-1]
     start = (
-        jnp.full(rows, _LOWEST),
-        jnp.zeros(rows),
-        jnp.zeros(queries.shape),
+        jnp.full(rows, _LOWEST, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(queries.shape, jnp.float32),
     )
     highest, total, out = cut.visit_all(behind, visit, start)
-    total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+    total = jnp.where(total > 0, total, 1.0)
     out = cut.whole_queries((out / total[..., None]).astype(q.dtype))
     out, log_total = (checkpoint_name(x, KEPT) for x in (out, highest + jnp.log(total)))
     return out, (q, k, v, places, out, log_total)
@@ -127,7 +136,7 @@ def _backward(block: int, behind: int | None, kept: Any, slope: Any) -> Any:
     means = (slopes.astype(jnp.float32) * cut.queries(out)).sum(axis=-1)
 
     def visit(i: Array, j: Array, grads: Any) -> Any:
-        seen, scores = cut.scores(queries, keys, i, j)
+        seen, scores = cut.scores(queries, keys, i, j, behind)
         weights = jnp.where(seen, jnp.exp(scores - _at(log_total, i)[..., None]), 0.0)
         of_weights = _dot("bkrd,bkcd->bkrc", _at(slopes, i), _at(values, j))
         of_scores = weights * (of_weights - _at(means, i)[..., None]) * cut.scale
@@ -139,10 +148,10 @@ def _backward(block: int, behind: int | None, kept: Any, slope: Any) -> Any:
         )
         return tuple(_put(x, _at(x, n) + y, n) for x, (n, y) in zip(grads, more, strict=True))
 
-    start = tuple(jnp.zeros(x.shape) for x in (queries, keys, values))
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries, keys, values))
     of_q, of_k, of_v = cut.visit_all(behind, visit, start)
     grads = cut.whole_queries(of_q), cut.whole_keys(of_k), cut.whole_keys(of_v)
-    return *(x.astype(q.dtype) for x in grads), None
+    return *(x.astype(y.dtype) for x, y in zip(grads, (q, k, v), strict=True)), None
 
 
 tiled_attention.defvjp(_forward, _backward)
@@ -202,7 +211,7 @@ class _Cut(NamedTuple):
         x = x.transpose(1, 0, 3, 2, 4)
         return x.reshape(batch, blocks * rows, kv_heads, d)[:, : self.slots]
 
-    def scores(self, queries: Array, keys: Array, i: Array, j: Array) -> tuple[Array, Array]:
+    def scores(self, queries: Array, keys: Array, i: Array, j: Array, behind: int | None) -> Any:
         """A tile's mask and scores, the lowest number where the mask is False."""
         mask = visible(
             _at(self.q_positions, i),
@@ -211,6 +220,8 @@ class _Cut(NamedTuple):
             _at(self.k_segments, j),
             self.window,
         )
+        if behind is not None:
+            mask &= earlier(i * self.q_block, self.q_block, j * self.k_block, self.k_block, behind)
         scores = _dot("bkrd,bkcd->bkrc", _at(queries, i), _at(keys, j)) * self.scale
         batch, kv_heads, rows, columns = scores.shape
         shape = (batch, kv_heads, rows // self.q_block, self.q_block, columns)
@@ -219,14 +230,14 @@ class _Cut(NamedTuple):
 
     def visit_all(self, behind: int | None, visit: Any, start: Any) -> Any:
         """Calls ``visit(query block, key block, carry)`` for all tiles in which a pair is seen."""
-        i, j = np.indices((self.q_positions.shape[0], self.k_positions.shape[0])).reshape(2, -1)
+        q_blocks, k_blocks = self.q_positions.shape[0], self.k_positions.shape[0]
+        reached = np.ones((q_blocks, k_blocks), bool)
         if behind is not None:
-            reached = j * self.k_block <= (i + 1) * self.q_block - 1 + behind
-            i, j = i[reached], j[reached]
-        needed = self.needed()[i, j]
-        order = jnp.argsort(~needed, stable=True)
-        i, j = jnp.asarray(i)[order], jnp.asarray(j)[order]
-        with flops.at_most(order.size):
+            ends = np.arange(1, q_blocks + 1) * self.q_block + behind
+            reached = np.arange(k_blocks) * self.k_block < ends[:, None]
+        needed = (self.needed() & reached).reshape(-1)
+        i, j = jnp.divmod(jnp.argsort(~needed, stable=True), k_blocks)
+        with flops.at_most(int(reached.sum())):
             return jax.lax.fori_loop(0, needed.sum(), lambda n, x: visit(i[n], j[n], x), start)
 
     def needed(self) -> Bool[Array, "q_blocks k_blocks"]:
@@ -268,7 +279,7 @@ def _cut(block: int, q: Any, k: Any, places: Places) -> _Cut:
 
 
 def _even(length: int, block: int) -> int:
-    """A block of at most `block`, a multiple of 8 where it can be, that wastes little padding."""
+    """A multiple of 8, no more than `block` if that is one, that wastes little padding."""
     return -(-length // (-(-length // block) * 8)) * 8
 
 

@@ -46,7 +46,8 @@ REMAT_POLICIES: dict[str, Any] = {
 }
 """What the backward pass keeps of a layer, by name; "none" keeps everything.
 
-Beside the layer's input, "full" keeps what attention in tiles gave: an array of the same size.
+Beside the layer's input, "full" keeps what attention in tiles gave, ``heads * head_dim`` numbers a
+token, and its log-sum-exp, ``heads`` more; of rows no longer than a tile it keeps nothing.
 """
 
 
