@@ -126,19 +126,12 @@ class Run:
         """The base, with such leaves of it as are trained as they stand."""
         return dataclasses.replace(self.base, params=self.state.base(self.base.params))
 
-    def compile_step(self, run: Callable[[Callable], Any] = lambda compile_: compile_()) -> Any:
-        """Compiles the training step once, for the one shape of all batches.
-
-        Args:
-            run: Calls the compilation, perhaps in a thread.
-
-        Returns:
-            ``step(state, params, batch) -> (state, metrics)``.
-        """
+    def make_step(self) -> Callable:
+        """The training step, not yet compiled: ``step(state, params, batch)``."""
         train = self.config.train
         dropout = getattr(self.config.method, "dropout", 0.0) > 0
         module = self.base.module.clone(remat=train.remat)
-        step = make_train_step(
+        return make_train_step(
             make_lm_loss(
                 module,
                 head_frozen=self.head_frozen,
@@ -149,11 +142,22 @@ class Run:
             microbatches=train.batch_size // (train.microbatch_size or train.batch_size),
             state_shardings=self.shardings,
         )
+
+    def compile_step(self, run: Callable[[Callable], Any] = lambda compile_: compile_()) -> Any:
+        """Compiles the training step once, for the one shape of all batches.
+
+        Args:
+            run: Calls the compilation, perhaps in a thread.
+
+        Returns:
+            ``step(state, params, batch) -> (state, metrics)``.
+        """
         where = sharding.batch_sharding(self.mesh)
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             self.rows.plan.batch(0),
         )
+        step: Any = self.make_step()
         return run(step.lower(self.state, self.base.params, batch).compile)
 
     @property
