@@ -136,10 +136,8 @@ def measure(args: argparse.Namespace, seen: dict[str, Any], file: Path) -> None:
     cases = {name: (QUICK if args.quick else CASES)[name] for name in args.only}
     order = list(turns(cases, args.sides, args.rounds))
     for place, (name, number, one, setting) in enumerate(order, 1):
-        print(
-            f"[{place}/{len(order)}] {name}, round {number}: {one}, {' '.join(filter(None, setting))}",
-            flush=True,
-        )
+        words = " ".join(filter(None, setting))
+        print(f"[{place}/{len(order)}] {name}, round {number}: {one}, {words}", flush=True)
         counts = {"warmup": args.warmup, "calls": args.steps} | cases[name].work
         work = side.Work(
             **counts, model=seen["model"]["folder"], dtype=setting.dtype, remat=setting.remat

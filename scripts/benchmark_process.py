@@ -21,7 +21,13 @@ from quickstart_data import DATA, MODEL_LINK
 SCRIPTS = Path(__file__).parent
 BENCH = Path(".bench")
 PACKAGES = {
-    "torch": ("torch==2.13.0", "transformers==5.23.0", "peft==0.21.0", "bitsandbytes", "accelerate"),
+    "torch": (
+        "torch==2.13.0",
+        "transformers==5.23.0",
+        "peft==0.21.0",
+        "bitsandbytes",
+        "accelerate",
+    ),
     "tunix": ("google-tunix==0.1.7",),
 }
 ENVIRONMENT = {

@@ -1,7 +1,8 @@
 """What the benchmark's records say: medians, spreads, ratios, and the comparisons that matter.
 
 A record is what one process measured: ``{"case", "side", "dtype", "remat", "cache", "round"}``
-with ``"seconds"`` and ``"amount"`` (tokens of a call, FLOPs for `GEMM`), or with ``"unsupported"`` or ``"failed"`` and the reason.
+with ``"seconds"`` of every call and its ``"amount"`` (tokens, or FLOPs of a matrix product), or
+with ``"unsupported"`` or ``"failed"`` and the reason.
 
 Usage: python scripts/benchmark_table.py FILE prints the tables of a file that benchmark.py wrote
 """
@@ -93,12 +94,8 @@ COMPARISONS = (
     Comparison("prompt tuning", "prompt", F32, "torch", F32, 1.1),
     Comparison("DoRA", "dora", F32, "torch", F32, 1.1),
     Comparison("QLoRA against LoRA", "qlora", F32, OURS, F32, 1 / 1.3, against="lora"),
-    Comparison(
-        "decoding with adapter, batch 1", "generate-adapter-1", F32, "torch", F32, 2.0
-    ),
-    Comparison(
-        "decoding with adapter, batch 8", "generate-adapter-8", F32, "torch", F32, 1.3
-    ),
+    Comparison("decoding with adapter, batch 1", "generate-adapter-1", F32, "torch", F32, 2.0),
+    Comparison("decoding with adapter, batch 8", "generate-adapter-8", F32, "torch", F32, 1.3),
     Comparison("start to first step, second run", START, F32, "torch", F32, 1.0),
 )
 
@@ -250,10 +247,13 @@ def utilisation(lines: Sequence[Line]) -> list[str]:
         on_cpu = line.record.get("device") == "cpu"  # where activations are float32 throughout
         peak = find(lines, GEMM, OURS, ("float32" if on_cpu else line.setting[0], None))
         if peak is not None:
-            rate = line.record["flops"] * line.median / line.record["amount"]
+            rate, most = (
+                line.record["flops"] * line.median / line.record["amount"],
+                max(peak.values),
+            )
             said.append(
-                f"LoRA, {setting_text(line)}: {rate / 1e9:.4g} GFLOP/s, "
-                f"{rate / max(peak.values):.1%} of the matrix product's {max(peak.values) / 1e9:.4g}"
+                f"LoRA, {setting_text(line)}: {rate / 1e9:.4g} GFLOP/s, {rate / most:.1%} of the "
+                f"matrix product's {most / 1e9:.4g}"
             )
     return said
 
