@@ -70,7 +70,8 @@ def load(work: side.Work) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype, **more)
+    auto: Any = AutoModelForCausalLM  # its stubs need torch
+    model = auto.from_pretrained(work.model, dtype=dtype, **more)
     return model if more else model.to(device())
 
 
