@@ -9,8 +9,9 @@ several settings, and in every round of a case each setting of each side has one
 It prints tables in Markdown and writes everything it saw to a JSON file, after every turn.
 
 Usage: python scripts/benchmark.py --setup [SIDE ...] builds the environments of the other sides;
-python scripts/benchmark.py [--quick] [--only CASE ...] [--sides SIDE ...] measures. Without
-scripts/quickstart_data.py run before, weights are random, of the same sizes.
+python scripts/benchmark.py [--quick] [--only CASE ...] [--sides SIDE ...] measures. The model is
+the quickstart's, SmolLM2-135M; where scripts/quickstart_data.py has not linked it, the weights are
+random, of the same sizes.
 """
 
 import argparse
@@ -132,11 +133,12 @@ def measure(args: argparse.Namespace, seen: dict[str, Any], file: Path) -> None:
         ValueError: Something is missing.
     """
     pythons = {name: process.interpreter(name, args.python) for name in args.sides}
-    seen["model"] = process.prepare_model(process.interpreter(OURS, args.python))
+    ours = process.interpreter(OURS, args.python)
+    seen["model"] = process.prepare_model(ours, args.model)
     cases = {name: (QUICK if args.quick else CASES)[name] for name in args.only}
     order = list(turns(cases, args.sides, args.rounds))
     for place, (name, number, one, setting) in enumerate(order, 1):
-        words = " ".join(filter(None, setting))
+        words = ", ".join(filter(None, (setting.dtype, f"remat {setting.remat}", setting.cache)))
         print(f"[{place}/{len(order)}] {name}, round {number}: {one}, {words}", flush=True)
         counts = {"warmup": args.warmup, "calls": args.steps} | cases[name].work
         work = side.Work(
@@ -162,6 +164,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--python", action="append", default=[], metavar="SIDE=PATH", help="another environment"
     )
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder, or a GGUF file")
     parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE")
     parser.add_argument("--rounds", type=int, help="turns of every setting; default 3")
     parser.add_argument("--steps", type=int, help="measured calls of a turn; default 5")

@@ -152,8 +152,13 @@ def cache_folder(cache: str, name: str) -> Path:
     return folder.absolute()
 
 
-def prepare_model(python: str) -> dict[str, str]:
+def prepare_model(python: str, given: Path | None) -> dict[str, str]:
     """Writes the folder that all sides load, unless it is there.
+
+    Args:
+        python: Runs jaxpeft's side.
+        given: Another model than the quickstart's: a GGUF file, or a Hugging Face folder, which
+            is taken as it is.
 
     Returns:
         The folder, and where its weights are from.
@@ -161,9 +166,13 @@ def prepare_model(python: str) -> dict[str, str]:
     Raises:
         ValueError: It could not be written.
     """
-    source = Path(DATA, MODEL_LINK)
+    source = given or Path(DATA, MODEL_LINK)
+    if source.is_dir():
+        return {"folder": str(source.absolute()), "weights": str(source)}
+    if given and not source.is_file():
+        raise ValueError(f"--model {given}: no such file or folder.")
     real = source.is_file()
-    folder = BENCH / ("model" if real else "model-random")
+    folder = BENCH / (f"model-{source.stem}" if real else "model-random")
     if not (folder / "config.json").is_file():
         print(f"writing {folder}", flush=True)
         place = str(folder.absolute())

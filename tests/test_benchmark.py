@@ -271,6 +271,21 @@ def test_a_missing_environment_names_the_flag_that_builds_it(tmp_path, monkeypat
     assert capsys.readouterr().err.startswith("error: nowhere/python: no such file")
 
 
+def test_the_model_is_a_folder_as_it_is_or_is_written_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    works = []
+    monkeypatch.setattr(process, "take_turn", lambda *given: works.append(given[2]) or {})
+    assert process.prepare_model("python", Path(MODEL)) == {"folder": MODEL, "weights": MODEL}
+    assert not works
+    Path("one.gguf").touch()
+    found = process.prepare_model("python", Path("one.gguf"))
+    assert found == {"folder": str(tmp_path / ".bench" / "model-one"), "weights": "one.gguf"}
+    assert process.prepare_model("python", None)["weights"] == "random"
+    assert [work.source for work in works] == ["one.gguf", ""]
+    with pytest.raises(ValueError, match=r"--model two\.gguf: no such file"):
+        process.prepare_model("python", Path("two.gguf"))
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
@@ -303,7 +318,7 @@ def test_a_whole_call_measures_prints_and_writes(tmp_path, monkeypatch, capsys):
     assert bench.main(arguments) == 2
     said = capsys.readouterr()
     assert taken[0] == ("jaxpeft", "prepare")
-    assert "lora, round 1: torch, float32" in said.out
+    assert "lora, round 1: torch, float32, remat none" in said.out
     assert "| lora | torch | float32 | 4096 (4096-4096) tokens/s | 1.00 GiB |" in said.out
     assert said.err == "error: 1 turns failed; out/results.json says why\n"
     seen = json.loads(Path("out/results.json").read_text())
