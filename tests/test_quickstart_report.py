@@ -69,7 +69,7 @@ def test_samples_show_both_answers_in_plain_text(run):
     text = printed(run)
     assert "[b]Well[/b], Who ?" in text
     assert "halfway" not in text
-    assert "4.9 MB" in text
+    assert "4.9 MB" in " ".join(text.split())  # a long path breaks its line
 
 
 def test_samples_have_different_right_answers_where_possible(run):
