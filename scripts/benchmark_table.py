@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from exercises import markdown
+
 OURS = "jaxpeft"
 DEFAULT = ("float32", "full")
 START = "start"
@@ -256,12 +258,6 @@ def utilisation(lines: Sequence[Line]) -> list[str]:
                 f"matrix product's {most / 1e9:.4g}"
             )
     return said
-
-
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def report(records: Iterable[Record]) -> str:

@@ -99,12 +99,12 @@ def tiled_attention(
 
 
 def _forward(block: int, behind: int | None, q: Any, k: Any, v: Any, places: Places) -> Any:
-    cut = _cut(block, q, k, places)
+    cut = _cut(block, behind, q, k, places)
     queries, keys, values = cut.queries(q), cut.keys(k), cut.keys(v)
 
     def visit(i: Array, j: Array, sums: Any) -> Any:
         highest, total, out = (_at(x, i) for x in sums)
-        seen, scores = cut.scores(queries, keys, i, j, behind)
+        seen, scores = cut.scores(queries, keys, i, j)
         higher = jnp.maximum(highest, scores.max(axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0.0)
         shrink = jnp.exp(highest - higher)
@@ -122,7 +122,7 @@ def _forward(block: int, behind: int | None, q: Any, k: Any, v: Any, places: Pla
         jnp.zeros(rows, jnp.float32),
         jnp.zeros(queries.shape, jnp.float32),
     )
-    highest, total, out = cut.visit_all(behind, visit, start)
+    highest, total, out = cut.visit_all(visit, start)
     total = jnp.where(total > 0, total, 1.0)
     out = cut.whole_queries((out / total[..., None]).astype(q.dtype))
     out, log_total = (checkpoint_name(x, KEPT) for x in (out, highest + jnp.log(total)))
@@ -131,12 +131,12 @@ def _forward(block: int, behind: int | None, q: Any, k: Any, v: Any, places: Pla
 
 def _backward(block: int, behind: int | None, kept: Any, slope: Any) -> Any:
     q, k, v, places, out, log_total = kept
-    cut = _cut(block, q, k, places)
+    cut = _cut(block, behind, q, k, places)
     queries, keys, values, slopes = cut.queries(q), cut.keys(k), cut.keys(v), cut.queries(slope)
     means = (slopes.astype(jnp.float32) * cut.queries(out)).sum(axis=-1)
 
     def visit(i: Array, j: Array, grads: Any) -> Any:
-        seen, scores = cut.scores(queries, keys, i, j, behind)
+        seen, scores = cut.scores(queries, keys, i, j)
         weights = jnp.where(seen, jnp.exp(scores - _at(log_total, i)[..., None]), 0.0)
         of_weights = _dot("bkrd,bkcd->bkrc", _at(slopes, i), _at(values, j))
         of_scores = weights * (of_weights - _at(means, i)[..., None]) * cut.scale
@@ -149,18 +149,16 @@ def _backward(block: int, behind: int | None, kept: Any, slope: Any) -> Any:
         return tuple(_put(x, _at(x, n) + y, n) for x, (n, y) in zip(grads, more, strict=True))
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries, keys, values))
-    of_q, of_k, of_v = cut.visit_all(behind, visit, start)
+    of_q, of_k, of_v = cut.visit_all(visit, start)
     grads = cut.whole_queries(of_q), cut.whole_keys(of_k), cut.whole_keys(of_v)
     return *(x.astype(y.dtype) for x, y in zip(grads, (q, k, v), strict=True)), None
 
 
 tiled_attention.defvjp(_forward, _backward)
 
-_WIDE: Any = {"preferred_element_type": jnp.float32}
-
 
 def _dot(subscripts: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(subscripts, x, y, **_WIDE)
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
 
 
 def _at(x: Array, i: Array) -> Array:
@@ -179,6 +177,7 @@ class _Cut(NamedTuple):
     seq: int
     slots: int
     kv_heads: int
+    behind: int | None
     scale: float
     window: Any
     q_positions: Any
@@ -211,7 +210,7 @@ class _Cut(NamedTuple):
         x = x.transpose(1, 0, 3, 2, 4)
         return x.reshape(batch, blocks * rows, kv_heads, d)[:, : self.slots]
 
-    def scores(self, queries: Array, keys: Array, i: Array, j: Array, behind: int | None) -> Any:
+    def scores(self, queries: Array, keys: Array, i: Array, j: Array) -> tuple[Array, Array]:
         """A tile's mask and scores, the lowest number where the mask is False."""
         mask = visible(
             _at(self.q_positions, i),
@@ -220,20 +219,21 @@ class _Cut(NamedTuple):
             _at(self.k_segments, j),
             self.window,
         )
-        if behind is not None:
-            mask &= earlier(i * self.q_block, self.q_block, j * self.k_block, self.k_block, behind)
+        if self.behind is not None:
+            q_first, k_first = i * self.q_block, j * self.k_block
+            mask &= earlier(q_first, self.q_block, k_first, self.k_block, self.behind)
         scores = _dot("bkrd,bkcd->bkrc", _at(queries, i), _at(keys, j)) * self.scale
         batch, kv_heads, rows, columns = scores.shape
         shape = (batch, kv_heads, rows // self.q_block, self.q_block, columns)
         mask = jnp.broadcast_to(mask[:, None, None], shape).reshape(scores.shape)
         return mask, jnp.where(mask, scores, _LOWEST)
 
-    def visit_all(self, behind: int | None, visit: Any, start: Any) -> Any:
+    def visit_all(self, visit: Any, start: Any) -> Any:
         """Calls ``visit(query block, key block, carry)`` for all tiles in which a pair is seen."""
         q_blocks, k_blocks = self.q_positions.shape[0], self.k_positions.shape[0]
         reached = np.ones((q_blocks, k_blocks), bool)
-        if behind is not None:
-            ends = np.arange(1, q_blocks + 1) * self.q_block + behind
+        if self.behind is not None:
+            ends = np.arange(1, q_blocks + 1) * self.q_block + self.behind
             reached = np.arange(k_blocks) * self.k_block < ends[:, None]
         needed = (self.needed() & reached).reshape(-1)
         i, j = jnp.divmod(jnp.argsort(~needed, stable=True), k_blocks)
@@ -261,7 +261,7 @@ def _range(x: Int[Array, "n batch rows"], real: Bool[Array, "n batch rows"]) -> 
     return jnp.where(real, x, _FAR).min(axis=-1), jnp.where(real, x, -_FAR).max(axis=-1)
 
 
-def _cut(block: int, q: Any, k: Any, places: Places) -> _Cut:
+def _cut(block: int, behind: int | None, q: Any, k: Any, places: Places) -> _Cut:
     q_block, k_block = _even(q.shape[1], block), _even(k.shape[1], block)
     return _Cut(
         q_block,
@@ -269,6 +269,7 @@ def _cut(block: int, q: Any, k: Any, places: Places) -> _Cut:
         q.shape[1],
         k.shape[1],
         k.shape[2],
+        behind,
         1 / math.sqrt(q.shape[-1]),
         places.window,
         _blocks(places.q_positions, q_block),
