@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxpeft.backend import choices
 from jaxpeft.methods import bind
 from jaxpeft.methods.base import Adapter
 from jaxpeft.models.transformer import head_logits, head_weight
-
-CHUNK_TOKENS = 512
 
 
 def cross_entropy(
@@ -35,7 +34,7 @@ def cross_entropy(
     weights: Float[Array, "batch seq"],
     *,
     head_frozen: bool = False,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Sums the loss of all supervised tokens.
 
@@ -48,7 +47,8 @@ def cross_entropy(
         head_frozen: Promise that nothing in `head_params` is differentiated. The gradient with
             respect to it is then zero, and the step saves the head's products of the backward
             pass.
-        chunk_tokens: About how many tokens' logits exist at once, at most a quarter of the batch.
+        chunk_tokens: About how many tokens' logits exist at once, at most a quarter of the batch;
+            None for what suits the backend.
 
     Returns:
         ``sum(weights * loss)``, and ``{"weight": sum(weights), "correct": weighted count of
@@ -59,7 +59,7 @@ def cross_entropy(
     weights = jnp.take_along_axis(weights, order, axis=1)
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
     batch, seq = targets.shape
-    width = max(1, min(-(-seq // 4), chunk_tokens // batch))
+    width = max(1, min(-(-seq // 4), (chunk_tokens or choices().loss_tokens) // batch))
     pad = -seq % width
     chunks = (seq + pad) // width
 
@@ -74,8 +74,12 @@ def cross_entropy(
 
 
 def _token_losses(logits: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-    best = logits.max(axis=-1)
-    log_total = jax.nn.logsumexp(logits, axis=-1)
+    return _sums(logits, logits.max(axis=-1), jax.nn.logsumexp(logits, axis=-1), targets, weights)
+
+
+def _sums(
+    logits: Array, best: Array, log_total: Array, targets: Array, weights: Array
+) -> tuple[Array, Array]:
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     correct = jnp.where(chosen >= best, weights, 0.0).sum()
     # Not a product alone: a target that does not count may lie outside the vocabulary.
@@ -138,10 +142,15 @@ def _fused_forward(head: Any, head_params: Any, hidden: Any, targets: Any, weigh
     def work(chunk: Any) -> Any:
         h, t, w = chunk
         logits, back = jax.vjp(lambda x: head(head_params, x), h)
-        loss, correct = _token_losses(logits, t, w)
-        slope = jax.nn.softmax(logits, axis=-1)
+        highest = logits.max(axis=-1)
+        # The barrier: XLA would compute the exponentials once for the sum and once more for the
+        # slopes, those of the sum on one thread.
+        powers = jax.lax.optimization_barrier(jnp.exp(logits - highest[..., None]))
+        total = powers.sum(axis=-1)
+        loss, correct = _sums(logits, highest, highest + jnp.log(total), t, w)
+        slope = powers * (w / total)[..., None]
         hit = jnp.arange(logits.shape[-1]) == t[..., None]
-        (grad,) = back((slope - hit) * w[..., None])
+        (grad,) = back(jnp.where(hit, slope - w[..., None], slope))
         return loss, correct, grad
 
     def step(sums: Any, chunk: Any) -> Any:

@@ -12,6 +12,7 @@ import jax
 
 from jaxpeft import config as run_config
 from jaxpeft import data, paths, report, sharding
+from jaxpeft.backend import give_back_memory
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import first_few
@@ -158,7 +159,9 @@ class Run:
             self.rows.plan.batch(0),
         )
         step: Any = self.make_step()
-        return run(step.lower(self.state, self.base.params, batch).compile)
+        compiled = run(step.lower(self.state, self.base.params, batch).compile)
+        give_back_memory()
+        return compiled
 
     @property
     def head_frozen(self) -> bool:

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpeft.models import attention as module
+from jaxpeft import backend
 from jaxpeft.models.attention import attention
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
-BLOCK = module.BLOCKS["cpu"]
+BLOCK = backend.CPU.tile
 
 
 def reference(q, k, v, qp, kp, qs, ks, window):

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny_decoder import CONFIG, decoder, make_adapter, make_batch
 
+from jaxpeft import backend
 from jaxpeft.linear import attend
-from jaxpeft.losses import CHUNK_TOKENS, cross_entropy, make_lm_loss
+from jaxpeft.losses import cross_entropy, make_lm_loss
 from jaxpeft.methods import bind
 
 D, VOCAB = 8, 20
@@ -144,7 +145,7 @@ def test_memory_at_a_vocabulary_of_49152_is_far_below_the_logits(frozen, seq, ch
     logits_bytes = rows * seq * vocab * 4
     assert temporary_bytes(naive) >= logits_bytes  # the bound can fail
     # A few copies of one chunk's logits; a trained head adds its own gradient, twice.
-    tokens = chunk.get("chunk_tokens", CHUNK_TOKENS)
+    tokens = chunk.get("chunk_tokens", backend.CPU.loss_tokens)
     bound = 4 * tokens * vocab * 4 + (0 if frozen else 3 * vocab * d * 4) + 2 * rows * seq * d * 4
     assert temporary_bytes(chunked) < bound < logits_bytes / 4
 

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxpeft import backend
 from jaxpeft.flops import count_flops
-from jaxpeft.models import attention as module
 from jaxpeft.models.attention import Prefix, attention
 from jaxpeft.sharding import make_mesh
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
-BLOCK = module.BLOCKS["cpu"]
+BLOCK = backend.CPU.tile
 
 
 def formula(q, k, v, mask, slope):

@@ -241,7 +241,7 @@ def test_accumulation_of_uneven_parts_equals_the_whole_batch():
         whole, expected = step(whole, PARAMS, BATCH)
         parts, actual = accumulate(parts, PARAMS, BATCH)
     for name in ("loss", "grad_norm", "weight", "correct"):
-        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-6)
+        np.testing.assert_allclose(actual[name], expected[name], rtol=4e-6)
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6, atol=1e-6),
         parts.adapter.params,

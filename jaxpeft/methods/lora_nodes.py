@@ -57,10 +57,11 @@ class LoRAKernel(OnBase):
         h = x.astype(self.a.dtype)
         if self.key is not None:
             h = drop(h, self.dropout, self.key)
-        # Two dimensions: the factors' gradients then contract one dimension, a plain product.
+        # Two dimensions: the factors' gradients then contract one dimension, a plain product. The
+        # scale goes to the few numbers between the factors, in the backward pass too.
         flat = h.reshape(-1, h.shape[-1])
-        low = (flat @ self.a) @ self.b
-        low = (low if self.bias is None else low + self.bias) * self.scale
+        low = (flat @ self.a * self.scale) @ self.b
+        low = low if self.bias is None else low + self.bias * self.scale
         return (y.astype(low.dtype) + low.reshape(y.shape)).astype(x.dtype)
 
     def materialise(self) -> Float[Array, "*stack d_in d_out"]:

@@ -16,17 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxpeft.backend import choices
 from jaxpeft.errors import UserError
 from jaxpeft.models.tiles import EVERYONE, Places, earlier, tiled_attention, visible
-
-BLOCKS = {"cpu": 128}
-"""How many queries, and keys, make a tile, by backend: small ones are skipped more often."""
-
-LARGE_BLOCK = 512
-"""On all other backends, where every tile costs the launch of its kernels."""
-
-DENSE = 128
-"""The longest row that is one product."""
 
 
 @flax.struct.dataclass
@@ -106,9 +98,10 @@ def attention(
         k_segments = jnp.concatenate([segments, k_segments], axis=1)
         k_positions = jnp.concatenate([positions, k_positions], axis=1)
     places = Places(q_positions, k_positions, q_segments, k_segments, window)
-    block = block or BLOCKS.get(jax.default_backend(), LARGE_BLOCK)
+    fit = choices()
+    block = block or fit.tile
     behind = ahead if k.shape[1] == q.shape[1] + ahead else None  # no cache
-    if q.shape[1] > min(block, DENSE):
+    if q.shape[1] > min(block, fit.dense):
         return tiled_attention(block, behind, q, k, v, places)
     mask = visible(*places)
     if behind is not None:

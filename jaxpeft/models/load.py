@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft.backend import choices
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.fingerprint import Fingerprint, read_hashed
@@ -161,7 +162,7 @@ def activation_dtype(compute_dtype: str, params: dict) -> Any:
     """The dtype of activations: "auto" is float32 on CPU, elsewhere that of the embedding."""
     if compute_dtype != "auto":
         return jnp.dtype(compute_dtype)
-    if jax.default_backend() == "cpu":
+    if choices().float32:
         return jnp.dtype(jnp.float32)
     return jnp.dtype(params["embed_tokens"]["embedding"].dtype)
 

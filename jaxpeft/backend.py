@@ -1,0 +1,64 @@
+"""What is chosen by the kind of device that a program is compiled for: the one place.
+
+The results are the same for every choice, to rounding; speed and memory are not.
+"""
+
+import contextlib
+import contextvars
+import ctypes
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+_PLATFORM = contextvars.ContextVar[str | None]("platform", default=None)
+
+
+class Choices(NamedTuple):
+    """What suits a backend.
+
+    Attributes:
+        tile: How many queries, and keys, make a tile of attention: small tiles are skipped more
+            often, but on an accelerator each costs the launch of its kernels.
+        dense: The longest row whose attention is one product.
+        loss_tokens: About how many tokens' logits exist at once.
+        float32: Whether activations are in float32 whatever the weights are.
+    """
+
+    tile: int
+    dense: int
+    loss_tokens: int
+    float32: bool
+
+
+CPU = Choices(tile=128, dense=128, loss_tokens=256, float32=True)
+ACCELERATOR = Choices(tile=512, dense=128, loss_tokens=512, float32=False)
+
+
+def choices() -> Choices:
+    """What suits the backend that programs are traced for."""
+    return CPU if (_PLATFORM.get() or jax.default_backend()) == "cpu" else ACCELERATOR
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """Traces programs for another platform ("cpu", "cuda", "rocm", "tpu") than is there.
+
+    A function that was traced before is not traced again, so each needs functions of its own.
+    """
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def give_back_memory() -> None:
+    """Gives memory that is free, but that malloc holds, back to the system; glibc can.
+
+    Compilation leaves hundreds of megabytes of it.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another libc
+        return
