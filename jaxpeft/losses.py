@@ -6,10 +6,10 @@ tokens of every row are moved to its front, and a chunk in which no row has one 
 so the head is multiplied about as often as there are supervised tokens. Chunks run along time and
 never over flattened rows: with rows sharded over devices each device works on its own.
 
-With a frozen head (`head_frozen`) the gradient with respect to the hidden states,
-``(softmax(h W) - onehot(t)) W^T``, is computed while the chunk's logits are there, and the
-backward pass multiplies with the vocabulary no more. With a trained head each chunk is
-rematerialised.
+Where the loss is differentiated, gradients are computed while the chunk's logits are there: of the
+hidden states, ``(softmax(h W) - onehot(t)) W^T``, and of a trained head, summed over the chunks.
+The backward pass multiplies with the vocabulary no more, only with the number that the loss is
+scaled by.
 """
 
 import functools
@@ -44,9 +44,8 @@ def cross_entropy(
         head_params: The head's weights: a pytree.
         targets: The token that should follow; any number where the weight is 0.
         weights: How much each token counts; 0 for tokens that are not supervised.
-        head_frozen: Promise that nothing in `head_params` is differentiated. The gradient with
-            respect to it is then zero, and the step saves the head's products of the backward
-            pass.
+        head_frozen: Take `head_params` as constants: the gradient with respect to them is zero,
+            and its product with the vocabulary is saved.
         chunk_tokens: About how many tokens' logits exist at once, at most a quarter of the batch;
             None for what suits the backend.
 
@@ -68,13 +67,10 @@ def cross_entropy(
         return jnp.moveaxis(x.reshape(batch, chunks, width, *x.shape[2:]), 1, 0)
 
     pieces = (cut(hidden), cut(targets), cut(weights))
-    total: Any = _fused if head_frozen else _rematerialised
-    loss, correct = total(head, head_params, *pieces)
+    if head_frozen:
+        head_params = jax.lax.stop_gradient(head_params)
+    loss, correct = _chunked(head, head_params, *pieces)
     return loss, {"weight": weights.sum(), "correct": jax.lax.stop_gradient(correct)}
-
-
-def _token_losses(logits: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-    return _sums(logits, logits.max(axis=-1), jax.nn.logsumexp(logits, axis=-1), targets, weights)
 
 
 def _sums(
@@ -87,61 +83,37 @@ def _sums(
     return loss.sum(), correct
 
 
-def _rematerialised(head: Any, head_params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
-    def when_supervised(work: Any, chunk: Any, otherwise: Any) -> Any:
-        return jax.lax.cond((chunk[2] != 0).any(), work, lambda chunk: otherwise, chunk)
-
-    def work(params: Any, chunk: Any) -> tuple[Array, Array]:
-        return _token_losses(head(params, chunk[0]), chunk[1], chunk[2])
-
-    # By hand: what a cond keeps for the backward pass is written out once a chunk, frozen tables
-    # included, and so would be gradients of them.
-    @jax.custom_vjp
-    def losses(params: Any, chunk: Any) -> tuple[Array, Array]:
-        return when_supervised(lambda c: work(params, c), chunk, (jnp.zeros(()), jnp.zeros(())))
-
-    def forward(params: Any, chunk: Any) -> Any:
-        moves = jax.tree.map(lambda leaf: leaf.perturbed, params)
-        params, chunk = jax.tree.map(lambda leaf: leaf.value, (params, chunk))
-        moving, still = (
-            jax.tree.map(lambda leaf, on, want=want: leaf if on is want else None, params, moves)
-            for want in (True, False)
-        )
-        return losses(params, chunk), (moving, still, chunk)
-
-    def backward(kept: Any, cotangents: Any) -> Any:
-        moving, still, chunk = kept
-
-        def slopes(c: Any) -> Any:
-            def loss(moving: Any, hidden: Any) -> Array:
-                params = jax.tree.map(
-                    lambda a, b: b if a is None else a, moving, still, is_leaf=lambda x: x is None
-                )
-                return work(params, (hidden, *c[1:]))[0]
-
-            return jax.vjp(loss, moving, c[0])[1](cotangents[0])
-
-        nothing = jax.tree.map(jnp.zeros_like, (moving, chunk[0]))
-        of_params, of_hidden = when_supervised(slopes, chunk, nothing)
-        return of_params, (of_hidden, None, None)
-
-    losses.defvjp(forward, backward, symbolic_zeros=True)
-
-    def step(sums: Any, chunk: Any) -> Any:
-        return jax.tree.map(jnp.add, sums, losses(head_params, chunk)), None
-
-    return jax.lax.scan(step, (jnp.zeros(()), jnp.zeros(())), (hidden, targets, weights))[0]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(head: Any, head_params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
-    return _rematerialised(head, head_params, hidden, targets, weights)
+def _chunked(head: Any, head_params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
+    def step(sums: Any, chunk: Any) -> Any:
+        def work(chunk: Any) -> Any:
+            logits, t, w = head(head_params, chunk[0]), *chunk[1:]
+            return _sums(logits, logits.max(axis=-1), jax.nn.logsumexp(logits, axis=-1), t, w)
+
+        new = jax.lax.cond((chunk[2] != 0).any(), work, lambda chunk: sums_of_none, chunk)
+        return jax.tree.map(jnp.add, sums, new), None
+
+    sums_of_none = jnp.zeros(()), jnp.zeros(())
+    return jax.lax.scan(step, sums_of_none, (hidden, targets, weights))[0]
 
 
-def _fused_forward(head: Any, head_params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
-    def work(chunk: Any) -> Any:
-        h, t, w = chunk
-        logits, back = jax.vjp(lambda x: head(head_params, x), h)
+def _chunked_forward(head: Any, head_params: Any, *pieces: Any) -> Any:
+    moves = jax.tree.map(lambda leaf: leaf.perturbed, head_params)
+    head_params, pieces = jax.tree.map(lambda leaf: leaf.value, (head_params, pieces))
+    moving, still = (
+        jax.tree.map(lambda leaf, on, want=want: leaf if on is want else None, head_params, moves)
+        for want in (True, False)
+    )
+
+    def logits_of(moving: Any, x: Any) -> Array:
+        whole = jax.tree.map(
+            lambda a, b: b if a is None else a, moving, still, is_leaf=lambda x: x is None
+        )
+        return head(whole, x)
+
+    def work(sums: Any, chunk: Any) -> Any:
+        hidden, t, w = chunk
+        logits, back = jax.vjp(logits_of, moving, hidden)
         highest = logits.max(axis=-1)
         # The barrier: XLA would compute the exponentials once for the sum and once more for the
         # slopes, those of the sum on one thread.
@@ -150,27 +122,30 @@ def _fused_forward(head: Any, head_params: Any, hidden: Any, targets: Any, weigh
         loss, correct = _sums(logits, highest, highest + jnp.log(total), t, w)
         slope = powers * (w / total)[..., None]
         hit = jnp.arange(logits.shape[-1]) == t[..., None]
-        (grad,) = back(jnp.where(hit, slope - w[..., None], slope))
-        return loss, correct, grad
+        of_params, of_hidden = back(jnp.where(hit, slope - w[..., None], slope))
+        return jax.tree.map(jnp.add, sums, (loss, correct, of_params)), of_hidden
 
     def step(sums: Any, chunk: Any) -> Any:
-        def idle(c: Any) -> Any:
-            return jnp.zeros(()), jnp.zeros(()), jnp.zeros_like(c[0])
+        def idle(sums: Any, chunk: Any) -> Any:
+            return sums, jnp.zeros_like(chunk[0])
 
-        loss, correct, grad = jax.lax.cond((chunk[2] != 0).any(), work, idle, chunk)
-        return (sums[0] + loss, sums[1] + correct), grad
+        return jax.lax.cond((chunk[2] != 0).any(), work, idle, sums, chunk)
 
-    start = (jnp.zeros(()), jnp.zeros(()))
-    sums, grads = jax.lax.scan(step, start, (hidden, targets, weights))
-    return sums, grads
+    # Sums in float32, whatever the weights are.
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), moving)
+    start = (jnp.zeros(()), jnp.zeros(()), nothing)
+    (loss, correct, of_params), of_hidden = jax.lax.scan(step, start, pieces)
+    of_params = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), of_params, moving)
+    return (loss, correct), (of_params, of_hidden)
 
 
-def _fused_backward(head: Any, grads: Any, cotangents: Any) -> Any:
+def _chunked_backward(head: Any, slopes: Any, cotangents: Any) -> Any:
     del head
-    return None, (grads * cotangents[0]).astype(grads.dtype), None, None
+    of_params, of_hidden = jax.tree.map(lambda x: (x * cotangents[0]).astype(x.dtype), slopes)
+    return of_params, of_hidden, None, None
 
 
-_fused.defvjp(_fused_forward, _fused_backward)
+_chunked.defvjp(_chunked_forward, _chunked_backward, symbolic_zeros=True)
 
 
 def make_lm_loss(

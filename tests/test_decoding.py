@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,6 +171,16 @@ def test_one_compile_serves_a_bucket_of_lengths_and_every_adapter(getkey, count_
     assert len(count_traces) == 1
     generate_ids(base, random_prompts([33] * 2), adapter=adapter, max_new_tokens=5)
     assert len(count_traces) == 2
+
+
+def test_decoding_is_traced_at_most_once_a_bucket(getkey, monkeypatch):
+    base = toy_model(getkey(), tokenizer=False, d_ff=36)
+    chex.clear_trace_counter()
+    monkeypatch.setattr(decoding, "bind", chex.assert_max_traces(bind, n=1))
+    for length in (3, 32):
+        generate_ids(base, random_prompts([length] * 2), max_new_tokens=length)
+    with pytest.raises(AssertionError, match="traced"):  # the check can fail
+        generate_ids(base, random_prompts([33] * 2), max_new_tokens=3)
 
 
 def test_one_compile_serves_all_ways_to_sample(getkey, count_traces):

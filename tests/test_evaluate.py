@@ -4,6 +4,7 @@ import io
 import json
 import math
 
+import chex
 import numpy as np
 import pytest
 from toy_model import toy_adapter, toy_model
@@ -197,3 +198,18 @@ def test_nothing_is_dropped_out_in_evaluation(getkey):
         for rate in (0.0, 0.9)
     )
     assert plain == dropping
+
+
+def test_evaluation_is_traced_at_most_once(getkey, monkeypatch):
+    """For all batches, and for adapters that differ in numbers alone."""
+    base = toy_model(getkey(), d_ff=36)
+    chex.clear_trace_counter()
+    make = evaluate.make_lm_loss
+    once = lambda *args, **kwargs: chex.assert_max_traces(make(*args, **kwargs), n=1)  # noqa: E731
+    monkeypatch.setattr(evaluate, "make_lm_loss", once)
+    parts = list(batches(base, encode(base), batch_size=1))
+    assert len(parts) > 1
+    for alpha in (2.0, 8.0):
+        evaluate_loss(base, parts, toy_adapter(getkey(), base, alpha=alpha))
+    with pytest.raises(AssertionError, match="traced"):  # the check can fail
+        evaluate_loss(base, parts)
