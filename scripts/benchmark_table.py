@@ -250,10 +250,11 @@ def utilisation(lines: Sequence[Line]) -> list[str]:
         peak = find(lines, GEMM, OURS, ("float32" if on_cpu else line.setting[0], None))
         if peak is not None:
             rate = line.record["flops"] * line.median / line.record["amount"]
+            usual, best = peak.median, max(peak.values)
             said.append(
-                f"LoRA, {setting_text(line)}: {rate / 1e9:.4g} GFLOP/s, {rate / peak.median:.1%} of "
-                f"the matrix product's median {peak.median / 1e9:.4g}, "
-                f"{rate / max(peak.values):.1%} of its best {max(peak.values) / 1e9:.4g}"
+                f"LoRA, {setting_text(line)}: {rate / 1e9:.4g} GFLOP/s, {rate / usual:.1%} of the "
+                f"matrix product's median {usual / 1e9:.4g}, {rate / best:.1%} of its best "
+                f"{best / 1e9:.4g}"
             )
     return said
 

@@ -207,7 +207,7 @@ def test_evaluation_is_traced_at_most_once(getkey, monkeypatch):
     make = evaluate.make_lm_loss
     once = lambda *args, **kwargs: chex.assert_max_traces(make(*args, **kwargs), n=1)  # noqa: E731
     monkeypatch.setattr(evaluate, "make_lm_loss", once)
-    parts = list(batches(base, encode(base), batch_size=1))
+    parts = list(batches(base, encode(base), packing=False))
     assert len(parts) > 1
     for alpha in (2.0, 8.0):
         evaluate_loss(base, parts, toy_adapter(getkey(), base, alpha=alpha))
