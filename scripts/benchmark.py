@@ -9,7 +9,8 @@ several settings, and in every round of a case each setting of each side has one
 It prints tables in Markdown and writes everything it saw to a JSON file, after every turn.
 
 Usage: python scripts/benchmark.py --setup [SIDE ...] builds the environments of the other sides;
-python scripts/benchmark.py [--quick] [--only CASE ...] [--sides SIDE ...] measures. The model is
+python scripts/benchmark.py [--quick] [--only CASE ...] [--sides SIDE ...] measures
+(--help has more). The model is
 the quickstart's, SmolLM2-135M; where scripts/quickstart_data.py has not linked it, the weights are
 random, of the same sizes.
 """
@@ -29,6 +30,7 @@ from benchmark_table import GEMM, OURS, START, report
 
 SIDES = (OURS, "torch", "tunix")
 OUTPUT = "results.json"
+DTYPES = ("float32", "bfloat16")
 
 
 class Setting(NamedTuple):
@@ -44,6 +46,14 @@ class Case(NamedTuple):
 
     work: dict[str, Any]
     settings: dict[str, tuple[Setting, ...]]
+
+    def of(self, dtypes: Sequence[str]) -> "Case":
+        """The same with those settings alone that have one of these dtypes."""
+        some = {
+            side: tuple(one for one in settings if one.dtype in dtypes)
+            for side, settings in self.settings.items()
+        }
+        return self._replace(settings=some)
 
 
 F32, BF16 = Setting("float32"), Setting("bfloat16")
@@ -136,6 +146,7 @@ def measure(args: argparse.Namespace, seen: dict[str, Any], file: Path) -> None:
     ours = process.interpreter(OURS, args.python)
     seen["model"] = process.prepare_model(ours, args.model)
     cases = {name: (QUICK if args.quick else CASES)[name] for name in args.only}
+    cases = {name: case.of(args.dtypes) for name, case in cases.items()}
     order = list(turns(cases, args.sides, args.rounds))
     for place, (name, number, one, setting) in enumerate(order, 1):
         words = ", ".join(filter(None, (setting.dtype, f"remat {setting.remat}", setting.cache)))
@@ -166,6 +177,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, help="a Hugging Face folder, or a GGUF file")
     parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, metavar="DTYPE")
     parser.add_argument("--rounds", type=int, help="turns of every setting; default 3")
     parser.add_argument("--steps", type=int, help="measured calls of a turn; default 5")
     parser.add_argument("--warmup", type=int, help="calls before them; default 2")

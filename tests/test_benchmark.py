@@ -148,6 +148,13 @@ def test_sides_have_turns_next_to_each_other_in_every_round():
     assert order == [("lora", number, *turn) for number in (1, 2) for turn in one_round]
 
 
+def test_turns_may_be_of_some_dtypes_alone():
+    narrow, wide = bench.Setting("bfloat16"), bench.Setting("float32", "full")
+    case = bench.Case({"kind": "train"}, {"jaxpeft": (narrow, wide), "torch": (narrow,)})
+    assert case.of(["float32"]).settings == {"jaxpeft": (wide,), "torch": ()}
+    assert case.of(bench.DTYPES) == case
+
+
 def test_every_comparison_has_the_turns_it_needs():
     for one in table.COMPARISONS:
         for case, name, wanted in (

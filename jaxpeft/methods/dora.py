@@ -79,14 +79,15 @@ class DoRAKernel(OnBase):
         Returns:
             Activations in the dtype of `x`, computed in float32 and rounded once.
         """
-        y = linear(x, self.base)
-        h, again = x.astype(self.a.dtype), y
+        y, g = linear(x, self.base), self.factor()
+        h = x.astype(self.a.dtype)
         if self.key is not None:
             h = drop(h, self.dropout, self.key)
-            again = linear(h.astype(x.dtype), self.base)
         flat = h.reshape(-1, h.shape[-1])
-        low = (((flat @ self.a) @ self.b) * self.scale).reshape(y.shape)
-        g = self.factor()
+        low = ((flat @ self.a * self.scale) @ self.b).reshape(y.shape)
+        if self.key is None:
+            return (g * (y.astype(low.dtype) + low)).astype(x.dtype)
+        again = linear(h.astype(x.dtype), self.base)
         return (y.astype(low.dtype) + (g - 1) * again.astype(low.dtype) + g * low).astype(x.dtype)
 
     def materialise(self) -> Float[Array, "*stack d_in d_out"]:
