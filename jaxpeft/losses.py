@@ -69,7 +69,8 @@ def cross_entropy(
     pieces = (cut(hidden), cut(targets), cut(weights))
     if head_frozen:
         head_params = jax.lax.stop_gradient(head_params)
-    loss, correct = _chunked(head, head_params, *pieces)
+    chunked: Any = _chunked
+    loss, correct = chunked(head, head_params, *pieces)
     return loss, {"weight": weights.sum(), "correct": jax.lax.stop_gradient(correct)}
 
 
