@@ -31,7 +31,7 @@ class Choices(NamedTuple):
     float32: bool
 
 
-CPU = Choices(tile=128, dense=128, loss_tokens=256, float32=True)
+CPU = Choices(tile=256, dense=128, loss_tokens=256, float32=True)
 ACCELERATOR = Choices(tile=512, dense=128, loss_tokens=512, float32=False)
 
 

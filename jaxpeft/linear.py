@@ -41,7 +41,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+PRODUCT = "product"
+"""Name of products with kernels, for policies of ``jax.checkpoint``; see `linear`."""
 
 SHARED = "shared"
 """What all layers, or all places of an adapter, share: a collection, a field, a key of trees."""
@@ -115,10 +119,13 @@ class OnBase(Node):
 
 
 def linear(x: Float[Array, "*batch d_in"], kernel: Any) -> Float[Array, "*batch d_out"]:
-    """Multiplies activations with a kernel of logical shape ``(d_in, d_out)``."""
-    if isinstance(kernel, Node):
-        return kernel.multiply(x)
-    return x @ kernel.astype(x.dtype)
+    """Multiplies activations with a kernel of logical shape ``(d_in, d_out)``.
+
+    What arrays give, and what nodes give, is named `PRODUCT`: a policy that keeps these names lets
+    the backward pass multiply with no kernel again.
+    """
+    y = kernel.multiply(x) if isinstance(kernel, Node) else x @ kernel.astype(x.dtype)
+    return checkpoint_name(y, PRODUCT)
 
 
 def embed(ids: Int[Array, "*batch"], table: Any) -> Float[Array, "*batch d_model"]:

@@ -57,12 +57,13 @@ class Case(NamedTuple):
 
 
 F32, BF16 = Setting("float32"), Setting("bfloat16")
+F32_DOTS, BF16_DOTS = Setting("float32", "dots"), Setting("bfloat16", "dots")
 F32_FULL, BF16_FULL = Setting("float32", "full"), Setting("bfloat16", "full")
 
 
 def training(method: str, **settings: tuple[Setting, ...]) -> Case:
     """Training by a method; by default in the settings that its comparisons need."""
-    usual = {OURS: (F32, F32_FULL), "torch": (F32, BF16), "tunix": (F32,)}
+    usual = {OURS: (F32_DOTS, F32_FULL), "torch": (F32, BF16), "tunix": (F32,)}
     return Case({"kind": "train", "method": method}, usual | settings)
 
 
@@ -79,7 +80,7 @@ CASES = {
     GEMM: Case({"kind": "gemm"}, {OURS: (F32, BF16), "torch": (F32, BF16)}),
     "lora": training(
         "lora",
-        jaxpeft=(F32, Setting(remat="dots"), F32_FULL, BF16, BF16_FULL),
+        jaxpeft=(F32, F32_DOTS, F32_FULL, BF16_DOTS, BF16_FULL),
         torch=(F32, F32_FULL, BF16, BF16_FULL),
         tunix=(F32, F32_FULL, BF16),
     ),
@@ -103,7 +104,7 @@ CASES = {
 }
 QUICK = {
     GEMM: CASES[GEMM]._replace(settings={OURS: (F32,)}),
-    "lora": training("lora", jaxpeft=(F32, F32_FULL), torch=(F32,), tunix=(F32,)),
+    "lora": training("lora", jaxpeft=(F32_DOTS, F32_FULL), torch=(F32,), tunix=(F32,)),
     "generate-adapter-1": decoding("lora", 1)._replace(settings={OURS: (F32,), "torch": (F32,)}),
 }
 

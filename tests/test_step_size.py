@@ -23,8 +23,8 @@ from jaxpeft.train_step import adapter_only, init_train_state, make_train_step
 WIDE = dataclasses.replace(CONFIG, d_model=64, d_ff=128, head_dim=16, num_layers=2)
 
 
-def lower(tokens, config=WIDE, remat="full", platform="cpu"):
-    """The LoRA step of one row, from shapes alone, lowered for a platform."""
+def step_of(tokens, config=WIDE, remat="full"):
+    """The LoRA step of one row, and the shapes it takes."""
     module = Transformer(config, jnp.float32, remat)
     params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     tx = jp.masked(optax.adamw(1e-3), adapter_only)
@@ -37,9 +37,14 @@ def lower(tokens, config=WIDE, remat="full", platform="cpu"):
     names = ("tokens", "targets", "segment_ids", "positions")
     batch = {**dict.fromkeys(names, row), "weights": jax.ShapeDtypeStruct(row.shape, jnp.float32)}
     step = make_train_step(make_lm_loss(module, head_frozen=True), tx)
+    return step, jax.eval_shape(start, params), params, batch
+
+
+def lower(tokens, config=WIDE, remat="full", platform="cpu"):
+    """The LoRA step of one row, from shapes alone, lowered for a platform."""
+    step, *shapes = step_of(tokens, config, remat)
     with backend.traced_for(platform):
-        traced = step.trace(jax.eval_shape(start, params), params, batch)
-        return traced.lower(lowering_platforms=(platform,))
+        return step.trace(*shapes).lower(lowering_platforms=(platform,))
 
 
 def temporaries(tokens, **kwargs):
@@ -76,6 +81,22 @@ def test_the_program_is_as_long_for_64_layers_as_for_8():
         lines[layers] = [len(text.splitlines()) for text in texts]
     assert lines[64][0] == lines[8][0]
     assert lines[64][1] <= 1.05 * lines[8][1]
+
+
+def test_dots_computes_no_product_with_a_kernel_again_and_keeps_half_of_what_none_keeps():
+    assert count_of_step(remat="dots") == count_of_step(remat="none")
+    assert kept_by_layers("dots") < 0.5 * kept_by_layers("none")
+
+
+def kept_by_layers(remat):
+    """Bytes that eight more layers need."""
+    few, many = (dataclasses.replace(WIDE, num_layers=n) for n in (2, 10))
+    return temporaries(256, config=many, remat=remat) - temporaries(256, config=few, remat=remat)
+
+
+def count_of_step(remat):
+    """Products of the LoRA step, from shapes."""
+    return count_flops(*step_of(256, remat=remat))
 
 
 def test_rematerialised_layers_visit_no_tile_a_third_time():

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from jaxpeft.linear import OnBase, linear, materialise
 from jaxpeft.methods.base import Leaf, require_values
-from jaxpeft.methods.lora_nodes import drop
+from jaxpeft.methods.lora_nodes import drop, low_rank
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -83,8 +83,7 @@ class DoRAKernel(OnBase):
         h = x.astype(self.a.dtype)
         if self.key is not None:
             h = drop(h, self.dropout, self.key)
-        flat = h.reshape(-1, h.shape[-1])
-        low = ((flat @ self.a * self.scale) @ self.b).reshape(y.shape)
+        low = low_rank(h, self.a, self.b, self.scale)
         if self.key is None:
             return (g * (y.astype(low.dtype) + low)).astype(x.dtype)
         again = linear(h.astype(x.dtype), self.base)
