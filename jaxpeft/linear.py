@@ -121,8 +121,8 @@ class OnBase(Node):
 def linear(x: Float[Array, "*batch d_in"], kernel: Any) -> Float[Array, "*batch d_out"]:
     """Multiplies activations with a kernel of logical shape ``(d_in, d_out)``.
 
-    What arrays give, and what nodes give, is named `PRODUCT`: a policy that keeps these names lets
-    the backward pass multiply with no kernel again.
+    What arrays give, and what nodes give, is named `PRODUCT`: under a policy that keeps these names
+    the backward pass multiplies with no kernel again. A node names so what its own gradient needs.
     """
     y = kernel.multiply(x) if isinstance(kernel, Node) else x @ kernel.astype(x.dtype)
     return checkpoint_name(y, PRODUCT)

@@ -9,7 +9,7 @@ never over flattened rows: with rows sharded over devices each device works on i
 Where the loss is differentiated, gradients are computed while the chunk's logits are there: of the
 hidden states, ``(softmax(h W) - onehot(t)) W^T``, and of a trained head, summed over the chunks.
 The backward pass multiplies with the vocabulary no more, only with the number that the loss is
-scaled by.
+scaled by; a trained head's gradient is held from then on, in the dtype of the head.
 """
 
 import functools

@@ -2,17 +2,17 @@
 
 Every side runs in a process and in an environment of its own, with memory in huge pages and the
 same weights. Cases: training LoRA, DoRA, QLoRA, a soft prompt and the whole model on random
-tokens with AdamW; greedy decoding with an adapter and merged; from the start of the process to
-the end of the first step; and a large matrix product, for the machine's peak. Every side runs in
-several settings, and in every round of a case each setting of each side has one turn.
+tokens with AdamW; LoRA on one long example, and on many packed into such a row; greedy decoding
+with an adapter and merged; from the start of the process to the end of the first step; and a large
+matrix product, for the machine's peak. Every side runs in several settings, and in every round of
+a case each setting of each side has one turn.
 
 It prints tables in Markdown and writes everything it saw to a JSON file, after every turn.
 
 Usage: python scripts/benchmark.py --setup [SIDE ...] builds the environments of the other sides;
 python scripts/benchmark.py [--quick] [--only CASE ...] [--sides SIDE ...] measures
-(--help has more). The model is
-the quickstart's, SmolLM2-135M; where scripts/quickstart_data.py has not linked it, the weights are
-random, of the same sizes.
+(--help has more). The model is the quickstart's, SmolLM2-135M; where scripts/quickstart_data.py has
+not linked it, the weights are random, of the same sizes.
 """
 
 import argparse
@@ -61,10 +61,10 @@ F32_DOTS, BF16_DOTS = Setting("float32", "dots"), Setting("bfloat16", "dots")
 F32_FULL, BF16_FULL = Setting("float32", "full"), Setting("bfloat16", "full")
 
 
-def training(method: str, **settings: tuple[Setting, ...]) -> Case:
+def training(method: str, sides: dict[str, tuple[Setting, ...]] | None = None, **work: int) -> Case:
     """Training by a method; by default in the settings that its comparisons need."""
     usual = {OURS: (F32_DOTS, F32_FULL), "torch": (F32, BF16), "tunix": (F32,)}
-    return Case({"kind": "train", "method": method}, usual | settings)
+    return Case({"kind": "train", "method": method, **work}, usual | (sides or {}))
 
 
 def decoding(method: str, batch_size: int) -> Case:
@@ -80,14 +80,18 @@ CASES = {
     GEMM: Case({"kind": "gemm"}, {OURS: (F32, BF16), "torch": (F32, BF16)}),
     "lora": training(
         "lora",
-        jaxpeft=(F32, F32_DOTS, F32_FULL, BF16_DOTS, BF16_FULL),
-        torch=(F32, F32_FULL, BF16, BF16_FULL),
-        tunix=(F32, F32_FULL, BF16),
+        {
+            OURS: (F32, F32_DOTS, F32_FULL, BF16_DOTS, BF16_FULL),
+            "torch": (F32, F32_FULL, BF16, BF16_FULL),
+            "tunix": (F32, F32_FULL, BF16),
+        },
     ),
     "dora": training("dora"),
     "qlora": training("qlora"),
     "prompt": training("prompt"),
     "full": training("full"),
+    "long": training("lora", batch_size=1, seq_len=2048),
+    "packed": training("lora", batch_size=1, seq_len=2048, segment=64),
     **{
         f"generate-{name}-{batch}": decoding(method, batch)
         for name, method in (("adapter", "lora"), ("merged", "merged"))
@@ -104,7 +108,7 @@ CASES = {
 }
 QUICK = {
     GEMM: CASES[GEMM]._replace(settings={OURS: (F32,)}),
-    "lora": training("lora", jaxpeft=(F32_DOTS, F32_FULL), torch=(F32,), tunix=(F32,)),
+    "lora": training("lora", {OURS: (F32_DOTS, F32_FULL), "torch": (F32,), "tunix": (F32,)}),
     "generate-adapter-1": decoding("lora", 1)._replace(settings={OURS: (F32,), "torch": (F32,)}),
 }
 
@@ -149,6 +153,10 @@ def measure(args: argparse.Namespace, seen: dict[str, Any], file: Path) -> None:
     cases = {name: (QUICK if args.quick else CASES)[name] for name in args.only}
     cases = {name: case.of(args.dtypes) for name, case in cases.items()}
     order = list(turns(cases, args.sides, args.rounds))
+    for name in args.only:
+        if not any(turn[0] == name for turn in order):
+            asked = f"{', '.join(args.sides)} with {', '.join(args.dtypes)}"
+            raise ValueError(f"--only {name}: no setting of {asked}; name others.")
     for place, (name, number, one, setting) in enumerate(order, 1):
         words = ", ".join(filter(None, (setting.dtype, f"remat {setting.remat}", setting.cache)))
         print(f"[{place}/{len(order)}] {name}, round {number}: {one}, {words}", flush=True)

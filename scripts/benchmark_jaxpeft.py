@@ -46,6 +46,8 @@ SMOLLM2_135M = {
 def measure(work: side.Work) -> dict[str, Any]:
     """Does one piece of work."""
     cli.keep_compiled(argparse.Namespace(no_compilation_cache=False))
+    if work.dtype == "float32" and jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")  # as torch by default
     jobs = {"gemm": gemm, "generate": generate, "train": train, "prepare": prepare}
     found = jobs[work.kind](work) | {"device": jax.default_backend()}
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -117,11 +119,12 @@ def make_run(work: side.Work) -> Run:
     )
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     base = load(config.model, mesh)
-    count, vocab_size = steps * work.batch_size, base.config.vocab_size
-    tokens = np.random.default_rng(0).integers(vocab_size, size=(count, work.seq_len))
+    length, vocab_size = work.segment or work.seq_len, base.config.vocab_size
+    count = steps * work.batch_size * (work.seq_len // length)
+    tokens = np.random.default_rng(0).integers(vocab_size, size=(count, length))
     examples = data.Examples(
         tokens=list(tokens.astype(np.int32)),
-        masks=[np.ones(work.seq_len, bool)] * count,
+        masks=[np.ones(length, bool)] * count,
         lines=list(range(1, count + 1)),
         rows=[{}] * count,
         dropped={},

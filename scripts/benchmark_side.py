@@ -41,6 +41,7 @@ class Work:
         calls: Calls that are.
         batch_size: Sequences, or prompts.
         seq_len: Tokens of a training sequence, without virtual ones.
+        segment: Tokens of each example that is packed into a sequence; 0 for one of seq_len.
         rank: Of LoRA and its kin.
         virtual_tokens: Of a soft prompt.
         prompt_tokens: Tokens of a prompt.
@@ -57,6 +58,7 @@ class Work:
     calls: int = 5
     batch_size: int = 4
     seq_len: int = 512
+    segment: int = 0
     rank: int = 16
     virtual_tokens: int = 20
     prompt_tokens: int = 24

@@ -96,6 +96,10 @@ COMPARISONS = (
     Comparison("prompt tuning", "prompt", F32, "torch", F32, 1.1),
     Comparison("DoRA", "dora", F32, "torch", F32, 1.1),
     Comparison("QLoRA against LoRA", "qlora", F32, OURS, F32, 1 / 1.3, against="lora"),
+    Comparison(
+        *("packed rows against one long example", "packed", F32, OURS, F32, 1.0), against="long"
+    ),
+    Comparison("one example of 2048 tokens", "long", F32, "torch", F32),
     Comparison("decoding with adapter, batch 1", "generate-adapter-1", F32, "torch", F32, 2.0),
     Comparison("decoding with adapter, batch 8", "generate-adapter-8", F32, "torch", F32, 1.3),
     Comparison("start to first step, second run", START, F32, "torch", F32, 1.0),

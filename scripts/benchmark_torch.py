@@ -27,6 +27,8 @@ def measure(work: side.Work) -> dict[str, Any]:
         raise side.UnsupportedError("torch checkpoints whole layers or nothing")
     if work.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         raise side.UnsupportedError("bitsandbytes is not installed, and PEFT has no other NF4")
+    if work.segment:
+        raise side.UnsupportedError("packing without attention across examples needs flash-attn")
     import torch
 
     torch.manual_seed(0)

@@ -32,6 +32,8 @@ def measure(work: side.Work) -> dict[str, Any]:
         raise side.UnsupportedError("Tunix trains LoRA, QLoRA and whole models only")
     if work.remat == "dots":
         raise side.UnsupportedError("Tunix's Llama has no such remat")
+    if work.segment:
+        raise side.UnsupportedError("only Tunix's whole rows are measured")
     warnings.simplefilter("ignore")
     import jax
 

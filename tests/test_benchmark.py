@@ -341,6 +341,8 @@ def test_a_whole_call_measures_prints_and_writes(tmp_path, monkeypatch, capsys):
     ("one", "given"),
     [
         (benchmark_torch, {"kind": "train", "method": "lora", "remat": "dots"}),
+        (benchmark_torch, {"kind": "train", "method": "lora", "segment": 64}),
+        (benchmark_tunix, {"kind": "train", "method": "lora", "segment": 64}),
         (benchmark_tunix, {"kind": "train", "method": "dora"}),
         (benchmark_tunix, {"kind": "generate", "method": "lora"}),
     ],
@@ -356,13 +358,22 @@ def tiny(kind, method, **more):
 
 
 @pytest.mark.parametrize(
-    ("method", "change"), [("lora", 1e-5), ("full", 1e-5), ("qlora", 0.1), ("prompt", 0.5)]
+    ("method", "segment", "change"),
+    [
+        ("lora", 0, 1e-5),
+        ("lora", 4, 1e-5),
+        ("full", 0, 1e-5),
+        ("qlora", 0, 0.1),
+        ("prompt", 0, 0.5),
+    ],
 )
-def test_jaxpeft_s_side_trains_on_every_token_of_the_batch(method, change):
+def test_jaxpeft_s_side_trains_on_every_token_of_the_batch(method, segment, change):
     import benchmark_jaxpeft
 
-    found = benchmark_jaxpeft.train(tiny("train", method, virtual_tokens=3, remat="full"))
-    tokens = np.random.default_rng(0).integers(128, size=(8, 16))
+    work = tiny("train", method, segment=segment, virtual_tokens=3, remat="full")
+    found = benchmark_jaxpeft.train(work)
+    length = segment or 16
+    tokens = np.random.default_rng(0).integers(128, size=(8 * 16 // length, length))
     logits = np.asarray(jp.load_model(MODEL)(tokens), np.float64)[:, :-1]
     chosen = np.take_along_axis(logits, tokens[:, 1:, None], axis=2)[..., 0]
     loss = (np.log(np.exp(logits).sum(axis=2)) - chosen).mean()

@@ -18,9 +18,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxpeft.linear import OnBase, linear, materialise
+from jaxpeft.linear import PRODUCT, OnBase, linear, materialise
 from jaxpeft.methods.base import Leaf, require_values
 from jaxpeft.methods.lora_nodes import drop, low_rank
 
@@ -85,8 +86,8 @@ class DoRAKernel(OnBase):
             h = drop(h, self.dropout, self.key)
         low = low_rank(h, self.a, self.b, self.scale)
         if self.key is None:
-            return (g * (y.astype(low.dtype) + low)).astype(x.dtype)
-        again = linear(h.astype(x.dtype), self.base)
+            return (g * checkpoint_name(y.astype(low.dtype) + low, PRODUCT)).astype(x.dtype)
+        low, again = checkpoint_name(low, PRODUCT), linear(h.astype(x.dtype), self.base)
         return (y.astype(low.dtype) + (g - 1) * again.astype(low.dtype) + g * low).astype(x.dtype)
 
     def materialise(self) -> Float[Array, "*stack d_in d_out"]:

@@ -22,10 +22,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpeft import paths
-from jaxpeft.linear import OnBase, linear, materialise, shape_of
+from jaxpeft.linear import PRODUCT, OnBase, linear, materialise, shape_of
 from jaxpeft.methods import lycoris
 from jaxpeft.methods.algebra import weigh_scales
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method
@@ -123,7 +124,7 @@ class LoHaKernel(OnBase):
         if rank**2 * (d_in + d_out) < d_in * d_out:
             a = (self.a1[:, :, None] * self.a2[:, None, :]).reshape(d_in, rank**2)
             b = (self.b1[:, None, :] * self.b2[None, :, :]).reshape(rank**2, d_out)
-            change = ((h @ a) @ b) * self.scale
+            change = (checkpoint_name(h @ a, PRODUCT) @ b) * self.scale
         else:
             change = h @ self.delta()
         return (y.astype(jnp.float32) + change.reshape(y.shape)).astype(x.dtype)

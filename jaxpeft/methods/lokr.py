@@ -21,11 +21,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
-from jaxpeft.linear import OnBase, linear, materialise, shape_of
+from jaxpeft.linear import PRODUCT, OnBase, linear, materialise, shape_of
 from jaxpeft.methods import lycoris
 from jaxpeft.methods.algebra import weigh_scales
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method
@@ -164,7 +165,7 @@ class LoKrKernel(OnBase):
         y = linear(x, self.base)
         w1, w2 = (whole(self.factors, name) for name in ("w1", "w2"))
         h = x.astype(w1.dtype).reshape(-1, w1.shape[0], w2.shape[0])
-        low = jnp.einsum("tmk,ml->tlk", h @ w2, w1) * self.scale
+        low = jnp.einsum("tmk,ml->tlk", checkpoint_name(h @ w2, PRODUCT), w1) * self.scale
         return (y.astype(low.dtype) + low.reshape(y.shape)).astype(x.dtype)
 
     def materialise(self) -> Float[Array, "*stack d_in d_out"]:

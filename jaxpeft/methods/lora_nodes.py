@@ -14,6 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jaxpeft.backend import choices
 from jaxpeft.linear import PRODUCT, OnBase, linear, materialise
 
 
@@ -83,15 +84,15 @@ def low_rank(
     b: Float[Array, "rank d_out"],
     scale: Any,
 ) -> Float[Array, "*batch d_out"]:
-    """``scale * x @ a @ b``, arranged so that forward and backward pass are wide products."""
+    """``scale * x @ a @ b``, arranged so that the products of the backward pass are quick too."""
     # Two dimensions: the factors' gradients then contract one dimension, a plain product. The
     # scale goes to the few numbers between the factors, in the backward pass too.
     flat = x.reshape(-1, x.shape[-1])
-    # The gradient of A is then (narrow^T x), turned: of two products of the same size, the one
-    # with rank rows and d_in columns takes a quarter of the other's time on CPU. The barrier keeps
-    # XLA from turning it back.
-    turned = jax.lax.optimization_barrier(a.T)
-    narrow = jax.lax.dot_general(flat, turned, (((1,), (1,)), ((), ())))
+    if choices().turn_a:  # The barrier keeps XLA from turning it back.
+        turned = jax.lax.optimization_barrier(a.T)
+        narrow = jax.lax.dot_general(flat, turned, (((1,), (1,)), ((), ())))
+    else:
+        narrow = flat @ a
     wide = (checkpoint_name(narrow, PRODUCT) * scale) @ b
     return wide.reshape(*x.shape[:-1], b.shape[-1])
 

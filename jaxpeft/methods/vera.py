@@ -22,11 +22,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.linear import SHARED, OnBase, linear, materialise, shape_of
+from jaxpeft.linear import PRODUCT, SHARED, OnBase, linear, materialise, shape_of
 from jaxpeft.methods.base import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
 from jaxpeft.methods.exchange import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.methods.lora_nodes import drop
@@ -169,7 +170,8 @@ class VeRAKernel(OnBase):
         h = x.astype(self.d.dtype)
         if self.key is not None:
             h = drop(h, self.dropout, self.key)
-        change = (((h @ a) * self.d) @ b) * self.b
+        low = checkpoint_name(h @ a, PRODUCT)
+        change = checkpoint_name((low * self.d) @ b, PRODUCT) * self.b
         return (y.astype(change.dtype) + change).astype(x.dtype)
 
     def materialise(self) -> Float[Array, "*stack d_in d_out"]:

@@ -46,9 +46,10 @@ REMAT_POLICIES: dict[str, Any] = {
 """What the backward pass keeps of a layer, by name; "none" keeps everything.
 
 Beside the layer's input, "full" keeps what attention in tiles gave, ``heads * head_dim`` numbers a
-token, and its log-sum-exp, ``heads`` more; of rows no longer than a tile it keeps nothing. "dots"
-also keeps what linear modules and LoRA's A gave: no product with a kernel is computed again, and
-all that lies between is, which takes less time on CPU than keeping it.
+token, and its log-sum-exp, ``heads`` more; of rows whose attention is one product it keeps
+nothing. "dots" also keeps what linear modules gave and what adapters need of their own products: no
+product of tokens with a kernel is computed again, and all that lies between is, which takes less
+time on CPU than keeping it. (LoHa of a high rank and LoKr form their factors' product again.)
 """
 
 
