@@ -165,7 +165,7 @@ class Run:
 
     @property
     def head_frozen(self) -> bool:
-        """Whether nothing that makes logits is trained, so that the loss saves its gradient."""
+        """Whether nothing that makes logits is trained, so that the loss omits its gradient."""
         return head_is_frozen(self.base.params, self.state.adapter, self.state.trained["base"])
 
     def evaluate(self) -> tuple[dict[str, float], list[Sample]]:

@@ -147,9 +147,6 @@ def measure(args: argparse.Namespace, seen: dict[str, Any], file: Path) -> None:
     Raises:
         ValueError: Something is missing.
     """
-    pythons = {name: process.interpreter(name, args.python) for name in args.sides}
-    ours = process.interpreter(OURS, args.python)
-    seen["model"] = process.prepare_model(ours, args.model)
     cases = {name: (QUICK if args.quick else CASES)[name] for name in args.only}
     cases = {name: case.of(args.dtypes) for name, case in cases.items()}
     order = list(turns(cases, args.sides, args.rounds))
@@ -157,6 +154,9 @@ def measure(args: argparse.Namespace, seen: dict[str, Any], file: Path) -> None:
         if not any(turn[0] == name for turn in order):
             asked = f"{', '.join(args.sides)} with {', '.join(args.dtypes)}"
             raise ValueError(f"--only {name}: no setting of {asked}; name others.")
+    pythons = {name: process.interpreter(name, args.python) for name in args.sides}
+    ours = process.interpreter(OURS, args.python)
+    seen["model"] = process.prepare_model(ours, args.model)
     for place, (name, number, one, setting) in enumerate(order, 1):
         words = ", ".join(filter(None, (setting.dtype, f"remat {setting.remat}", setting.cache)))
         print(f"[{place}/{len(order)}] {name}, round {number}: {one}, {words}", flush=True)

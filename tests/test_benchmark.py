@@ -352,6 +352,14 @@ def test_sides_refuse_what_they_cannot_do(one, given):
         one.measure(side.Work(**given))
 
 
+def test_a_case_that_no_setting_is_left_of_is_refused(tmp_path, capsys):
+    file = tmp_path / "results.json"
+    asked = ["--only", "start", "--sides", "jaxpeft", "--dtypes", "bfloat16", "--output", str(file)]
+    assert bench.main(asked) == 2
+    assert "--only start: no setting of jaxpeft with bfloat16" in capsys.readouterr().err
+    assert not file.exists()
+
+
 def tiny(kind, method, **more):
     given = {"warmup": 0, "calls": 1, "batch_size": 8, "seq_len": 16, "rank": 2} | more
     return side.Work(kind=kind, method=method, model=MODEL, **given)

@@ -279,7 +279,7 @@ def check_fit(params: dict, adapter: Adapter) -> None:
 
 
 def head_is_frozen(params: dict, adapter: Adapter | None, trained: Any = None) -> bool:
-    """Whether nothing that makes logits is trained, so that the loss saves its gradient.
+    """Whether nothing that makes logits is trained, so that the loss omits its gradient.
 
     Args:
         params: Base parameters: arrays, nodes or shapes.
