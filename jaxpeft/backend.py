@@ -25,6 +25,7 @@ class Choices(NamedTuple):
         turn_a: Whether the gradient of LoRA's A is a product with rank rows, turned afterwards:
             of two products of the same size the one that takes a quarter of the time.
         float32: Whether activations are in float32 whatever the weights are.
+        unstack: Whether decoding reads layers one by one instead of slices of a stack.
     """
 
     tile: int
@@ -32,10 +33,13 @@ class Choices(NamedTuple):
     loss_tokens: int
     turn_a: bool
     float32: bool
+    unstack: bool
 
 
-CPU = Choices(tile=256, dense=128, loss_tokens=256, turn_a=True, float32=True)
-ACCELERATOR = Choices(tile=512, dense=128, loss_tokens=512, turn_a=False, float32=False)
+CPU = Choices(tile=256, dense=128, loss_tokens=256, turn_a=True, float32=True, unstack=True)
+ACCELERATOR = Choices(
+    tile=512, dense=128, loss_tokens=512, turn_a=False, float32=False, unstack=False
+)
 
 
 def choices() -> Choices:

@@ -62,7 +62,7 @@ class Work:
     rank: int = 16
     virtual_tokens: int = 20
     prompt_tokens: int = 24
-    new_tokens: int = 32
+    new_tokens: int = 128
 
     @property
     def amount(self) -> int:

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from toy_model import toy_adapter, toy_model
 from toy_tokenizer import VOCAB_SIZE, toy_tokenizer
 
+import jaxpeft as jp
 from jaxpeft import data, decoding
+from jaxpeft.backend import traced_for
 from jaxpeft.decoding import encode_prompts, generate, generate_ids
 from jaxpeft.errors import UserError
 from jaxpeft.methods import bind
+from jaxpeft.models import unstack
 from jaxpeft.models.cache import init_cache
 from jaxpeft.sampling import Sampling, filter_logits
 
@@ -26,6 +29,14 @@ VARIANTS = {
     "tied mistral with windows": {"windows": (4, 4), "tie_embeddings": True},
     "qwen with one window": {"windows": (0, 3), "qkv_bias": True, "qk_norm": True},
 }
+METHODS = [
+    jp.LoRA(rank=2, dora=True),
+    jp.VeRA(rank=4),
+    jp.IA3(),
+    jp.PrefixTuning(num_tokens=3),
+    jp.PromptTuning(num_tokens=3),
+    jp.Full(),
+]
 LENGTHS = [5, 33, 1, 17, 8]
 
 
@@ -61,13 +72,49 @@ def count_traces(monkeypatch):
         ("qwen with one window", False),
     ],
 )
-def test_cached_greedy_equals_uncached_greedy_token_for_token(getkey, variant, adapted):
+@pytest.mark.parametrize("long", [False, True], ids=["stacked", "layer by layer"])
+def test_cached_greedy_equals_uncached_greedy_token_for_token(
+    getkey, monkeypatch, variant, adapted, long
+):
+    monkeypatch.setattr(decoding, "LONG", 1 if long else 1000)
     base = toy_model(getkey(), tokenizer=False, **VARIANTS[variant])
     adapter = toy_adapter(getkey(), base) if adapted else None
     prompts = random_prompts(LENGTHS)
     expected = [greedy_without_cache(base, prompt, 20, adapter) for prompt in prompts]
     assert generate_ids(base, prompts, adapter=adapter, max_new_tokens=20) == expected
     assert len({tuple(answer) for answer in expected}) == len(expected)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_every_method_decodes_the_same_layer_by_layer(getkey, monkeypatch, method):
+    base = toy_model(getkey(), tokenizer=False)
+    adapter = jp.init_adapter(method, base, getkey())
+    leaves, treedef = jax.tree.flatten(adapter.params)
+    noise = [leaf + 0.1 * jax.random.normal(getkey(), leaf.shape) for leaf in leaves]
+    adapter = adapter.replace(params=jax.tree.unflatten(treedef, noise))
+    answers = []
+    for long in (1, 1000):
+        monkeypatch.setattr(decoding, "LONG", long)
+        prompts = random_prompts(LENGTHS)
+        answers.append(generate_ids(base, prompts, adapter=adapter, max_new_tokens=12))
+    assert answers[0] == answers[1]
+
+
+def test_layers_one_by_one_lie_in_the_memory_of_the_stack(getkey):
+    base = toy_model(getkey(), d_model=64, d_ff=64, tokenizer=False)
+    leaves = jax.tree.leaves(base.params["layers"])
+    layers = unstack.views(base.params)
+    assert layers is not None
+    for leaf, parts in zip(leaves, layers, strict=True):
+        assert len(parts) == len(leaf)
+        size = leaf[0].nbytes
+        for index, part in enumerate(parts):
+            np.testing.assert_array_equal(part, leaf[index])
+            if size % 64 == 0 and leaf.unsafe_buffer_pointer() % 64 == 0:
+                place = part.unsafe_buffer_pointer() - leaf.unsafe_buffer_pointer()
+                assert place == index * size
+    with traced_for("cuda"):
+        assert unstack.views(base.params) is None
 
 
 def test_the_answer_is_the_given_adapters(getkey):

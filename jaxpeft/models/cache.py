@@ -15,7 +15,7 @@ class Cache:
     """Keys and values of earlier tokens, for decoding.
 
     Attributes:
-        k: ``(layers, batch, slots, kv_heads, head_dim)``, rotated.
+        k: ``(layers, batch, slots, kv_heads, head_dim)``, rotated; or one such array a layer.
         v: The same shape.
         positions: ``(batch, slots)``.
         segment_ids: ``(batch, slots)``; 0 marks padding and slots not written yet.
@@ -44,6 +44,10 @@ def append(cache: Cache, axis: int, **new: Any) -> Cache:
     def put(old: Any, value: Any) -> Any:
         return jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), cache.used, axis)
 
-    return dataclasses.replace(
-        cache, **{name: put(getattr(cache, name), value) for name, value in new.items()}
-    )
+    changes = {name: jax.tree.map(put, getattr(cache, name), value) for name, value in new.items()}
+    return dataclasses.replace(cache, **changes)
+
+
+def by_layer(cache: Cache) -> Cache:
+    """The same with keys and values of the layers one by one."""
+    return dataclasses.replace(cache, k=tuple(cache.k), v=tuple(cache.v))

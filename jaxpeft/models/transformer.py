@@ -11,6 +11,7 @@ Reference:
 """
 
 import dataclasses
+import operator
 from typing import Any
 
 import flax.linen as nn
@@ -273,7 +274,7 @@ class Transformer(nn.Module):
         table = Weight("embedding", size, std, name="embed_tokens")()
         x = embed(input_ids, table).astype(self.compute_dtype)
         if cache is not None:
-            cache = append(cache, 1, positions=positions, segment_ids=segment_ids)
+            cache = append(cache, -1, positions=positions, segment_ids=segment_ids)
         x, stored = self._run_layers(x, positions, segment_ids, cache, prefix)
         x = RMSNorm(c.rms_eps, name="norm")(x)
         if not return_hidden or self.is_initializing():
@@ -281,7 +282,7 @@ class Transformer(nn.Module):
             x = x if return_hidden else logits
         if cache is None:
             return x
-        cache = append(cache, 2, k=stored[0], v=stored[1])
+        cache = append(cache, -3, k=stored[0], v=stored[1])
         return x, dataclasses.replace(cache, used=cache.used + input_ids.shape[1])
 
     def _run_layers(
@@ -298,6 +299,8 @@ class Transformer(nn.Module):
             "cache": None if cache is None else (cache.k, cache.v),
             "prefix": prefix,
         }
+        if self._is_unstacked():
+            return self._run_each(x, layer, shared)
         block: Any = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -310,6 +313,23 @@ class Transformer(nn.Module):
             length=c.num_layers,
         )
         return layers(c, name="layers")(x, layer, shared)
+
+    def _is_unstacked(self) -> bool:
+        return isinstance(self.variables.get("params", {}).get("layers"), tuple)
+
+    def _run_each(self, x: Any, layer: dict, shared: Shared) -> Any:
+        """The layers one after the other, see `jaxpeft.models.unstack`."""
+        given, block, stored = self.variables, Block(self.config, parent=None), []
+        for index, params in enumerate(given["params"]["layers"]):
+            variables = {"params": params, SHARED: given.get(SHARED, {}).get("layers", {})}
+            part = {
+                "window": None if layer["window"] is None else layer["window"][index],
+                "cache": None if layer["cache"] is None else [old[index] for old in layer["cache"]],
+                "prefix": jax.tree.map(operator.itemgetter(index), layer["prefix"]),
+            }
+            x, new = block.apply(variables, x, part, shared)
+            stored.append(new)
+        return x, tuple(zip(*stored, strict=True))
 
     def _prefix(self) -> Prefix | None:
         """Trained keys and values of all layers, if an adapter has some."""

@@ -1,0 +1,64 @@
+"""Layers one by one instead of stacked: for decoding on CPU.
+
+A loop over stacked layers reads each kernel as a slice, and XLA on CPU copies the slice before it
+multiplies with it. For few tokens the copy takes longer than the product. `views` hands the
+kernels out as arrays of their own, in the memory of the stack, and `unstack` gives them to the
+model in place of the stack.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpeft.backend import choices
+
+LAYERS = "layers"
+
+
+def views(params: dict) -> list[list[jax.Array]] | None:
+    """Every layer's part of every stacked array, without a copy.
+
+    Args:
+        params: Base parameters; concrete arrays.
+
+    Returns:
+        For each leaf of the stack a list with one array a layer; None where it would not help or
+        would copy: on other backends, and for arrays that are spread over devices.
+    """
+    leaves = jax.tree.leaves(params[LAYERS])
+    if not choices().unstack or any(len(leaf.devices()) > 1 for leaf in leaves):
+        return None
+    return [
+        [jax.device_put(layer, device, may_alias=True) for layer in np.asarray(leaf)]
+        for leaf in leaves
+        for device in leaf.devices()
+    ]
+
+
+def unstack(variables: dict, params: dict, layers: Sequence[Sequence[Any]]) -> dict:
+    """Variables whose layers stand one by one, inside the traced function.
+
+    Args:
+        variables: What `jaxpeft.bind` made of `params`.
+        params: Base parameters, as `bind` got them: a leaf of theirs is known by identity.
+        layers: From `views`.
+
+    Returns:
+        Variables with a tuple of one tree a layer for the stack; what an adapter brings is sliced.
+    """
+    own = {id(leaf): at for at, leaf in enumerate(jax.tree.leaves(params[LAYERS]))}
+
+    def take(leaf: Any, index: int) -> Any:
+        at = own.get(id(leaf))
+        # Sliced once, before the loop over tokens, not in every turn of it.
+        return jax.lax.optimization_barrier(leaf[index]) if at is None else layers[at][index]
+
+    bound = variables["params"]
+    each = tuple(
+        jax.tree.map(functools.partial(take, index=index), bound[LAYERS])
+        for index in range(len(layers[0]))
+    )
+    return variables | {"params": bound | {LAYERS: each}}
