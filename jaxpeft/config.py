@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from jaxpeft import yaml_config
@@ -16,9 +16,11 @@ from jaxpeft.config_keys import Schema, flatten
 from jaxpeft.data import DataConfig
 from jaxpeft.foreign_names import FOREIGN
 from jaxpeft.methods import METHODS
+from jaxpeft.methods.frozen_map import FrozenMap
 from jaxpeft.optim import OptimConfig
 from jaxpeft.quant import Quantization
 from jaxpeft.records import Record
+from jaxpeft.sharding import parse_rules
 
 Metric = Literal["eval_loss", "eval_perplexity", "eval_token_accuracy", "eval_exact_match"]
 
@@ -164,22 +166,31 @@ class MeshSection(Record):
         data: Copies of the base that see different rows.
         fsdp: Devices the base is spread over, that see different rows too.
         tensor: Devices each matrix is cut over.
+        rules: How leaves of the base are cut, in front of our own table: patterns of whole paths
+            with the mesh axis of every dimension, "-" for none, as in
+            ``{layers/mlp/up_proj/kernel: "- fsdp tensor"}``.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    rules: Mapping[str, str] = FrozenMap()
 
     def __post_init__(self):
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
-        free = [name for name, size in sizes.items() if size == -1]
+        free = [name for name, size in self.sizes.items() if size == -1]
         _check(
             *(
                 (size != -1 and size < 1, f"{name} must be at least 1, or -1, got {size}")
-                for name, size in sizes.items()
+                for name, size in self.sizes.items()
             ),
             (len(free) > 1, f"at most one axis may be -1, got {' and '.join(free)}"),
         )
+        parse_rules(self.rules)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Devices along every axis, as `jaxpeft.make_mesh` takes them."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from jaxpeft.activations import layout_of, traced_on
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.methods import KINDS, bind
 from jaxpeft.methods.base import Adapter
@@ -194,21 +195,22 @@ def generate_ids(
     for start in range(0, len(order), width):
         chosen = order[start : start + width]
         rows = chosen + [chosen[-1]] * (width - len(chosen))
-        new = _decode(
-            base,
-            adapter,
-            *_pad_left([prompts[i] for i in rows]),
-            np.int32(max_new_tokens),
-            np.array(stops or (-1,), np.int32),
-            jax.vmap(lambda i: jax.random.fold_in(key, i))(np.array(rows)),
-            np.float32(sampling.temperature),
-            np.int32(min(sampling.top_k, base.config.vocab_size)),
-            np.float32(sampling.top_p),
-            None if which is None else which[rows],
-            layers,
-            new_slots=_round_up(max_new_tokens),
-            greedy=sampling.greedy,
-        )
+        with traced_on(layout_of(base.params, base.config)):
+            new = _decode(
+                base,
+                adapter,
+                *_pad_left([prompts[i] for i in rows]),
+                np.int32(max_new_tokens),
+                np.array(stops or (-1,), np.int32),
+                jax.vmap(lambda i: jax.random.fold_in(key, i))(np.array(rows)),
+                np.float32(sampling.temperature),
+                np.int32(min(sampling.top_k, base.config.vocab_size)),
+                np.float32(sampling.top_p),
+                None if which is None else which[rows],
+                layers,
+                new_slots=_round_up(max_new_tokens),
+                greedy=sampling.greedy,
+            )
         for place, row in zip(chosen, np.asarray(new), strict=False):
             ids = row[:max_new_tokens].tolist()
             ends = [i for i, token in enumerate(ids) if token in stops]

@@ -141,8 +141,13 @@ def attend(x: Float[Array, "*batch d_model"], table: Any) -> Float[Array, "*batc
         return table.attend(x)
     contract_last = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(
-        x, table.astype(x.dtype), contract_last, preferred_element_type=jnp.float32
+        x, table.astype(x.dtype), contract_last, preferred_element_type=wide_dtype(x)
     )
+
+
+def wide_dtype(x: Any) -> Any:
+    """What sums and softmax of `x` are computed in: float32, or the dtype of `x` if it is wider."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def materialise(weight: Any) -> Float[Array, "..."]:

@@ -4,7 +4,8 @@ The loss of a token with hidden state ``h``, head ``W`` and target ``t`` is
 ``logsumexp(h W) - (h W)[t]``, in float32. Tokens are visited in chunks along time: the supervised
 tokens of every row are moved to its front, and a chunk in which no row has one left is skipped,
 so the head is multiplied about as often as there are supervised tokens. Chunks run along time and
-never over flattened rows: with rows sharded over devices each device works on its own.
+never over flattened rows: with rows sharded over devices each device works on its own, but for a
+trained head's gradient, which is summed over the devices in every chunk.
 
 Where the loss is differentiated, gradients are computed while the chunk's logits are there: of the
 hidden states, ``(softmax(h W) - onehot(t)) W^T``, and of a trained head, summed over the chunks.
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxpeft.activations import row_shards
 from jaxpeft.backend import choices
 from jaxpeft.methods import bind
 from jaxpeft.methods.base import Adapter
@@ -46,8 +48,8 @@ def cross_entropy(
         weights: How much each token counts; 0 for tokens that are not supervised.
         head_frozen: Take `head_params` as constants: the gradient with respect to them is zero,
             and its product with the vocabulary is saved.
-        chunk_tokens: About how many tokens' logits exist at once, at most a quarter of the batch;
-            None for what suits the backend.
+        chunk_tokens: About how many tokens' logits exist at once on a device, at most a quarter of
+            its rows; None for what suits the backend.
 
     Returns:
         ``sum(weights * loss)``, and ``{"weight": sum(weights), "correct": weighted count of
@@ -58,7 +60,8 @@ def cross_entropy(
     weights = jnp.take_along_axis(weights, order, axis=1)
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
     batch, seq = targets.shape
-    width = max(1, min(-(-seq // 4), (chunk_tokens or choices().loss_tokens) // batch))
+    rows = max(1, batch // row_shards())  # of each device
+    width = max(1, min(-(-seq // 4), (chunk_tokens or choices().loss_tokens) // rows))
     pad = -seq % width
     chunks = (seq + pad) // width
 

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxpeft import paths
+from jaxpeft.activations import layout_of, traced_on
 from jaxpeft.errors import UserError
 from jaxpeft.methods import bind, merge
 from jaxpeft.methods.base import Adapter
@@ -81,10 +82,11 @@ class Model:
         if index is not None and not isinstance(index, Tracer):
             index = check_index(adapter, index, input_ids.shape[0])
         virtual = virtual_ids(adapter, task)
-        if count := virtual.shape[-1]:
-            inputs = (input_ids, segment_ids, positions)
-            return self._prompted(virtual, count, adapter, index, *inputs)
-        return _logits(self, input_ids, adapter, segment_ids, positions, index)
+        inputs = (input_ids, segment_ids, positions)
+        with traced_on(layout_of(self.params, self.config)):
+            if count := virtual.shape[-1]:
+                return self._prompted(virtual, count, adapter, index, *inputs)
+            return _logits(self, input_ids, adapter, segment_ids, positions, index)
 
     def _prompted(
         self,

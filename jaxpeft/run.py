@@ -12,6 +12,7 @@ import jax
 
 from jaxpeft import config as run_config
 from jaxpeft import data, paths, report, sharding
+from jaxpeft.activations import traced_on
 from jaxpeft.backend import give_back_memory
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
@@ -77,11 +78,12 @@ class Run:
         config: RunConfig,
         base: Model,
         rows: Rows,
-        mesh: jax.sharding.Mesh,
+        mesh: jax.sharding.Mesh | sharding.Layout,
         *,
         restored: bool = False,
     ):
-        self.config, self.rows, self.mesh = config, rows, mesh
+        self.config, self.rows = config, rows
+        self.layout = sharding.as_layout(mesh, base.config)
         self.output = pathlib.Path(config.output_dir)
         self.schedule = make_schedule(config.optim, rows.steps)
         tx = make_optimizer(config.optim, rows.steps, config.method.wrap_optimizer)
@@ -90,7 +92,7 @@ class Run:
         if starts_dense(config, restored):
             saved = config.method.init(base.params, keys[0], Context(base.config, base.module))
             coded = quantize(base.params)
-            base = dataclasses.replace(base, params=sharding.shard_params(coded, mesh))
+            base = dataclasses.replace(base, params=sharding.shard_params(coded, self.layout))
         self.base_shapes = jax.eval_shape(lambda: base.params)
         replaced = tuple(paths.flatten(self.base_shapes)) if isinstance(config.method, Full) else ()
         self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
@@ -115,9 +117,14 @@ class Run:
         elif config.method.needs_batches and not restored:
             saved = config.method.init(base.params, keys[0], context)
         shapes = jax.eval_shape(start, base.params, keys, saved)
-        self.shardings = sharding.state_shardings(shapes, mesh)
+        self.shardings = sharding.state_shardings(shapes, self.layout)
         place = jax.jit(start, out_shardings=self.shardings)
         self.state: TrainState = place(base.params, keys, saved)
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The devices."""
+        return self.layout.mesh
 
     def put(self, batch: dict) -> dict:
         """A batch on the mesh, rows split over data and fsdp."""
@@ -159,7 +166,9 @@ class Run:
             self.rows.plan.batch(0),
         )
         step: Any = self.make_step()
-        compiled = run(step.lower(self.state, self.base.params, batch).compile)
+        with traced_on(self.layout):
+            lowered = step.lower(self.state, self.base.params, batch)
+        compiled = run(lowered.compile)
         give_back_memory()
         return compiled
 
@@ -180,15 +189,16 @@ class Run:
             packing=self.config.data.packing,
             pad_id=model.config.pad_token_id,
         )
-        metrics, samples = evaluate_loss(model, batches, adapter, put=self.put), []
-        if section.exact_match:
-            metrics["eval_exact_match"], samples = exact_match(
-                model,
-                examples.rows,
-                adapter,
-                max_new_tokens=section.max_new_tokens,
-                batch_size=4 * section.batch_size,
-            )
+        with traced_on(self.layout):
+            metrics, samples = evaluate_loss(model, batches, adapter, put=self.put), []
+            if section.exact_match:
+                metrics["eval_exact_match"], samples = exact_match(
+                    model,
+                    examples.rows,
+                    adapter,
+                    max_new_tokens=section.max_new_tokens,
+                    batch_size=4 * section.batch_size,
+                )
         return metrics, samples
 
     def save(self, checkpoints: Checkpoints, metrics: dict[str, float] | None = None) -> None:
@@ -265,7 +275,7 @@ class Run:
             mesh=dict(self.mesh.shape),
             dropped=self.rows.dropped,
             truncated=self.rows.truncated,
-            replicated=sharding.unsharded(self.base_shapes, self.mesh),
+            replicated=sharding.unsharded(self.base_shapes, self.layout),
         )
         rows.insert(0, ("model", f"{config.model.path} ({self.base.config.model_type})"))
         rows.insert(1, ("method", str(config.method)))

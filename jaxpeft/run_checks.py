@@ -1,6 +1,7 @@
 """Checks of a run that need sizes alone: they are made before a weight is read."""
 
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -44,6 +45,12 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
         if not any(paths.ends_in(path, (pattern,)) for path in shapes):
             raise UserError(
                 f"optim.trainable: {pattern!r} is the end of no base path; they are "
+                f"{', '.join(shapes)}."
+            )
+    for pattern in config.mesh.rules:
+        if not any(re.fullmatch(pattern, path) for path in shapes):
+            raise UserError(
+                f"mesh.rules: {pattern!r} is the whole path of no base leaf; they are "
                 f"{', '.join(shapes)}."
             )
     both = [path for path in spec.paths if paths.ends_in(path, optim.trainable)]

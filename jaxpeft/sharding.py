@@ -1,7 +1,8 @@
 """Where arrays live: one table of path patterns over the mesh ``("data", "fsdp", "tensor")``.
 
-A base leaf takes the first rule whose pattern matches its whole path. Dimensions that do not
-divide, and leaves without a rule, are replicated, and `unsharded` names them. An adapter's
+A base leaf takes the first rule whose pattern matches its whole path; a config may put rules of
+its own in front. Dimensions that do not divide, heads that would be cut, and leaves without a rule,
+are replicated, and `unsharded` names them. An adapter's
 factors keep their kernel's tensor axis, are replicated over fsdp, and never split the rank; the
 optimizer's moments follow their parameter. Batches are split over data and fsdp.
 
@@ -21,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
+from jaxpeft.models.config import ModelConfig
 from jaxpeft.quant import QuantTensor
 
 AXES = ("data", "fsdp", "tensor")
@@ -38,6 +40,83 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (".*scale", ()),
 )
 """Pattern of a base path, and the mesh axis of each dimension."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh with what decides where a leaf lives on it.
+
+    Attributes:
+        mesh: Over ``data``, ``fsdp`` and ``tensor``.
+        rules: Rules in front of `RULES`, see `parse_rules`.
+        model: Sizes of the model, so that the tensor axis never cuts a head: with more shards than
+            key/value heads their projections are replicated. None allows any cut that divides.
+        gathered: Leave fsdp out: where weights live while they are used.
+    """
+
+    mesh: Mesh
+    rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
+    model: ModelConfig | None = None
+    gathered: bool = False
+
+    @property
+    def shape(self) -> Mapping[str, int]:
+        """Devices along every axis of the mesh."""
+        return self.mesh.shape
+
+    def axes(self, path: str) -> tuple[str | None, ...] | None:
+        """The mesh axes of a base leaf's dimensions as far as heads allow; None without a rule."""
+        axes = spec_of(path, self.rules)
+        left_out = ("fsdp",) * self.gathered + ("tensor",) * bool(self.cut_heads(path))
+        return axes and tuple(None if axis in left_out else axis for axis in axes)
+
+    def cut_heads(self, path: str) -> int:
+        """How many heads the tensor axis would have to cut in this leaf; 0 if it cuts none."""
+        found = re.search(r"self_attn/(q|k|v|o)_proj/", path)
+        if found is None or self.model is None:
+            return 0
+        heads = self.model.num_kv_heads if found[1] in "kv" else self.model.num_heads
+        return heads if heads % self.shape["tensor"] else 0
+
+
+def as_layout(mesh: Mesh | Layout, model: ModelConfig | None = None) -> Layout:
+    """A layout of a mesh, or one given, that knows the model's sizes."""
+    layout = mesh if isinstance(mesh, Layout) else Layout(mesh)
+    return layout if model is None else dataclasses.replace(layout, model=model)
+
+
+def parse_rules(rules: Mapping[str, str]) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+    """Rules as a config writes them.
+
+    Args:
+        rules: Patterns of whole base paths, and the mesh axis of each dimension, "-" for none:
+            ``{"layers/mlp/up_proj/kernel": "- fsdp tensor"}``. What is left out is none.
+
+    Returns:
+        The same as `RULES` is written.
+
+    Raises:
+        ValueError: A pattern that is no regular expression, an unknown axis, or one given twice.
+
+    Example:
+        >>> parse_rules({"norm/scale": "fsdp"})
+        (('norm/scale', ('fsdp',)),)
+    """
+    parsed = []
+    for pattern, text in rules.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"rules: {pattern!r} is no regular expression: {error}") from None
+        axes = tuple(None if word == "-" else word for word in text.split())
+        named = [axis for axis in axes if axis]
+        if set(named) - set(AXES) or len(set(named)) < len(named):
+            raise ValueError(
+                f"rules: {pattern}: expected '-' or one of {', '.join(AXES)} for each dimension, "
+                f"none twice, got {text!r}"
+            )
+        parsed.append((pattern, axes))
+    return tuple(parsed)
 
 
 def make_mesh(
@@ -77,20 +156,20 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
 
 
-def spec_of(path: str) -> tuple[str | None, ...] | None:
-    """The mesh axes that the rule table wants for a base leaf, or None without a rule."""
-    for pattern, axes in RULES:
+def spec_of(path: str, rules: Sequence[tuple] = ()) -> tuple[str | None, ...] | None:
+    """The mesh axes that the first rule of `rules` and `RULES` wants; None without a rule."""
+    for pattern, axes in (*rules, *RULES):
         if re.fullmatch(pattern, path):
             return axes
     return None
 
 
-def param_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def param_sharding(path: str, shape: tuple[int, ...], mesh: Mesh | Layout) -> NamedSharding:
     """Where a base leaf lives; dimensions that do not divide are replicated."""
-    return _place(spec_of(path) or (), shape, mesh)
+    return _place(as_layout(mesh).axes(path) or (), shape, mesh)
 
 
-def leaf_sharding(path: str, leaf: Any, mesh: Mesh) -> Any:
+def leaf_sharding(path: str, leaf: Any, mesh: Mesh | Layout) -> Any:
     """Where an array, or every array of a quantised kernel, lives.
 
     A device holds whole blocks of a quantised kernel.
@@ -98,14 +177,15 @@ def leaf_sharding(path: str, leaf: Any, mesh: Mesh) -> Any:
     Args:
         path: The base leaf's path.
         leaf: An array, a `jaxpeft.quant.QuantTensor`, or shapes.
-        mesh: The mesh.
+        mesh: The mesh, or a layout.
 
     Returns:
         A sharding, or a tree of them like the leaf.
     """
     if not isinstance(leaf, QuantTensor):
         return param_sharding(path, leaf.shape, mesh)
-    *stack, rows, columns = (*(spec_of(path) or ()), None, None)[: len(leaf.shape)]
+    wanted_axes = as_layout(mesh).axes(path) or ()
+    *stack, rows, columns = (*wanted_axes, None, None, None)[: len(leaf.shape)]
     axes = {
         "codes": (*stack, rows, None, columns),
         "scale": (*stack, rows, columns),
@@ -119,20 +199,20 @@ def leaf_sharding(path: str, leaf: Any, mesh: Mesh) -> Any:
     return dataclasses.replace(leaf, **places)
 
 
-def adapter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def adapter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh | Layout) -> NamedSharding:
     """Where an adapter's leaf lives.
 
     Args:
         path: Base path and name of the array: ``layers/self_attn/q_proj/kernel/a``.
         shape: The array's shape.
-        mesh: The mesh.
+        mesh: The mesh, or a layout.
 
     Returns:
         For a factor ``a`` the tensor axis on the kernel's input, for ``b`` on its output; a
         whole replacement (``value``) like the base leaf; everything else replicated.
     """
     owner, _, name = path.rpartition("/")
-    axes = spec_of(owner) or ()
+    axes = as_layout(mesh).axes(owner) or ()
     if name == "value":
         return _place(axes, shape, mesh)
     if name in ("a", "b") and len(axes) >= 2:
@@ -153,7 +233,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
+def state_shardings(state: Any, mesh: Mesh | Layout) -> Any:
     """Shardings for a `jaxpeft.train_step.TrainState` (or its shapes), leaf by leaf.
 
     Trained arrays and their moments are found by the part of their path behind ``adapter`` or
@@ -162,7 +242,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
     Args:
         state: The state; arrays or shapes.
-        mesh: The mesh.
+        mesh: The mesh, or a layout.
 
     Returns:
         A tree like `state` of shardings.
@@ -179,19 +259,19 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     def place(path: Any, leaf: Any) -> NamedSharding:
         owner = owner_of(path)
         if owner is None or shapes.get(owner, leaf.shape) != leaf.shape:
-            return replicated(mesh)
+            return replicated(as_layout(mesh).mesh)
         where = param_sharding if owner[0] == "base" else adapter_sharding
         return where(owner[1], leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def shard_params(params: Mapping, mesh: Mesh) -> dict:
+def shard_params(params: Mapping, mesh: Mesh | Layout) -> dict:
     """Base parameters placed on the mesh by the table.
 
     Args:
         params: Base parameters, a nested dict.
-        mesh: Over ``data``, ``fsdp`` and ``tensor``; see `make_mesh`.
+        mesh: Over ``data``, ``fsdp`` and ``tensor``, see `make_mesh`; or a layout.
 
     Returns:
         The same tree; leaves that fit no rule or do not divide are replicated (`unsharded` names
@@ -205,37 +285,44 @@ def shard_params(params: Mapping, mesh: Mesh) -> dict:
     )
 
 
-def unsharded(params: Mapping, mesh: Mesh) -> list[str]:
+def unsharded(params: Mapping, mesh: Mesh | Layout) -> list[str]:
     """Names base leaves that are replicated for want of a rule or of divisibility, and why."""
-    notes = []
+    layout, notes = as_layout(mesh), []
     for path, leaf in paths.flatten(params).items():
-        axes = spec_of(path)
+        axes = layout.axes(path)
         if axes is None:
             notes.append(f"{path}: no rule")
             continue
+        if (heads := layout.cut_heads(path)) and axes != spec_of(path, layout.rules):
+            notes.append(f"{path}: {heads} heads do not divide by tensor {layout.shape['tensor']}")
         if isinstance(leaf, QuantTensor):
-            notes += _uneven_blocks(path, leaf, axes, mesh)
+            notes += _uneven_blocks(path, leaf, axes, layout)
             continue
         for size, axis in zip(leaf.shape, axes, strict=False):
-            if axis and size % mesh.shape[axis]:
-                notes.append(f"{path}: {size} does not divide by {axis} {mesh.shape[axis]}")
+            if axis and size % layout.shape[axis]:
+                notes.append(f"{path}: {size} does not divide by {axis} {layout.shape[axis]}")
     return notes
 
 
-def _uneven_blocks(path: str, leaf: QuantTensor, axes: Sequence[str | None], mesh: Mesh) -> list:
+def _uneven_blocks(
+    path: str, leaf: QuantTensor, axes: Sequence[str | None], layout: Layout
+) -> list[str]:
     """What of a quantised kernel is replicated: devices hold whole blocks."""
     blocks, _, columns = leaf.codes.shape[-3:]
     sizes = zip((blocks, columns), axes[-2:], ("blocks of 64", "columns"), strict=True)
     return [
-        f"{path}: {size} {what} do not divide by {axis} {mesh.shape[axis]}"
+        f"{path}: {size} {what} do not divide by {axis} {layout.shape[axis]}"
         for size, axis, what in sizes
-        if axis and size % mesh.shape[axis]
+        if axis and size % layout.shape[axis]
     ]
 
 
-def _place(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def _place(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | Layout
+) -> NamedSharding:
+    layout = as_layout(mesh)
     fitting = [
-        axis if axis and size % mesh.shape[axis] == 0 else None
+        axis if axis and size % layout.shape[axis] == 0 else None
         for size, axis in zip(shape, axes, strict=False)
     ]
-    return NamedSharding(mesh, PartitionSpec(*fitting))
+    return NamedSharding(layout.mesh, PartitionSpec(*fitting))

@@ -9,7 +9,6 @@ if __name__ == "__main__":  # before anything heavy is imported: it starts the p
     cli.enable_huge_pages()
 
 import contextlib
-import dataclasses
 import functools
 import pathlib
 import time
@@ -87,7 +86,8 @@ def train(
     check_folder(config, resume=resume, overwrite=overwrite)
     if config.track.wandb is not None:
         track.import_wandb()
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = sharding.make_mesh(**config.mesh.sizes)
+    layout = sharding.Layout(mesh, sharding.parse_rules(config.mesh.rules))
     check_batches(config, mesh)
     model = load_config(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
@@ -116,13 +116,13 @@ def train(
             revision=config.model.revision,
             dtype=config.model.dtype,
             compute_dtype=config.model.compute_dtype,
-            mesh=mesh,
+            mesh=layout,
         )
         if not starts_dense(config, latest is not None):
             quantization, double = config.model.quantization, config.model.double_quantization
             load = functools.partial(load, quantization=quantization, double_quantization=double)
         base = stop.run_interruptible(load, "loading the model")
-        run = Run(config, base, rows, mesh, restored=latest is not None)
+        run = Run(config, base, rows, layout, restored=latest is not None)
         if overwrite:  # only now: what can be wrong with the new run has been seen
             discard(output)
         if latest is not None:

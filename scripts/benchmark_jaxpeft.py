@@ -117,7 +117,7 @@ def make_run(work: side.Work) -> Run:
         train=TrainSection(steps=steps, batch_size=work.batch_size, remat=work.remat),  # pyright: ignore[reportArgumentType]
         output_dir="nowhere",
     )
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = sharding.make_mesh(**config.mesh.sizes)
     base = load(config.model, mesh)
     length, vocab_size = work.segment or work.seq_len, base.config.vocab_size
     count = steps * work.batch_size * (work.seq_len // length)

@@ -324,6 +324,7 @@ def test_a_run_trains_on_codes_and_its_adapter_belongs_to_the_base(files, tmp_pa
     assert np.abs(coded(batch, adapter=adapter) - coded(batch)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_of_loftq_makes_up_for_what_the_codes_of_its_base_lose(files, tmp_path):
     method = {"name": "lora", "rank": 8, "alpha": 32, "init_weights": "loftq"}
     model, still = {"path": str(files.model), "quantization": "nf4"}, {"learning_rate": 1e-12}

@@ -20,7 +20,6 @@ from jaxpeft.run import Run
 
 MESHES = {
     "data 8": {"data": 8},
-    "fsdp 8": {"data": 1, "fsdp": 8},
     "tensor 2 x data 4": {"data": 4, "tensor": 2},
 }
 
@@ -183,12 +182,6 @@ def test_eight_devices_give_the_losses_of_one(make_run, on_one_device, name):
         assert value == pytest.approx(after[key], rel=1e-5), key
     # The state lives where it lived before, so the one compiled step takes it again and again.
     assert jax.tree.map(lambda leaf: leaf.sharding, run.state) == wanted
-
-
-def test_accumulation_on_eight_devices_gives_the_losses_of_one(make_run, on_one_device):
-    run = make_run(mesh_of(data=4, tensor=2))
-    run.config = jp.load_config(str(run.output) + ".yaml", ["--train.microbatch_size=4"])
-    np.testing.assert_allclose(trained(run), on_one_device[0], rtol=1e-5)
 
 
 def test_full_fine_tuning_spreads_weights_and_moments(make_run):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxpeft.backend import choices
 from jaxpeft.errors import UserError
+from jaxpeft.linear import wide_dtype
 from jaxpeft.models.tiles import EVERYONE, Places, earlier, tiled_attention, visible
 
 
@@ -137,7 +138,7 @@ def _attend(
     group = heads // kv_heads
     q = q.reshape(batch, rows, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, group * rows, head_dim)
-    scores = jnp.einsum("bkrd,bckd->bkrc", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkrd,bckd->bkrc", q, k, preferred_element_type=wide_dtype(q))
     scores = scores.reshape(batch, kv_heads, group, rows, columns) / math.sqrt(head_dim)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
@@ -145,6 +146,6 @@ def _attend(
     total = weights.sum(axis=-1, keepdims=True)
     total = jnp.where(total > 0, total, 1.0)
     weights = weights.reshape(batch, kv_heads, group * rows, columns).astype(q.dtype)
-    out = jnp.einsum("bkrc,bckd->bkrd", weights, v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkrc,bckd->bkrd", weights, v, preferred_element_type=wide_dtype(q))
     out = out.reshape(batch, kv_heads, group, rows, head_dim) / total
     return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, rows, heads, head_dim)

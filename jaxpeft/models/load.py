@@ -23,6 +23,7 @@ from jaxpeft.models.names import Entry, name_table
 from jaxpeft.models.source import PLAIN_DTYPES, Source, TensorInfo
 from jaxpeft.models.stacks import PlainStack, QuantStack, fill
 from jaxpeft.quant import check_kind, is_quantised
+from jaxpeft.sharding import Layout, as_layout, leaf_sharding
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -65,7 +66,7 @@ def load_params(
     *,
     revision: str | None = None,
     dtype: str | None = "float32",
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | Layout | None = None,
     quantization: str | None = None,
     double_quantization: bool = False,
 ) -> tuple[dict, ModelConfig, Any, str]:
@@ -76,7 +77,8 @@ def load_params(
         revision: Branch, tag or commit of a hub id.
         dtype: "float32", "bfloat16" or "float16"; None keeps what is stored (block-quantised
             tensors become float32).
-        mesh: Devices to spread the parameters over; default: the default device.
+        mesh: Devices to spread the parameters over, or a `jaxpeft.sharding.Layout`; default: the
+            default device.
         quantization: "nf4", "int4" or "int8" for the kernels of the layers, see
             `jaxpeft.quant`; None for none.
         double_quantization: Quantise their scales to 8 bits too.
@@ -112,7 +114,7 @@ def load_model(
     revision: str | None = None,
     dtype: str | None = "float32",
     compute_dtype: str = "auto",
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | Layout | None = None,
     quantization: str | None = None,
     double_quantization: bool = False,
 ) -> Any:
@@ -123,7 +125,8 @@ def load_model(
         revision: Branch, tag or commit of a hub id.
         dtype: Of the parameters: "float32", "bfloat16", "float16", or None for as stored.
         compute_dtype: Of the activations; "auto" is float32 on CPU and `dtype` elsewhere.
-        mesh: Devices to spread the parameters over; default: the default device.
+        mesh: Devices to spread the parameters over, or a `jaxpeft.sharding.Layout`; default: the
+            default device.
         quantization: "nf4", "int4" or "int8" for the kernels of the layers, tensor by tensor while
             they are read; None for none.
         double_quantization: Quantise their scales to 8 bits too.
@@ -170,7 +173,7 @@ def activation_dtype(compute_dtype: str, params: dict) -> Any:
 def read_params(
     source: Source,
     dtype: str | None = "float32",
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | Layout | None = None,
     quantization: tuple[str, bool] | None = None,
 ) -> tuple[dict, str]:
     """Reads every tensor of `source` into a nested parameter dict.
@@ -178,7 +181,7 @@ def read_params(
     Args:
         source: Where the tensors lie.
         dtype: Target dtype; None keeps what is stored.
-        mesh: Devices to spread the parameters over.
+        mesh: Devices to spread the parameters over, or a layout.
         quantization: Kind of the layers' kernels, and whether scales are quantised too.
 
     Returns:
@@ -190,13 +193,14 @@ def read_params(
     table = name_table(source.config)
     check_tensors(source, table)
     fingerprint = Fingerprint()
+    layout = None if mesh is None else as_layout(mesh, source.config)
     params: dict = {}
     with contextlib.ExitStack() as stack:
         files = _OpenFiles(stack)
         _check_tied_head(source, files)
         for entry in table:
             host = _read_entry(source, entry, dtype, quantization, files, fingerprint)
-            leaf = _put(entry.path, host, mesh)
+            leaf = _put(entry.path, host, layout)
             del host
             *parents, last = entry.path.split("/")
             node = params
@@ -284,16 +288,15 @@ def _stored_dtype(infos: list[TensorInfo]) -> np.dtype:
     return stored.pop() if len(stored) == 1 else np.dtype(np.float32)
 
 
-def _put(path: str, host: Any, mesh: jax.sharding.Mesh | None) -> Any:
+def _put(path: str, host: Any, layout: Layout | None) -> Any:
     """Copies to the device; the copy is the device's own, so donation stays possible."""
-    if mesh is None:
+    if layout is None:
         return jax.block_until_ready(jax.device_put(host, may_alias=False))
-    from jaxpeft.sharding import leaf_sharding
 
     def place(array: np.ndarray, sharding: Any) -> jax.Array:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.block_until_ready(jax.tree.map(place, host, leaf_sharding(path, host, mesh)))
+    return jax.block_until_ready(jax.tree.map(place, host, leaf_sharding(path, host, layout)))
 
 
 def _check_tied_head(source: Source, files: "_OpenFiles") -> None:

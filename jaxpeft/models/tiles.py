@@ -28,6 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpeft import flops
+from jaxpeft.linear import wide_dtype
 
 EVERYONE = -(2**30)
 """The segment of keys that every token sees; segments of data lie between it and ``2**30``."""
@@ -117,10 +118,11 @@ def _forward(block: int, behind: int | None, q: Any, k: Any, v: Any, places: Pla
         return tuple(_put(x, y, i) for x, y in zip(sums, new, strict=True))
 
     rows = queries.shape[:-1]
+    wide = wide_dtype(queries)
     start = (
-        jnp.full(rows, _LOWEST, jnp.float32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.zeros(queries.shape, jnp.float32),
+        jnp.full(rows, _LOWEST, wide),
+        jnp.zeros(rows, wide),
+        jnp.zeros(queries.shape, wide),
     )
     highest, total, out = cut.visit_all(visit, start)
     total = jnp.where(total > 0, total, 1.0)
@@ -133,7 +135,7 @@ def _backward(block: int, behind: int | None, kept: Any, slope: Any) -> Any:
     q, k, v, places, out, log_total = kept
     cut = _cut(block, behind, q, k, places)
     queries, keys, values, slopes = cut.queries(q), cut.keys(k), cut.keys(v), cut.queries(slope)
-    means = (slopes.astype(jnp.float32) * cut.queries(out)).sum(axis=-1)
+    means = (slopes.astype(wide_dtype(slopes)) * cut.queries(out)).sum(axis=-1)
 
     def visit(i: Array, j: Array, grads: Any) -> Any:
         seen, scores = cut.scores(queries, keys, i, j)
@@ -148,7 +150,7 @@ def _backward(block: int, behind: int | None, kept: Any, slope: Any) -> Any:
         )
         return tuple(_put(x, _at(x, n) + y, n) for x, (n, y) in zip(grads, more, strict=True))
 
-    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries, keys, values))
+    start = tuple(jnp.zeros(x.shape, wide_dtype(x)) for x in (queries, keys, values))
     of_q, of_k, of_v = cut.visit_all(visit, start)
     grads = cut.whole_queries(of_q), cut.whole_keys(of_k), cut.whole_keys(of_v)
     return *(x.astype(y.dtype) for x, y in zip(grads, (q, k, v), strict=True)), None
@@ -158,7 +160,7 @@ tiled_attention.defvjp(_forward, _backward)
 
 
 def _dot(subscripts: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum(subscripts, x, y, preferred_element_type=wide_dtype(x))
 
 
 def _at(x: Array, i: Array) -> Array:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpeft import paths
+from jaxpeft.activations import GATHERED, gathered, keep_heads, keep_rows, on_mesh
 from jaxpeft.linear import (
     CAPTURE,
     PRODUCT,
@@ -31,6 +32,7 @@ from jaxpeft.linear import (
     give_shared,
     linear,
     shape_of,
+    wide_dtype,
 )
 from jaxpeft.models import rope
 from jaxpeft.models.attention import Prefix, attention, positions_of
@@ -41,10 +43,12 @@ from jaxpeft.models.tiles import KEPT
 _POLICIES = jax.checkpoint_policies
 _KEEP_ATTENTION = _POLICIES.save_only_these_names(KEPT)
 REMAT_POLICIES: dict[str, Any] = {
+    "none": _POLICIES.save_anything_except_these_names(GATHERED),
     "full": _KEEP_ATTENTION,
     "dots": _POLICIES.save_only_these_names(KEPT, PRODUCT),
 }
-"""What the backward pass keeps of a layer, by name; "none" keeps everything.
+"""What the backward pass keeps of a layer, by name; "none" keeps everything but the weights that
+a mesh gathers for it.
 
 Beside the layer's input, "full" keeps what attention in tiles gave, ``heads * head_dim`` numbers a
 token, and its log-sum-exp, ``heads`` more; of rows whose attention is one product it keeps
@@ -73,11 +77,11 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], init: Any) -> A
     """
     if module.is_initializing() or not module.has_variable("params", name):
         return module.param(name, init, shape)
-    value = module.get_variable("params", name)
+    where = "/".join((*module.path, name))
+    value = gathered(where, module.get_variable("params", name))
     if module.has_variable(SHARED, name):
         value = give_shared(value, module.get_variable(SHARED, name))
     if shape_of(value) != tuple(shape):
-        where = "/".join((*module.path, name))
         raise ValueError(f"{where} has shape {shape_of(value)}, the config asks for {shape}.")
     return value
 
@@ -124,7 +128,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """Normalises the last axis and scales it."""
         scale = weight(self, "scale", (x.shape[-1],), nn.initializers.ones)
-        wide = x.astype(jnp.float32)
+        wide = x.astype(wide_dtype(x))
         wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return wide.astype(x.dtype) * scale.astype(x.dtype)
 
@@ -177,8 +181,8 @@ class Attention(nn.Module):
             )
         out = attention(
             q,
-            k.astype(q.dtype),
-            v.astype(q.dtype),
+            keep_heads(k.astype(q.dtype)),
+            keep_heads(v.astype(q.dtype)),
             q_positions=shared.q_positions,
             k_positions=shared.k_positions,
             q_segments=shared.q_segments,
@@ -216,9 +220,9 @@ class Block(nn.Module):
         eps = self.config.rms_eps
         h = RMSNorm(eps, name="input_layernorm")(x)
         h, stored = Attention(self.config, name="self_attn")(h, layer, shared)
-        x += h
+        x = keep_rows(x + h)
         h = RMSNorm(eps, name="post_attention_layernorm")(x)
-        return x + MLP(self.config, name="mlp")(h), stored
+        return keep_rows(x + MLP(self.config, name="mlp")(h)), stored
 
 
 class Transformer(nn.Module):
@@ -272,7 +276,7 @@ class Transformer(nn.Module):
             positions = prefix.shift(positions)
         size, std = (c.vocab_size, c.d_model), c.initializer_range
         table = Weight("embedding", size, std, name="embed_tokens")()
-        x = embed(input_ids, table).astype(self.compute_dtype)
+        x = keep_rows(embed(input_ids, table).astype(self.compute_dtype))
         if cache is not None:
             cache = append(cache, -1, positions=positions, segment_ids=segment_ids)
         x, stored = self._run_layers(x, positions, segment_ids, cache, prefix)
@@ -302,7 +306,7 @@ class Transformer(nn.Module):
         if self._is_unstacked():
             return self._run_each(x, layer, shared)
         block: Any = Block
-        if self.remat != "none":
+        if self.remat != "none" or on_mesh():
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         layers = nn.scan(
             block,
@@ -364,7 +368,7 @@ def head_weight(variables: dict) -> Any:
     for path in (paths.HEAD, paths.EMBEDDING):
         weight = paths.get(variables["params"], path)
         if weight is not None:
-            weight = give_shared(weight, paths.get(shared, path, ()))
+            weight = gathered(path, give_shared(weight, paths.get(shared, path, ())))
             return weight if path == paths.HEAD else Transposed(weight)
     raise ValueError("the variables have neither a head nor an embedding table.")
 
@@ -373,4 +377,5 @@ def head_logits(head: Any, hidden: Float[Array, "*batch d_model"]) -> Float[Arra
     """Logits of final hidden states, in float32."""
     if isinstance(head, Transposed):
         return attend(hidden, head.table)
-    return linear(hidden, head).astype(jnp.float32)
+    logits = linear(hidden, head)
+    return logits.astype(wide_dtype(logits))

@@ -1,0 +1,104 @@
+"""Runs of a synthetic model whose sizes divide, over packed random rows, for tests of meshes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from toy_model import CONFIG, draw, shapes_of
+
+import jaxpeft as jp
+from jaxpeft import data, paths, sharding
+from jaxpeft.config import ModelSection, RunConfig, TrainSection
+from jaxpeft.models.transformer import Transformer
+from jaxpeft.quant import quantize
+from jaxpeft.run import Rows, Run
+
+SEQ, BATCH, STEPS = 16, 16, 10
+SIZES = {
+    "d_model": 64,
+    "d_ff": 128,
+    "num_heads": 8,
+    "num_kv_heads": 8,
+    "head_dim": 8,
+    "vocab_size": 96,
+    "num_layers": 2,
+    "initializer_range": 0.3,
+}
+# Blocks of 64 rows: eight shards of whole blocks.
+QUANTISED = SIZES | {"d_model": 512, "d_ff": 512, "head_dim": 64, "initializer_range": 0.05}
+METHODS = {
+    "lora": jp.LoRA(rank=4, alpha=8),
+    "nf4": jp.LoRA(rank=4, alpha=8),
+    "prompt": jp.PromptTuning(num_tokens=4),
+}
+
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    """A mesh of the first devices, as many as its sizes make."""
+    devices = jax.devices()[: data * fsdp * tensor]
+    return sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
+
+
+@functools.cache
+def base_of(quantised=False, dtype="float32", **changes):
+    """The model on one device."""
+    sizes = CONFIG | (QUANTISED if quantised else SIZES) | changes
+    config = jp.ModelConfig(**sizes)
+    module = Transformer(config, jnp.dtype(dtype))
+    params = draw(jax.random.key(0), shapes_of(module), config.initializer_range)
+    norms = {path: jnp.ones_like(x) for path, x in paths.flatten(params).items() if "norm" in path}
+    params = jax.tree.map(lambda x: x.astype(dtype), paths.put(params, norms))
+    params = quantize(params) if quantised else params
+    return jp.Model(params, config, module, fingerprint="0" * 64, name="synthetic")
+
+
+@functools.cache
+def rows_of(vocab_size, virtual=0, steps=STEPS):
+    """Rows of several short examples each."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(3, SEQ - virtual, size=steps * BATCH * 2)
+    examples = data.Examples(
+        tokens=[random.integers(vocab_size, size=n).astype(np.int32) for n in lengths],
+        masks=[np.arange(n) > n // 3 for n in lengths],
+        lines=list(range(1, len(lengths) + 1)),
+        rows=[{}] * len(lengths),
+        dropped={},
+        truncated=0,
+        path="random tokens",
+        sha256="",
+    )
+    prefix = vocab_size + np.arange(virtual, dtype=np.int32)
+    plan = data.Plan(examples.with_prefix(prefix), batch_size=BATCH, max_length=SEQ, pad_id=0)
+    return Rows(plan, steps, None, train_rows=len(lengths))
+
+
+def make_run(name, mesh, *, dtype="float32", learning_rate=2e-3, microbatch_size=8, **changes):
+    """A run of a method on a mesh."""
+    method = changes.pop("method", METHODS.get(name))
+    remat = changes.pop("remat", "full")
+    base = base_of(name == "nf4", dtype, **changes)
+    layout = sharding.as_layout(mesh, base.config)
+    base = dataclasses.replace(base, params=sharding.shard_params(base.params, layout))
+    config = RunConfig(
+        model=ModelSection(path="synthetic"),
+        method=method,
+        data=data.DataConfig(train="random tokens", max_length=SEQ),
+        optim=jp.OptimConfig(learning_rate=learning_rate, schedule="constant"),
+        train=TrainSection(
+            steps=STEPS, batch_size=BATCH, microbatch_size=microbatch_size, remat=remat
+        ),
+        output_dir="nowhere",
+    )
+    return Run(config, base, rows_of(base.config.vocab_size, method.num_virtual_tokens), layout)
+
+
+def train(run, steps=STEPS):
+    """Losses of steps, by the compiled step of the trainer."""
+    step, losses = run.compile_step(), []
+    for index in range(steps):
+        batch = run.put(run.rows.plan.batch(index))
+        run.state, metrics = step(run.state, run.base.params, batch)
+        losses.append(float(metrics["loss"]))
+    return losses
