@@ -32,10 +32,7 @@ VARIANTS = {
 METHODS = [
     jp.LoRA(rank=2, dora=True),
     jp.VeRA(rank=4),
-    jp.IA3(),
     jp.PrefixTuning(num_tokens=3),
-    jp.PromptTuning(num_tokens=3),
-    jp.Full(),
 ]
 LENGTHS = [5, 33, 1, 17, 8]
 
