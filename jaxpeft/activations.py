@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxpeft.linear import Node
-from jaxpeft.sharding import Layout, as_layout, leaf_sharding
+from jaxpeft.sharding import AXES, Layout, as_layout, leaf_sharding
 
 GATHERED = "gathered"
 """Name of gathered weights: a policy of ``jax.checkpoint`` must not keep them."""
@@ -56,7 +56,7 @@ def layout_of(params: Mapping, model: Any = None) -> Layout | None:
     """The layout of arrays that live on a mesh, by the table's own rules; None elsewhere."""
     leaf = jax.tree.leaves(params)[0]
     where = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
-    if not isinstance(where, NamedSharding) or set(where.mesh.axis_names) < {*ROWS, "tensor"}:
+    if not isinstance(where, NamedSharding) or not {*AXES} <= {*where.mesh.axis_names}:
         return None
     return as_layout(where.mesh, model)  # pyright: ignore[reportArgumentType]
 
@@ -81,20 +81,21 @@ def keep_rows(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
 
 
 def keep_heads(
-    x: Float[Array, "batch seq heads head_dim"],
+    x: Float[Array, "batch seq heads head_dim"], q_heads: int
 ) -> Float[Array, "batch seq more_heads head_dim"]:
-    """Heads spread over the tensor axis; fewer than it has shards are repeated first.
+    """Keys, or values, with heads spread over the tensor axis, repeated where it has more shards.
 
-    Head ``i`` of queries reads head ``i // group`` of keys before and after.
+    Head ``i`` of queries reads head ``i // group`` of keys before and after. Where the heads of
+    queries cannot be spread nothing is done.
     """
     layout = _LAYOUT.get()
-    if layout is None:
+    if layout is None or q_heads % layout.shape["tensor"]:
         return x
     shards, heads = layout.shape["tensor"], x.shape[2]
-    if shards % heads == 0:
+    if heads % shards:
+        if shards % heads:
+            return x
         x = jnp.repeat(x, shards // heads, axis=2)
-    elif heads % shards:
-        return x
     rows = ROWS if x.shape[0] % row_shards() == 0 else None
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, None, "tensor", None))
 

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from jaxpeft.errors import UserError
 
@@ -42,6 +42,25 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the largest logit wins: also where float32 rounds the temperature to 0."""
         return self.temperature < float(np.finfo(np.float32).tiny)
+
+
+def draw(
+    logits: Float[Array, "batch vocab"],
+    keys: Key[Array, "batch"],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+) -> Int[Array, "batch"]:
+    """A token for every row, by its own key; see `Sampling` for the numbers."""
+    # Below 0, so that a small temperature cannot overflow.
+    scores = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+    scores = jax.lax.cond(
+        (top_k > 0) | (top_p < 1),
+        lambda scores: filter_logits(scores, top_k, top_p),
+        lambda scores: scores,
+        scores,
+    )
+    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
 
 def filter_logits(

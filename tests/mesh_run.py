@@ -6,16 +6,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from toy_model import CONFIG, draw, shapes_of
+from toy_model import toy_model
 
 import jaxpeft as jp
-from jaxpeft import data, paths, sharding
+from jaxpeft import data, sharding
 from jaxpeft.config import ModelSection, RunConfig, TrainSection
-from jaxpeft.models.transformer import Transformer
 from jaxpeft.quant import quantize
 from jaxpeft.run import Rows, Run
 
-SEQ, BATCH, STEPS = 16, 16, 10
+SEQ, BATCH, STEPS, LEARNING_RATE = 16, 16, 10, 2e-3
 SIZES = {
     "d_model": 64,
     "d_ff": 128,
@@ -44,21 +43,19 @@ def mesh_of(data=1, fsdp=1, tensor=1):
 @functools.cache
 def base_of(quantised=False, dtype="float32", **changes):
     """The model on one device."""
-    sizes = CONFIG | (QUANTISED if quantised else SIZES) | changes
-    config = jp.ModelConfig(**sizes)
-    module = Transformer(config, jnp.dtype(dtype))
-    params = draw(jax.random.key(0), shapes_of(module), config.initializer_range)
-    norms = {path: jnp.ones_like(x) for path, x in paths.flatten(params).items() if "norm" in path}
-    params = jax.tree.map(lambda x: x.astype(dtype), paths.put(params, norms))
+    sizes = (QUANTISED if quantised else SIZES) | changes
+    base = toy_model(jax.random.key(0), tokenizer=False, **sizes)
+    params = jax.tree.map(lambda x: x.astype(dtype), base.params)
     params = quantize(params) if quantised else params
-    return jp.Model(params, config, module, fingerprint="0" * 64, name="synthetic")
+    module = base.module.clone(compute_dtype=jnp.dtype(dtype))
+    return dataclasses.replace(base, params=params, module=module)
 
 
 @functools.cache
-def rows_of(vocab_size, virtual=0, steps=STEPS):
+def rows_of(vocab_size, virtual):
     """Rows of several short examples each."""
     random = np.random.default_rng(0)
-    lengths = random.integers(3, SEQ - virtual, size=steps * BATCH * 2)
+    lengths = random.integers(3, SEQ - virtual, size=STEPS * BATCH * 2)
     examples = data.Examples(
         tokens=[random.integers(vocab_size, size=n).astype(np.int32) for n in lengths],
         masks=[np.arange(n) > n // 3 for n in lengths],
@@ -71,10 +68,10 @@ def rows_of(vocab_size, virtual=0, steps=STEPS):
     )
     prefix = vocab_size + np.arange(virtual, dtype=np.int32)
     plan = data.Plan(examples.with_prefix(prefix), batch_size=BATCH, max_length=SEQ, pad_id=0)
-    return Rows(plan, steps, None, train_rows=len(lengths))
+    return Rows(plan, STEPS, None, train_rows=len(lengths))
 
 
-def make_run(name, mesh, *, dtype="float32", learning_rate=2e-3, microbatch_size=8, **changes):
+def make_run(name, mesh, *, dtype="float32", microbatch_size=8, **changes):
     """A run of a method on a mesh."""
     method = changes.pop("method", METHODS.get(name))
     remat = changes.pop("remat", "full")
@@ -85,7 +82,7 @@ def make_run(name, mesh, *, dtype="float32", learning_rate=2e-3, microbatch_size
         model=ModelSection(path="synthetic"),
         method=method,
         data=data.DataConfig(train="random tokens", max_length=SEQ),
-        optim=jp.OptimConfig(learning_rate=learning_rate, schedule="constant"),
+        optim=jp.OptimConfig(learning_rate=LEARNING_RATE, schedule="constant"),
         train=TrainSection(
             steps=STEPS, batch_size=BATCH, microbatch_size=microbatch_size, remat=remat
         ),

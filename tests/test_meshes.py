@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import Program
-from jax.sharding import PartitionSpec
-from mesh_run import METHODS, STEPS, make_run, mesh_of, train
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from mesh_run import LEARNING_RATE, METHODS, STEPS, base_of, make_run, mesh_of, train
 
 import jaxpeft as jp
 from jaxpeft import sharding
@@ -51,10 +51,6 @@ def answers(run):
     return generate_ids(run.model(), prompts, adapter=run.state.adapter, max_new_tokens=6)
 
 
-def test_there_are_ten_meshes_of_eight_devices():
-    assert len(SHAPES) == 10
-
-
 @pytest.mark.parametrize(("name", "sizes"), CASES)
 def test_every_mesh_gives_the_run_of_one_device(name, sizes):
     losses, adapter, said = on_one_device(name)
@@ -62,11 +58,11 @@ def test_every_mesh_gives_the_run_of_one_device(name, sizes):
     before = jax.device_get(run.state.trained["adapter"])
     np.testing.assert_allclose(train(run), losses, rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), adapter, before)
-    assert min(jax.tree.leaves(moved)) > 2e-3
+    assert min(jax.tree.leaves(moved)) > LEARNING_RATE
     for a, b in zip(
         jax.tree.leaves(run.state.trained["adapter"]), jax.tree.leaves(adapter), strict=True
     ):
-        np.testing.assert_allclose(np.asarray(a), b, rtol=0, atol=1e-2 * 2e-3 * STEPS)
+        np.testing.assert_allclose(np.asarray(a), b, rtol=0, atol=1e-2 * LEARNING_RATE * STEPS)
     assert answers(run) == said
 
 
@@ -112,6 +108,29 @@ def test_fewer_key_heads_than_tensor_shards_are_replicated():
     twice = Program(run.compile_step().as_text()).flops * 8 / whole
     assert 1.0 < twice < 1.3
     np.testing.assert_allclose(train(run, steps=3), one, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "adapted"), [(8, 2, True), (6, 2, False), (6, 3, False), (9, 3, False)]
+)
+def test_heads_that_the_tensor_axis_cannot_spread_give_the_same_logits(heads, kv_heads, adapted):
+    """With the keys of a prefix too, which are as many as the model's own."""
+    base = base_of(num_heads=heads, num_kv_heads=kv_heads)
+    ids, adapter = np.arange(24).reshape(2, 12), None
+    if adapted:
+        adapter = jp.init_adapter(jp.PrefixTuning(num_tokens=3), base, jax.random.key(1))
+    layout = sharding.Layout(mesh_of(2, 1, 4), model=base.config)
+    placed = base.replace(params=sharding.shard_params(base.params, layout))
+    expected = base(ids, adapter=adapter)
+    np.testing.assert_allclose(placed(ids, adapter=adapter), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_on_a_mesh_of_the_users_own_axes_is_called_as_it_lies():
+    base = base_of()
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    params = jax.device_put(base.params, NamedSharding(mesh, PartitionSpec()))
+    ids = np.arange(12)[None]
+    np.testing.assert_allclose(base.replace(params=params)(ids), base(ids), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("full", 3)])

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+from mesh_run import mesh_of
 from tiny_run import make_files, write_config
 from toy_model import toy_model
 
@@ -22,12 +23,6 @@ MESHES = {
     "data 8": {"data": 8},
     "tensor 2 x data 4": {"data": 4, "tensor": 2},
 }
-
-
-def mesh_of(**sizes):
-    """A mesh of the first devices, as many as its sizes make."""
-    count = int(np.prod(list(sizes.values())))
-    return sharding.make_mesh(**{"data": 1, **sizes}, devices=jax.devices()[:count])
 
 
 def spec(path, shape, mesh, where=sharding.param_sharding):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxpeft.activations import keep_heads
 from jaxpeft.backend import choices
 from jaxpeft.errors import UserError
 from jaxpeft.linear import wide_dtype
@@ -98,6 +99,7 @@ def attention(
         positions = jnp.broadcast_to(jnp.arange(ahead), (batch, ahead))
         k_segments = jnp.concatenate([segments, k_segments], axis=1)
         k_positions = jnp.concatenate([positions, k_positions], axis=1)
+    k, v = (keep_heads(x, q.shape[2]) for x in (k, v))
     places = Places(q_positions, k_positions, q_segments, k_segments, window)
     fit = choices()
     block = block or fit.tile

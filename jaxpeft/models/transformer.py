@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpeft import paths
-from jaxpeft.activations import GATHERED, gathered, keep_heads, keep_rows, on_mesh
+from jaxpeft.activations import GATHERED, gathered, keep_rows, on_mesh
 from jaxpeft.linear import (
     CAPTURE,
     PRODUCT,
@@ -181,8 +181,8 @@ class Attention(nn.Module):
             )
         out = attention(
             q,
-            keep_heads(k.astype(q.dtype)),
-            keep_heads(v.astype(q.dtype)),
+            k.astype(q.dtype),
+            v.astype(q.dtype),
             q_positions=shared.q_positions,
             k_positions=shared.k_positions,
             q_segments=shared.q_segments,

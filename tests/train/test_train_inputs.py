@@ -75,6 +75,7 @@ BAD = {
     "unknown key": ({"optim": {"learning_rat": 1}}, r"run\.yaml:\d+: .*learning_rate"),
     "no such target": ({"method": {"targets": ["q_prj"]}}, "targets pattern 'q_prj'"),
     "rank too large": ({"method": {"rank": 33}}, "LoRA.rank 33 exceeds"),
+    "a rule for no base leaf": ({"mesh": {"rules": {"nrm/scale": "-"}}}, "mesh.rules: 'nrm/scale'"),
     "no such base leaf": ({"optim": {"trainable": ["nrm/scale"]}}, "optim.trainable: 'nrm/scale'"),
     "adafactor on ragged layers": (
         {"optim": {"name": "adafactor"}, "method": {"targets": r".*layers\.0\..*q_proj"}},
