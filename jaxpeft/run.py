@@ -71,6 +71,8 @@ class Run:
         schedule: Learning rate by number of updates.
 
     Its first state is that of a new adapter; where it is going to be `restored` it may be anything.
+    With ``shapes_only`` the base is shapes with shardings, and so is the state: there is a step to
+    compile, and nothing is computed.
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class Run:
         mesh: jax.sharding.Mesh | sharding.Layout,
         *,
         restored: bool = False,
+        shapes_only: bool = False,
     ):
+        restored = restored or shapes_only
         self.config, self.rows = config, rows
         self.layout = sharding.as_layout(mesh, base.config)
         self.output = pathlib.Path(config.output_dir)
@@ -93,7 +97,7 @@ class Run:
             saved = config.method.init(base.params, keys[0], Context(base.config, base.module))
             coded = quantize(base.params)
             base = dataclasses.replace(base, params=sharding.shard_params(coded, self.layout))
-        self.base_shapes = jax.eval_shape(lambda: base.params)
+        self.base_shapes = jax.eval_shape(lambda params: params, base.params)
         replaced = tuple(paths.flatten(self.base_shapes)) if isinstance(config.method, Full) else ()
         self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
 
@@ -118,8 +122,10 @@ class Run:
             saved = config.method.init(base.params, keys[0], context)
         shapes = jax.eval_shape(start, base.params, keys, saved)
         self.shardings = sharding.state_shardings(shapes, self.layout)
-        place = jax.jit(start, out_shardings=self.shardings)
-        self.state: TrainState = place(base.params, keys, saved)
+        self.state: TrainState = sharding.placed_shapes(shapes, self.shardings)
+        if not shapes_only:
+            place = jax.jit(start, out_shardings=self.shardings)
+            self.state = place(base.params, keys, saved)
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -160,17 +166,21 @@ class Run:
         Returns:
             ``step(state, params, batch) -> (state, metrics)``.
         """
+        step: Any = self.make_step()
+        with traced_on(self.layout):
+            lowered = step.lower(*self.step_arguments())
+        compiled = run(lowered.compile)
+        give_back_memory()
+        return compiled
+
+    def step_arguments(self) -> tuple[TrainState, dict, dict]:
+        """State, parameters, and the shapes of a batch: what the step is compiled for."""
         where = sharding.batch_sharding(self.mesh)
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             self.rows.plan.batch(0),
         )
-        step: Any = self.make_step()
-        with traced_on(self.layout):
-            lowered = step.lower(self.state, self.base.params, batch)
-        compiled = run(lowered.compile)
-        give_back_memory()
-        return compiled
+        return self.state, self.base.params, batch
 
     @property
     def head_frozen(self) -> bool:
@@ -223,11 +233,7 @@ class Run:
         """
         saved = checkpoints.meta(step)["base"]
         check_unchanged("base weights", saved, self.base.fingerprint, self.output)
-        like = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            self.state,
-            self.shardings,
-        )
+        like = sharding.placed_shapes(self.state, self.shardings)
         restored = checkpoints.restore(step, like=leaves(like))
         order = [restored[name] for name in leaves(self.state)]
         self.state = jax.tree.unflatten(jax.tree.structure(self.state), order)

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,12 +27,7 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
     """
     check_dense_start(config)
     optim, shapes = config.optim, param_shapes(model)
-    context = Context(config=model, tokenizer=tokenizer, shapes_only=True)
-
-    def start() -> Adapter:
-        zeros = {path: jnp.zeros(shape) for path, shape in shapes.items()}
-        return config.method.init(paths.unflatten(zeros), jax.random.key(0), context)
-
+    start = start_on_zeros(config, model, tokenizer)
     adapter = jax.eval_shape(start)
     spec = adapter.spec
     check_factors(optim, spec.kind, adapter.params)
@@ -67,6 +63,19 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
                 "optim.name: adafactor scales by the mean over a whole stack, which layers that "
                 "are not adapted would change; adapt all layers of a kernel, or take adamw."
             )
+
+
+def start_on_zeros(
+    config: RunConfig, model: ModelConfig, tokenizer: Any = None
+) -> Callable[[], Adapter]:
+    """A function to trace: a new adapter on a base of zeros, which need not be made for it."""
+    context = Context(config=model, tokenizer=tokenizer, shapes_only=True)
+
+    def start() -> Adapter:
+        zeros = {path: jnp.zeros(shape) for path, shape in param_shapes(model).items()}
+        return config.method.init(paths.unflatten(zeros), jax.random.key(0), context)
+
+    return start
 
 
 def starts_dense(config: RunConfig, restored: bool) -> bool:

@@ -266,6 +266,15 @@ def state_shardings(state: Any, mesh: Mesh | Layout) -> Any:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
+def placed_shapes(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of a tree of arrays or shapes, each with its sharding."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings,
+    )
+
+
 def shard_params(params: Mapping, mesh: Mesh | Layout) -> dict:
     """Base parameters placed on the mesh by the table.
 

@@ -1,15 +1,20 @@
 """A base known by its config alone: every weight has its shape, none has its numbers."""
 
 import dataclasses
+import functools
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.models.load import load_config
+from jaxpeft.models.config import ModelConfig
+from jaxpeft.models.load import activation_dtype, load_config
 from jaxpeft.models.names import param_shapes
+from jaxpeft.quant import is_quantised, quantize_kernel
+from jaxpeft.sharding import Layout, leaf_sharding, placed_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,3 +80,39 @@ def load_shapes(name: str, revision: str | None = None) -> Any:
     config = load_config(name, revision)
     leaves = {path: Weightless(shape, path, name) for path, shape in param_shapes(config).items()}
     return Model(paths.unflatten(leaves), config, Transformer(config), name=name)
+
+
+def placed_model(
+    config: ModelConfig,
+    layout: Layout,
+    *,
+    dtype: str = "float32",
+    compute_dtype: str = "auto",
+    quantization: str | None = None,
+    double_quantization: bool = False,
+) -> Any:
+    """What `load_model` would put on a mesh, as shapes: programs can be compiled for it.
+
+    Args:
+        config: The architecture.
+        layout: Where the parameters live; its devices need not be there.
+        dtype: Of the parameters.
+        compute_dtype: Of the activations; "auto" is what suits the platform traced for.
+        quantization: "nf4", "int4" or "int8" for the kernels of the layers; None for none.
+        double_quantization: Quantise their scales too.
+
+    Returns:
+        A `jaxpeft.Model` whose leaves are ``jax.ShapeDtypeStruct`` with shardings.
+    """
+    from jaxpeft.model import Model
+    from jaxpeft.models.transformer import Transformer
+
+    leaves = {}
+    for path, shape in param_shapes(config).items():
+        leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        if quantization is not None and is_quantised(path):
+            code = functools.partial(quantize_kernel, kind=quantization, double=double_quantization)
+            leaf = jax.eval_shape(code, leaf)
+        leaves[path] = placed_shapes(leaf, leaf_sharding(path, leaf, layout))
+    params = paths.unflatten(leaves)
+    return Model(params, config, Transformer(config, activation_dtype(compute_dtype, params)))
