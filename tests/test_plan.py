@@ -144,7 +144,8 @@ def test_a_base_that_is_too_large_for_a_device_is_spread_over_all(files, tmp_pat
     assert [changes] in plan_memory.levers(config, place)
     spread = plan_memory.measure(plan_memory.changed(config, changes), model, rows, place)
     base = 4 * sum(map(math.prod, param_shapes(model).values()))
-    assert whole.memory and spread.memory
+    assert whole.memory
+    assert spread.memory
     saved = whole.memory.arguments - spread.memory.arguments
     assert 0.8 * base < saved < base
 
