@@ -14,7 +14,7 @@ References:
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,10 +22,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Shaped
 
-from jaxpeft.linear import Node
-from jaxpeft.sharding import AXES, Layout, as_layout, leaf_sharding
+from jaxpeft import paths
+from jaxpeft.linear import Node, embed
+from jaxpeft.sharding import AXES, VOCAB, Layout, as_layout, leaf_sharding
 
 GATHERED = "gathered"
 """Name of gathered weights: a policy of ``jax.checkpoint`` must not keep them."""
@@ -33,6 +34,7 @@ GATHERED = "gathered"
 ROWS = ("data", "fsdp")
 
 _LAYOUT = contextvars.ContextVar[Layout | None]("layout", default=None)
+_IN_GROUP = contextvars.ContextVar[bool]("in_group", default=False)
 
 
 @contextlib.contextmanager
@@ -100,8 +102,102 @@ def keep_heads(
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, None, "tensor", None))
 
 
+def look_up(ids: Int[Array, "batch seq"], table: Any) -> Float[Array, "batch seq d_model"]:
+    """Rows of the embedding table, which stays where it lives.
+
+    With features over fsdp each device looks up its part of the rows of all its peers, and they
+    are exchanged: that is less than the table.
+    """
+    layout = _LAYOUT.get()
+    if layout is None:
+        return embed(ids, table)
+    if ids.shape[0] % row_shards():
+        return embed(ids, gathered(paths.EMBEDDING, table))
+    x = embed(jax.lax.with_sharding_constraint(ids, PartitionSpec("data")), table)
+    if x.shape[-1] % layout.shape["fsdp"] == 0:
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec("data", None, "fsdp"))
+    return keep_rows(x)
+
+
+def rows_of_peers(x: Shaped[Array, "batch *rest"]) -> Shaped[Array, "batch *rest"]:
+    """What is multiplied with the vocabulary, where each device has a part of that: all rows.
+
+    All of those that the devices along fsdp and tensor share.
+    """
+    layout = _LAYOUT.get()
+    if layout is None or not layout.spreads_vocab or x.shape[0] % groups_of_rows():
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(_group_axis()))
+
+
+def keep_vocab(logits: Float[Array, "batch *rest vocab"]) -> Float[Array, "batch *rest vocab"]:
+    """Logits of `rows_of_peers`, each device with its part of the vocabulary."""
+    layout = _LAYOUT.get()
+    if layout is None or not layout.spreads_vocab or logits.shape[0] % groups_of_rows():
+        return logits
+    spec = PartitionSpec(_group_axis(), *(None,) * (logits.ndim - 2), VOCAB)
+    return jax.lax.with_sharding_constraint(logits, spec)
+
+
+def groups_of_rows() -> int:
+    """The devices of the data axis: rows of different ones never meet but in sums."""
+    layout = _LAYOUT.get()
+    return 1 if layout is None or _IN_GROUP.get() else layout.shape["data"]
+
+
+def _group_axis() -> str | None:
+    return None if _IN_GROUP.get() else "data"
+
+
+def by_group(function: Callable[[Any, Array], Array], groups: int) -> Callable[[Any, Array], Array]:
+    """A function of weights and rows, with weights of their own for each group of rows.
+
+    Gradients of the weights are then not summed over the data axis where they arise, but later,
+    by `sum_groups`: once for many of them.
+
+    Args:
+        function: ``function(weights, rows)``.
+        groups: From `groups_of_rows`; with 1 it is the function.
+
+    Returns:
+        A function that takes weights from `copy_for_groups`.
+    """
+    if groups == 1:
+        return function
+
+    def apart(weights: Any, rows: Array) -> Array:
+        token = _IN_GROUP.set(True)
+        try:
+            split = rows.reshape(groups, -1, *rows.shape[1:])
+            out = jax.vmap(function, spmd_axis_name="data")(weights, split)
+        finally:
+            _IN_GROUP.reset(token)
+        return out.reshape(-1, *out.shape[2:])
+
+    return apart
+
+
+def copy_for_groups(weights: Any, groups: int) -> Any:
+    """Every array with a leading axis of groups, each on the devices of its group."""
+    if groups == 1:
+        return weights
+
+    def copy(leaf: Array) -> Array:
+        spec = PartitionSpec("data", *(PartitionSpec.UNCONSTRAINED,) * leaf.ndim)
+        return jax.lax.with_sharding_constraint(jnp.broadcast_to(leaf, (groups, *leaf.shape)), spec)
+
+    return jax.tree.map(copy, weights)
+
+
+def sum_groups(weights: Any, groups: int) -> Any:
+    """Takes the leading axis of `copy_for_groups` away."""
+    return weights if groups == 1 else jax.tree.map(lambda leaf: leaf.sum(axis=0), weights)
+
+
 def gathered(path: str, weight: Any) -> Any:
-    """A weight of the base whole along the fsdp axis; of an adapter's node, the base inside.
+    """A weight of the base as it is used: whole along the fsdp axis, or as `HEADS` have it.
+
+    Of an adapter's node it is the base inside.
 
     Args:
         path: The base leaf's path, as `jaxpeft.sharding.RULES` has it.

@@ -4,8 +4,9 @@ The loss of a token with hidden state ``h``, head ``W`` and target ``t`` is
 ``logsumexp(h W) - (h W)[t]``, in float32. Tokens are visited in chunks along time: the supervised
 tokens of every row are moved to its front, and a chunk in which no row has one left is skipped,
 so the head is multiplied about as often as there are supervised tokens. Chunks run along time and
-never over flattened rows: with rows sharded over devices each device works on its own, but for a
-trained head's gradient, which is summed over the devices in every chunk.
+never over flattened rows, which would make every device compute all of them. On a mesh each
+device has a part of the vocabulary, for the rows of its peers along fsdp and tensor; a trained
+head's gradient is summed over the data axis once, behind the last chunk.
 
 Where the loss is differentiated, gradients are computed while the chunk's logits are there: of the
 hidden states, ``(softmax(h W) - onehot(t)) W^T``, and of a trained head, summed over the chunks.
@@ -21,7 +22,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxpeft.activations import row_shards
+from jaxpeft.activations import (
+    by_group,
+    copy_for_groups,
+    groups_of_rows,
+    keep_rows,
+    row_shards,
+    rows_of_peers,
+    sum_groups,
+)
 from jaxpeft.backend import choices
 from jaxpeft.methods import bind
 from jaxpeft.methods.base import Adapter
@@ -115,9 +124,13 @@ def _chunked_forward(head: Any, head_params: Any, *pieces: Any) -> Any:
         )
         return head(whole, x)
 
+    groups = groups_of_rows() if jax.tree.leaves(moving) else 1
+    groups = 1 if pieces[1].shape[1] % groups else groups
+    each = copy_for_groups(moving, groups)
+
     def work(sums: Any, chunk: Any) -> Any:
-        hidden, t, w = chunk
-        logits, back = jax.vjp(logits_of, moving, hidden)
+        hidden, t, w = chunk[0], *map(rows_of_peers, chunk[1:])
+        logits, back = jax.vjp(by_group(logits_of, groups), each, hidden)
         highest = logits.max(axis=-1)
         # The barrier: XLA would compute the exponentials once for the sum and once more for the
         # slopes, those of the sum on one thread.
@@ -127,7 +140,7 @@ def _chunked_forward(head: Any, head_params: Any, *pieces: Any) -> Any:
         slope = powers * (w / total)[..., None]
         hit = jnp.arange(logits.shape[-1]) == t[..., None]
         of_params, of_hidden = back(jnp.where(hit, slope - w[..., None], slope))
-        return jax.tree.map(jnp.add, sums, (loss, correct, of_params)), of_hidden
+        return jax.tree.map(jnp.add, sums, (loss, correct, of_params)), keep_rows(of_hidden)
 
     def step(sums: Any, chunk: Any) -> Any:
         def idle(sums: Any, chunk: Any) -> Any:
@@ -136,9 +149,10 @@ def _chunked_forward(head: Any, head_params: Any, *pieces: Any) -> Any:
         return jax.lax.cond((chunk[2] != 0).any(), work, idle, sums, chunk)
 
     # Sums in float32, whatever the weights are.
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), moving)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), each)
     start = (jnp.zeros(()), jnp.zeros(()), nothing)
     (loss, correct, of_params), of_hidden = jax.lax.scan(step, start, pieces)
+    of_params = sum_groups(of_params, groups)
     of_params = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), of_params, moving)
     return (loss, correct), (of_params, of_hidden)
 

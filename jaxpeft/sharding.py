@@ -41,6 +41,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 """Pattern of a base path, and the mesh axis of each dimension."""
 
+VOCAB = ("tensor", "fsdp")
+
+HEADS: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
+    paths.HEAD: (None, VOCAB),
+    paths.EMBEDDING: (VOCAB, None),
+}
+"""Where what makes logits lives meanwhile: each device has its part of the vocabulary."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -51,7 +59,7 @@ class Layout:
         rules: Rules in front of `RULES`, see `parse_rules`.
         model: Sizes of the model, so that the tensor axis never cuts a head: with more shards than
             key/value heads their projections are replicated. None allows any cut that divides.
-        gathered: Leave fsdp out: where weights live while they are used.
+        gathered: Where weights live while they are used: without fsdp, and `HEADS` as they say.
     """
 
     mesh: Mesh
@@ -64,8 +72,16 @@ class Layout:
         """Devices along every axis of the mesh."""
         return self.mesh.shape
 
-    def axes(self, path: str) -> tuple[str | None, ...] | None:
+    @property
+    def spreads_vocab(self) -> bool:
+        """Whether every device of the fsdp and tensor axes can have its part of the vocabulary."""
+        shards = self.shape["tensor"] * self.shape["fsdp"]
+        return self.model is not None and self.model.vocab_size % shards == 0
+
+    def axes(self, path: str) -> tuple[Any, ...] | None:
         """The mesh axes of a base leaf's dimensions as far as heads allow; None without a rule."""
+        if self.gathered and self.spreads_vocab and path in HEADS:
+            return HEADS[path]
         axes = spec_of(path, self.rules)
         left_out = ("fsdp",) * self.gathered + ("tensor",) * bool(self.cut_heads(path))
         return axes and tuple(None if axis in left_out else axis for axis in axes)
@@ -326,12 +342,12 @@ def _uneven_blocks(
     ]
 
 
-def _place(
-    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | Layout
-) -> NamedSharding:
+def _place(axes: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | Layout) -> NamedSharding:
     layout = as_layout(mesh)
-    fitting = [
-        axis if axis and size % layout.shape[axis] == 0 else None
-        for size, axis in zip(shape, axes, strict=False)
-    ]
+
+    def fits(size: int, axis: Any) -> bool:
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return size % math.prod(layout.shape[name] for name in names) == 0
+
+    fitting = [axis if fits(size, axis) else None for size, axis in zip(shape, axes, strict=False)]
     return NamedSharding(layout.mesh, PartitionSpec(*fitting))

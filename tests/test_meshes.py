@@ -135,8 +135,11 @@ def test_a_base_on_a_mesh_of_the_users_own_axes_is_called_as_it_lies():
 
 @pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("full", 3)])
 def test_the_compiled_step_moves_weights_once_a_pass_and_no_gradient_of_the_base(remat, passes):
-    run = make_run("lora", mesh_of(1, 4, 2), remat=remat, microbatch_size=16)
-    one = make_run("lora", mesh_of(), remat=remat, microbatch_size=16)
+    vocab_size = 4096  # so that a layer is smaller than the table and than the head
+    make = functools.partial(
+        make_run, "lora", remat=remat, microbatch_size=16, vocab_size=vocab_size
+    )
+    run, one = make(mesh_of(1, 4, 2)), make(mesh_of())
     program = Program(run.compile_step().as_text())
     assert program.flops * 8 < 1.1 * Program(one.compile_step().as_text()).flops
     # As a whole, as shards of it, and as what is gathered over fsdp.
@@ -155,7 +158,10 @@ def test_the_compiled_step_moves_weights_once_a_pass_and_no_gradient_of_the_base
     assert 0 < program.moved("all-gather") <= passes * base / 2
     layer = sum(leaf.nbytes for leaf in jax.tree.leaves(run.base.params["layers"])) / 2
     assert max(c.nbytes for c in program.collectives if c.kind == "all-gather") <= layer / 2
-    assert program.moved("all-to-all", "collective-permute", "reduce-scatter") == 0
+    # The head's shard changes its form; rows of the table are exchanged for those of the batch.
+    head, rows = vocab_size * 64 * 4 / 8, 16 * 16 * 64 * 4 / 4
+    assert program.moved("all-to-all") <= head + rows
+    assert program.moved("collective-permute", "reduce-scatter") == 0
     trained = sum(leaf.nbytes for leaf in jax.tree.leaves(run.state.trained["adapter"]))
     reduced = sum(
         4 * int(np.prod(shape)) * c.times
@@ -165,6 +171,34 @@ def test_the_compiled_step_moves_weights_once_a_pass_and_no_gradient_of_the_base
         if shape in halves(adapter)
     )
     assert trained / 2 <= reduced <= 2 * trained
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_gradient_of_a_trained_head_is_summed_over_devices_once(tied):
+    make = functools.partial(
+        make_run, "full", method=jp.Full(), microbatch_size=16, tie_embeddings=tied
+    )
+    run = make(mesh_of(2, 2, 2))
+    program = Program(run.compile_step().as_text())
+    assert any(c.times == 4 for c in program.collectives)  # the chunks of the loss
+    vocab = {96 // parts for parts in (1, 2, 4)}
+    sums = [
+        c
+        for c in program.collectives
+        if c.kind == "all-reduce"
+        for shape in c.shapes
+        if len(shape) == 2 and vocab & {*shape}
+    ]
+    assert sums
+    assert {c.times for c in sums} == {1}
+    one = train(make(mesh_of()), steps=3)
+    np.testing.assert_allclose(train(run, steps=3), one, rtol=1e-5)
+
+
+def test_a_vocabulary_that_does_not_divide_gives_the_same_loss():
+    one = train(make_run("lora", mesh_of(), vocab_size=98), steps=2)
+    run = make_run("lora", mesh_of(1, 2, 4), vocab_size=98)
+    np.testing.assert_allclose(train(run, steps=2), one, rtol=1e-5)
 
 
 def halves(shapes):

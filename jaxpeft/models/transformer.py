@@ -21,14 +21,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpeft import paths
-from jaxpeft.activations import GATHERED, gathered, keep_rows, on_mesh
+from jaxpeft.activations import (
+    GATHERED,
+    gathered,
+    keep_rows,
+    keep_vocab,
+    look_up,
+    on_mesh,
+    rows_of_peers,
+)
 from jaxpeft.linear import (
     CAPTURE,
     PRODUCT,
     SHARED,
     Transposed,
     attend,
-    embed,
     give_shared,
     linear,
     shape_of,
@@ -58,7 +65,9 @@ time on CPU than keeping it. (LoHa of a high rank and LoKr form their factors' p
 """
 
 
-def weight(module: nn.Module, name: str, shape: tuple[int, ...], init: Any) -> Any:
+def weight(
+    module: nn.Module, name: str, shape: tuple[int, ...], init: Any, *, gather: bool = True
+) -> Any:
     """Fetches a parameter that may be a node; only its logical shape is checked.
 
     Linen's own ``param`` compares the first raw leaf of a node with the declared shape.
@@ -68,6 +77,7 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], init: Any) -> A
         name: The parameter's name.
         shape: Its logical shape, without the layer axis.
         init: Linen initialiser.
+        gather: Take it as it is used, see `jaxpeft.activations.gathered`; else as it lives.
 
     Returns:
         An array or a node.
@@ -78,7 +88,8 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], init: Any) -> A
     if module.is_initializing() or not module.has_variable("params", name):
         return module.param(name, init, shape)
     where = "/".join((*module.path, name))
-    value = gathered(where, module.get_variable("params", name))
+    value = module.get_variable("params", name)
+    value = gathered(where, value) if gather else value
     if module.has_variable(SHARED, name):
         value = give_shared(value, module.get_variable(SHARED, name))
     if shape_of(value) != tuple(shape):
@@ -87,7 +98,7 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], init: Any) -> A
 
 
 class Weight(nn.Module):
-    """Owns one parameter and hands it out: the embedding table, the head."""
+    """Owns one parameter and hands it out as it lives: the embedding table, the head."""
 
     leaf: str
     shape: tuple[int, ...]
@@ -96,7 +107,8 @@ class Weight(nn.Module):
     @nn.compact
     def __call__(self) -> Any:
         """The parameter, an array or a node."""
-        return weight(self, self.leaf, self.shape, nn.initializers.normal(self.stddev))
+        init = nn.initializers.normal(self.stddev)
+        return weight(self, self.leaf, self.shape, init, gather=False)
 
 
 class Linear(nn.Module):
@@ -276,7 +288,7 @@ class Transformer(nn.Module):
             positions = prefix.shift(positions)
         size, std = (c.vocab_size, c.d_model), c.initializer_range
         table = Weight("embedding", size, std, name="embed_tokens")()
-        x = keep_rows(embed(input_ids, table).astype(self.compute_dtype))
+        x = look_up(input_ids, table).astype(self.compute_dtype)
         if cache is not None:
             cache = append(cache, -1, positions=positions, segment_ids=segment_ids)
         x, stored = self._run_layers(x, positions, segment_ids, cache, prefix)
@@ -350,9 +362,9 @@ class Transformer(nn.Module):
     def _head(self, table: Any) -> Any:
         c = self.config
         if c.tie_embeddings and not self.has_variable("params", "lm_head"):
-            return Transposed(table)
+            return Transposed(gathered(paths.EMBEDDING, table))
         size = (c.d_model, c.vocab_size)
-        return Weight("kernel", size, c.initializer_range, name="lm_head")()
+        return gathered(paths.HEAD, Weight("kernel", size, c.initializer_range, name="lm_head")())
 
 
 def head_weight(variables: dict) -> Any:
@@ -375,7 +387,8 @@ def head_weight(variables: dict) -> Any:
 
 def head_logits(head: Any, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
     """Logits of final hidden states, in float32."""
+    hidden = rows_of_peers(hidden)
     if isinstance(head, Transposed):
-        return attend(hidden, head.table)
+        return keep_vocab(attend(hidden, head.table))
     logits = linear(hidden, head)
-    return logits.astype(wide_dtype(logits))
+    return keep_vocab(logits.astype(wide_dtype(logits)))
