@@ -66,7 +66,7 @@ def _equation(equation: Any, said: int | None) -> int:
     elif name == "cond":
         return max(_count(branch, said) for branch in params["branches"])
     elif name == "shard_map":
-        times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     elif name == "while":
         times, said = said or 1, None
     elif name == "pallas_call":

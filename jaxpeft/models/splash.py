@@ -62,8 +62,7 @@ def splash_attention(
     seq = q.shape[1]
     known = tuple(sorted({0 if size >= seq else size for size in windows}))
     which = jnp.int32(0)
-    if window is not None and len(known) > 1:
-        window = jnp.where(window >= seq, 0, window)
+    if window is not None:  # One as long as the row is not there by its name, and 0 is first.
         which = jnp.argmax(jnp.asarray(known) == window).astype(jnp.int32)
     size = even_block(seq, block, LANES)
     # The kernel does not scale scores; the scale itself, in bfloat16, would be off by 1 in 256.
