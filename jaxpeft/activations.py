@@ -14,6 +14,7 @@ References:
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -41,14 +42,14 @@ _IN_GROUP = contextvars.ContextVar[bool]("in_group", default=False)
 def traced_on(layout: Layout | None) -> Iterator[None]:
     """Programs that are traced inside are for this layout.
 
-    None or one device says nothing, and inside of another such block that one holds.
+    None says nothing, and inside of another such block that one holds.
     """
-    if layout is None or layout.mesh.size == 1 or _LAYOUT.get() is not None:
+    if layout is None or _LAYOUT.get() is not None:
         yield
         return
     token = _LAYOUT.set(layout)
     try:
-        with jax.set_mesh(layout.mesh):
+        with jax.set_mesh(layout.mesh) if on_mesh() else contextlib.nullcontext():
             yield
     finally:
         _LAYOUT.reset(token)
@@ -63,21 +64,31 @@ def layout_of(params: Mapping, model: Any = None) -> Layout | None:
     return as_layout(where.mesh, model)  # pyright: ignore[reportArgumentType]
 
 
+def _several() -> Layout | None:
+    """The layout, where it has several devices."""
+    layout = _LAYOUT.get()
+    return None if layout is None or layout.mesh.size == 1 else layout
+
+
 def on_mesh() -> bool:
     """Whether the program that is traced is for several devices."""
-    return _LAYOUT.get() is not None
+    return _several() is not None
+
+
+def knows_devices() -> bool:
+    """Whether it is known where the arrays of the program that is traced live."""
+    return _LAYOUT.get() is not None or jax.device_count() == 1
 
 
 def row_shards() -> int:
     """Over how many devices the rows of a batch are spread."""
-    layout = _LAYOUT.get()
+    layout = _several()
     return 1 if layout is None else layout.shape["data"] * layout.shape["fsdp"]
 
 
 def keep_rows(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
     """Activations, each device with whole rows of its own."""
-    layout = _LAYOUT.get()
-    if layout is None or x.shape[0] % row_shards():
+    if not on_mesh() or x.shape[0] % row_shards():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
 
@@ -90,16 +101,56 @@ def keep_heads(
     Head ``i`` of queries reads head ``i // group`` of keys before and after. Where the heads of
     queries cannot be spread nothing is done.
     """
-    layout = _LAYOUT.get()
+    layout = _several()
     if layout is None or q_heads % layout.shape["tensor"]:
         return x
-    shards, heads = layout.shape["tensor"], x.shape[2]
-    if heads % shards:
-        if shards % heads:
-            return x
-        x = jnp.repeat(x, shards // heads, axis=2)
-    rows = ROWS if x.shape[0] % row_shards() == 0 else None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, None, "tensor", None))
+    shards = layout.shape["tensor"]
+    if (times := shards // math.gcd(shards, x.shape[2])) > 1:
+        x = jnp.repeat(x, times, axis=2)
+    return jax.lax.with_sharding_constraint(x, _place_of_heads(layout, x.shape[0], x.shape[2]))
+
+
+def on_own_heads(
+    function: Callable[..., Array],
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads head_dim"],
+    segment_ids: Int[Array, "batch seq"],
+    *rest: Array,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Calls a function that XLA cannot partition on every device's own rows and heads.
+
+    Rows, or heads, that do not divide are done by every device of the axis.
+
+    Args:
+        function: Attention, ``function(q, k, v, segment_ids, *rest)``.
+        q: Queries.
+        k: Keys as `keep_heads` gives them.
+        v: Values, like keys.
+        segment_ids: Segment of each slot.
+        *rest: More arrays, which every device gets whole.
+
+    Returns:
+        What it gives, of all rows and heads.
+    """
+    layout = _several()
+    if layout is None:
+        return function(q, k, v, segment_ids, *rest)
+    whole = _place_of_heads(layout, q.shape[0], q.shape[2])
+    return jax.shard_map(
+        function,
+        mesh=layout.mesh,
+        in_specs=(whole, whole, whole, PartitionSpec(whole[0]), *(PartitionSpec() for _ in rest)),
+        out_specs=whole,
+        check_vma=False,
+    )(q, k, v, segment_ids, *rest)
+
+
+def _place_of_heads(layout: Layout, batch: int, heads: int) -> PartitionSpec:
+    """Where ``(batch, seq, heads, head_dim)`` lives, as far as rows and heads divide."""
+    rows = ROWS if batch % row_shards() == 0 else None
+    side = "tensor" if heads % layout.shape["tensor"] == 0 else None
+    return PartitionSpec(rows, None, side, None)
 
 
 def look_up(ids: Int[Array, "batch seq"], table: Any) -> Float[Array, "batch seq d_model"]:
@@ -108,7 +159,7 @@ def look_up(ids: Int[Array, "batch seq"], table: Any) -> Float[Array, "batch seq
     With features over fsdp each device looks up its part of the rows of all its peers, and they
     are exchanged: that is less than the table.
     """
-    layout = _LAYOUT.get()
+    layout = _several()
     if layout is None:
         return embed(ids, table)
     if ids.shape[0] % row_shards():
@@ -124,7 +175,7 @@ def rows_of_peers(x: Shaped[Array, "batch *rest"]) -> Shaped[Array, "batch *rest
 
     All of those that the devices along fsdp and tensor share.
     """
-    layout = _LAYOUT.get()
+    layout = _several()
     if layout is None or not layout.spreads_vocab or x.shape[0] % groups_of_rows():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(_group_axis()))
@@ -132,7 +183,7 @@ def rows_of_peers(x: Shaped[Array, "batch *rest"]) -> Shaped[Array, "batch *rest
 
 def keep_vocab(logits: Float[Array, "batch *rest vocab"]) -> Float[Array, "batch *rest vocab"]:
     """Logits of `rows_of_peers`, each device with its part of the vocabulary."""
-    layout = _LAYOUT.get()
+    layout = _several()
     if layout is None or not layout.spreads_vocab or logits.shape[0] % groups_of_rows():
         return logits
     spec = PartitionSpec(_group_axis(), *(None,) * (logits.ndim - 2), VOCAB)
@@ -141,7 +192,7 @@ def keep_vocab(logits: Float[Array, "batch *rest vocab"]) -> Float[Array, "batch
 
 def groups_of_rows() -> int:
     """The devices of the data axis: rows of different ones never meet but in sums."""
-    layout = _LAYOUT.get()
+    layout = _several()
     return 1 if layout is None or _IN_GROUP.get() else layout.shape["data"]
 
 
@@ -203,7 +254,7 @@ def gathered(path: str, weight: Any) -> Any:
         path: The base leaf's path, as `jaxpeft.sharding.RULES` has it.
         weight: An array, a quantised kernel (its codes are gathered), or a node.
     """
-    layout = _LAYOUT.get()
+    layout = _several()
     if layout is None:
         return weight
     if isinstance(weight, Node) and hasattr(weight, "base"):

@@ -26,6 +26,8 @@ class Choices(NamedTuple):
             of two products of the same size the one that takes a quarter of the time.
         float32: Whether activations are in float32 whatever the weights are.
         unstack: Whether decoding reads layers one by one instead of slices of a stack.
+        splash: Whether longer rows go through JAX's kernel for TPUs where it is exact. On GPU no
+            kernel that comes with JAX takes packed segments: there tiles are the choice.
     """
 
     tile: int
@@ -34,17 +36,24 @@ class Choices(NamedTuple):
     turn_a: bool
     float32: bool
     unstack: bool
+    splash: bool = False
 
 
 CPU = Choices(tile=256, dense=128, loss_tokens=256, turn_a=True, float32=True, unstack=True)
 ACCELERATOR = Choices(
     tile=512, dense=128, loss_tokens=512, turn_a=False, float32=False, unstack=False
 )
+TPU = ACCELERATOR._replace(splash=True)
 
 
 def choices() -> Choices:
     """What suits the backend that programs are traced for."""
-    return CPU if (_PLATFORM.get() or jax.default_backend()) == "cpu" else ACCELERATOR
+    return {"cpu": CPU, "tpu": TPU}.get(platform(), ACCELERATOR)
+
+
+def platform() -> str:
+    """The platform that programs are traced for."""
+    return _PLATFORM.get() or jax.default_backend()
 
 
 @contextlib.contextmanager

@@ -184,7 +184,8 @@ def make_lm_loss(
     Returns:
         ``loss_fn(params, adapter, batch, key) -> (total, aux)`` for batches of
         ``tokens, targets, weights, segment_ids, positions``, and ``index`` for stacked adapters:
-        which of them each row trains. ``aux["penalty"]`` is the penalty times the weight.
+        which of them each row trains. Positions must count up slot by slot in every segment.
+        ``aux["penalty"]`` is the penalty times the weight.
     """
 
     def loss_fn(params: dict, adapter: Adapter | None, batch: dict, key: Any = None) -> Any:
@@ -196,6 +197,7 @@ def make_lm_loss(
             batch["tokens"],
             segment_ids=batch["segment_ids"],
             positions=batch["positions"],
+            in_order=True,
             return_hidden=True,
         )
         total, aux = cross_entropy(

@@ -52,10 +52,10 @@ def base_of(quantised=False, dtype="float32", **changes):
 
 
 @functools.cache
-def rows_of(vocab_size, virtual):
+def rows_of(vocab_size, virtual, seq=SEQ):
     """Rows of several short examples each."""
     random = np.random.default_rng(0)
-    lengths = random.integers(3, SEQ - virtual, size=STEPS * BATCH * 2)
+    lengths = random.integers(3, seq - virtual, size=STEPS * BATCH * 2)
     examples = data.Examples(
         tokens=[random.integers(vocab_size, size=n).astype(np.int32) for n in lengths],
         masks=[np.arange(n) > n // 3 for n in lengths],
@@ -67,11 +67,11 @@ def rows_of(vocab_size, virtual):
         sha256="",
     )
     prefix = vocab_size + np.arange(virtual, dtype=np.int32)
-    plan = data.Plan(examples.with_prefix(prefix), batch_size=BATCH, max_length=SEQ, pad_id=0)
+    plan = data.Plan(examples.with_prefix(prefix), batch_size=BATCH, max_length=seq, pad_id=0)
     return Rows(plan, STEPS, None, train_rows=len(lengths))
 
 
-def make_run(name, mesh, *, dtype="float32", microbatch_size=8, **changes):
+def make_run(name, mesh, *, dtype="float32", microbatch_size=8, seq=SEQ, **changes):
     """A run of a method on a mesh."""
     method = changes.pop("method", METHODS.get(name))
     remat = changes.pop("remat", "full")
@@ -81,14 +81,15 @@ def make_run(name, mesh, *, dtype="float32", microbatch_size=8, **changes):
     config = RunConfig(
         model=ModelSection(path="synthetic"),
         method=method,
-        data=data.DataConfig(train="random tokens", max_length=SEQ),
+        data=data.DataConfig(train="random tokens", max_length=seq),
         optim=jp.OptimConfig(learning_rate=LEARNING_RATE, schedule="constant"),
         train=TrainSection(
             steps=STEPS, batch_size=BATCH, microbatch_size=microbatch_size, remat=remat
         ),
         output_dir="nowhere",
     )
-    return Run(config, base, rows_of(base.config.vocab_size, method.num_virtual_tokens), layout)
+    rows = rows_of(base.config.vocab_size, method.num_virtual_tokens, seq)
+    return Run(config, base, rows, layout)
 
 
 def train(run, steps=STEPS):

@@ -205,6 +205,7 @@ def captured(
         batch["tokens"],
         segment_ids=batch["segment_ids"],
         positions=batch["positions"],
+        in_order=True,
         return_hidden=True,
         mutable=[CAPTURE],
     )

@@ -5,7 +5,8 @@ position is not later, and it is less than the layer's window behind. In a row t
 it sees no later slot either, whatever its position, and those keys are not read at all. A prefix
 stands in front of all keys, and every segment sees it.
 
-Few queries (decoding, short rows) are one product with all keys; longer rows go in tiles.
+Few queries (decoding, short rows) are one product with all keys; longer rows go in tiles, or
+through a kernel where the backend has one that is exact.
 """
 
 import math
@@ -16,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpeft.activations import keep_heads
-from jaxpeft.backend import choices
+from jaxpeft.activations import keep_heads, knows_devices
+from jaxpeft.backend import choices, platform
 from jaxpeft.errors import UserError
 from jaxpeft.linear import wide_dtype
 from jaxpeft.models.tiles import EVERYONE, Places, earlier, tiled_attention, visible
@@ -69,7 +70,9 @@ def attention(
     q_segments: Int[Array, "batch seq"],
     k_segments: Int[Array, "batch slots"],
     window: Int[Array, ""] | None = None,
+    windows: tuple[int, ...] = (),
     prefix: Prefix | None = None,
+    in_order: bool = False,
     block: int | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Softmax attention with grouped key/value heads; head ``i`` reads ``i // (heads/kv_heads)``.
@@ -83,14 +86,31 @@ def attention(
         q_segments: Segment of each query; 0 is padding.
         k_segments: Segment of each key; 0 is padding or an empty slot of a cache.
         window: How many positions back a query sees, itself included; 0 or None for all.
+        windows: All values that `window` may take, where they are known.
         prefix: What stands in front of the keys; positions of queries and keys begin behind it.
+        in_order: Whether queries and keys are the same tokens, whose positions count up slot by
+            slot in every segment. A kernel may be used then: see `_kernel_serves`.
         block: How many queries, and keys, make a tile; None for what suits the backend.
 
     Returns:
         Values averaged with softmax weights (computed in float32), in the dtype of `q`; zero for
         queries that see nothing.
     """
-    ahead = 0
+    fit, ahead = choices(), 0
+    if fit.splash and in_order and prefix is None and _kernel_serves(q, window, windows):
+        from jaxpeft.models.splash import splash_attention  # Pallas takes time to import
+
+        k, v = (keep_heads(x, q.shape[2]) for x in (k, v))
+        return splash_attention(
+            q,
+            k,
+            v,
+            q_segments,
+            window=window,
+            windows=windows or (0,),
+            block=block or fit.tile,
+            interpret=platform() != "tpu",
+        )
     if prefix is not None:
         ahead, batch = prefix.length, q.shape[0]
         k, v = _in_front(prefix.k, k), _in_front(prefix.v, v)
@@ -101,7 +121,6 @@ def attention(
         k_positions = jnp.concatenate([positions, k_positions], axis=1)
     k, v = (keep_heads(x, q.shape[2]) for x in (k, v))
     places = Places(q_positions, k_positions, q_segments, k_segments, window)
-    fit = choices()
     block = block or fit.tile
     behind = ahead if k.shape[1] == q.shape[1] + ahead else None  # no cache
     if q.shape[1] > min(block, fit.dense):
@@ -117,6 +136,20 @@ def positions_of(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"
     place = jnp.arange(segment_ids.shape[1])
     before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
     return place - jax.lax.cummax(jnp.where(segment_ids != before, place, 0), axis=1)
+
+
+def _kernel_serves(q: Any, window: Any, windows: tuple[int, ...]) -> bool:
+    """Whether the kernel can do what it is asked for.
+
+    It goes by slots and has static windows, takes two dtypes, and XLA cannot partition it: where
+    arrays may live on several devices a layout must say how. Short rows are quicker without it.
+    """
+    return (
+        q.shape[1] > choices().dense
+        and (window is None or bool(windows))
+        and q.dtype in (jnp.float32, jnp.bfloat16)
+        and knows_devices()
+    )
 
 
 def _in_front(

@@ -264,7 +264,7 @@ def _range(x: Int[Array, "n batch rows"], real: Bool[Array, "n batch rows"]) -> 
 
 
 def _cut(block: int, behind: int | None, q: Any, k: Any, places: Places) -> _Cut:
-    q_block, k_block = _even(q.shape[1], block), _even(k.shape[1], block)
+    q_block, k_block = even_block(q.shape[1], block), even_block(k.shape[1], block)
     return _Cut(
         q_block,
         k_block,
@@ -281,9 +281,9 @@ def _cut(block: int, behind: int | None, q: Any, k: Any, places: Places) -> _Cut
     )
 
 
-def _even(length: int, block: int) -> int:
-    """A multiple of 8, no more than `block` if that is one, that wastes little padding."""
-    return -(-length // (-(-length // block) * 8)) * 8
+def even_block(length: int, block: int, unit: int = 8) -> int:
+    """A multiple of `unit`, no more than `block` if that is one, that wastes little padding."""
+    return -(-length // (-(-length // block) * unit)) * unit
 
 
 def _blocks(x: Any, block: int) -> Array:

@@ -156,6 +156,7 @@ class Shared:
     q_segments: Any
     k_segments: Any
     used: Any
+    in_order: bool = flax.struct.field(pytree_node=False)
 
 
 class Attention(nn.Module):
@@ -200,7 +201,9 @@ class Attention(nn.Module):
             q_segments=shared.q_segments,
             k_segments=shared.k_segments,
             window=layer["window"],
+            windows=c.windows,
             prefix=layer["prefix"],
+            in_order=shared.in_order,
         )
         out = out.reshape(batch, seq, c.num_heads * c.head_dim)
         return Linear(c.d_model, c.out_bias, c.initializer_range, name="o_proj")(out), stored
@@ -257,6 +260,7 @@ class Transformer(nn.Module):
         *,
         segment_ids: Int[Array, "batch seq"] | None = None,
         positions: Int[Array, "batch seq"] | None = None,
+        in_order: bool = False,
         cache: Cache | None = None,
         return_hidden: bool = False,
     ) -> Any:
@@ -268,6 +272,8 @@ class Transformer(nn.Module):
             positions: Position within the segment. Default: 0, 1, 2, ..., going on where the
                 cache ends; padded prompts in a cache need their own. A prefix is not counted, and
                 without a cache every segment then begins at 0.
+            in_order: Whether given positions count up slot by slot in every segment, as those of
+                packed batches do and as they do by default: attention may use a kernel then.
             cache: Keys and values so far; the tokens are appended to it.
             return_hidden: Return the final hidden states ``(batch, seq, d_model)`` instead.
 
@@ -278,7 +284,7 @@ class Transformer(nn.Module):
         c = self.config
         if segment_ids is None:
             segment_ids = jnp.ones(input_ids.shape, jnp.int32)
-        prefix = self._prefix()
+        prefix, in_order = self._prefix(), cache is None and (in_order or positions is None)
         if positions is None and prefix is not None and cache is None:
             positions = positions_of(segment_ids)  # distances to the prefix count
         if positions is None:
@@ -291,7 +297,7 @@ class Transformer(nn.Module):
         x = look_up(input_ids, table).astype(self.compute_dtype)
         if cache is not None:
             cache = append(cache, -1, positions=positions, segment_ids=segment_ids)
-        x, stored = self._run_layers(x, positions, segment_ids, cache, prefix)
+        x, stored = self._run_layers(x, positions, segment_ids, cache, prefix, in_order)
         x = RMSNorm(c.rms_eps, name="norm")(x)
         if not return_hidden or self.is_initializing():
             logits = head_logits(self._head(table), x)
@@ -302,14 +308,20 @@ class Transformer(nn.Module):
         return x, dataclasses.replace(cache, used=cache.used + input_ids.shape[1])
 
     def _run_layers(
-        self, x: Any, positions: Any, segment_ids: Any, cache: Cache | None, prefix: Prefix | None
+        self,
+        x: Any,
+        positions: Any,
+        segment_ids: Any,
+        cache: Cache | None,
+        prefix: Prefix | None,
+        in_order: bool,
     ) -> Any:
         c = self.config
         cos, sin = rope.angles(c, positions)
         k_positions, k_segments, used = positions, segment_ids, None
         if cache is not None:
             k_positions, k_segments, used = cache.positions, cache.segment_ids, cache.used
-        shared = Shared(cos, sin, positions, k_positions, segment_ids, k_segments, used)
+        shared = Shared(cos, sin, positions, k_positions, segment_ids, k_segments, used, in_order)
         layer = {
             "window": jnp.asarray(c.windows, jnp.int32) if any(c.windows) else None,
             "cache": None if cache is None else (cache.k, cache.v),
