@@ -29,7 +29,8 @@ class Model:
         config: Sizes and variants.
         module: The Linen module; ``module.apply(jaxpeft.bind(params, adapter), ids)``.
         tokenizer: The transformers tokenizer, with its chat template.
-        fingerprint: Hex SHA-256 over the source tensors: which weights these are.
+        fingerprint: Which weights these are: a hash of the source tensors, see
+            `jaxpeft.models.fingerprint`.
         name: Where the model came from: a folder, a file or a hub id.
         revision: Branch, tag or commit of a hub id; "" for none.
     """

@@ -26,6 +26,7 @@ from jaxpeft.folders import real_path, require_replaceable, write_folder
 from jaxpeft.methods import KINDS, Adapter, check_fit
 from jaxpeft.methods.base import Label, Method
 from jaxpeft.methods.exchange import COMMON, CONFIG, PeftFormat, Tensors, Values, require_supported
+from jaxpeft.models.fingerprint import comparable
 from jaxpeft.models.hf import read_header, read_json
 from jaxpeft.models.locate import locate_adapter
 from jaxpeft.models.shapes import load_shapes
@@ -322,17 +323,30 @@ def _check_side_file(folder: pathlib.Path, base: Any, allow_other_base: bool) ->
                     f"{SIDE}); if that was on purpose, remove {SIDE}, which also ends the check "
                     "of the base."
                 )
-    theirs = known.get("fingerprint")
-    if theirs and base.fingerprint and theirs != base.fingerprint and not allow_other_base:
-        raise UserError(
-            f"{folder}: trained on {known.get('name')!r} (fingerprint {str(theirs)[:12]}), this "
-            f"base is {base.name!r} (fingerprint {base.fingerprint[:12]}); load that base, or pass "
-            "allow_other_base=True."
+    _check_base(folder, known, base, allow_other_base)
+
+
+def _check_base(folder: pathlib.Path, known: Mapping, base: Any, allow_other_base: bool) -> None:
+    theirs = str(known.get("fingerprint") or "")
+    if not base.fingerprint:
+        return
+    if theirs and theirs != base.fingerprint and not allow_other_base:
+        if comparable(theirs, base.fingerprint):
+            raise UserError(
+                f"{folder}: trained on {known.get('name')!r} (fingerprint {theirs[:12]}), this "
+                f"base is {base.name!r} (fingerprint {base.fingerprint[:12]}); load that base, or "
+                "pass allow_other_base=True."
+            )
+        warnings.warn(
+            f"{folder}: saved by a version of jaxpeft with another fingerprint of weights: whether "
+            f"{base.name!r} is the base it was trained on cannot be checked. Save the adapter "
+            "again to have it checked, or pass allow_other_base=True.",
+            stacklevel=4,
         )
     before, now = known.get("quantization", ""), scheme_of(base.params)
-    if base.fingerprint and "quantization" in known and before != now:
+    if "quantization" in known and before != now:
         warnings.warn(
             f"{folder}: trained on a base in {before or 'full precision'}, this one is in "
             f"{now or 'full precision'}: answers differ by what rounding the base changes.",
-            stacklevel=3,
+            stacklevel=4,
         )

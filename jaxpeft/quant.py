@@ -149,9 +149,8 @@ def _signed(codes: Any) -> Any:
     return codes.astype(jnp.float32) - 8.0
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "double"))
 def quantize_kernel(
-    kernel: Float[Array, "*stack d_in d_out"], kind: str = "nf4", double: bool = False
+    kernel: Float[Array | np.ndarray, "*stack d_in d_out"], kind: str = "nf4", double: bool = False
 ) -> QuantTensor:
     """One kernel, or a stack of them, in codes and scales.
 
@@ -167,6 +166,15 @@ def quantize_kernel(
         >>> quantize_kernel(jnp.array([[2.0], [0.3], [-2.0]])).dequantise()[:, 0]
         Array([ 2.       ,  0.3218604, -2.       ], dtype=float32)
     """
+    coded = _quantize_blocks(kernel, kind)
+    # Compiled apart: the scales of a kernel that several processes read are quantised later.
+    return coded.replace(**quantize_scales(coded.scale)) if double else coded
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _quantize_blocks(
+    kernel: Float[Array | np.ndarray, "*stack d_in d_out"], kind: str
+) -> QuantTensor:
     *stack, d_in, d_out = kernel.shape
     count = -(-d_in // BLOCK)
     pad = [(0, 0)] * len(stack) + [(0, count * BLOCK - d_in), (0, 0)]
@@ -183,13 +191,17 @@ def quantize_kernel(
             wide = (jnp.clip(jnp.round(relative), -7, 7) + 8).astype(jnp.uint8)
         low, high = jnp.split(wide, 2, axis=-2)
         codes = low | (high << 4)
-    scales = _quantize_scales(scale) if double else {"scale": scale}
     name = jnp.dtype(kernel.dtype).name
-    return QuantTensor(codes, **scales, kind=kind, d_in=d_in, dtype_name=name)
+    return QuantTensor(codes, scale, kind=kind, d_in=d_in, dtype_name=name)
 
 
-def _quantize_scales(scale: Float[Array, "*stack blocks d_out"]) -> dict[str, Any]:
-    """Scales less their mean as int8, a float32 for every 256 of them (equation 6)."""
+@jax.jit
+def quantize_scales(scale: Float[Array, "*stack blocks d_out"]) -> dict[str, Any]:
+    """Scales less their mean as int8, a float32 for every 256 of them (equation 6).
+
+    Returns:
+        The fields of a `QuantTensor`: `scale`, `group_scale` and `offset`.
+    """
     *stack, blocks, d_out = scale.shape
     offset = scale.mean(axis=(-2, -1))
     groups = -(-d_out // SCALE_GROUP)

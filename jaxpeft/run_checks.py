@@ -14,6 +14,7 @@ from jaxpeft.config import RunConfig
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.methods import Adapter, Context
 from jaxpeft.models.config import ModelConfig
+from jaxpeft.models.fingerprint import comparable
 from jaxpeft.models.names import param_shapes
 from jaxpeft.optim_lora import check_factors
 from jaxpeft.run_folder import export_path
@@ -121,8 +122,16 @@ def check_batches(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
 
 def check_unchanged(what: str, saved: str, now: str, output: pathlib.Path) -> None:
     """Raises a UserError unless a run goes on with what it began with."""
-    if saved != now:
+    if saved == now:
+        return
+    anew = "start anew with --overwrite or another output_dir."
+    if not comparable(saved, now):
         raise UserError(
-            f"{output}: the {what} are not those this run began with ({saved[:12]}, now "
-            f"{now[:12]}); put them back, or start anew with --overwrite or another output_dir."
+            f"{output}: this run began with a version of jaxpeft whose fingerprints of the {what} "
+            f"cannot be compared with today's ({saved[:12]}, now {now[:12]}); go on with that "
+            f"version, or {anew}"
         )
+    raise UserError(
+        f"{output}: the {what} are not those this run began with ({saved[:12]}, now {now[:12]}); "
+        f"put them back, or {anew}"
+    )

@@ -14,8 +14,9 @@ from jaxpeft.models.config import RopeScaling
 from jaxpeft.models.gguf import open_gguf, read_gguf_config
 from jaxpeft.models.gguf_file import read_gguf
 from jaxpeft.models.hf_config import config_from_hf
-from jaxpeft.models.load import load_tokenizer, read_params
+from jaxpeft.models.load import load_tokenizer
 from jaxpeft.models.source import TensorInfo, decode
+from jaxpeft.models.weights import read_params
 from jaxpeft.paths import flatten
 
 Type = gguf.GGMLQuantizationType

@@ -1,5 +1,6 @@
 """Loading holds the parameters, one stacked tensor and little more, and takes each byte once."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from safetensors.numpy import save_file
+from shared_loading import run_pair
 from tiny_models import BF16, hf_tensors, write_hf
 
 from jaxpeft.models.load import load_params
@@ -33,9 +35,14 @@ SLACK = 64 * MB
 WATCH = """
 import json, sys, threading, time
 import jax
-from jaxpeft.models import load
+from jaxpeft.models import load, reading
 from jaxpeft.paths import flatten
-path, dtype, keep, quantization = sys.argv[1:]
+path, dtype, keep, quantization, *peers = sys.argv[1:]
+mesh = None
+if peers:
+    jax.distributed.initialize(f"127.0.0.1:{peers[0]}", num_processes=2, process_id=int(peers[1]))
+    from jaxpeft.sharding import make_mesh
+    mesh = make_mesh(data=1, fsdp=-1)
 peak, done, kept = 0, False, []
 def anonymous():
     text = open("/proc/self/status").read()
@@ -45,23 +52,25 @@ def watch():
     while not done:
         peak = max(peak, anonymous())
         time.sleep(0.002)
-def read_and_keep(*arguments, read=load.read_hashed):
-    found = read(*arguments)
-    kept.append(found[0])
-    return found
+def read_and_keep(view, *place, read=reading.read_into):
+    read(view, *place)
+    kept.append(view)
 if keep == "keep":
-    load.read_hashed = read_and_keep
+    reading.read_into = read_and_keep
 jax.block_until_ready(jax.device_put(0.0))
 before = anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
 try:
-    params, *_ = load.load_params(path, dtype=dtype, quantization=quantization or None)
-    sizes = [leaf.nbytes for leaf in flatten(params).values()]
+    params, *_ = load.load_params(path, dtype=dtype, quantization=quantization or None, mesh=mesh)
+    held = [
+        sum(shard.data.nbytes for x in jax.tree.leaves(node) for shard in x.addressable_shards)
+        for node in flatten(params).values()
+    ]
 finally:
     done = True
     thread.join()
-print(json.dumps({"peak": peak - before, "loaded": sum(sizes), "largest": max(sizes)}))
+print(json.dumps({"peak": peak - before, "loaded": sum(held), "largest": max(held)}))
 """
 
 measured_on_linux = pytest.mark.skipif(
@@ -146,6 +155,15 @@ def test_kernels_are_quantised_while_they_are_read(wide, quantization, most):
     assert found["loaded"] < 4.01 * table + most * kernels
 
 
+@measured_on_linux
+def test_each_of_two_processes_holds_its_share_and_what_moving_a_parameter_needs(wide):
+    for out in run_pair("-c", WATCH, str(wide), "float32", "", ""):
+        found = json.loads(out.splitlines()[-1])
+        assert 270 * MB < found["loaded"] < 274 * MB
+        # The rows of a parameter, where they go, and the layer that is on its way.
+        assert found["peak"] < found["loaded"] + 3 * found["largest"] + SLACK
+
+
 def test_every_byte_of_a_tensor_is_read_once(tmp_path, monkeypatch):
     tensors = hf_tensors("llama")
     write_hf(tmp_path, "llama", tensors, shards=2)
@@ -162,22 +180,24 @@ def test_every_byte_of_a_tensor_is_read_once(tmp_path, monkeypatch):
     assert sum(taken) == sum(value.nbytes for value in tensors.values())
 
 
-def test_the_fingerprint_is_this_hash_of_hashes(tmp_path, monkeypatch):
+def test_the_fingerprint_is_this_hash_of_hashes(tmp_path):
     import hashlib
 
     def sha(data: bytes) -> str:
         return hashlib.sha256(data).hexdigest()
 
-    monkeypatch.setattr("jaxpeft.models.fingerprint.CHUNK_BYTES", 1000)
     tensors = hf_tensors("llama")
+    tensors["model.embed_tokens.weight"] = np.ones((600, 16), np.float32)
+    tensors["lm_head.weight"] = np.arange(600 * 16, dtype=np.float32).reshape(600, 16)
     lines = []
     for name, value in tensors.items():
-        raw = value.tobytes()
-        chunks = [sha(raw[i : i + 1000]) for i in range(0, len(raw), 1000)]
-        record = [name, "F32", list(value.shape), chunks]
+        edges = [len(value) * part // 256 for part in range(257)] if value.ndim > 1 else [0, None]
+        parts = [value[a:b] for a, b in itertools.pairwise(edges) if a != b]
+        record = [name, "F32", list(value.shape), [sha(part.tobytes()) for part in parts]]
         lines.append(sha(json.dumps(record, separators=(",", ":")).encode()))
-    expected = sha("\n".join(sorted(lines)).encode())
-    assert load_params(write_hf(tmp_path, "llama", tensors))[3] == expected
+    expected = "v2:" + sha("\n".join(sorted(lines)).encode())
+    folder = write_hf(tmp_path, "llama", tensors, vocab_size=600)
+    assert load_params(folder)[3] == expected
 
 
 def test_parameters_on_a_mesh_have_the_same_values(tmp_path):

@@ -1,60 +1,83 @@
 """The identity of base weights: sha256 over what the files hold, before any cast.
 
-A tensor is hashed in chunks of 16 MiB; its hash covers its name, dtype, shape and the digests of
-its chunks; the fingerprint covers the sorted hashes of all tensors. The tree lets processes share
-the work, and the result depends neither on shards nor on the order of reading.
+The rows of a matrix are cut into 256 parts, as even as whole rows allow (some are empty where there
+are fewer rows); a vector is one part. Each part that is not empty is hashed. The hash of a tensor
+covers its name, dtype, shape and the digests of its parts; the fingerprint covers the sorted hashes
+of all tensors. It depends neither on shards nor on the order of reading, and processes that each
+read some parts find it together.
+
+Version 2. The first version, without a prefix, hashed chunks of 16 MiB, which processes that read
+some rows each could not share; the two do not compare.
 """
 
+import dataclasses
 import hashlib
 import json
-import os
+from collections.abc import Mapping
 
-import numpy as np
+PARTS = 256
+VERSION = "v2:"
 
-CHUNK_BYTES = 16 * 2**20
+
+@dataclasses.dataclass
+class _Tensor:
+    """What is known of a tensor: digests by the number of the part, written as text for JSON."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Fingerprint:
-    """Collects tensors and gives their common hash."""
+    """Collects digests of parts and gives their common hash."""
 
     def __init__(self):
-        self._tensors: dict[str, str] = {}
+        self._tensors: dict[str, _Tensor] = {}
 
-    def add(self, name: str, dtype: str, shape: tuple[int, ...], chunks: list[str]) -> None:
-        """Adds one tensor by the hex digests of its chunks."""
-        text = json.dumps([name, dtype, list(shape), chunks], separators=(",", ":"))
-        self._tensors[name] = hashlib.sha256(text.encode()).hexdigest()
+    def add(
+        self, name: str, dtype: str, shape: tuple[int, ...], digests: Mapping[int, str]
+    ) -> None:
+        """Adds parts of one tensor: hex digests by the number of the part."""
+        tensor = self._tensors.setdefault(name, _Tensor(dtype, tuple(shape)))
+        tensor.digests.update({str(part): digest for part, digest in digests.items()})
+
+    def export(self) -> bytes:
+        """What was added so far, for `merge` in another process."""
+        tensors = {name: dataclasses.astuple(tensor) for name, tensor in self._tensors.items()}
+        return json.dumps(tensors, separators=(",", ":")).encode()
+
+    def merge(self, exported: bytes) -> list[str]:
+        """Adds what another process has found.
+
+        Returns:
+            The names of tensors of which both have read a part, and found other bytes.
+        """
+        other = []
+        for name, (dtype, shape, digests) in json.loads(exported).items():
+            known = self._tensors.setdefault(name, _Tensor(dtype, tuple(shape))).digests
+            if any(known.setdefault(part, digest) != digest for part, digest in digests.items()):
+                other.append(name)
+        return other
 
     def hexdigest(self) -> str:
-        """The fingerprint of all tensors added so far."""
-        lines = "\n".join(sorted(self._tensors.values()))
-        return hashlib.sha256(lines.encode()).hexdigest()
+        """The fingerprint of all tensors added so far, of each of which all parts are known."""
+        hashes = []
+        for name, tensor in self._tensors.items():
+            edges = [part_rows(tensor.shape, part) for part in range(PARTS + 1)]
+            parts = [str(part) for part in range(PARTS) if edges[part] < edges[part + 1]]
+            digests = [tensor.digests[part] for part in parts]
+            record = [name, tensor.dtype, list(tensor.shape), digests]
+            text = json.dumps(record, separators=(",", ":"))
+            hashes.append(hashlib.sha256(text.encode()).hexdigest())
+        return VERSION + hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
 
 
-def read_hashed(fd: int, offset: int, nbytes: int) -> tuple[np.ndarray, list[str]]:
-    """Reads bytes of an open file once, hashing every chunk on the way.
+def part_rows(shape: tuple[int, ...], part: int) -> int:
+    """The first row of a part of a tensor; part `PARTS` begins behind the last row."""
+    rows = shape[0]
+    return rows * part // PARTS if len(shape) > 1 else rows * min(part, 1)
 
-    Args:
-        fd: File descriptor; its position is neither used nor moved.
-        offset: Where to start in the file.
-        nbytes: How much to read.
 
-    Returns:
-        The bytes as uint8, and the hex digest of every chunk.
-
-    Raises:
-        EOFError: The file ends too early.
-    """
-    buffer = np.empty(nbytes, np.uint8)
-    view = buffer.data
-    digests = []
-    for start in range(0, nbytes, CHUNK_BYTES):
-        chunk = view[start : start + CHUNK_BYTES]
-        done = 0
-        while done < len(chunk):
-            count = os.preadv(fd, [chunk[done:]], offset + start + done)
-            if count == 0:
-                raise EOFError(f"file ends {nbytes - start - done} bytes early")
-            done += count
-        digests.append(hashlib.sha256(chunk).hexdigest())
-    return buffer, digests
+def comparable(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same version, so that other ones mean other weights."""
+    return one.startswith(VERSION) == other.startswith(VERSION)

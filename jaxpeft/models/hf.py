@@ -2,7 +2,7 @@
 
 The safetensors header is parsed here (8 bytes of length, then JSON), so that every fault is told
 with the name of its file: a page of HTML, a git-LFS pointer, a file cut short. Only headers are
-read; the bytes of tensors stay on disk until `jaxpeft.models.load` asks for them.
+read; the bytes of tensors stay on disk until `jaxpeft.models.reading` asks for them.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 A safetensors folder and a GGUF file both reduce to a `Source`: a dict from tensor name to file,
 offset, dtype and shape. Everything after that (strict checks, stacking, casting, hashing) is
-written once, in `jaxpeft.models.load`.
+written once, in `jaxpeft.models.weights` and `jaxpeft.models.reading`.
 """
 
 import dataclasses

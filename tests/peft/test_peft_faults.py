@@ -1,5 +1,7 @@
 """PEFT folders that are damaged, or say what cannot be honoured: one line, exit code 2."""
 
+import json
+
 import numpy as np
 import pytest
 from lora_goldens import (
@@ -25,7 +27,7 @@ def saved(tmp_path, name="qv"):
 
 def test_another_base_is_an_error_that_names_both(tmp_path):
     folder, base = saved(tmp_path)
-    other = base.replace(fingerprint="f" * 64, name="other/model")
+    other = base.replace(fingerprint="v2:" + "f" * 64, name="other/model")
     with pytest.raises(UserError) as error:
         load_adapter(folder, other)
     assert_one_line(
@@ -33,6 +35,17 @@ def test_another_base_is_an_error_that_names_both(tmp_path):
     )
     adapter = load_adapter(folder, other, allow_other_base=True)
     assert_same_adapter(adapter, load_adapter(folder, base))
+
+
+def test_a_fingerprint_of_the_first_version_is_not_taken_for_another_base(tmp_path):
+    folder, base = saved(tmp_path)
+    expected = load_adapter(folder, base)
+    side = json.loads((folder / "jaxpeft.json").read_text())
+    side["base"]["fingerprint"] = "f" * 64
+    (folder / "jaxpeft.json").write_text(json.dumps(side))
+    with pytest.warns(UserWarning, match=r"'llama3' is the base it was .* cannot be checked"):
+        assert_same_adapter(load_adapter(folder, base), expected)
+    assert_same_adapter(load_adapter(folder, base, allow_other_base=True), expected)
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])

@@ -23,6 +23,7 @@ from jaxpeft import train as program
 from jaxpeft.errors import UserError
 from jaxpeft.evaluate import evaluate_loss
 from jaxpeft.models.load import load_model
+from jaxpeft.run_checks import check_unchanged
 
 
 def test_loss_falls_and_the_metrics_have_their_fields(finished):
@@ -141,6 +142,15 @@ def test_a_finished_run_is_not_called_finished_with_other_data(finished, tmp_pat
             program.main([finished])
     finally:
         path.write_bytes(before)
+
+
+def test_base_weights_with_a_fingerprint_of_the_first_version_are_not_called_others(tmp_path):
+    saved, now = "0" * 64, "v2:" + "0" * 64
+    with pytest.raises(UserError, match="fingerprints of the base weights cannot be compared"):
+        check_unchanged("base weights", saved, now, tmp_path)
+    with pytest.raises(UserError, match="base weights are not those this run began with"):
+        check_unchanged("base weights", now[:-1] + "1", now, tmp_path)
+    check_unchanged("base weights", now, now, tmp_path)
 
 
 def test_printed_config_reads_back_as_the_same_config(finished, capsys, tmp_path):
