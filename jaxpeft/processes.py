@@ -1,0 +1,77 @@
+"""What the processes of one run have together: one that writes, answers, and whole arrays.
+
+Every function here is called by all processes of a run in the same order, and costs nothing in a
+run of one process. `jaxpeft.hosts` lets them meet.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxpeft.errors import UserError, of_exit_code
+
+T = TypeVar("T")
+
+_ANSWER_BYTES = 1 << 14
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return jax.process_index() == 0
+
+
+def from_first(find: Callable[[], T]) -> T:
+    """Calls `find` in the first process only and gives its answer, or its failure, to all.
+
+    Args:
+        find: Its answer must be short and JSON.
+
+    Returns:
+        The answer of the first process.
+
+    Raises:
+        UserError: What `find` raised there.
+    """
+    if jax.process_count() == 1:
+        return find()
+    from jax.experimental import multihost_utils
+
+    told: dict[str, Any] = {}
+    if is_first():
+        try:
+            told = {"answer": find()}
+        except UserError as error:
+            told = {"error": str(error)[: _ANSWER_BYTES // 8], "code": error.exit_code}
+    text = json.dumps(told).encode().ljust(_ANSWER_BYTES)
+    buffer = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
+    told = json.loads(np.asarray(buffer).tobytes())
+    if "error" in told:
+        raise of_exit_code(told["code"])(told["error"])
+    return told["answer"]
+
+
+def require_same(what: str, mine: str) -> None:
+    """Raises a UserError, in all processes, unless `mine` is the same in all of them."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    equal = from_first(lambda: mine) == mine
+    wrong = np.flatnonzero(~multihost_utils.process_allgather(np.array(equal)))
+    if wrong.size:
+        raise UserError(
+            f"the {what} of process {wrong[0]} are not those of process 0; give all processes the "
+            "same files and config."
+        )
+
+
+def to_host(array: Any) -> np.ndarray:
+    """All values of an array of which this process may hold only a part."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
