@@ -142,14 +142,9 @@ class Run:
         """Sequences of a training batch."""
         return self.config.train.batch_size
 
-    def put(self, batch: dict, batch_size: int | None = None) -> dict:
-        """A batch on the mesh, rows split over data and fsdp.
-
-        Args:
-            batch: The rows that `jaxpeft.sharding.process_rows` names.
-            batch_size: Rows of all processes; those of training by default.
-        """
-        return sharding.put_batch(batch, self.mesh, batch_size or self.batch_size)
+    def put(self, batch: dict) -> dict:
+        """A training batch on the mesh, rows split over data and fsdp."""
+        return sharding.put_batch(batch, self.mesh, self.batch_size)
 
     def model(self) -> Model:
         """The base, with such leaves of it as are trained as they stand."""
@@ -215,7 +210,7 @@ class Run:
             pad_id=model.config.pad_token_id,
             rows=sharding.process_rows(self.mesh, section.batch_size),
         )
-        put = functools.partial(self.put, batch_size=section.batch_size)
+        put = functools.partial(sharding.put_batch, mesh=self.mesh, batch_size=section.batch_size)
         with traced_on(self.layout):
             metrics, samples = evaluate_loss(model, batches, adapter, put=put), []
             if section.exact_match:
