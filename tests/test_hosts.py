@@ -207,7 +207,10 @@ VARIANTS = {
     "full": {"method": {"name": "full"}, "mesh": {"data": 1, "fsdp": 4}},
     "pissa": {"method": {"name": "lora", "targets": TARGETS, "rank": 4, "init_weights": "pissa"}},
     "eva": {"method": {"name": "lora", "targets": TARGETS, "rank": 4, "init_weights": "eva"}},
-    "dora": {"method": {"name": "dora", "targets": TARGETS}, "mesh": {"data": 1, "tensor": 4}},
+    "dora": {
+        "method": {"name": "lora", "targets": TARGETS, "rank": 4, "dora": True},
+        "mesh": {"data": 1, "tensor": 4},
+    },
     "prefix": {"method": {"name": "prefix_tuning", "num_tokens": 3}},
     "prompt": {"method": {"name": "prompt_tuning", "num_tokens": 3}},
 }
