@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.errors import UserError, of_exit_code
@@ -68,10 +69,20 @@ def require_same(what: str, mine: str) -> None:
         )
 
 
-def to_host(array: Any) -> np.ndarray:
-    """All values of an array of which this process may hold only a part."""
-    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
+def whole(array: Any) -> Any:
+    """An array with all its values on this process's devices.
+
+    Arrays that are there already, as all are in a run of one process, stay as they are.
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return array
+    if array.is_fully_replicated:
+        return array.addressable_data(0)
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return jnp.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def to_host(array: Any) -> np.ndarray:
+    """All values of an array of which this process may hold only a part."""
+    return np.asarray(whole(array))

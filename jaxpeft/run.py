@@ -260,12 +260,11 @@ class Run:
         if self.config.checkpoint.best and (best := checkpoints.best()) is not None:
             self.restore(checkpoints, best)
         place, model = export_path(self.config), self.model()
-        adapter = jax.tree.map(processes.to_host, self.state.adapter)
         if place.name == "model":
             dtype = self.config.model.dtype
-            save_model(str(place), model, adapter=adapter, dtype=dtype, overwrite=True)
+            save_model(str(place), model, adapter=self.state.adapter, dtype=dtype, overwrite=True)
         else:
-            save_adapter(str(place), adapter, model)
+            save_adapter(str(place), jax.tree.map(processes.whole, self.state.adapter), model)
         return place
 
     def describe(self) -> tuple[list[tuple[str, str]], list[Any]]:

@@ -211,6 +211,7 @@ VARIANTS = {
         "method": {"name": "lora", "targets": TARGETS, "rank": 4, "dora": True},
         "mesh": {"data": 1, "tensor": 4},
     },
+    "vera": {"method": {"name": "vera", "targets": TARGETS, "rank": 4}},
     "prefix": {"method": {"name": "prefix_tuning", "num_tokens": 3}},
     "prompt": {"method": {"name": "prompt_tuning", "num_tokens": 3}},
 }

@@ -1,4 +1,4 @@
-"""A run that goes on with fewer devices and on other meshes: from the same bits, over the same rows."""
+"""A run goes on with fewer devices, on other meshes: from the same bits, over the same rows."""
 
 import functools
 
