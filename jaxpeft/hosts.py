@@ -140,9 +140,10 @@ def joined(hosts: Hosts | None) -> Iterator[None]:
     os.write(tell, bytes([code]))
     if code:
         _silence()  # if the others go on, JAX ends this process with a trace
-    jax.distributed.shutdown()
-    if code:
+        with contextlib.suppress(RuntimeError):
+            jax.distributed.shutdown()
         raise SystemExit(code)
+    jax.distributed.shutdown()
 
 
 class StopTogether(StopRequest):

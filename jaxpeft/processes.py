@@ -4,6 +4,7 @@ Every function here is called by all processes of a run in the same order, and c
 run of one process. `jaxpeft.hosts` lets them meet.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -60,7 +61,8 @@ def require_same(what: str, mine: str) -> None:
         return
     from jax.experimental import multihost_utils
 
-    equal = from_first(lambda: mine) == mine
+    digest = hashlib.sha256(mine.encode()).hexdigest()
+    equal = from_first(lambda: digest) == digest
     wrong = np.flatnonzero(~multihost_utils.process_allgather(np.array(equal)))
     if wrong.size:
         raise UserError(

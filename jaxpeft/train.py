@@ -98,7 +98,7 @@ def train(
     if overwrite or not (output / CHECKPOINTS).is_dir():  # a run that goes on needs it no more
         check_init_from(config.method)
     rows = read_data(config, model, tokenizer)
-    require_same("config and training data", run_config.config_hash(config) + rows.plan.hash)
+    require_same("config and training data", run_config.to_yaml(config) + rows.plan.hash)
     from_first(lambda: make_folder(output))
     with contextlib.ExitStack() as stack:
         lock = RunLock(output)
