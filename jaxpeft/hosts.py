@@ -85,12 +85,12 @@ def find_hosts(args: argparse.Namespace) -> Hosts | None:
         UserError: A setting is missing or wrong.
     """
     given = {name: _given(args, name) for name in _VARIABLES}
-    times = {name: _whole(args, name, 1) for name in ("timeout", "heartbeat")}
+    timeout, heartbeat = (_whole(args, name, 1) for name in ("timeout", "heartbeat"))
     missing = [name for name, value in given.items() if value is None]
     if missing:
         cluster, count = _detect_cluster()
         if count > 1:
-            return Hosts(**times, cluster=cluster)
+            return Hosts(timeout, heartbeat, cluster=cluster)
         if len(missing) == len(given):
             return None
         names = ", ".join(f"--distributed.{name} ({_VARIABLES[name]})" for name in missing)
@@ -107,7 +107,7 @@ def find_hosts(args: argparse.Namespace) -> Hosts | None:
             f"--distributed.process_id: processes of {count} are numbered from 0 to {count - 1}, "
             f"got {index}."
         )
-    return Hosts(**times, coordinator=given["coordinator"], num_processes=count, process_id=index)
+    return Hosts(timeout, heartbeat, given["coordinator"], count, index)
 
 
 @contextlib.contextmanager
