@@ -29,11 +29,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxpeft import checkpoint_errors, checkpoint_leaves
 from jaxpeft.checkpoint_folder import CheckpointFolder
 from jaxpeft.errors import CheckpointError, UserError
+from jaxpeft.processes import from_first
 
 
 def _print_warning(text: str) -> None:
@@ -141,13 +141,13 @@ class Checkpoints:
             CheckpointError: Steps exist and all of them are damaged; nothing is moved then.
         """
         self.wait()
-        found = _on_first_process(self._folder.newest_whole)
+        found = from_first(self._folder.newest_whole)
         self._forget()  # what was set aside may be saved again
         return found
 
     def best(self) -> int | None:
         """The step saved with the lowest metric, the newest of equals; None if none has one."""
-        return self._folder.best()
+        return from_first(self._folder.best)
 
     def restore(self, step: int, like: Any) -> Any:
         """Loads a step into the structure, shapes, dtypes and shardings of `like`.
@@ -285,23 +285,3 @@ def _environment() -> dict[str, Any]:
         "num_processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
-
-
-def _on_first_process(find: Callable[[], int | None]) -> int | None:
-    """Calls `find` on the first process only and gives its answer, or its failure, to all."""
-    if jax.process_count() == 1:
-        return find()
-    from jax.experimental import multihost_utils
-
-    found: int | None = None
-    failure: UserError | None = None
-    if jax.process_index() == 0:
-        try:
-            found = find()
-        except UserError as error:
-            failure = error
-    code = -2 if failure else -1 if found is None else found
-    code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
-    if code == -2:
-        raise failure or CheckpointError("no usable checkpoint; the first process says why")
-    return None if code == -1 else code

@@ -1,7 +1,8 @@
 """What all ``python -m jaxpeft.VERB`` share: arguments, exit codes, and memory in huge pages.
 
 Exit codes: 0 done, 2 bad config or input, 3 diverged, 4 no usable checkpoint, 5 out of disk or
-memory, 6 interrupted but saved, 70 a bug, 130 interrupted, 141 the reader of a pipe went away.
+memory, 6 interrupted but saved, 7 another process of the run is lost, 70 a bug, 130 interrupted,
+141 the reader of a pipe went away.
 """
 
 import argparse
@@ -174,13 +175,13 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             code = stop.code
         sys.stdout.flush()
     except Exception as error:
-        code = _report(error)
+        code = report(error)
     except KeyboardInterrupt:
         code = _say("interrupted", 130)
     sys.exit(code)
 
 
-def _report(error: Exception) -> int:
+def report(error: Exception) -> int:
     """Prints what an exception means to the user; the exit code."""
     if isinstance(error, UserError):
         return _say(str(error), error.exit_code)

@@ -25,6 +25,7 @@ from jaxpeft.model import Model
 from jaxpeft.models.cache import by_layer, init_cache
 from jaxpeft.models.transformer import head_logits, head_weight
 from jaxpeft.models.unstack import unstack, views
+from jaxpeft.processes import to_host
 from jaxpeft.prompting import virtual_ids
 from jaxpeft.sampling import Sampling, draw
 
@@ -212,7 +213,7 @@ def generate_ids(
                 new_slots=_round_up(max_new_tokens),
                 greedy=sampling.greedy,
             )
-        for place, row in zip(chosen, np.asarray(new), strict=False):
+        for place, row in zip(chosen, to_host(new), strict=False):
             ids = row[:max_new_tokens].tolist()
             ends = [i for i, token in enumerate(ids) if token in stops]
             answers[place] = ids[: ends[0]] if ends else ids

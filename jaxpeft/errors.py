@@ -34,6 +34,12 @@ class InterruptedRunError(UserError):
     exit_code = 6
 
 
+def of_exit_code(code: int) -> type[UserError]:
+    """The class of errors that a command ends with this exit code for."""
+    kinds = (DivergedError, CheckpointError, ResourceError, InterruptedRunError)
+    return next((kind for kind in kinds if kind.exit_code == code), UserError)
+
+
 def first_few(items: list[str], limit: int = 5) -> str:
     """Joins the first `limit` items with commas and counts the rest."""
     rest = f" and {len(items) - limit} more" if len(items) > limit else ""

@@ -31,6 +31,7 @@ from jaxpeft.models.hf import read_header, read_json
 from jaxpeft.models.locate import locate_adapter
 from jaxpeft.models.shapes import load_shapes
 from jaxpeft.models.source import decode
+from jaxpeft.processes import is_first
 from jaxpeft.quant import scheme_of
 
 TENSORS = "adapter_model.safetensors"
@@ -67,7 +68,9 @@ def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Any) -> None:
             "merged model instead."
         )
     check_fit(base.params, adapter)
-    write_folder(folder, _render(peft, adapter, base))
+    files = _render(peft, adapter, base)
+    if is_first():
+        write_folder(folder, files)
 
 
 def load_adapter(

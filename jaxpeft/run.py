@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxpeft import config as run_config
-from jaxpeft import data, paths, report, sharding
+from jaxpeft import data, paths, processes, report, sharding
 from jaxpeft.activations import traced_on
 from jaxpeft.backend import give_back_memory
 from jaxpeft.checkpoint import Checkpoints
@@ -101,7 +102,7 @@ class Run:
         replaced = tuple(paths.flatten(self.base_shapes)) if isinstance(config.method, Full) else ()
         self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
 
-        batches = (self.put(rows.plan.batch(step)) for step in range(rows.steps))
+        batches = (self.put(self.batch(step)) for step in range(rows.steps))
         context = Context(
             base.config,
             base.module,
@@ -132,9 +133,18 @@ class Run:
         """The devices."""
         return self.layout.mesh
 
+    def batch(self, step: int) -> dict:
+        """What this process holds of a training batch, see `put`."""
+        return self.rows.plan.batch(step, sharding.process_rows(self.mesh, self.batch_size))
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of a training batch."""
+        return self.config.train.batch_size
+
     def put(self, batch: dict) -> dict:
-        """A batch on the mesh, rows split over data and fsdp."""
-        return jax.device_put(batch, sharding.batch_sharding(self.mesh))
+        """A training batch on the mesh, rows split over data and fsdp."""
+        return sharding.put_batch(batch, self.mesh, self.batch_size)
 
     def model(self) -> Model:
         """The base, with such leaves of it as are trained as they stand."""
@@ -198,9 +208,11 @@ class Run:
             max_length=self.config.data.max_length,
             packing=self.config.data.packing,
             pad_id=model.config.pad_token_id,
+            rows=sharding.process_rows(self.mesh, section.batch_size),
         )
+        put = functools.partial(sharding.put_batch, mesh=self.mesh, batch_size=section.batch_size)
         with traced_on(self.layout):
-            metrics, samples = evaluate_loss(model, batches, adapter, put=self.put), []
+            metrics, samples = evaluate_loss(model, batches, adapter, put=put), []
             if section.exact_match:
                 metrics["eval_exact_match"], samples = exact_match(
                     model,
@@ -252,7 +264,7 @@ class Run:
             dtype = self.config.model.dtype
             save_model(str(place), model, adapter=self.state.adapter, dtype=dtype, overwrite=True)
         else:
-            save_adapter(str(place), self.state.adapter, model)
+            save_adapter(str(place), jax.tree.map(processes.whole, self.state.adapter), model)
         return place
 
     def describe(self) -> tuple[list[tuple[str, str]], list[Any]]:

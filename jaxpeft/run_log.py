@@ -15,6 +15,7 @@ import numpy as np
 from jaxpeft import report
 from jaxpeft.config_keys import to_plain
 from jaxpeft.metrics_log import MetricsLog
+from jaxpeft.processes import is_first
 from jaxpeft.progress import Progress
 from jaxpeft.run import Run
 from jaxpeft.run_folder import METRICS, SAMPLES
@@ -44,12 +45,11 @@ class RunLog:
         self._rates = np.asarray(jax.jit(jax.vmap(run.schedule))(jnp.arange(run.rows.steps)))
         self._clock = 0.0
         with contextlib.ExitStack() as stack:
-            files = [MetricsLog(run.output / name) for name in (METRICS, SAMPLES)]
-            self._metrics, self._samples = [stack.enter_context(file) for file in files]
-            start = first if first else -1
-            self._metrics.truncate_after(start)
-            evaluated = start in evaluations(run.output)
-            self._samples.truncate_after(start if evaluated else start - 1)
+            self._files = {}
+            if is_first():
+                for name in (METRICS, SAMPLES):
+                    self._files[name] = stack.enter_context(MetricsLog(run.output / name))
+                self._cut_back(first if first else -1)
             track = run.config.track
             self._tracker = make_trackers(
                 track.tensorboard,
@@ -58,9 +58,7 @@ class RunLog:
                 to_plain(run.config),
                 first_step=first,
             )
-            self.progress = stack.enter_context(
-                Progress(run.rows.steps, first, enabled=jax.process_index() == 0)
-            )
+            self.progress = stack.enter_context(Progress(run.rows.steps, first, enabled=is_first()))
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "RunLog":
@@ -71,23 +69,29 @@ class RunLog:
         with self._stack:
             self._tracker.close(code)
 
+    def _cut_back(self, start: int) -> None:
+        """Drops lines of steps that were made after the checkpoint."""
+        self._files[METRICS].truncate_after(start)
+        evaluated = start in evaluations(self.run.output)
+        self._files[SAMPLES].truncate_after(start if evaluated else start - 1)
+
     def start_clock(self) -> None:
         """Counts the time of the next step from here."""
         self._clock = time.perf_counter()
 
-    def step(self, step: int, metrics: dict, batch: dict, waited: float) -> None:
+    def step(self, step: int, metrics: dict, waited: float) -> None:
         """Takes a step's metrics, still being computed, and writes those of the step before.
 
         Args:
             step: Which one.
             metrics: What the step returned.
-            batch: What it learned from.
             waited: Seconds until the batch was there.
         """
         self.flush()
+        tokens, supervised = self.run.rows.plan.counts(step - 1)
         counts = {
-            "tokens": int((batch["segment_ids"] > 0).sum()),
-            "supervised_tokens": int((batch["weights"] > 0).sum()),
+            "tokens": tokens,
+            "supervised_tokens": supervised,
             "data_wait_seconds": waited,
         }
         self._pending = (step, metrics, counts)
@@ -118,6 +122,7 @@ class RunLog:
         if penalty is not None:
             line["penalty"] = penalty
         self._write(step, line)
+        self._tracker.log(step, line)
         if in_a_row:
             lines = self.run.rows.lines_of_step(step)
             self.progress.note(f"step {step}: not finite, update skipped; {lines}")
@@ -138,15 +143,16 @@ class RunLog:
         with self.progress.paused("evaluating"):
             scores, samples = call(self.run.evaluate, "evaluating")
         for sample in samples:
-            self._samples.append({"step": step, **dataclasses.asdict(sample)})
+            self._write(step, dataclasses.asdict(sample), SAMPLES)
         self._write(step, scores)
+        self._tracker.log(step, scores)
         self.progress.note(report.evaluation_line(step, scores))
         self.start_clock()
         return scores
 
-    def _write(self, step: int, values: dict) -> None:
-        self._metrics.append({"step": step, **values})
-        self._tracker.log(step, values)
+    def _write(self, step: int, values: dict, name: str = METRICS) -> None:
+        if name in self._files:
+            self._files[name].append({"step": step, **values})
 
 
 def evaluations(output: pathlib.Path) -> dict[int, dict[str, Any]]:

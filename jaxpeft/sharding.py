@@ -244,6 +244,34 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def process_rows(mesh: Mesh, batch_size: int) -> list[int] | None:
+    """Which rows of a batch the devices of this process hold; None for all, of one process."""
+    if jax.process_count() == 1:
+        return None
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for rows in held if rows for row in range(*rows[0].indices(batch_size))})
+
+
+def put_batch(batch: Mapping, mesh: Mesh, batch_size: int) -> dict:
+    """A batch on the mesh.
+
+    Args:
+        batch: Arrays of the rows that `process_rows` names.
+        mesh: The mesh.
+        batch_size: Rows of all processes.
+
+    Returns:
+        Whole arrays, rows split over data and fsdp.
+    """
+    where = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), where)
+    return {
+        name: jax.make_array_from_process_local_data(where, part, (batch_size, *part.shape[1:]))
+        for name, part in batch.items()
+    }
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())

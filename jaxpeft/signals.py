@@ -70,6 +70,9 @@ class StopRequest:
         self._watcher.join()
         self._close()
 
+    def note(self, step: int) -> None:
+        """Called after every step; several processes agree here to stop."""
+
     def run_interruptible(self, call: Callable[[], T], doing: str = "compiling") -> T:
         """Runs `call` in a thread and gives up waiting for it when a stop is requested.
 

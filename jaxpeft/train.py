@@ -19,13 +19,14 @@ import jax
 import numpy as np
 
 from jaxpeft import config as run_config
-from jaxpeft import data, report, sharding, track
+from jaxpeft import data, hosts, report, sharding, track
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
 from jaxpeft.init_from import check_init_from
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.load import load_config, load_model, load_tokenizer
+from jaxpeft.processes import from_first, is_first, require_same
 from jaxpeft.run import Rows, Run
 from jaxpeft.run_checks import check_batches, check_model, check_unchanged, starts_dense
 from jaxpeft.run_folder import (
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--print_config", action="store_true", help="print all keys and stop")
     parser.add_argument("--profile", metavar="START:STOP", help="trace these steps (XProf)")
     cli.add_compilation_cache(parser)
+    hosts.add_flags(parser)
     args, overrides = cli.parse_arguments(parser, argv, run_config.SCHEMA)
     config = run_config.load_config(args.config, overrides)
     if args.print_config:
@@ -60,7 +62,8 @@ def main(argv: list[str]) -> None:
         return
     profile = parse_range(args.profile)
     cli.keep_compiled(args)
-    train(config, resume=args.resume == "auto", overwrite=args.overwrite, profile=profile)
+    with hosts.joined(hosts.find_hosts(args)):
+        train(config, resume=args.resume == "auto", overwrite=args.overwrite, profile=profile)
 
 
 def train(
@@ -82,8 +85,8 @@ def train(
         UserError: Bad input (then nothing was written), divergence, a full disk, or an
             interruption after saving; ``exit_code`` tells them apart.
     """
-    output, speaks = pathlib.Path(config.output_dir), jax.process_index() == 0
-    check_folder(config, resume=resume, overwrite=overwrite)
+    output, speaks = pathlib.Path(config.output_dir), is_first()
+    from_first(lambda: check_folder(config, resume=resume, overwrite=overwrite))
     if config.track.wandb is not None:
         track.import_wandb()
     mesh = sharding.make_mesh(**config.mesh.sizes)
@@ -95,10 +98,12 @@ def train(
     if overwrite or not (output / CHECKPOINTS).is_dir():  # a run that goes on needs it no more
         check_init_from(config.method)
     rows = read_data(config, model, tokenizer)
-    make_folder(output)
+    require_same("config and training data", run_config.to_yaml(config) + rows.plan.hash)
+    from_first(lambda: make_folder(output))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(RunLock(output))
-        stop = stack.enter_context(StopRequest())
+        lock = RunLock(output)
+        from_first(lambda: stack.enter_context(lock) and None)
+        stop = stack.enter_context(hosts.stop_request())
         checkpoints = stack.enter_context(
             Checkpoints(output / CHECKPOINTS, keep=config.checkpoint.keep)
         )
@@ -106,7 +111,7 @@ def train(
         if latest is not None:
             began_with = checkpoints.meta(latest)["data_hash"]
             check_unchanged("training data", began_with, rows.plan.hash, output)
-        if latest == rows.steps and export_path(config).exists():
+        if latest == rows.steps and from_first(export_path(config).exists):
             if speaks:
                 print(f"{output}: already finished, {export_path(config)} is ready.")
             return
@@ -122,15 +127,16 @@ def train(
             quantization, double = config.model.quantization, config.model.double_quantization
             load = functools.partial(load, quantization=quantization, double_quantization=double)
         base = stop.run_interruptible(load, "loading the model")
+        require_same("base weights", base.fingerprint)
         run = Run(config, base, rows, layout, restored=latest is not None)
-        if overwrite:  # only now: what can be wrong with the new run has been seen
+        if overwrite and speaks:  # only now: what can be wrong with the new run has been seen
             discard(output)
         if latest is not None:
             run.restore(checkpoints, latest)
-        write_config(config)
         if speaks:
+            write_config(config)
             report.print_run_table(*run.describe())
-        loop(run, checkpoints, stop, profile)
+        loop(run, checkpoints, stop, profile if speaks else range(0))
         place = run.export(checkpoints)
         if speaks:
             scores, exported = evaluations(output), int(run.state.step)
@@ -208,13 +214,16 @@ def loop(run: Run, checkpoints: Checkpoints, stop: StopRequest, profile: range) 
             log.progress.note(f"going on after step {first}")
         if log.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             stop_diverged(run, checkpoints, log)
-        if evaluates(run, first) and first not in evaluations(run.output):
+        if evaluates(run, first) and not from_first(lambda: first in evaluations(run.output)):
             log.evaluation(first, stop.run_interruptible)
         if first == last:
             return
         with log.progress.paused("compiling"):
             step_fn = run.compile_step(stop.run_interruptible)
-        batches: Any = data.iterate(run.rows.plan, first, last, workers=config.data.workers)
+        rows = sharding.process_rows(run.mesh, run.batch_size)
+        batches: Any = data.iterate(
+            run.rows.plan, first, last, workers=config.data.workers, rows=rows
+        )
         stack.enter_context(contextlib.closing(batches))
         trace = stack.enter_context(Trace(run.output / PROFILE, profile))
         log.start_clock()
@@ -224,7 +233,8 @@ def loop(run: Run, checkpoints: Checkpoints, stop: StopRequest, profile: range) 
             waited = time.perf_counter() - asked
             trace.before(step)
             run.state, metrics = step_fn(run.state, run.base.params, run.put(batch))
-            log.step(step, metrics, batch, waited)
+            log.step(step, metrics, waited)
+            stop.note(step)
             if step == last:
                 log.flush()
             trace.after(step, log.flush)

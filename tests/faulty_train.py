@@ -4,15 +4,22 @@ Usage: python faulty_train.py MOMENT SIGNAL [CONFIG ...]
 
 Moments: load, compile, export, evaluate:STEP, step:STEP (before it), save:STEP (just begun); or
 slow:SECONDS, which sends nothing and makes every step take so long.
+
+With STATES=FOLDER in the environment every state that is saved or restored is written there,
+gathered from all devices and processes: FOLDER/saved-STEP.npz, FOLDER/restored-STEP.npz.
 """
 
 import os
+import pathlib
 import signal
 import sys
 import time
 
-from jaxpeft import cli, train
-from jaxpeft.run import Run
+import jax
+import numpy as np
+
+from jaxpeft import cli, processes, train
+from jaxpeft.run import Run, leaves
 
 MOMENT, SIGNAL = sys.argv[1:3]
 
@@ -36,6 +43,8 @@ def before(owner, name, moment) -> None:
 
 
 def put(run, batch, original=Run.put):
+    if not hasattr(run, "state"):  # it begins with a look at the rows
+        return original(run, batch)
     reach(f"step:{int(run.state.step) + 1}")
     if MOMENT.startswith("slow:"):
         time.sleep(float(MOMENT.removeprefix("slow:")))
@@ -43,8 +52,24 @@ def put(run, batch, original=Run.put):
 
 
 def save(run, *args, original=Run.save):
+    write_state(run, "saved")
     original(run, *args)
     reach(f"save:{int(run.state.step)}")
+
+
+def restore(run, *args, original=Run.restore):
+    original(run, *args)
+    write_state(run, "restored")
+
+
+def write_state(run, what) -> None:
+    """Writes a state, if somebody wants to see it."""
+    if "STATES" not in os.environ:
+        return
+    state = run.state.replace(key=jax.random.key_data(run.state.key))
+    arrays = {name: processes.to_host(leaf) for name, leaf in leaves(state).items()}
+    if processes.is_first():
+        np.savez(pathlib.Path(os.environ["STATES"], f"{what}-{int(run.state.step)}.npz"), **arrays)
 
 
 def compile_step(run, call, original=Run.compile_step):
@@ -59,6 +84,6 @@ if __name__ == "__main__":
     before(train, "load_model", lambda *_: "load")
     before(Run, "evaluate", lambda run: f"evaluate:{int(run.state.step)}")
     before(Run, "export", lambda *_: "export")
-    Run.put, Run.save, Run.compile_step = put, save, compile_step
+    Run.put, Run.save, Run.restore, Run.compile_step = put, save, restore, compile_step
     sys.argv[1:] = sys.argv[3:]
     cli.run(train.main)

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxpeft.data import DataConfig, Examples, Plan, eval_batches, iterate
-from jaxpeft.data.plan import process_rows
 from jaxpeft.errors import UserError
 
 
@@ -176,18 +175,19 @@ def test_bytes_of_every_batch_are_the_same_for_any_worker_count(workers):
     assert bytes_of(iterate(plan, 3, 16, workers=workers)) == expected
 
 
-def test_processes_share_a_batch_in_contiguous_parts():
-    plan = plan_of(many(40), batch_size=4)
-    parts = [list(iterate(plan, 0, 3, process_index=p, process_count=2)) for p in range(2)]
-    for step in range(3):
+def test_some_rows_of_a_batch_are_those_of_the_whole_batch():
+    plan, rows = plan_of(many(40), batch_size=4), [0, 3]
+    for step, part in enumerate(iterate(plan, 0, 3, rows=rows)):
         for name, whole in plan.batch(step).items():
-            joined = np.concatenate([parts[0][step][name], parts[1][step][name]])
-            np.testing.assert_array_equal(joined, whole)
+            np.testing.assert_array_equal(part[name], whole[rows])
 
 
-def test_batch_that_does_not_divide_among_processes_is_refused():
-    with pytest.raises(UserError, match="batch_size 6 cannot be divided among 4 processes"):
-        process_rows(6, 0, 4)
+def test_counts_of_a_step_are_those_of_its_whole_batch():
+    plan = plan_of(many(40), batch_size=4)
+    for step in range(12):
+        batch = plan.batch(step)
+        expected = (batch["segment_ids"] > 0).sum(), (batch["weights"] > 0).sum()
+        assert plan.counts(step) == expected
 
 
 def test_no_steps_give_no_batches():

@@ -3,7 +3,7 @@
 from jaxpeft.data.chat import render_messages
 from jaxpeft.data.encode import Examples, encode_file, encode_rows
 from jaxpeft.data.packing import pack
-from jaxpeft.data.plan import Plan, eval_batches, iterate, process_rows
+from jaxpeft.data.plan import Plan, eval_batches, iterate
 from jaxpeft.data.rows import Row, prompt_and_reference, read_rows
 from jaxpeft.data.settings import DataConfig
 
@@ -17,7 +17,6 @@ __all__ = [
     "eval_batches",
     "iterate",
     "pack",
-    "process_rows",
     "prompt_and_reference",
     "read_rows",
     "render_messages",

@@ -84,7 +84,7 @@ class Plan:
         self.supervised_tokens_per_epoch = sum(int(mask[1:].sum()) for mask in examples.masks)
         self.hash = self._layout.digest(batch_size, seed)
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
         """Builds the batch of a step.
 
         Args:
@@ -94,7 +94,11 @@ class Plan:
         Returns:
             The arrays, as described at the top of this module.
         """
-        return self._layout.build(self._sequences_of(step)[rows or slice(None)])
+        return self._layout.build(_choose(self._sequences_of(step), rows))
+
+    def counts(self, step: int) -> tuple[int, int]:
+        """Tokens without padding, and supervised ones, of a whole batch."""
+        return self._layout.counts(self._sequences_of(step))
 
     def rows_of(self, step: int) -> list[int]:
         """The lines of the file whose rows are in a step's batch, in their order there."""
@@ -117,7 +121,7 @@ def eval_batches(
     max_length: int,
     packing: bool,
     pad_id: int | None,
-    rows: slice | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Every example once, in batches of one shape.
 
@@ -136,7 +140,7 @@ def eval_batches(
     for start in range(0, len(layout.sequences), batch_size):
         chosen = list(range(start, min(start + batch_size, len(layout.sequences))))
         padded = chosen + [-1] * (batch_size - len(chosen))
-        yield layout.build(padded[rows or slice(None)])
+        yield layout.build(_choose(padded, rows))
 
 
 def iterate(
@@ -145,8 +149,7 @@ def iterate(
     stop_step: int,
     *,
     workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Batches of consecutive steps, read ahead by Grain.
 
@@ -155,46 +158,16 @@ def iterate(
         start_step: The first step.
         stop_step: The step after the last.
         workers: Worker processes; 0 for threads. The batches are the same.
-        process_index: Which of the processes of a multi-host run this is.
-        process_count: How many there are; each gets an equal, contiguous part of every batch.
+        rows: Which sequences of every batch, such as those that one process of several needs; all
+            of them unless given.
 
     Yields:
-        The batches of ``plan.batch``, or this process's part of them.
-
-    Raises:
-        UserError: If the batch cannot be divided among the processes.
+        The batches of ``plan.batch``, or those rows of them.
     """
-    rows = process_rows(plan.batch_size, process_index, process_count)
-    return _read_ahead(plan, range(start_step, stop_step), rows, workers)
-
-
-def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """The part of every batch that a process builds.
-
-    Args:
-        batch_size: Sequences of a batch, over all processes.
-        process_index: Which process.
-        process_count: How many.
-
-    Returns:
-        A contiguous slice of the batch axis.
-
-    Raises:
-        UserError: If the parts are not equal.
-    """
-    if batch_size % process_count:
-        raise UserError(
-            f"train.batch_size {batch_size} cannot be divided among {process_count} processes; "
-            f"the nearest that can: {max(batch_size // process_count, 1) * process_count}."
-        )
-    share = batch_size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
-
-
-def _read_ahead(plan: Plan, steps: range, rows: slice, workers: int) -> Iterator[Batch]:
     import grain
     from absl import flags
 
+    steps = range(start_step, stop_step)
     if not steps:
         return
     if not flags.FLAGS.is_parsed():  # Grain reads its settings from flags, which we don't have
@@ -215,11 +188,15 @@ def _read_ahead(plan: Plan, steps: range, rows: slice, workers: int) -> Iterator
 class _BuildBatch:
     """A picklable function of the step, for worker processes."""
 
-    def __init__(self, plan: Plan, rows: slice):
+    def __init__(self, plan: Plan, rows: Sequence[int] | None):
         self._plan, self._rows = plan, rows
 
     def __call__(self, step: int) -> Batch:
         return self._plan.batch(int(step), self._rows)
+
+
+def _choose(sequences: list[int], rows: Sequence[int] | None) -> list[int]:
+    return sequences if rows is None else [sequences[row] for row in rows]
 
 
 @functools.lru_cache(maxsize=4)
@@ -269,6 +246,15 @@ class _Layout:
                 batch["positions"][row, at:end] = np.arange(end - at)
                 at = end
         return batch
+
+    def counts(self, sequences: Sequence[int]) -> tuple[int, int]:
+        tokens = supervised = 0
+        for sequence in sequences:
+            for example in self.sequences[sequence]:
+                start, stop = self._starts[example], self._starts[example + 1]
+                tokens += int(stop - start)
+                supervised += int(self._masks[start + 1 : stop].sum())
+        return tokens, supervised
 
     def lines_of(self, sequences: Sequence[int]) -> list[int]:
         return [self._lines[example] for index in sequences for example in self.sequences[index]]

@@ -32,6 +32,7 @@ from jaxpeft.errors import UserError
 from jaxpeft.linear import CAPTURE, shape_of
 from jaxpeft.methods.base import Context, weight_at
 from jaxpeft.methods.principal import Components, update
+from jaxpeft.processes import to_host
 
 ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The modules of a layer in the order of Hugging Face's models."""
@@ -178,6 +179,8 @@ def _principal(
             raise UserError(f"batches: expected dicts with {', '.join(FIELDS)}, as of a Plan.")
         fields = {name: batch[name] for name in FIELDS}
         parts = step(params, fields, parts, active)
+        if jax.process_count() > 1:  # each has a part of the arrays, all of them decide alike
+            parts = jax.tree.map(to_host, parts)
         shares = {path: part.shares() for path, part in parts.items()}
         chosen = allocate(
             {(p, at): shares[inputs_path(p)][at or 0][: most[p][at]] for p, at in places},

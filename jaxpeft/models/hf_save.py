@@ -24,6 +24,7 @@ from jaxpeft.models.hf_config import config_to_hf
 from jaxpeft.models.names import Entry, name_table, param_shapes
 from jaxpeft.models.source import PLAIN_DTYPES
 from jaxpeft.models.stacks import count_nonfinite
+from jaxpeft.processes import is_first, to_host
 
 SHARD_BYTES = 5_000_000_000
 _FILE_DTYPES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
@@ -65,6 +66,9 @@ def save_hf(
     settings["dtype"] = dtype or str(leaves["embed_tokens/embedding"].dtype)
     ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = {key: value for key, value in ids.items() if value is not None}
+    if not is_first():
+        _help_to_gather(config, leaves)
+        return
     with new_folder(path) as folder:
         _write_weights(folder, config, leaves, dtype, shard_bytes)
         _write_json(folder / "config.json", settings)
@@ -175,7 +179,7 @@ def _write_shard(
         file.write(struct.pack("<Q", len(text)) + text)
         for entry, layer, name, dtype in shard:
             leaf = leaves[entry.path]
-            value = np.asarray(_layer(leaf, layer) if entry.stacked else leaf)
+            value = to_host(_layer(leaf, layer) if entry.stacked else leaf)
             with np.errstate(over="ignore"):  # counted below
                 value = value.astype(dtype, copy=False)
             if bad := count_nonfinite(value):
@@ -185,6 +189,14 @@ def _write_shard(
                 )
             value = np.ascontiguousarray(value.T if entry.transposed else value)
             file.write(value.reshape(-1).view(np.uint8).data)
+
+
+def _help_to_gather(config: ModelConfig, leaves: dict[str, Any]) -> None:
+    """Takes part in what the first process does to see whole arrays, in its order."""
+    for entry in name_table(config):
+        leaf = leaves[entry.path]
+        for layer, _ in enumerate(entry.file_names("hf", config.num_layers)):
+            to_host(_layer(leaf, layer) if entry.stacked else leaf)
 
 
 def _layer(leaf: Any, layer: int) -> Any:

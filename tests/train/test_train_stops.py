@@ -26,6 +26,7 @@ from train_runs import (
     poison,
     record_runs,
     steps_of,
+    stop_at,
 )
 
 import jaxpeft as jp
@@ -91,19 +92,6 @@ def test_a_run_that_was_not_exported_only_needs_the_export(files, plain, tmp_pat
     monkeypatch.setattr(Run, "compile_step", None)
     program.main([write_config(files, output, **NO_EVAL, checkpoint=None)])
     assert adapter_bytes(output) == adapter_bytes(plain)
-
-
-def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Sends this process a signal while it prepares a step, once."""
-    put, left = Run.put, [True]
-
-    def putting(run, batch):
-        if left and int(run.state.step) + 1 == step:
-            left.clear()
-            os.kill(os.getpid(), number)
-        return put(run, batch)
-
-    monkeypatch.setattr(Run, "put", putting)
 
 
 def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_later(

@@ -1,6 +1,8 @@
 """What tests of the training program do with runs and read of them."""
 
+import os
 import pathlib
+import signal
 
 import numpy as np
 import yaml
@@ -62,3 +64,16 @@ def record_runs(monkeypatch) -> list[Run]:
 
     monkeypatch.setattr(program, "Run", Recorded)
     return runs
+
+
+def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Sends this process a signal while it prepares a step, once."""
+    put, left = Run.put, [True]
+
+    def putting(run, batch):
+        if left and int(run.state.step) + 1 == step:
+            left.clear()
+            os.kill(os.getpid(), number)
+        return put(run, batch)
+
+    monkeypatch.setattr(Run, "put", putting)

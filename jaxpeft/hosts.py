@@ -1,0 +1,338 @@
+"""One run in several processes: how they meet, stop together, and notice that one is lost.
+
+`jax.distributed` does the work. It ends a process whose peers are lost by SIGABRT, whatever the
+process is doing, so each one runs in a child of its own: the parent says in one line what its end
+means. The parent lives as long as the child, hands signals on to it, and does nothing else.
+
+Reference:
+    https://docs.jax.dev/en/latest/multi_process.html
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+
+from jaxpeft import cli
+from jaxpeft.errors import UserError
+from jaxpeft.signals import StopRequest
+
+LOST_EXIT_CODE = 7
+_VARIABLES = {
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+_CLUSTERS = ("gcetpu", "gketpu", "slurm")
+_LEAVING_SECONDS = 10  # in which a process that failed waits for others to fail alike
+_JOINED = b"\xff"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """The processes of a run, as flags and environment name them.
+
+    Attributes:
+        timeout: Seconds to wait for the others at the start.
+        heartbeat: Seconds of silence after which a process is lost.
+        coordinator: ``host:port`` of process 0; None where JAX finds it.
+        num_processes: How many there are; None where JAX finds it.
+        process_id: Which of them this is; None where JAX finds it.
+        cluster: JAX's name of the cluster that was detected.
+    """
+
+    timeout: int
+    heartbeat: int
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    cluster: str | None = None
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `find_hosts` reads."""
+    add = parser.add_argument
+    add("--distributed.coordinator", metavar="HOST:PORT", help="of process 0, where all meet")
+    add("--distributed.num_processes", metavar="N", help="how many processes the run has")
+    add("--distributed.process_id", metavar="I", help="which of them this is, from 0")
+    add("--distributed.timeout", metavar="SECONDS", default="300", help="to wait for the others")
+    add("--distributed.heartbeat", metavar="SECONDS", default="30", help="of silence: one is lost")
+
+
+def find_hosts(args: argparse.Namespace) -> Hosts | None:
+    """The processes of this run.
+
+    Flags come first, then the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+    JAX_PROCESS_ID), then what JAX finds out on TPU VMs and under SLURM.
+
+    Args:
+        args: With the flags of `add_flags`.
+
+    Returns:
+        None for a run of one process; then nothing was contacted.
+
+    Raises:
+        UserError: A setting is missing or wrong.
+    """
+    given = {name: _given(args, name) for name in _VARIABLES}
+    timeout, heartbeat = (_whole(args, name, 1) for name in ("timeout", "heartbeat"))
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        cluster, count = _detect_cluster()
+        if count > 1:
+            return Hosts(timeout, heartbeat, cluster=cluster)
+        if len(missing) == len(given):
+            return None
+        names = ", ".join(f"--distributed.{name} ({_VARIABLES[name]})" for name in missing)
+        raise UserError(f"a run of several processes needs {names} too.")
+    host, _, port = str(given["coordinator"]).rpartition(":")
+    if not host or not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 65536:
+        raise UserError(
+            "--distributed.coordinator: expected HOST:PORT, such as 10.0.0.1:8476, got "
+            f"{given['coordinator']!r}."
+        )
+    count, index = _whole(args, "num_processes", 1), _whole(args, "process_id", 0)
+    if index >= count:
+        raise UserError(
+            f"--distributed.process_id: processes of {count} are numbered from 0 to {count - 1}, "
+            f"got {index}."
+        )
+    return Hosts(timeout, heartbeat, given["coordinator"], count, index)
+
+
+@contextlib.contextmanager
+def joined(hosts: Hosts | None) -> Iterator[None]:
+    """Joins the other processes for its block, which runs in a child process then.
+
+    Call it before anything asks JAX for its devices.
+
+    Args:
+        hosts: From `find_hosts`; None does nothing.
+
+    Raises:
+        SystemExit: The block failed, and the error was printed.
+    """
+    if hosts is None or hosts.num_processes == 1:
+        yield
+        return
+    tell = _run_in_child(hosts)
+    code = 0
+    try:
+        _connect(hosts)
+        os.write(tell, _JOINED)
+        yield
+        _meet("the end")  # the first process may have more to write than the others
+    except Exception as error:
+        if not isinstance(error, UserError):
+            # Collectives fail when their other side is lost. Then JAX ends this process meanwhile.
+            time.sleep(hosts.heartbeat + 10)
+        code = cli.report(error)
+    os.write(tell, bytes([code]))
+    if code:
+        _silence()  # if the others go on, JAX ends this process with a trace
+        with contextlib.suppress(RuntimeError):
+            jax.distributed.shutdown()
+        raise SystemExit(code)
+    jax.distributed.shutdown()
+
+
+class StopTogether(StopRequest):
+    """Takes the place of `StopRequest` in a run of several processes.
+
+    JAX itself notices SIGTERM and tells all processes, which agree on a step to stop after. Until
+    there are steps to do, a request waits. A second signal is the parent's business.
+
+    Reference:
+        ``jax.experimental.multihost_utils.reached_preemption_sync_point``
+    """
+
+    def __enter__(self) -> "StopTogether":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def note(self, step: int) -> None:
+        """Notes a stop once all processes have to stop after this step."""
+        from jax.experimental import multihost_utils
+
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.requested = "SIGTERM"
+
+    def run_interruptible(self, call: Any, doing: str = "") -> Any:
+        """Does the work: what one process left out the others would wait for."""
+        del doing
+        return call()
+
+
+def stop_request() -> StopRequest:
+    """What asks this run to stop."""
+    return StopRequest() if jax.process_count() == 1 else StopTogether()
+
+
+def _connect(hosts: Hosts) -> None:
+    """Joins the other processes."""
+    if hosts.coordinator is not None and hosts.process_id != 0:
+        _await_coordinator(hosts.coordinator, hosts.timeout)
+    with _silenced():  # in vain it ends with a trace; the parent says what it means
+        try:
+            jax.distributed.initialize(
+                hosts.coordinator,
+                hosts.num_processes,
+                hosts.process_id,
+                cluster_detection_method=hosts.cluster,
+                initialization_timeout=hosts.timeout,
+                heartbeat_timeout_seconds=hosts.heartbeat,
+                shutdown_timeout_seconds=_LEAVING_SECONDS,
+            )
+        except (RuntimeError, ValueError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise UserError(f"{_cannot_meet(hosts)} ({text})") from error
+
+
+def _await_coordinator(address: str, seconds: int) -> None:
+    """Waits until process 0 listens: JAX would end this process if it did not."""
+    host, _, port = address.rpartition(":")
+    last: OSError | None = None
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            last = error
+            time.sleep(0.2)
+    raise UserError(
+        f"--distributed.coordinator: {address} cannot be reached within {seconds} s ({last}); "
+        "start process 0, or correct the address."
+    )
+
+
+def _cannot_meet(hosts: Hosts) -> str:
+    where = hosts.coordinator or f"the coordinator that {hosts.cluster} names"
+    return (
+        f"the processes of this run did not meet at {where} within {hosts.timeout} s; start all of "
+        "them, each with its own --distributed.process_id, and check address and port."
+    )
+
+
+def _meet(where: str) -> None:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(f"jaxpeft: {where}")
+
+
+def _run_in_child(hosts: Hosts) -> int:
+    """Goes on in a child process, in which it returns.
+
+    Returns:
+        Where the child writes what the parent should know: that it has joined, and its exit code.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    hear, tell = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(tell)
+        _supervise(child, hear, hosts)
+    os.close(hear)
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not without its parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the parent too
+    return tell
+
+
+def _supervise(child: int, hear: int, hosts: Hosts) -> NoReturn:
+    """Waits for the child, hands signals on to it, and ends as it does."""
+    seen = []
+
+    def hand_on(number: int, _: Any) -> None:
+        seen.append(number)
+        name = signal.Signals(number).name
+        if len(seen) == 1:
+            _say(f"{name}: all processes stop after a step; a second signal stops this one at once")
+        os.kill(child, signal.SIGTERM if len(seen) == 1 else signal.SIGKILL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, hand_on)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    told = os.read(hear, 64)
+    code = 128 - status if status < 0 else status
+    if status == -signal.SIGABRT:
+        if told[-1:] not in (b"", _JOINED):
+            code = told[-1]
+        elif told:
+            code = LOST_EXIT_CODE
+            _say(
+                "error: another process of this run ended or cannot be reached; its own output "
+                "says why. The same command on all of them goes on from the last checkpoint."
+            )
+        else:
+            code = UserError.exit_code
+            _say(f"error: {_cannot_meet(hosts)}")
+    elif status == -signal.SIGKILL:
+        _say("error: this process was killed; the last checkpoint is intact")
+    os._exit(code)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
+
+
+def _silence() -> None:
+    """Drops what is still written on standard error."""
+    sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Drops what the block, C++ code included, writes on standard error."""
+    before = os.dup(2)
+    _silence()
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+def _detect_cluster() -> tuple[str | None, int]:
+    """The kind of cluster that JAX finds this process in, and how many processes it has."""
+    # JAX has no public name for it, and to ask jax.distributed.initialize would start a service
+    # where there is nothing to share.
+    from jax._src.clusters import ClusterEnv
+
+    for kind in ClusterEnv._cluster_types:
+        if kind.name in _CLUSTERS:
+            with contextlib.suppress(OSError):  # no metadata server
+                if kind.is_env_present():
+                    return kind.name, kind.get_process_count()
+    return None, 1
+
+
+def _given(args: argparse.Namespace, name: str) -> str | None:
+    flag = getattr(args, f"distributed.{name}")
+    return flag if flag is not None else os.environ.get(_VARIABLES.get(name, "")) or None
+
+
+def _whole(args: argparse.Namespace, name: str, least: int) -> int:
+    text = _given(args, name) or ""
+    if not re.fullmatch(r"\d{1,6}", text) or int(text) < least:
+        raise UserError(
+            f"--distributed.{name}: expected a whole number of at least {least}, got {text!r}."
+        )
+    return int(text)
