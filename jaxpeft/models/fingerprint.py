@@ -7,9 +7,10 @@ the work, and the result depends neither on shards nor on the order of reading.
 
 import hashlib
 import json
-import os
 
 import numpy as np
+
+from jaxpeft.storage import Ranges
 
 CHUNK_BYTES = 16 * 2**20
 
@@ -31,11 +32,11 @@ class Fingerprint:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def read_hashed(fd: int, offset: int, nbytes: int) -> tuple[np.ndarray, list[str]]:
-    """Reads bytes of an open file once, hashing every chunk on the way.
+def read_hashed(file: Ranges, offset: int, nbytes: int) -> tuple[np.ndarray, list[str]]:
+    """Reads bytes of a file once, hashing every chunk on the way.
 
     Args:
-        fd: File descriptor; its position is neither used nor moved.
+        file: Where to read.
         offset: Where to start in the file.
         nbytes: How much to read.
 
@@ -52,7 +53,7 @@ def read_hashed(fd: int, offset: int, nbytes: int) -> tuple[np.ndarray, list[str
         chunk = view[start : start + CHUNK_BYTES]
         done = 0
         while done < len(chunk):
-            count = os.preadv(fd, [chunk[done:]], offset + start + done)
+            count = file.read_into(chunk[done:], offset + start + done)
             if count == 0:
                 raise EOFError(f"file ends {nbytes - start - done} bytes early")
             done += count

@@ -8,13 +8,13 @@ the parameters loaded so far where the device is the host, one stacked parameter
 import contextlib
 import math
 import os
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft import storage
 from jaxpeft.backend import choices
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.models.config import ModelConfig
@@ -24,6 +24,7 @@ from jaxpeft.models.source import PLAIN_DTYPES, Source, TensorInfo
 from jaxpeft.models.stacks import PlainStack, QuantStack, fill
 from jaxpeft.quant import check_kind, is_quantised
 from jaxpeft.sharding import Layout, as_layout, leaf_sharding
+from jaxpeft.storage import Place
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -32,7 +33,7 @@ def load_config(path: str | os.PathLike, revision: str | None = None) -> ModelCo
     """The architecture of a model, without its weights.
 
     Args:
-        path: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        path: A Hugging Face folder, on disk or in a bucket, a hub id, or a ``.gguf`` file.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
@@ -50,7 +51,7 @@ def load_tokenizer(path: str | os.PathLike, revision: str | None = None) -> Any:
     """The tokenizer of a model, as a transformers fast tokenizer.
 
     Args:
-        path: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        path: A Hugging Face folder, on disk or in a bucket, a hub id, or a ``.gguf`` file.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
@@ -73,7 +74,7 @@ def load_params(
     """Weights, architecture, tokenizer and fingerprint of a model.
 
     Args:
-        path: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        path: A Hugging Face folder, on disk or in a bucket, a hub id, or a ``.gguf`` file.
         revision: Branch, tag or commit of a hub id.
         dtype: "float32", "bfloat16" or "float16"; None keeps what is stored (block-quantised
             tensors become float32).
@@ -121,7 +122,7 @@ def load_model(
     """A model ready to call: parameters, module, tokenizer.
 
     Args:
-        path: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        path: A Hugging Face folder, on disk or in a bucket, a hub id, or a ``.gguf`` file.
         revision: Branch, tag or commit of a hub id.
         dtype: Of the parameters: "float32", "bfloat16", "float16", or None for as stored.
         compute_dtype: Of the activations; "auto" is float32 on CPU and `dtype` elsewhere.
@@ -314,18 +315,18 @@ def _check_tied_head(source: Source, files: "_OpenFiles") -> None:
 
 
 class _OpenFiles:
-    """File descriptors, opened once and closed by the caller's stack."""
+    """Files, opened once and closed by the caller's stack."""
 
     def __init__(self, stack: contextlib.ExitStack):
         self._stack = stack
-        self._fds: dict[pathlib.Path, int] = {}
+        self._files: dict[Place, storage.Ranges] = {}
 
     def read(self, info: TensorInfo) -> tuple[np.ndarray, list[str]]:
-        if info.file not in self._fds:
-            fd = os.open(info.file, os.O_RDONLY)
-            self._stack.callback(os.close, fd)
-            self._fds[info.file] = fd
+        if info.file not in self._files:
+            file = storage.Ranges(info.file)
+            self._stack.callback(file.close)
+            self._files[info.file] = file
         try:
-            return read_hashed(self._fds[info.file], info.offset, info.nbytes)
+            return read_hashed(self._files[info.file], info.offset, info.nbytes)
         except EOFError as error:
             raise UserError(f"{info.file}: cut short while reading: {error}") from error
