@@ -48,12 +48,12 @@ class Checkpoints:
     damaged steps set aside by `latest`.
 
     Args:
-        directory: The folder, made at the first save. Local (or mounted) disks only.
+        directory: The folder, on disk or in a bucket (``gs://``), made at the first save.
         keep: How many of the newest steps to keep.
         warn: Called with one line when a step is set aside; prints to stderr by default.
 
     Raises:
-        UserError: `directory` is a URL or a file, or `keep` is below 1.
+        UserError: `directory` is a file or a URL of another kind, or `keep` is below 1.
     """
 
     def __init__(
@@ -237,15 +237,18 @@ class Checkpoints:
         return self._orbax
 
     def _make_room(self, needed_bytes: int) -> None:
-        self._folder.directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self._folder.directory):
-            pass  # fails here if the folder is not writable
+        if not self._folder.remote:
+            self._folder.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder.directory):
+                pass  # fails here if the folder is not writable
         if self._orbax is None and jax.process_index() == 0:
             self._folder.clean()
         if self._orbax is None and jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices("jaxpeft checkpoints are clean")
+        if self._folder.remote:
+            return
         if shutil.disk_usage(self._folder.directory).free < needed_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

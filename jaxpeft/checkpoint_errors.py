@@ -7,15 +7,15 @@ import re
 import shutil
 import traceback
 import warnings
-from pathlib import Path
 
 from jaxpeft.errors import CheckpointError, ResourceError, UserError
+from jaxpeft.storage import Place
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def describe(error: BaseException, path: Path, needed_bytes: int) -> UserError:
+def describe(error: BaseException, path: Place, needed_bytes: int) -> UserError:
     """The error a user gets for a failed save; call it before cleaning up, while the disk is full.
 
     Args:
@@ -26,6 +26,8 @@ def describe(error: BaseException, path: Path, needed_bytes: int) -> UserError:
     Returns:
         A `ResourceError` that names the room or the permission missing, else a `CheckpointError`.
     """
+    if isinstance(error, UserError):
+        return error
     number = _error_number(error)
     where = f"{path}: cannot be saved"
     after = "Earlier steps are untouched"
@@ -66,7 +68,7 @@ def _is_not_an_orbax_traceback(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _free_text(directory: Path) -> str:
+def _free_text(directory: Place) -> str:
     try:
         return f"{shutil.disk_usage(directory).free:,} free"
     except OSError:

@@ -7,17 +7,21 @@
       damaged/80/                        differs from its manifest: never used, never deleted
 
 A step goes by rename (`N.deleting`) before its files do, so no half-deleted folder looks whole.
+
+In a bucket (``gs://``) nothing is renamed: a step is its manifest, an object written last and
+removed first. What has none was never finished, and is removed at the next save.
 """
 
+import contextlib
 import os
 import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from jaxpeft import manifest
+from jaxpeft import manifest, storage
 from jaxpeft.errors import CheckpointError, ResourceError, UserError, first_few
+from jaxpeft.storage import Place
 
 _LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleting)")
 
@@ -26,23 +30,24 @@ class CheckpointFolder:
     """The steps under `directory`; nothing is made or changed by looking.
 
     Args:
-        directory: A local or mounted folder; need not exist yet.
+        directory: A folder, on disk or in a bucket; need not exist yet.
         warn: Called with one line when something is set aside or cannot be deleted.
 
     Raises:
-        UserError: `directory` is a URL or a file.
+        UserError: `directory` is a file, or a URL but not of a bucket.
     """
 
     def __init__(self, directory: str | os.PathLike[str], warn: Callable[[str], None]):
-        if "://" in os.fspath(directory):
-            raise UserError(f"{directory}: checkpoints go to a local or mounted folder, not a URL")
-        self.directory = Path(directory).absolute()
-        if self.directory.exists() and not self.directory.is_dir():
-            raise UserError(f"{directory}: is a file, expected a folder for checkpoints")
+        self.remote = storage.is_remote(directory)
+        self.directory = storage.as_path(directory)
+        if not self.remote:
+            self.directory = self.directory.absolute()
+            if self.directory.exists() and not self.directory.is_dir():
+                raise UserError(f"{directory}: is a file, expected a folder for checkpoints")
         self._warn = warn
         self._verified: set[int] = set()
 
-    def path(self, step: int) -> Path:
+    def path(self, step: int) -> Place:
         """Where a step is, or will be."""
         return self.directory / str(step)
 
@@ -52,9 +57,9 @@ class CheckpointFolder:
         Raises:
             ResourceError: The folder cannot be read.
         """
-        return [step for step in self._numbers() if (self.path(step) / manifest.NAME).exists()]
+        return [n for n in self._numbers() if storage.exists(self.path(n) / manifest.NAME)]
 
-    def existing(self, step: int) -> Path:
+    def existing(self, step: int) -> Place:
         """The path of a step that exists.
 
         Raises:
@@ -141,16 +146,25 @@ class CheckpointFolder:
         best = self.best()
         for step in self.steps()[:-keep]:
             if step != best:
-                doomed = self.directory / f"{step}.deleting"
                 try:
-                    os.rename(self.path(step), doomed)
-                    shutil.rmtree(doomed)
-                except OSError as error:
+                    self._delete(step)
+                except (OSError, UserError) as error:
                     self._warn(f"{self.path(step)}: old step cannot be deleted: {error}")
+
+    def _delete(self, step: int) -> None:
+        if self.remote:
+            (self.path(step) / manifest.NAME).unlink()
+            storage.remove(self.path(step))
+            return
+        doomed = self.directory / f"{step}.deleting"
+        os.rename(self.path(step), doomed)
+        shutil.rmtree(doomed)
 
     def clean(self) -> None:
         """Before a save: removes half-written and half-deleted steps, sets bare ones aside."""
         self.remove_leftovers()
+        if self.remote:
+            return
         for step in self._numbers():
             if not (self.path(step) / manifest.NAME).exists():
                 target = self._set_aside(step)
@@ -158,6 +172,10 @@ class CheckpointFolder:
 
     def remove_leftovers(self, *, unfinished: int | None = None) -> None:
         """Removes what an unfinished save or deletion left; `unfinished` is a step to drop too."""
+        if self.remote:
+            for step in set(self._numbers()) - set(self.steps()):
+                storage.remove(self.path(step))
+            return
         if not self.directory.is_dir():
             return
         for path in self.directory.iterdir():
@@ -166,22 +184,25 @@ class CheckpointFolder:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _numbers(self) -> list[int]:
+        names: list[str] = []
         try:
-            names = os.listdir(self.directory)
-        except FileNotFoundError:
-            return []
+            with storage.explained(self.directory), contextlib.suppress(FileNotFoundError):
+                names = [path.name for path in self.directory.iterdir()]
         except OSError as error:
             raise ResourceError(f"{self.directory}: cannot be read: {error.strerror}") from error
         return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, step: int) -> Place:
         """Moves a step into `damaged/`, under a name not taken yet."""
         target = self.directory / "damaged" / str(step)
         number = 1
-        while target.exists():
+        while storage.exists(target):
             number += 1
             target = target.with_name(f"{step}-{number}")
-        target.parent.mkdir(exist_ok=True)
-        os.rename(self.path(step), target)
+        if self.remote:
+            storage.move(self.path(step), target, first=manifest.NAME)
+        else:
+            target.parent.mkdir(exist_ok=True)
+            os.rename(self.path(step), target)
         self._verified.discard(step)
         return target

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from jaxpeft.config_keys import Schema, describe
 from jaxpeft.errors import UserError, nearest
+from jaxpeft.storage import explain, is_store_error
 
 _REEXECUTED = "JAXPEFT_REEXECUTED"
 _TUNABLE = "glibc.malloc.hugetlb"
@@ -185,6 +186,8 @@ def report(error: Exception) -> int:
     """Prints what an exception means to the user; the exit code."""
     if isinstance(error, UserError):
         return _say(str(error), error.exit_code)
+    if is_store_error(error):
+        return _say(f"object store: {explain(error)}", 2)
     if isinstance(error, BrokenPipeError):
         # Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -30,7 +30,7 @@ class ModelSection(Record):
     """Which base model, and in which dtypes.
 
     Attributes:
-        path: A Hugging Face folder, a hub id, or a GGUF file.
+        path: A Hugging Face folder, on disk or in a bucket (``gs://``), a hub id, or a GGUF file.
         revision: Branch, tag or commit of a hub id.
         dtype: Of the stored base parameters.
         compute_dtype: Of activations; "auto" is float32 on CPU and `dtype` elsewhere.
@@ -223,7 +223,7 @@ class RunConfig(Record):
         checkpoint: When to save.
         mesh: How devices are laid out.
         track: Further places for metrics.
-        output_dir: The run's folder.
+        output_dir: The run's folder, on disk or in a bucket (``gs://``).
     """
 
     model: ModelSection

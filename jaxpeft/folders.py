@@ -4,6 +4,9 @@ The new folder is written beside its place, synced, and moved there; only then d
 go away. A process killed at any moment leaves the old folder, the new one, or, for the instant
 between two renames, both under hidden names beside the place. A rename that fails brings the old
 folder back.
+
+In a bucket (``gs://``) nothing is renamed: files are written as objects one after the other, last
+the one that makes the folder whole.
 """
 
 import contextlib
@@ -14,7 +17,9 @@ import shutil
 import tempfile
 from collections.abc import Container, Iterator, Mapping
 
+from jaxpeft import storage
 from jaxpeft.errors import ResourceError, UserError, first_few
+from jaxpeft.storage import Place
 
 
 def write_folder(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
@@ -22,7 +27,7 @@ def write_folder(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
 
     Args:
         path: The folder. It may exist and hold files of these names, but no others.
-        files: Content by file name.
+        files: Content by file name; the last one makes the folder whole.
 
     Raises:
         UserError: If `path` is a file, holds other files, or cannot be written.
@@ -30,28 +35,38 @@ def write_folder(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
     """
     folder = real_path(path)
     require_replaceable(folder, files)
+    if storage.is_remote(folder):
+        storage.write_objects(folder, files)
+        return
     with new_folder(folder) as temporary:
         for name, content in files.items():
             (temporary / name).write_bytes(content)
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def new_folder(path: str | os.PathLike, last: str = "") -> Iterator[pathlib.Path]:
     """A folder to fill, which takes its place at `path` if the block succeeds.
 
     Whatever is at `path` is replaced: ask first whether it may go (`require_replaceable`).
 
     Args:
         path: The folder to make, with its parents; a link is followed.
+        last: The file that makes the folder whole, where files become objects of a bucket.
 
     Yields:
-        An empty folder beside `path`. It is gone afterwards: moved there, or removed.
+        An empty folder on disk, beside `path` if that is. It is gone afterwards: moved or copied
+        there, or removed.
 
     Raises:
         UserError: If something cannot be written, also within the block; `path` is then as before.
         ResourceError: If the disk is full; `path` is then as before.
     """
     folder = real_path(path)
+    if storage.is_remote(folder):
+        with tempfile.TemporaryDirectory() as temporary:
+            yield pathlib.Path(temporary)
+            storage.upload(pathlib.Path(temporary), folder, last)
+        return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _sibling(folder) as temporary:
@@ -65,14 +80,14 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}.") from error
 
 
-def real_path(path: str | os.PathLike) -> pathlib.Path:
+def real_path(path: str | os.PathLike) -> Place:
     """The absolute path behind all links: what is replaced is the folder, not a link to it."""
-    return pathlib.Path(os.path.realpath(path))
+    return storage.as_path(path if storage.is_remote(path) else os.path.realpath(path))
 
 
-def require_replaceable(folder: pathlib.Path, names: Container[str]) -> None:
+def require_replaceable(folder: Place, names: Container[str]) -> None:
     """Raises a UserError if writing files of these `names` there would remove something else."""
-    if folder.exists() and not folder.is_dir():
+    if storage.exists(folder) and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give the name of a folder.")
     if not folder.exists():
         return

@@ -21,6 +21,7 @@ from jaxpeft.errors import UserError, first_few
 from jaxpeft.methods import KINDS, Adapter, Context, Method
 from jaxpeft.methods.algebra import pad_rank
 from jaxpeft.peft_format import load_adapter, peek_kind
+from jaxpeft.storage import is_remote
 
 _COMPARED = ("rank", "rslora", "scale", "ids")
 _NOTES = ("trained_with",)
@@ -95,7 +96,7 @@ def load_start(method: Method, base: Any, key: jax.Array, context: Context) -> A
 def _place(init_from: str) -> tuple[str, str | None]:
     """A folder, or a hub id and what follows its "@": a branch, tag or commit."""
     name, at, revision = init_from.rpartition("@")
-    if not at or pathlib.Path(init_from).expanduser().exists():
+    if not at or is_remote(init_from) or pathlib.Path(init_from).expanduser().exists():
         return init_from, None
     return name, revision
 

@@ -1,16 +1,22 @@
 """The manifest of a checkpoint folder: what must be in it, to the bit.
 
 `manifest.json` lists size and sha256 of every file beside it, the shape and dtype of every saved
-leaf, and what the run was. It is written last, so a folder without one is no checkpoint, and a
+leaf, and what the run was. For objects of a bucket it has the store's own CRC-32C instead, which is
+known without reading them back. It is written last, so a folder without one is no checkpoint, and a
 folder that differs from its manifest in a single bit is a damaged one. The manifest protects
 itself: it holds the sha256 of its own other fields, and must be byte for byte what `write` makes.
 """
 
+import base64
 import hashlib
+import importlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from jaxpeft import storage
+from jaxpeft.storage import Place
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -20,12 +26,12 @@ class DamageError(ValueError):
     """The folder is not what its manifest says; the text names the file and what is wrong."""
 
 
-def write(folder: Path, fields: dict[str, Any]) -> None:
+def write(folder: Place, fields: dict[str, Any]) -> None:
     """Makes every file of `folder` durable, then commits the folder by writing its manifest.
 
     Files and folders are fsynced before they are hashed; the manifest goes to a temporary name,
-    is fsynced, and takes its own name in one rename. A crash at any moment leaves the folder
-    either without a manifest or with a whole one.
+    is fsynced, and takes its own name in one rename. In a bucket it is one object, written last. A
+    crash at any moment leaves the folder either without a manifest or with a whole one.
 
     Args:
         folder: The folder to commit.
@@ -34,8 +40,12 @@ def write(folder: Path, fields: dict[str, Any]) -> None:
     Raises:
         OSError: The disk is full or does not let us write.
     """
-    body = {**fields, "format": FORMAT, "files": _sync_and_hash(folder)}
+    files = _objects(folder) if storage.is_remote(folder) else _sync_and_hash(folder)
+    body = {**fields, "format": FORMAT, "files": files}
     body = json.loads(json.dumps(body))  # keys as JSON has them, so that `read` sorts them alike
+    if storage.is_remote(folder):
+        storage.write_objects(folder, {NAME: _encode(body)})
+        return
     temporary = folder / (NAME + ".tmp")
     with open(temporary, "wb") as file:
         file.write(_encode(body))
@@ -46,7 +56,7 @@ def write(folder: Path, fields: dict[str, Any]) -> None:
     _sync(folder.parent)
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Place) -> dict[str, Any]:
     """Reads the manifest and checks it against itself, not the files (see `verify`).
 
     Returns:
@@ -73,7 +83,7 @@ def read(folder: Path) -> dict[str, Any]:
     return body
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Place) -> dict[str, Any]:
     """Reads the manifest and checks size and sha256 of every file it lists.
 
     Returns:
@@ -83,19 +93,22 @@ def verify(folder: Path) -> dict[str, Any]:
         DamageError: A file is missing, cut or altered.
     """
     body = read(folder)
+    stored = _objects(folder) if storage.is_remote(folder) else None
     for name, expected in body["files"].items():
-        path = folder / name
+        path, kind = folder / name, "sha256" if "sha256" in expected else "crc32c"
         try:
-            size = path.stat().st_size
+            if stored is not None and name not in stored:
+                raise FileNotFoundError
+            size = stored[name]["bytes"] if stored else path.stat().st_size
             if size != expected["bytes"]:
                 raise DamageError(f"{name}: has {size} bytes, expected {expected['bytes']}")
-            digest = _sha256(path)
+            digest = (stored[name].get(kind) if stored else None) or _DIGESTS[kind](path)
         except FileNotFoundError as error:
             raise DamageError(f"{name}: is missing") from error
         except OSError as error:
             raise DamageError(f"{name}: cannot be read: {error.strerror}") from error
-        if digest != expected["sha256"]:
-            raise DamageError(f"{name}: its sha256 differs from the one saved")
+        if digest != expected[kind]:
+            raise DamageError(f"{name}: its {kind} differs from the one saved")
     return body
 
 
@@ -107,7 +120,7 @@ def _encode(body: dict[str, Any]) -> bytes:
     return text.encode() + b"\n"
 
 
-def _sync_and_hash(folder: Path) -> dict[str, dict[str, Any]]:
+def _sync_and_hash(folder: Place) -> dict[str, dict[str, Any]]:
     files = {}
     for root, _, names in os.walk(folder):
         for name in sorted(names):
@@ -123,9 +136,31 @@ def _sync_and_hash(folder: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+def _sha256(path: Place) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _crc32c(path: Place) -> str:
+    """As stores write it; for a checkpoint that was copied from a bucket to a disk."""
+    try:
+        module = importlib.import_module("google_crc32c")
+    except ImportError as error:
+        raise DamageError(
+            f"{path.name}: was saved in a bucket; to check it pip install 'jaxpeft[gcs]'"
+        ) from error
+    with path.open("rb") as file:
+        checksum = module.Checksum()
+        while data := file.read(1 << 20):
+            checksum.update(data)
+    return base64.b64encode(checksum.digest()).decode()
+
+
+_DIGESTS = {"sha256": _sha256, "crc32c": _crc32c}
+
+
+def _objects(folder: Place) -> dict[str, dict[str, Any]]:
+    return {name: file for name, file in storage.objects(folder).items() if name != NAME}
 
 
 def _sync(path: Path) -> None:

@@ -1,5 +1,11 @@
-"""`metrics.jsonl`: one JSON object a line, appended as a run goes, cut back when it resumes."""
+"""`metrics.jsonl`: one JSON object a line, appended as a run goes, cut back when it resumes.
 
+Objects of a bucket (``gs://``) cannot be appended to: there the lines wait in memory, and `keep`
+writes the object anew with all of them.
+"""
+
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -8,11 +14,59 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxpeft import storage
 from jaxpeft.errors import ResourceError
 
 
 def _print_warning(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def open_log(path: storage.Place) -> "MetricsLog | ObjectLog":
+    """The log in a file, or in an object of a bucket."""
+    return ObjectLog(path) if storage.is_remote(path) else MetricsLog(path)
+
+
+class ObjectLog:
+    """Lines of metrics in memory, and in an object as of the last `keep`.
+
+    Args:
+        path: The object.
+
+    Raises:
+        UserError: The object cannot be read.
+    """
+
+    def __init__(self, path: storage.Place):
+        self.path = path
+        self._lines: list[bytes] = []
+        with storage.explained(path), contextlib.suppress(FileNotFoundError):
+            self._lines = path.read_bytes().splitlines(keepends=True)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Takes one line, as `MetricsLog.append` does."""
+        self._lines.append(_encode(line))
+
+    def truncate_after(self, step: int) -> None:
+        """Drops lines, as `MetricsLog.truncate_after` does; the object follows at once."""
+        whole = list(itertools.takewhile(lambda data: _belongs(data, step), self._lines))
+        if len(whole) < len(self._lines):
+            self._lines = whole
+            self.keep()
+
+    def keep(self) -> None:
+        """Writes the object; call it before the checkpoint that these lines belong to.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        storage.write_objects(self.path.parent, {self.path.name: b"".join(self._lines)})
+
+    def __enter__(self) -> "ObjectLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
 
 
 class MetricsLog:
@@ -44,8 +98,7 @@ class MetricsLog:
         Raises:
             TypeError: A value is none of these.
         """
-        text = json.dumps({name: _plain(value) for name, value in line.items()}, allow_nan=False)
-        data = text.encode() + b"\n"
+        data = _encode(line)
         try:
             size = os.fstat(self._file).st_size
             try:
@@ -80,6 +133,9 @@ class MetricsLog:
         except OSError as error:
             raise ResourceError(f"{self.path}: cannot be cut: {error.strerror}") from error
 
+    def keep(self) -> None:
+        """Does nothing: lines are in the file already."""
+
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
         if self._file >= 0:
@@ -91,6 +147,11 @@ class MetricsLog:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _encode(line: dict[str, Any]) -> bytes:
+    text = json.dumps({name: _plain(value) for name, value in line.items()}, allow_nan=False)
+    return text.encode() + b"\n"
 
 
 def _plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft import storage
 from jaxpeft.errors import UserError
 from jaxpeft.folders import real_path, require_replaceable, write_folder
 from jaxpeft.methods import KINDS, Adapter, check_fit
@@ -33,6 +34,7 @@ from jaxpeft.models.shapes import load_shapes
 from jaxpeft.models.source import decode
 from jaxpeft.processes import is_first
 from jaxpeft.quant import scheme_of
+from jaxpeft.storage import Place
 
 TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
@@ -83,8 +85,8 @@ def load_adapter(
     """Reads a PEFT folder, strictly.
 
     Args:
-        path: A PEFT folder, ours or PEFT's own, a run's folder with one in ``adapter``, or a hub
-            id "org/name".
+        path: A PEFT folder, ours or PEFT's own, or a run's folder with one in ``adapter``, on disk
+            or in a bucket (``gs://``); or a hub id "org/name".
         base: The `jaxpeft.Model` to put it on. Without it shapes are checked against the config
             of the base that the adapter names, and which weights it was trained on is not.
         revision: Branch, tag or commit of a hub id.
@@ -122,7 +124,7 @@ def read_method(config: Any, revision: str | None = None) -> Method:
     """The method that a PEFT config describes; see `jaxpeft.methods.Method.from_peft`."""
     if isinstance(config, str | os.PathLike):
         local = pathlib.Path(config).expanduser()
-        place = (
+        place: Any = (
             local if local.is_file() else _find_config(locate_adapter(config, revision, (CONFIG,)))
         )
         values = read_json(place)
@@ -241,7 +243,7 @@ adapter = jp.load_adapter(THIS_FOLDER, base)
 
 def _open_folder(
     path: str | os.PathLike, revision: str | None
-) -> tuple[pathlib.Path, pathlib.Path, dict[str, Any], PeftFormat]:
+) -> tuple[Place, Place, dict[str, Any], PeftFormat]:
     """The folder, its config's place and values, and the format it has."""
     place = _find_config(locate_adapter(path, revision, (CONFIG, TENSORS, SIDE)))
     values = read_json(place)
@@ -250,7 +252,7 @@ def _open_folder(
     return place.parent, place, values, peft
 
 
-def _find_config(folder: pathlib.Path) -> pathlib.Path:
+def _find_config(folder: Place) -> Place:
     """The config in an adapter's folder, or in that of a run."""
     if not (folder / CONFIG).exists() and (folder / "adapter").is_dir():
         folder = folder / "adapter"
@@ -261,7 +263,7 @@ def _find_config(folder: pathlib.Path) -> pathlib.Path:
     return folder / CONFIG
 
 
-def _shapes_of(place: pathlib.Path, name: str, version: str) -> Any:
+def _shapes_of(place: Place, name: str, version: str) -> Any:
     """The base that an adapter names, without its weights."""
     if not name:
         raise UserError(f"{place}: names no base in {BASE_NAME}; pass it: load_adapter(..., base).")
@@ -283,18 +285,23 @@ def _format_of(values: dict, place: Any) -> PeftFormat:
     return formats[kind]
 
 
-def _open(file: pathlib.Path) -> Tensors:
+def _open(file: Place) -> Tensors:
     infos = read_header(file)
+    whole = file.read_bytes() if storage.is_remote(file) else None  # one request, not thousands
 
     def read(key: str) -> np.ndarray:
         info = infos[key]
-        return decode(np.fromfile(info.file, np.uint8, info.nbytes, offset=info.offset), info)
+        if whole is not None:
+            raw = np.frombuffer(whole, np.uint8, info.nbytes, offset=info.offset)
+        else:
+            raw = np.fromfile(info.file, np.uint8, info.nbytes, offset=info.offset)
+        return decode(raw, info)
 
     shapes = {key: info.shape for key, info in infos.items()}
     return Tensors(file, shapes, {key: info.dtype for key, info in infos.items()}, read)
 
 
-def _no_tensors(folder: pathlib.Path) -> str:
+def _no_tensors(folder: Place) -> str:
     if (folder / "adapter_model.bin").exists():
         return (
             "has only adapter_model.bin, a pickle, which can run code and is never opened here; "
@@ -303,7 +310,7 @@ def _no_tensors(folder: pathlib.Path) -> str:
     return f"has no {TENSORS}; the download or save is incomplete."
 
 
-def _check_side_file(folder: pathlib.Path, base: Any, allow_other_base: bool) -> None:
+def _check_side_file(folder: Place, base: Any, allow_other_base: bool) -> None:
     file = folder / SIDE
     if not file.is_file():
         return

@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +29,7 @@ from jaxpeft.peft_format import save_adapter
 from jaxpeft.quant import quantize
 from jaxpeft.run_checks import check_unchanged, starts_dense
 from jaxpeft.run_folder import export_path
+from jaxpeft.storage import Place, as_path
 from jaxpeft.train_step import TrainState, init_train_state, make_train_step
 
 
@@ -89,7 +89,7 @@ class Run:
         restored = restored or shapes_only
         self.config, self.rows = config, rows
         self.layout = sharding.as_layout(mesh, base.config)
-        self.output = pathlib.Path(config.output_dir)
+        self.output = as_path(config.output_dir)
         self.schedule = make_schedule(config.optim, rows.steps)
         tx = make_optimizer(config.optim, rows.steps, config.method.wrap_optimizer)
         self.tx = masked(tx, self._trainable)
@@ -250,7 +250,7 @@ class Run:
         order = [restored[name] for name in leaves(self.state)]
         self.state = jax.tree.unflatten(jax.tree.structure(self.state), order)
 
-    def export(self, checkpoints: Checkpoints) -> pathlib.Path:
+    def export(self, checkpoints: Checkpoints) -> Place:
         """Writes what was trained, for use: the best state if the config says so, else the last.
 
         Returns:

@@ -1,6 +1,5 @@
 """Checks of a run that need sizes alone: they are made before a weight is read."""
 
-import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from jaxpeft.models.fingerprint import comparable
 from jaxpeft.models.names import param_shapes
 from jaxpeft.optim_lora import check_factors
 from jaxpeft.run_folder import export_path
+from jaxpeft.storage import Place
 
 
 def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> None:
@@ -120,7 +120,7 @@ def check_batches(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
             )
 
 
-def check_unchanged(what: str, saved: str, now: str, output: pathlib.Path) -> None:
+def check_unchanged(what: str, saved: str, now: str, output: Place) -> None:
     """Raises a UserError unless a run goes on with what it began with."""
     if saved == now:
         return

@@ -5,7 +5,9 @@ output_dir/
   metrics.jsonl  samples.jsonl     numbers and answers by step
   checkpoints/                     see `jaxpeft.checkpoint`
   adapter/ or model/               the result
-  profile/  tensorboard/  wandb/   where asked for
+  profile/  tensorboard/  wandb/   where asked for; on a disk only
+
+The folder may be in a bucket (``gs://``), see `jaxpeft.storage`.
 """
 
 import errno
@@ -15,9 +17,12 @@ import shutil
 import tempfile
 
 from jaxpeft import config as run_config
+from jaxpeft import storage
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import ResourceError, UserError, first_few
 from jaxpeft.methods import KINDS
+from jaxpeft.peft_format import SIDE
+from jaxpeft.storage import Place
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -29,13 +34,18 @@ _OURS = (CHECKPOINTS, "adapter", "model", METRICS, SAMPLES)
 _TRACKED = (PROFILE, "tensorboard", "wandb", "wandb_run_id")
 
 
-def export_path(config: RunConfig) -> pathlib.Path:
+def export_path(config: RunConfig) -> Place:
     """Where the trained result goes: a PEFT folder, or a whole model.
 
     The latter if base leaves change, or PEFT has no folders for the method.
     """
     whole = KINDS[config.method.name].peft is None or bool(config.optim.trainable)
-    return pathlib.Path(config.output_dir) / ("model" if whole else "adapter")
+    return storage.as_path(config.output_dir) / ("model" if whole else "adapter")
+
+
+def is_exported(place: Place) -> bool:
+    """Whether the result is there and whole: the file of it that is written last is."""
+    return storage.exists(place / ("config.json" if place.name == "model" else SIDE))
 
 
 def check_folder(config: RunConfig, *, resume: bool = True, overwrite: bool = False) -> None:
@@ -50,10 +60,12 @@ def check_folder(config: RunConfig, *, resume: bool = True, overwrite: bool = Fa
         UserError: The folder holds another run, one that shall not be resumed, or files of these
             names that belong to no run.
     """
-    output = pathlib.Path(config.output_dir)
+    output = storage.as_path(config.output_dir)
+    if storage.is_remote(output):
+        _check_bucket(config, output)
     there = output / CONFIG
-    if not there.exists():
-        found = [name for name in _OURS if (output / name).exists()]
+    if not storage.exists(there):
+        found = [name for name in _OURS if storage.exists(output / name)]
         if found:
             raise UserError(
                 f"{output}: holds {first_few(found)} but no {CONFIG}, so it is not clear whose "
@@ -77,7 +89,8 @@ def check_folder(config: RunConfig, *, resume: bool = True, overwrite: bool = Fa
             f"{output}: holds a run, and --resume never was given; add --overwrite to discard "
             "it, or choose another output_dir."
         )
-    old = run_config.load_config(str(there))
+    with storage.on_disk(output, [CONFIG]) as folder:
+        old = run_config.load_config(str(folder / CONFIG))
     if run_config.config_hash(old) == run_config.config_hash(config):
         return
     changes = [f"{path}: {was} -> {now}" for path, was, now in run_config.diff(old, config)]
@@ -87,18 +100,35 @@ def check_folder(config: RunConfig, *, resume: bool = True, overwrite: bool = Fa
     )
 
 
-def _lies_in(path: str, folder: pathlib.Path) -> bool:
+def _check_bucket(config: RunConfig, output: Place) -> None:
+    """Refuses what only disks can hold."""
+    for key, value in (
+        ("track.tensorboard", config.track.tensorboard),
+        ("track.wandb", config.track.wandb),
+    ):
+        if value:
+            raise UserError(f"{key}: needs an output_dir on a disk, not {output}; turn it off.")
+
+
+def _lies_in(path: str, folder: Place) -> bool:
+    if storage.is_remote(path) or storage.is_remote(folder):
+        return f"{path}/".startswith(f"{folder}/")
     place = pathlib.Path(path).expanduser()
     return place.exists() and place.resolve().is_relative_to(folder.resolve())
 
 
-def make_folder(output: pathlib.Path) -> None:
+def make_folder(output: Place) -> None:
     """Makes the folder and proves that it can be written to.
+
+    A bucket has no folders to make, and what can be written there shows when the run takes it
+    (`jaxpeft.run_lock`).
 
     Raises:
         UserError: It cannot.
         ResourceError: The disk is full.
     """
+    if storage.is_remote(output):
+        return
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output) as probe:
@@ -119,13 +149,15 @@ def make_folder(output: pathlib.Path) -> None:
         ) from None
 
 
-def discard(output: pathlib.Path) -> None:
+def discard(output: Place) -> None:
     """Removes what an earlier run left, and nothing else; a folder without a run stays as it is."""
-    if not (output / CONFIG).exists():
+    if not storage.exists(output / CONFIG):
         return
     for name in (*_OURS, *_TRACKED, CONFIG):
         path = output / name
-        if path.is_dir() and not path.is_symlink():
+        if storage.is_remote(path):
+            storage.remove(path)
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -133,7 +165,10 @@ def discard(output: pathlib.Path) -> None:
 
 def write_config(config: RunConfig) -> None:
     """Writes ``config.yaml``, whole or not at all."""
-    place = pathlib.Path(config.output_dir) / CONFIG
+    place = storage.as_path(config.output_dir) / CONFIG
+    if storage.is_remote(place):
+        storage.write_objects(place.parent, {CONFIG: run_config.to_yaml(config).encode()})
+        return
     temporary = place.with_name(f".{CONFIG}")
     temporary.write_text(run_config.to_yaml(config))
     os.replace(temporary, place)

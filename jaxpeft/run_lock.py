@@ -2,6 +2,10 @@
 
 The lock is `flock` on `<folder>/.lock`: the kernel frees it when the process ends, however it ends,
 so a killed run never blocks the next. The file names its holder for the message.
+
+In a bucket (``gs://``) nothing can be locked, and nobody sees whether a run has ended. There the
+newest run owns the folder: it says so in an object, and an older one that finds another name in it
+stops before it saves.
 """
 
 import fcntl
@@ -9,17 +13,63 @@ import json
 import os
 import socket
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxpeft import storage
 from jaxpeft.errors import ResourceError, UserError
 
 NAME = ".lock"
+OWNER = "run.json"
 
 
 def _print_note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def hold(output_dir: str | os.PathLike[str]) -> "RunLock | RunOwner":
+    """The lock of a folder on a disk, or the owner of one in a bucket."""
+    return RunOwner(output_dir) if storage.is_remote(output_dir) else RunLock(output_dir)
+
+
+class RunOwner:
+    """Owns a folder in a bucket from the beginning of its ``with`` block, until another does.
+
+    Args:
+        output_dir: The run's folder.
+
+    Raises:
+        UserError: On entering: nothing can be written there.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str]):
+        self.path = storage.as_path(output_dir) / OWNER
+        self._text = ""
+
+    def __enter__(self) -> "RunOwner":
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "run": uuid.uuid4().hex}
+        self._text = json.dumps(holder)
+        storage.write_objects(self.path.parent, {OWNER: self._text.encode()})
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def check(self) -> None:
+        """Stops a run whose folder another one has taken.
+
+        Raises:
+            UserError: Names the other run's pid and host.
+        """
+        with storage.explained(self.path):
+            text = self.path.read_text()
+        if text != self._text:
+            raise UserError(
+                f"{self.path.parent}: another run is writing here now ({_describe(_parse(text))}); "
+                "this one stops and saves nothing more. Stop that one, or choose another output_dir"
+            )
 
 
 class RunLock:
@@ -74,6 +124,9 @@ class RunLock:
             self._write(self._file, {})
             self._forget()
 
+    def check(self) -> None:
+        """Does nothing: while this process lives no other gets the lock."""
+
     def _write(self, file: int, holder: dict[str, Any]) -> None:
         """A full disk must not stop a run: the lock holds without a name in it."""
         try:
@@ -89,8 +142,12 @@ class RunLock:
 
 
 def _holder(file: int) -> dict[str, Any]:
+    return _parse(os.pread(file, 4096, 0))
+
+
+def _parse(text: str | bytes) -> dict[str, Any]:
     try:
-        holder = json.loads(os.pread(file, 4096, 0))
+        holder = json.loads(text)
         return holder if isinstance(holder, dict) else {}
     except ValueError:
         return {}

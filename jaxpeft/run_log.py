@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +13,12 @@ import numpy as np
 
 from jaxpeft import report
 from jaxpeft.config_keys import to_plain
-from jaxpeft.metrics_log import MetricsLog
+from jaxpeft.metrics_log import open_log
 from jaxpeft.processes import is_first
 from jaxpeft.progress import Progress
 from jaxpeft.run import Run
 from jaxpeft.run_folder import METRICS, SAMPLES
+from jaxpeft.storage import Place
 from jaxpeft.track import make_trackers
 
 _BUG_EXIT_CODE = 70
@@ -48,7 +48,7 @@ class RunLog:
             self._files = {}
             if is_first():
                 for name in (METRICS, SAMPLES):
-                    self._files[name] = stack.enter_context(MetricsLog(run.output / name))
+                    self._files[name] = stack.enter_context(open_log(run.output / name))
                 self._cut_back(first if first else -1)
             track = run.config.track
             self._tracker = make_trackers(
@@ -129,6 +129,11 @@ class RunLog:
         shown = ("loss", "learning_rate", "tokens_per_second")
         self.progress.update(step, **{name: line[name] for name in shown}, skipped=skipped)
 
+    def keep(self) -> None:
+        """Makes sure that all lines are where a run that goes on finds them; before a save."""
+        for file in self._files.values():
+            file.keep()
+
     def evaluation(self, step: int, call: Callable[..., Any]) -> dict[str, float]:
         """Evaluates the model as it stands and writes metrics and answers.
 
@@ -155,7 +160,7 @@ class RunLog:
             self._files[name].append({"step": step, **values})
 
 
-def evaluations(output: pathlib.Path) -> dict[int, dict[str, Any]]:
+def evaluations(output: Place) -> dict[int, dict[str, Any]]:
     """The evaluations in a run's ``metrics.jsonl``, by step."""
     try:
         lines = (output / METRICS).read_text().splitlines()

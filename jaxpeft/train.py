@@ -10,7 +10,6 @@ if __name__ == "__main__":  # before anything heavy is imported: it starts the p
 
 import contextlib
 import functools
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxpeft import config as run_config
-from jaxpeft import data, hosts, report, sharding, track
+from jaxpeft import data, hosts, report, run_lock, sharding, storage, track
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
@@ -35,10 +34,10 @@ from jaxpeft.run_folder import (
     check_folder,
     discard,
     export_path,
+    is_exported,
     make_folder,
     write_config,
 )
-from jaxpeft.run_lock import RunLock
 from jaxpeft.run_log import RunLog, evaluations
 from jaxpeft.signals import StopRequest
 
@@ -85,7 +84,9 @@ def train(
         UserError: Bad input (then nothing was written), divergence, a full disk, or an
             interruption after saving; ``exit_code`` tells them apart.
     """
-    output, speaks = pathlib.Path(config.output_dir), is_first()
+    output, speaks = storage.as_path(config.output_dir), is_first()
+    if profile and storage.is_remote(output):
+        raise UserError(f"--profile: needs an output_dir on a disk, not {output}.")
     from_first(lambda: check_folder(config, resume=resume, overwrite=overwrite))
     if config.track.wandb is not None:
         track.import_wandb()
@@ -101,7 +102,7 @@ def train(
     require_same("config and training data", run_config.to_yaml(config) + rows.plan.hash)
     from_first(lambda: make_folder(output))
     with contextlib.ExitStack() as stack:
-        lock = RunLock(output)
+        lock = run_lock.hold(output)
         from_first(lambda: stack.enter_context(lock) and None)
         stop = stack.enter_context(hosts.stop_request())
         checkpoints = stack.enter_context(
@@ -111,7 +112,7 @@ def train(
         if latest is not None:
             began_with = checkpoints.meta(latest)["data_hash"]
             check_unchanged("training data", began_with, rows.plan.hash, output)
-        if latest == rows.steps and from_first(export_path(config).exists):
+        if latest == rows.steps and from_first(lambda: is_exported(export_path(config))):
             if speaks:
                 print(f"{output}: already finished, {export_path(config)} is ready.")
             return
@@ -136,7 +137,8 @@ def train(
         if speaks:
             write_config(config)
             report.print_run_table(*run.describe())
-        loop(run, checkpoints, stop, profile if speaks else range(0))
+        loop(run, checkpoints, stop, profile if speaks else range(0), lock.check)
+        from_first(lock.check)
         place = run.export(checkpoints)
         if speaks:
             scores, exported = evaluations(output), int(run.state.step)
@@ -199,7 +201,13 @@ def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> R
     )
 
 
-def loop(run: Run, checkpoints: Checkpoints, stop: StopRequest, profile: range) -> None:
+def loop(
+    run: Run,
+    checkpoints: Checkpoints,
+    stop: StopRequest,
+    profile: range,
+    check_lock: Callable[[], None],
+) -> None:
     """Trains from the state's step to the last one, with evaluations and checkpoints.
 
     The metrics of a step are fetched while the device computes the next one. A signal ends an
@@ -213,10 +221,11 @@ def loop(run: Run, checkpoints: Checkpoints, stop: StopRequest, profile: range) 
         if first:
             log.progress.note(f"going on after step {first}")
         if log.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            stop_diverged(run, checkpoints, log)
+            stop_diverged(run, checkpoints, log, check_lock)
         if evaluates(run, first) and not from_first(lambda: first in evaluations(run.output)):
             log.evaluation(first, stop.run_interruptible)
         if first == last:
+            from_first(log.keep)
             return
         with log.progress.paused("compiling"):
             step_fn = run.compile_step(stop.run_interruptible)
@@ -239,14 +248,14 @@ def loop(run: Run, checkpoints: Checkpoints, stop: StopRequest, profile: range) 
                 log.flush()
             trace.after(step, log.flush)
             if log.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                stop_diverged(run, checkpoints, log)
+                stop_diverged(run, checkpoints, log, check_lock)
             scores = None
             if evaluates(run, step) and (best or not stop.requested):
                 with contextlib.suppress(InterruptedRunError):
                     scores = log.evaluation(step, at_once if best else stop.run_interruptible)
             interrupted = stop.requested  # asked once: the answer may change at any time
             if due(step, config.checkpoint.every, last) or interrupted or (best and scores):
-                log.flush()
+                prepare_save(log, check_lock)
                 run.save(checkpoints, scores)
                 log.start_clock()
             if interrupted:
@@ -258,10 +267,23 @@ def loop(run: Run, checkpoints: Checkpoints, stop: StopRequest, profile: range) 
         checkpoints.wait()
 
 
-def stop_diverged(run: Run, checkpoints: Checkpoints, log: RunLog) -> None:
+def prepare_save(log: RunLog, check_lock: Callable[[], None]) -> None:
+    """Makes sure that the folder is still this run's, and that all lines are in it."""
+
+    def prepare() -> None:
+        check_lock()
+        log.keep()
+
+    log.flush()
+    from_first(prepare)
+
+
+def stop_diverged(
+    run: Run, checkpoints: Checkpoints, log: RunLog, check_lock: Callable[[], None]
+) -> None:
     """Saves the last good state and gives up."""
     step, count = log.last_step, log.skipped_in_a_row
-    log.flush()
+    prepare_save(log, check_lock)
     run.save(checkpoints)
     checkpoints.wait()
     raise DivergedError(
@@ -302,7 +324,7 @@ def parse_range(text: str | None) -> range:
 class Trace:
     """Records a profile of some steps; of those that this process makes."""
 
-    def __init__(self, folder: pathlib.Path, steps: range):
+    def __init__(self, folder: storage.Place, steps: range):
         self._folder, self._steps, self._on = folder, steps, False
 
     def before(self, step: int) -> None:

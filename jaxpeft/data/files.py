@@ -11,8 +11,10 @@ import json
 import pathlib
 from typing import Any
 
+from jaxpeft import storage
 from jaxpeft.data.problems import DROP_HINT, Problem
 from jaxpeft.errors import UserError, nearest
+from jaxpeft.storage import Place
 
 MALFORMED = "malformed JSON"
 _BINARY = {
@@ -47,7 +49,8 @@ def read_json(path: str | pathlib.Path) -> JsonFile:
     """Reads all rows of a file, and says of those that are not JSON why.
 
     Args:
-        path: A ``.jsonl`` file, or a ``.json`` file with an array or one object a line.
+        path: A ``.jsonl`` file, or a ``.json`` file with an array or one object a line; on disk or
+            in a bucket (``gs://``).
 
     Returns:
         Values and problems; blank lines are skipped, a byte order mark and CRLF are accepted.
@@ -56,7 +59,9 @@ def read_json(path: str | pathlib.Path) -> JsonFile:
         UserError: If there is no such file, it is empty, its bytes are not text, or it is
             ``.jsonl`` by name and an array by content.
     """
-    name, data = str(path), _read_bytes(pathlib.Path(path))
+    name = str(path)
+    with storage.explained(name):
+        data = _read_bytes(storage.as_path(path))
     sha256 = hashlib.sha256(data).hexdigest()
     for magic, kind in _BINARY.items():
         if data.startswith(magic):
@@ -79,7 +84,7 @@ def read_json(path: str | pathlib.Path) -> JsonFile:
     return JsonFile(name, sha256, values, problems)
 
 
-def _read_bytes(path: pathlib.Path) -> bytes:
+def _read_bytes(path: Place) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -93,7 +98,8 @@ def _read_bytes(path: pathlib.Path) -> bytes:
     except IsADirectoryError:
         raise UserError(f"{path}: this is a folder; give a .jsonl or .json file in it.") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
+        why = error.strerror or storage.explain(error)
+        raise UserError(f"{path}: cannot be read: {why}.") from None
 
 
 class _Parser:

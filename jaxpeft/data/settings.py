@@ -15,7 +15,7 @@ class DataConfig(Record):
     """Which rows to learn from, and how they become sequences.
 
     Attributes:
-        train: A ``.jsonl`` or ``.json`` file of rows.
+        train: A ``.jsonl`` or ``.json`` file of rows, on disk or in a bucket (``gs://``).
         eval: Another one, of held-out rows.
         max_length: Tokens of a sequence.
         packing: Whether short rows share a sequence.

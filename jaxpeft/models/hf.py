@@ -11,16 +11,18 @@ import pathlib
 import struct
 from typing import Any
 
+from jaxpeft import storage
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.hf_config import config_from_hf
 from jaxpeft.models.source import PLAIN_DTYPES, Source, TensorInfo, expected_nbytes
+from jaxpeft.storage import Place
 
 MAX_HEADER_BYTES = 100_000_000
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def read_folder_config(folder: pathlib.Path) -> ModelConfig:
+def read_folder_config(folder: Place) -> ModelConfig:
     """The architecture in ``config.json``, with the end tokens of ``generation_config.json``.
 
     Raises:
@@ -45,7 +47,7 @@ def read_folder_config(folder: pathlib.Path) -> ModelConfig:
     return dataclasses.replace(config, eos_token_ids=ids)
 
 
-def open_folder(folder: pathlib.Path) -> Source:
+def open_folder(folder: Place) -> Source:
     """The config and every tensor's place in a Hugging Face folder.
 
     Raises:
@@ -69,13 +71,13 @@ def open_folder(folder: pathlib.Path) -> Source:
     )
 
 
-def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
+def read_header(path: Place) -> dict[str, TensorInfo]:
     """Every tensor's place in one safetensors file.
 
     Raises:
         UserError: The file is something else, cut short, or its header is inconsistent.
     """
-    size = path.stat().st_size
+    size = storage.size(path)
     with path.open("rb") as file:
         start = file.read(64)
         if size < 8:
@@ -130,7 +132,7 @@ def describe_bytes(start: bytes) -> str:
     return f"this is no safetensors file (it begins with {start[:8]!r})"
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
@@ -139,7 +141,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
     except json.JSONDecodeError as error:
-        text = "the file is empty" if not path.stat().st_size else f"not valid JSON: {error.msg}"
+        text = "the file is empty" if not storage.size(path) else f"not valid JSON: {error.msg}"
         raise UserError(f"{path}:{error.lineno}:{error.colno}: {text}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
@@ -160,7 +162,7 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _tensor_info(path: pathlib.Path, base: int, name: str, entry: dict) -> TensorInfo:
+def _tensor_info(path: Place, base: int, name: str, entry: dict) -> TensorInfo:
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) or end < begin:
@@ -173,7 +175,7 @@ def _tensor_info(path: pathlib.Path, base: int, name: str, entry: dict) -> Tenso
     return TensorInfo(path, base + begin, end - begin, dtype, shape)
 
 
-def _check_layout(path: pathlib.Path, base: int, tensors: dict[str, TensorInfo]) -> None:
+def _check_layout(path: Place, base: int, tensors: dict[str, TensorInfo]) -> None:
     """Tensors must follow one another without overlaps or holes, as the format says."""
     position = base
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -185,7 +187,7 @@ def _check_layout(path: pathlib.Path, base: int, tensors: dict[str, TensorInfo])
         position += info.nbytes
 
 
-def _read_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, TensorInfo]:
+def _read_shards(folder: Place, index: Place) -> dict[str, TensorInfo]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map: expected an object from tensor to file name")
@@ -225,7 +227,7 @@ def _is_shard_name(file: Any) -> bool:
     )
 
 
-def _no_weights(folder: pathlib.Path) -> str:
+def _no_weights(folder: Place) -> str:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         return (

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import paths
+from jaxpeft import paths, storage
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.folders import new_folder, real_path
 from jaxpeft.models.config import ModelConfig
@@ -25,6 +25,7 @@ from jaxpeft.models.names import Entry, name_table, param_shapes
 from jaxpeft.models.source import PLAIN_DTYPES
 from jaxpeft.models.stacks import count_nonfinite
 from jaxpeft.processes import is_first, to_host
+from jaxpeft.storage import Place
 
 SHARD_BYTES = 5_000_000_000
 _FILE_DTYPES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
@@ -69,7 +70,7 @@ def save_hf(
     if not is_first():
         _help_to_gather(config, leaves)
         return
-    with new_folder(path) as folder:
+    with new_folder(path, last="config.json") as folder:
         _write_weights(folder, config, leaves, dtype, shard_bytes)
         _write_json(folder / "config.json", settings)
         _write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
@@ -94,9 +95,7 @@ def require_place(
     place = real_path(path)
     if not place.exists():
         return
-    # A source that does not exist here is a hub id.
-    origin = None if source is None else pathlib.Path(os.path.expanduser(source))
-    if origin is not None and origin.exists() and origin.samefile(place):
+    if _same(source, place):
         raise UserError(
             f"{place}: is the model that is read, which saving would remove; choose another folder"
         )
@@ -107,6 +106,16 @@ def require_place(
             f"{place}: holds a model already; choose another folder, or replace it with "
             "--overwrite (overwrite=True)"
         )
+
+
+def _same(source: str | os.PathLike | None, place: Place) -> bool:
+    """Whether a model was read from `place`; what lies nowhere is a hub id."""
+    if source is None:
+        return False
+    if storage.is_remote(source) or storage.is_remote(place):
+        return os.fspath(source).rstrip("/") == os.fspath(place).rstrip("/")
+    origin = pathlib.Path(os.path.expanduser(source))
+    return origin.exists() and origin.samefile(place)
 
 
 def _check_params(config: ModelConfig, params: dict) -> None:
@@ -210,7 +219,7 @@ def _write_json(path: pathlib.Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_ours(place: pathlib.Path) -> bool:
+def _is_ours(place: Place) -> bool:
     """Whether a folder is empty or holds nothing but the files of a Hugging Face model."""
     return all(
         child.is_file()

@@ -23,7 +23,7 @@ def load_config(path: str | os.PathLike, revision: str | None = None) -> ModelCo
     """The architecture of a model, without its weights.
 
     Args:
-        path: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        path: A Hugging Face folder, on disk or in a bucket, a hub id, or a ``.gguf`` file.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
@@ -41,7 +41,7 @@ def load_tokenizer(path: str | os.PathLike, revision: str | None = None) -> Any:
     """The tokenizer of a model, as a transformers fast tokenizer.
 
     Args:
-        path: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        path: A Hugging Face folder, on disk or in a bucket, a hub id, or a ``.gguf`` file.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
@@ -64,7 +64,7 @@ def load_params(
     """Weights, architecture, tokenizer and fingerprint of a model.
 
     Args:
-        path: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        path: A Hugging Face folder, on disk or in a bucket, a hub id, or a ``.gguf`` file.
         revision: Branch, tag or commit of a hub id.
         dtype: "float32", "bfloat16" or "float16"; None keeps what is stored (block-quantised
             tensors become float32).
@@ -104,7 +104,7 @@ def load_model(
     """A model ready to call: parameters, module, tokenizer.
 
     Args:
-        path: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        path: A Hugging Face folder, on disk or in a bucket, a hub id, or a ``.gguf`` file.
         revision: Branch, tag or commit of a hub id.
         dtype: Of the parameters: "float32", "bfloat16", "float16", or None for as stored.
         compute_dtype: Of the activations; "auto" is float32 on CPU and `dtype` elsewhere.

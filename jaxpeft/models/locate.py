@@ -1,14 +1,17 @@
 """From what the user wrote to a folder or file on this machine."""
 
+import contextlib
 import os
 import pathlib
 import re
 from collections.abc import Iterable
 
+from jaxpeft import storage
 from jaxpeft.errors import UserError, nearest
+from jaxpeft.storage import Place
 
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-_SMALL = (
+SMALL = (
     "config.json",
     "generation_config.json",
     "tokenizer*",
@@ -22,11 +25,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*")
 _ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth")
 
 
-def locate(path: str | os.PathLike, revision: str | None = None, *, weights: bool) -> pathlib.Path:
+def locate(path: str | os.PathLike, revision: str | None = None, *, weights: bool) -> Place:
     """Finds a model, downloading it from the Hugging Face hub only when given a hub id.
 
     Args:
-        path: A folder, a ``.gguf`` file, or a hub id such as "org/name".
+        path: A folder, on disk or in a bucket (``gs://``), a ``.gguf`` file, or a hub id such as
+            "org/name".
         revision: Branch, tag or commit of a hub id.
         weights: Whether the weights are wanted, or only config and tokenizer.
 
@@ -37,6 +41,10 @@ def locate(path: str | os.PathLike, revision: str | None = None, *, weights: boo
         UserError: Nothing there, something else there, or the hub has no such model.
     """
     text = os.fspath(path)
+    if storage.is_remote(text):
+        if text.endswith(".gguf"):
+            raise UserError(f"{text}: a .gguf file is read from a disk only; copy it there")
+        return _in_bucket(text, revision, ("config.json",))
     local = pathlib.Path(text).expanduser()
     if "\0" in text or not text.strip():
         raise UserError(f"model path {text!r}: expected a folder, a .gguf file or a hub id")
@@ -51,18 +59,16 @@ def locate(path: str | os.PathLike, revision: str | None = None, *, weights: boo
             f"{text}: no such file or folder (from {pathlib.Path.cwd()}); {_near(local)}"
             "no network access was tried, as this is not a hub id (org/name)"
         )
-    return _from_hub(text, revision, [*_SMALL, *(_WEIGHTS if weights else ())], "model")
+    return _from_hub(text, revision, [*SMALL, *(_WEIGHTS if weights else ())], "model")
 
 
-def locate_adapter(
-    path: str | os.PathLike, revision: str | None, files: Iterable[str]
-) -> pathlib.Path:
+def locate_adapter(path: str | os.PathLike, revision: str | None, files: Iterable[str]) -> Place:
     """Finds an adapter's folder, downloading it only when given a hub id.
 
     Args:
-        path: A folder, or a hub id "org/name".
+        path: A folder, on disk or in a bucket (``gs://``), or a hub id "org/name".
         revision: Branch, tag or commit of a hub id.
-        files: Names of the files that are wanted from the hub.
+        files: Names of the files that are wanted from the hub, the config first.
 
     Returns:
         An existing folder.
@@ -70,7 +76,9 @@ def locate_adapter(
     Raises:
         UserError: Nothing there, or the hub has no such adapter.
     """
-    text = os.fspath(path)
+    text, files = os.fspath(path), tuple(files)
+    if storage.is_remote(text):
+        return _in_bucket(text, revision, (files[0], f"adapter/{files[0]}"))
     local = pathlib.Path(text).expanduser()
     if local.exists() and revision is not None:
         raise UserError(f"{text}: revision {revision!r} has no meaning for a local path; drop it")
@@ -94,6 +102,19 @@ def looks_local(text: str) -> bool:
         or not _HUB_ID.fullmatch(text)
         or ("/" in text and pathlib.Path(text).parent.is_dir())
     )
+
+
+def _in_bucket(text: str, revision: str | None, names: tuple[str, ...]) -> Place:
+    """A folder in a bucket that holds an object of one of these names."""
+    if revision is not None:
+        raise UserError(f"{text}: revision {revision!r} has no meaning in a bucket; drop it")
+    folder = storage.as_path(text)
+    with storage.explained(text):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                storage.size(folder / name)
+                return folder
+    raise UserError(f"{text}: no such bucket, or it has no {' or '.join(names)} there")
 
 
 def _check_local(local: pathlib.Path) -> pathlib.Path:

@@ -9,8 +9,6 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import os
-import pathlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +21,7 @@ from jaxpeft.models.names import Entry
 from jaxpeft.models.source import PLAIN_DTYPES, Source, TensorInfo
 from jaxpeft.models.stacks import PlainStack, QuantStack, fill
 from jaxpeft.quant import is_quantised
+from jaxpeft.storage import Place, Ranges
 
 ALL_PARTS = (0, PARTS)
 
@@ -62,7 +61,7 @@ class Reader:
         self.interleaved = source.interleaved
         self.num_layers = source.config.num_layers
         self._source, self._stack = source, stack
-        self._fds: dict[pathlib.Path, int] = {}
+        self._files: dict[Place, Ranges] = {}
 
     def target(self, entry: Entry, form: Form) -> np.dtype:
         """The dtype of a parameter, or of the kernel behind its codes."""
@@ -135,11 +134,11 @@ class Reader:
             if start < stop
         }
 
-    def _open(self, file: pathlib.Path) -> int:
-        if file not in self._fds:
-            self._fds[file] = os.open(file, os.O_RDONLY)
-            self._stack.callback(os.close, self._fds[file])
-        return self._fds[file]
+    def _open(self, file: Place) -> Ranges:
+        if file not in self._files:
+            self._files[file] = Ranges(file)
+            self._stack.callback(self._files[file].close)
+        return self._files[file]
 
     def _check_tied_head(
         self, embedding: TensorInfo, parts: tuple[int, int], digests: dict[int, str]
@@ -158,11 +157,11 @@ class Reader:
         )
 
 
-def read_into(view: memoryview, fd: int, offset: int) -> None:
-    """Fills a buffer from an open file, whose position is neither used nor moved."""
+def read_into(view: memoryview, file: Ranges, offset: int) -> None:
+    """Fills a buffer from a place in a file."""
     done = 0
     while done < len(view):
-        count = os.preadv(fd, [view[done:]], offset + done)
+        count = file.read_into(view[done:], offset + done)
         if count == 0:
             raise EOFError(f"file ends {len(view) - done} bytes early")
         done += count

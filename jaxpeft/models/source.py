@@ -7,12 +7,12 @@ written once, in `jaxpeft.models.weights` and `jaxpeft.models.reading`.
 
 import dataclasses
 import math
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.models.config import ModelConfig
+from jaxpeft.storage import Place
 
 PLAIN_DTYPES = {
     "F32": np.dtype(np.float32),
@@ -36,7 +36,7 @@ class TensorInfo:
         shape: As in torch: rows first, a linear weight is ``(out, in)``.
     """
 
-    file: pathlib.Path
+    file: Place
     offset: int
     nbytes: int
     dtype: str
@@ -56,7 +56,7 @@ class Source:
         ignored: Names that may be there and are not read.
     """
 
-    path: pathlib.Path
+    path: Place
     config: ModelConfig
     tensors: dict[str, TensorInfo]
     style: str

@@ -4,8 +4,11 @@ import os
 import pathlib
 from typing import Any
 
+from jaxpeft import storage
 from jaxpeft.errors import UserError
 from jaxpeft.models.hf import read_json
+from jaxpeft.models.locate import SMALL
+from jaxpeft.storage import Place
 
 # One of these makes a folder's tokenizer.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -24,16 +27,16 @@ def import_transformers() -> Any:
     return transformers
 
 
-def has_tokenizer(place: pathlib.Path) -> bool:
+def has_tokenizer(place: Place) -> bool:
     """Whether a folder has tokenizer files; a GGUF file always does."""
     return place.suffix == ".gguf" or any((place / name).is_file() for name in VOCABULARY_FILES)
 
 
-def read_tokenizer(place: pathlib.Path) -> Any:
+def read_tokenizer(place: Place) -> Any:
     """The tokenizer in a Hugging Face folder or a GGUF file. Runs no code from either.
 
     Args:
-        place: A local folder, or a ``.gguf`` file.
+        place: A folder, or a ``.gguf`` file.
 
     Raises:
         UserError: No tokenizer files, files transformers cannot read, or paths that leave the
@@ -51,9 +54,10 @@ def read_tokenizer(place: pathlib.Path) -> Any:
     _check_settings(place / "tokenizer_config.json")
     transformers = import_transformers()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(place), trust_remote_code=False, local_files_only=True, use_fast=True
-        )
+        with storage.on_disk(place, SMALL) as folder:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True, use_fast=True
+            )
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
@@ -68,7 +72,7 @@ def read_tokenizer(place: pathlib.Path) -> Any:
     return tokenizer
 
 
-def _check_settings(path: pathlib.Path) -> None:
+def _check_settings(path: Place) -> None:
     if not path.is_file():
         return
     for key, value in read_json(path).items():

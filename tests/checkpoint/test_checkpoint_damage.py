@@ -122,7 +122,7 @@ def test_bad_arguments_are_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         Checkpoints(tmp_path / "file")
-    with pytest.raises(UserError, match="not a URL"):
-        Checkpoints("gs://bucket/run")
+    with pytest.raises(UserError, match=r"of object stores only gs:// is supported"):
+        Checkpoints("s3://bucket/run")
     with pytest.raises(UserError, match=r"checkpoint\.keep must be at least 1, got 0"):
         Checkpoints(tmp_path, keep=0)

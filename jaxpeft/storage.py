@@ -1,0 +1,230 @@
+"""Where files lie: on a disk, or as objects in a bucket (``gs://bucket/name``).
+
+`as_path` gives a `pathlib.Path`, or for a URL an `etils.epath.Path`, which has the same methods and
+reaches the store through gcsfs. Orbax reads and writes arrays there through TensorStore.
+
+An object appears whole once it is written, or not at all. There is no renaming, appending or
+locking, and a folder is there as long as objects begin with its name.
+"""
+
+import contextlib
+import fnmatch
+import importlib
+import logging
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from jaxpeft.errors import UserError
+
+# What `as_path` gives: epath's paths have the methods of `pathlib.Path`, but are none.
+if TYPE_CHECKING:
+    Place = pathlib.Path
+else:
+    Place = pathlib.PurePath
+
+SCHEME = "gs://"
+_CLIENTS = ("aiohttp", "gcsfs", "google", "requests", "tensorstore")
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is a URL."""
+    return "://" in os.fspath(path)
+
+
+def as_path(path: str | os.PathLike) -> Place:
+    """The path of a file or folder, on disk or in a bucket. Looks at nothing.
+
+    Raises:
+        UserError: A URL of another kind, without a bucket, or gcsfs is not installed.
+    """
+    text = os.fspath(path)
+    if not is_remote(text):
+        return pathlib.Path(text)
+    if not text.startswith(SCHEME):
+        raise UserError(f"{text}: of object stores only {SCHEME} is supported")
+    if not text.removeprefix(SCHEME).partition("/")[0]:
+        raise UserError(f"{text}: names no bucket; expected {SCHEME}bucket/name")
+    _client(text)
+    from etils import epath
+
+    return epath.Path(text)  # pyright: ignore[reportReturnType]
+
+
+@contextlib.contextmanager
+def explained(path: str | os.PathLike) -> Iterator[None]:
+    """What goes wrong with a bucket in the block becomes a `UserError` with the path.
+
+    Errors of paths on disk are left as they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        raise UserError(f"{os.fspath(path)}: {explain(error)}") from error
+
+
+def explain(error: BaseException) -> str:
+    """What an error of the store means, in one line."""
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, FileNotFoundError):
+        return "nothing is there, or there is no such bucket"
+    code = str(getattr(error, "code", ""))
+    if code in ("401", "403") or text.startswith("Forbidden"):
+        return (
+            f"not allowed ({text}); log in with `gcloud auth application-default login`, or give "
+            "this machine's service account access to the bucket"
+        )
+    return f"the store cannot be reached or refuses ({type(error).__name__}: {text})"
+
+
+def is_store_error(error: BaseException) -> bool:
+    """Whether an exception comes from a client of an object store."""
+    return type(error).__module__.partition(".")[0] in _CLIENTS
+
+
+def size(path: Place) -> int:
+    """Bytes of a file or object."""
+    stat: Any = path.stat()
+    return stat.length if is_remote(path) else stat.st_size
+
+
+def exists(path: Place) -> bool:
+    """Whether a file, folder or object is there; a store that does not answer is a `UserError`.
+
+    The `exists` of epath's paths takes a failed request for a no.
+    """
+    if not is_remote(path):
+        return path.exists()
+    with explained(path):
+        try:
+            _client(os.fspath(path)).info(os.fspath(path))
+        except FileNotFoundError:
+            return False
+    return True
+
+
+class Ranges:
+    """A file or object that is read at any place, without a position of its own.
+
+    An object is read by range requests; nothing of it is kept on disk.
+    """
+
+    def __init__(self, path: Place):
+        self._path = os.fspath(path)
+        self._client = _client(self._path) if is_remote(path) else None
+        self._file = -1 if self._client else os.open(path, os.O_RDONLY)
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fills `view` from `offset` on, or a part of it; the number of bytes, 0 at the end."""
+        if self._client is None:
+            return os.preadv(self._file, [view], offset)
+        with explained(self._path):
+            try:
+                data = self._client.cat_file(self._path, start=offset, end=offset + len(view))
+            except Exception as error:
+                if getattr(error, "code", None) != 416:  # the object ends before this range
+                    raise
+                return 0
+        view[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file >= 0:
+            os.close(self._file)
+
+
+@contextlib.contextmanager
+def on_disk(folder: Place, patterns: Iterable[str]) -> Iterator[pathlib.Path]:
+    """A folder with its small files on disk, for packages that read no URLs.
+
+    Args:
+        folder: A folder on disk, which is given as it stands, or in a bucket.
+        patterns: Which files in it are copied from a bucket.
+    """
+    if not is_remote(folder):
+        yield pathlib.Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        with explained(folder):
+            for file in folder.iterdir():
+                if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
+                    pathlib.Path(copy, file.name).write_bytes(file.read_bytes())
+        yield pathlib.Path(copy)
+
+
+def write_objects(folder: Place, files: Mapping[str, bytes]) -> None:
+    """Writes objects under `folder` one after the other; readers look for the last one."""
+    with explained(folder):
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+
+def upload(local: pathlib.Path, folder: Place, last: str) -> None:
+    """Makes objects of the files of a folder on disk, in place of those there.
+
+    Args:
+        local: The folder.
+        folder: Where to; objects of other names are removed.
+        last: The file that readers look for first: it is removed before anything else changes,
+            and written last.
+    """
+    client, target = _client(os.fspath(folder)), os.fspath(folder)
+    found = [file.relative_to(local).as_posix() for file in local.rglob("*") if file.is_file()]
+    names = sorted(found, key=lambda name: (name == last, name))
+    with explained(folder):
+        for name in sorted(objects(folder), key=lambda name: name != last):
+            if name == last or name not in names:
+                (folder / name).unlink()
+        for name in names:
+            client.put_file(str(local / name), f"{target}/{name}")
+
+
+def objects(folder: Place) -> dict[str, dict[str, Any]]:
+    """Size and the store's own CRC-32C of every object under a folder, by its name there."""
+    client = _client(os.fspath(folder))
+    root = os.fspath(folder).removeprefix(SCHEME).rstrip("/") + "/"
+    with explained(folder):
+        found = client.find(root, detail=True)
+    return {
+        name.removeprefix(root): {"bytes": int(info["size"]), "crc32c": info.get("crc32c", "")}
+        for name, info in found.items()
+    }
+
+
+def remove(folder: Place) -> None:
+    """Removes all objects under a folder; nothing need be there."""
+    with explained(folder), contextlib.suppress(FileNotFoundError):
+        _client(os.fspath(folder)).rm(os.fspath(folder), recursive=True)
+
+
+def move(folder: Place, target: Place, first: str) -> None:
+    """Copies all objects under a folder, then removes them, `first` before the others.
+
+    A process killed meanwhile leaves the old objects whole, or without `first`.
+    """
+    client = _client(os.fspath(folder))
+    with explained(folder):
+        client.copy(os.fspath(folder), os.fspath(target), recursive=True)
+        (folder / first).unlink(missing_ok=True)
+    remove(folder)
+
+
+def _client(url: str) -> Any:
+    """The file system of gcsfs. It keeps no listings: other processes write too."""
+    try:
+        import fsspec
+        from fsspec.config import conf
+
+        importlib.import_module("gcsfs")
+    except ImportError as error:
+        raise UserError(f"{url}: needs pip install 'jaxpeft[gcs]' ({error})") from error
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises, with a trace
+    conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return fsspec.filesystem("gcs", finalize_on_close=True)  # as epath makes it
