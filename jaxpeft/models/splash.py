@@ -29,7 +29,7 @@ from jaxpeft.activations import on_own_heads
 from jaxpeft.models.tiles import KEPT, even_block
 
 LANES = 128
-"""Blocks are a multiple of what the chip's vector unit takes at once."""
+"""What the chip's vector unit takes at once; blocks are a multiple of it."""
 
 
 def splash_attention(
@@ -83,7 +83,9 @@ def _attend(
     which: Array,
 ) -> Array:
     """Attention of the rows and heads of a device; the window is ``windows[which]``."""
-    seq, heads = q.shape[1], q.shape[2]
+    seq, heads, head_dim = q.shape[1:]
+    # Of narrower heads the chip would keep 128 numbers as well, in twice the room and more.
+    kept = KEPT if head_dim % LANES == 0 else None
     blocks = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
     def within(window: int, *arrays: Array) -> Array:
@@ -93,7 +95,7 @@ def _attend(
             head_shards=1,
             q_seq_shards=1,
             block_sizes=splash.BlockSizes(**dict.fromkeys(blocks, block)),
-            residual_checkpoint_name=KEPT,
+            residual_checkpoint_name=kept,
             interpret=interpret,
         )
 
