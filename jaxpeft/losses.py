@@ -124,7 +124,7 @@ def _chunked_forward(head: Any, head_params: Any, *pieces: Any) -> Any:
         )
         return head(whole, x)
 
-    groups = groups_of_rows() if jax.tree.leaves(moving) else 1
+    groups = groups_of_rows() if jax.tree.leaves(moving) and _is_same_for_rows(still) else 1
     groups = 1 if pieces[1].shape[1] % groups else groups
     each = copy_for_groups(moving, groups)
 
@@ -155,6 +155,12 @@ def _chunked_forward(head: Any, head_params: Any, *pieces: Any) -> Any:
     of_params = sum_groups(of_params, groups)
     of_params = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), of_params, moving)
     return (loss, correct), (of_params, of_hidden)
+
+
+def _is_same_for_rows(head_params: Any) -> bool:
+    """Whether a head treats all rows alike: it has no key for dropout, and no index of adapters."""
+    leaves = jax.tree.leaves(head_params)
+    return all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
 
 
 def _chunked_backward(head: Any, slopes: Any, cotangents: Any) -> Any:

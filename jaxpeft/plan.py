@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpeft import checkpoint_leaves, cli, data, paths, report
+from jaxpeft import checkpoint_leaves, cli, data, paths, report, storage
 from jaxpeft import config as run_config
 from jaxpeft.activations import traced_on
 from jaxpeft.config import RunConfig
@@ -116,7 +115,7 @@ def make_plan(
     missing = None
     if tokenizer is None:
         missing = f"{config.model.path} has no tokenizer"
-    elif not pathlib.Path(config.data.train).expanduser().exists():
+    elif not storage.exists(storage.as_path(os.path.expanduser(config.data.train))):
         missing = f"{config.data.train} is not there"
     if missing is None:
         from jaxpeft.train import read_data

@@ -9,6 +9,7 @@ Nothing is estimated: where a run does not fit, its alternatives are compiled, t
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import time
@@ -81,7 +82,8 @@ def find_place(topology: str | None) -> Place:
         topology: Such as "v5e:2x4" or "v5p:2x2x4"; None for this machine.
 
     Raises:
-        UserError: No such topology, or libtpu is not installed.
+        UserError: No such topology, libtpu is not installed, or devices that do not say what they
+            hold.
     """
     if topology is not None:
         return _find_tpu(topology)
@@ -90,6 +92,8 @@ def find_place(topology: str | None) -> Place:
         device_bytes = _host_bytes() // jax.local_device_count()
     else:
         device_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+        if not device_bytes:
+            raise UserError(f"the {backend} devices of this machine do not say what they hold.")
     return Place(f"this machine ({backend})", None, count, "device", device_bytes, None)
 
 
@@ -258,14 +262,16 @@ def levers(config: RunConfig, place: Place) -> list[list[dict[str, Any]]]:
     train, mesh, found = config.train, config.mesh, []
     if train.remat != "full":
         found.append([{"train.remat": "full"}])
-    tensor = mesh.tensor if mesh.tensor > 0 else 1
-    shards = max(place.count // tensor, 1)
+    sizes = mesh.sizes
+    free = max(place.count // math.prod(size for size in sizes.values() if size > 0), 1)
+    sizes = {axis: free if size == -1 else size for axis, size in sizes.items()}
+    shards = sizes["data"] * sizes["fsdp"]
     rows = train.microbatch_size or train.batch_size
     smaller = [n for n in range(rows - 1, 0, -1) if train.batch_size % n == n % shards == 0]
     if smaller:
         found.append([{"train.microbatch_size": n} for n in smaller])
-    if shards > 1 and mesh.tensor > 0 and mesh.fsdp not in (-1, shards):
-        found.append([{"mesh.data": 1, "mesh.fsdp": -1}])
+    if sizes["data"] > 1:
+        found.append([{"mesh.data": 1, "mesh.fsdp": shards}])
     if config.model.quantization is None:
         found.append([{"model.quantization": "nf4"}])
     return found

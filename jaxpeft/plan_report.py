@@ -117,6 +117,8 @@ def _verdict(plan: dict[str, Any]) -> list[tuple[str, str]]:
         kinds = ", ".join(f"{name} {_gib(count)}" for name, count in memory["by_kind"].items())
         rows.append((f"memory a {unit}", kinds))
     needs = f"{_gib(memory['device_bytes'])} of {_gib(devices['device_bytes'])} a {unit}"
+    if not memory["by_kind"]:  # XLA refused the program
+        needs += ", some of which XLA keeps for itself"
     rows.append(("verdict", f"{'fits' if memory['fits'] else 'does not fit'}: {needs}"))
     for one in plan.get("alternatives", []):
         changes = " ".join(f"--{name} {value}" for name, value in one["changes"].items())

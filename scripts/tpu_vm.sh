@@ -54,40 +54,51 @@ on_workers() {
   gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker="${WORKER:-all}" --command="$1"
 }
 
-# Of the request: ACTIVE, WAITING_FOR_RESOURCES, PROVISIONING, SUSPENDED, FAILED, ...; or nothing.
+# Of the request: ACTIVE, WAITING_FOR_RESOURCES, PROVISIONING, SUSPENDED, FAILED, ...; NONE if there
+# is no such request; UNKNOWN if nobody can say for now.
 state() {
-  gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" \
-    --format='value(state.state)' 2>/dev/null || true
+  local said
+  if said=$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" \
+    --format='value(state.state)' 2>&1); then
+    printf '%s\n' "${said##*$'\n'}"
+  elif [[ $said == *NOT_FOUND* ]]; then
+    echo NONE
+  else
+    say "asking for the state of $NAME failed: ${said##*$'\n'}"
+    echo UNKNOWN
+  fi
 }
 
 create() {
-  local now
-  now=$(state)
-  case $now in
-    SUSPENDED | FAILED) delete ;;
-    '') ;;
-    *) say "$NAME is asked for already" ;;
-  esac
-  if [[ -z $(state) ]]; then
-    local options=()
-    [[ -z ${SPOT:-} ]] || options+=(--spot)
-    gcloud compute tpus queued-resources create "$NAME" "${where[@]}" --node-id="$NAME" \
-      --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION" "${options[@]}"
-  fi
-  while now=$(state) && [[ $now != ACTIVE ]]; do
-    [[ $now != FAILED && $now != SUSPENDED ]] || die "$NAME: the request is $now; see its description"
-    say "waiting for $NAME: ${now:-unknown}"
-    sleep 30
+  while true; do
+    case $(state) in
+      ACTIVE) break ;;
+      SUSPENDED | FAILED) delete || say 'deleting the old request failed; trying again' ;;
+      NONE)
+        local options=(--node-id="$NAME" --accelerator-type="$ACCELERATOR_TYPE")
+        [[ -z ${SPOT:-} ]] || options+=(--spot)
+        gcloud compute tpus queued-resources create "$NAME" "${where[@]}" "${options[@]}" \
+          --runtime-version="$RUNTIME_VERSION" || die "the request for $NAME was refused"
+        ;;
+      *) say "waiting for $NAME" ;;
+    esac
+    sleep "${WAIT:-30}"
   done
   say "$NAME is there"
 }
 
 install() {
-  local packed
-  packed=$(mktemp --suffix=.tar.gz)
-  git archive --format=tar.gz --output="$packed" HEAD
-  gcloud compute tpus tpu-vm scp "$packed" "$NAME:jaxpeft.tar.gz" "${where[@]}" --worker=all
-  rm -f "$packed"
+  local folder
+  [[ -z $(git status --porcelain) ]] ||
+    say 'only what is committed is installed; there are changes that are not'
+  folder=$(mktemp -d)
+  git archive --format=tar.gz --output="$folder/jaxpeft.tar.gz" HEAD
+  if ! gcloud compute tpus tpu-vm scp "$folder/jaxpeft.tar.gz" "$NAME:jaxpeft.tar.gz" \
+    "${where[@]}" --worker=all; then
+    rm -rf "$folder"
+    return 1
+  fi
+  rm -rf "$folder"
   # shellcheck disable=SC2016  # the workers expand it
   on_workers 'set -e
     mkdir -p jaxpeft && tar -xzf jaxpeft.tar.gz -C jaxpeft && cd jaxpeft
@@ -97,16 +108,18 @@ install() {
       sudo apt-get -q -y install python3.12-venv && python=python3.12
     }
     [ -e .venv/bin/python ] || $python -m venv .venv
-    .venv/bin/python -m pip install --quiet --editable ".[tpu]"'
+    .venv/bin/python -m pip install --quiet --editable ".[tpu,gcs]"'
 }
 
 start() {
   [[ $# -gt 0 ]] || die 'start: give a config, as for python -m jaxpeft.train'
   local arguments
   printf -v arguments '%q ' "$@"
-  on_workers "cd jaxpeft && mkdir -p runs && rm -f runs/$NAME.exit && { nohup sh -c '
+  # The lock: a run that is still there is left alone.
+  on_workers "cd jaxpeft && mkdir -p runs && { nohup flock -n runs/$NAME.lock sh -c '
+    exec >runs/$NAME.log 2>&1; rm -f runs/$NAME.exit
     .venv/bin/python -m jaxpeft.train \"\$@\"; echo \$? >runs/$NAME.exit' train $arguments \
-    >runs/$NAME.log 2>&1 </dev/null & }"
+    </dev/null >/dev/null 2>&1 & }"
 }
 
 logs() {
@@ -123,27 +136,39 @@ delete() {
 }
 
 run() {
-  local code now
+  local code
   while true; do
     create
-    install
-    start "$@"
+    if ! install || ! start "$@"; then
+      say 'installing or starting failed; trying again'
+      sleep "${WAIT:-30}"
+      continue
+    fi
     while true; do
-      sleep 60
-      now=$(state)
-      if [[ $now != ACTIVE ]]; then
-        say "$NAME is ${now:-gone}; beginning anew, from the newest checkpoint"
-        break
-      fi
+      sleep "${WAIT:-60}"
+      case $(state) in
+        UNKNOWN) continue ;;
+        ACTIVE) ;;
+        *)
+          say "$NAME is gone; beginning anew, from the newest checkpoint"
+          break
+          ;;
+      esac
       code=$(ended)
-      if [[ -n $code ]]; then
-        WORKER=0 on_workers "tail -n 40 $log" || true
-        say "training ended with exit code $code; bash scripts/tpu_vm.sh delete gives $NAME back"
-        exit "$code"
-      fi
+      case $code in
+        6 | 7) # stopped by a signal, or without one of its peers: a preemption, most likely
+          say "training stopped with exit code $code; going on from the newest checkpoint"
+          break
+          ;;
+        [0-9]*)
+          WORKER=0 on_workers "tail -n 40 $log" || true
+          say "training ended with exit code $code; bash scripts/tpu_vm.sh delete gives $NAME back"
+          exit "$code"
+          ;;
+      esac
     done
     # A request whose TPU was taken is SUSPENDING for a while, and can be deleted after that.
-    while [[ $(state) == SUSPENDING ]]; do sleep 15; done
+    while [[ $(state) == SUSPENDING ]]; do sleep "${WAIT:-15}"; done
   done
 }
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hlo import Program
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from mesh_run import LEARNING_RATE, METHODS, STEPS, base_of, make_run, mesh_of, train
+from mesh_run import LEARNING_RATE, METHODS, STEPS, base_of, make_run, mesh_of, rows_of, train
 
 import jaxpeft as jp
 from jaxpeft import sharding
+from jaxpeft.activations import traced_on
 from jaxpeft.config import MeshSection
 from jaxpeft.decoding import generate_ids
 
@@ -85,7 +86,7 @@ def test_in_float64_meshes_differ_by_nothing_but_the_order_of_sums(sizes):
 
 
 def test_dropout_does_not_depend_on_the_mesh():
-    method = jp.LoRA(rank=4, alpha=8, dropout=0.5)
+    method = jp.LoRA(rank=4, alpha=8, dropout=0.5, targets=("q_proj", "lm_head"))
     one, other = (
         train(make_run("lora", mesh, method=method), steps=2)
         for mesh in (mesh_of(), mesh_of(2, 2, 2))
@@ -193,6 +194,31 @@ def test_the_gradient_of_a_trained_head_is_summed_over_devices_once(tied):
     assert {c.times for c in sums} == {1}
     one = train(make(mesh_of()), steps=3)
     np.testing.assert_allclose(train(run, steps=3), one, rtol=1e-5)
+
+
+def test_stacked_adapters_on_the_head_have_the_gradients_of_one_device():
+    base, keys = base_of(), jax.random.split(jax.random.key(1), 2)
+    method = jp.LoRA(rank=2, alpha=4, targets=("lm_head",))
+    stacked = jp.stack_adapters([jp.init_adapter(method, base, key) for key in keys])
+    stacked = stacked.replace(params=jax.tree.map(lambda x: x + 0.1, stacked.params))
+    plan = rows_of(base.config.vocab_size, 0).plan
+    batch = plan.batch(0) | {"index": np.arange(plan.batch_size) % 2}
+    batch = jax.tree.map(jnp.asarray, batch)
+    loss = jp.make_lm_loss(base.module, head_frozen=False)
+
+    def gradients(mesh):
+        layout = sharding.Layout(mesh, model=base.config)
+        params = sharding.shard_params(base.params, layout)
+
+        def total(trained):
+            return loss(params, stacked.replace(params=trained), batch)[0]
+
+        with traced_on(layout):
+            return jax.device_get(jax.jit(jax.grad(total))(stacked.params))
+
+    one, other = (jax.tree.leaves(gradients(mesh)) for mesh in (mesh_of(), mesh_of(2, 2, 2)))
+    for expected, found in zip(one, other, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_vocabulary_that_does_not_divide_gives_the_same_loss():

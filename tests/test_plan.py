@@ -140,7 +140,7 @@ def test_a_base_that_is_too_large_for_a_device_is_spread_over_all(files, tmp_pat
     rows = program.full_rows(config, model)
     place = plan_memory.find_place(None)
     whole = plan_memory.measure(config, model, rows, place)
-    changes = {"mesh.data": 1, "mesh.fsdp": -1}
+    changes = {"mesh.data": 1, "mesh.fsdp": 8}
     assert [changes] in plan_memory.levers(config, place)
     spread = plan_memory.measure(plan_memory.changed(config, changes), model, rows, place)
     base = 4 * sum(map(math.prod, param_shapes(model).values()))
@@ -148,6 +148,22 @@ def test_a_base_that_is_too_large_for_a_device_is_spread_over_all(files, tmp_pat
     assert spread.memory
     saved = whole.memory.arguments - spread.memory.arguments
     assert 0.8 * base < saved < base
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shards", "spread"),
+    [
+        ({"data": 2, "fsdp": -1}, 8, True),
+        ({"fsdp": 2, "tensor": -1, "data": 1}, 2, False),
+        ({"data": -1, "tensor": 2}, 4, True),
+    ],
+)
+def test_settings_are_tried_for_the_sizes_that_the_mesh_has(files, tmp_path, mesh, shards, spread):
+    config = config_of(files, tmp_path, mesh=mesh, train={"batch_size": 16})
+    found = plan_memory.levers(config, plan_memory.find_place(None))
+    sizes = [change["train.microbatch_size"] for change in found[0]]
+    assert sizes == [n for n in (8, 4, 2) if n % shards == 0]
+    assert ([{"mesh.data": 1, "mesh.fsdp": shards}] in found) == spread
 
 
 def test_data_that_are_not_there_are_said_to_be_missing(files, tmp_path, capsys):

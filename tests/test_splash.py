@@ -258,4 +258,7 @@ def test_kernels_are_in_the_program_that_is_compiled_for_tpus(tpus, head_dim, wi
     with backend.traced_for("tpu"):
         text = run.compile_step().as_text()
     called = re.findall(r'%splash_mha_(\w+).* custom_call_target="tpu_custom_call"', text)
-    assert Counter(called) == dict.fromkeys(KERNELS, max(1, len(windows)))
+    expected = Counter(dict.fromkeys(KERNELS, max(1, len(windows))))
+    if head_dim < 128:  # the forward pass of such heads is repeated
+        expected[KERNELS[0]] *= 2
+    assert Counter(called) == expected

@@ -60,6 +60,7 @@ def splash_attention(
         padding. It has first derivatives in reverse mode.
     """
     seq = q.shape[1]
+    windows = (0,) if window is None else windows
     known = tuple(sorted({0 if size >= seq else size for size in windows}))
     which = jnp.int32(0)
     if window is not None:  # One as long as the row is not there by its name, and 0 is first.
