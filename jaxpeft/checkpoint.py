@@ -33,7 +33,7 @@ import jax
 from jaxpeft import checkpoint_errors, checkpoint_leaves
 from jaxpeft.checkpoint_folder import CheckpointFolder
 from jaxpeft.errors import CheckpointError, UserError
-from jaxpeft.processes import from_first
+from jaxpeft.processes import from_first, together
 
 
 def _print_warning(text: str) -> None:
@@ -186,12 +186,24 @@ class Checkpoints:
         return self._folder.read(step)["meta"]
 
     def wait(self) -> None:
-        """Waits until the save under way exists.
+        """Waits until the save under way exists; in all processes, or it failed for all.
 
         Raises:
             ResourceError: It found no room, or no permission.
             CheckpointError: It failed in another way.
         """
+        if self._thread is None and self._error is None:
+            return
+        # The others are done before the first process has committed the step: none may leave, and
+        # thereby end the first one, until it has.
+        try:
+            together(self._wait)
+        except UserError:
+            self._orbax, self._last = None, (-1, 0)  # where it failed in another process too
+            raise
+
+    def _wait(self) -> None:
+        """Waits for this process's part of the save under way."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -200,9 +212,9 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def close(self) -> None:
-        """Waits for the save under way and lets go of Orbax."""
+        """Waits for the save under way, as far as this process makes it, and lets go of Orbax."""
         try:
-            self.wait()
+            self._wait()  # not for the others: one that failed comes here alone
         finally:
             self._forget()
 

@@ -34,6 +34,10 @@ _VARIABLES = {
     "process_id": "JAX_PROCESS_ID",
 }
 _CLUSTERS = ("gcetpu", "gketpu", "slurm")
+_CLUSTER_SIGNS = (  # JAX itself sets the second where it finds TPUs
+    *("SLURM_JOB_ID", "TPU_ML_PLATFORM", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"),
+    "TPU_PROCESS_ADDRESSES",
+)
 _LEAVING_SECONDS = 10  # in which a process that failed waits for others to fail alike
 _JOINED = b"\xff"
 
@@ -72,8 +76,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def find_hosts(args: argparse.Namespace) -> Hosts | None:
     """The processes of this run.
 
-    Flags come first, then the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
-    JAX_PROCESS_ID), then what JAX finds out on TPU VMs and under SLURM.
+    Each value comes from its flag, else from the environment (JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES, JAX_PROCESS_ID), else from what JAX finds out on TPU VMs and under SLURM.
+    One process is alone, whatever else is said of it.
 
     Args:
         args: With the flags of `add_flags`.
@@ -87,27 +92,28 @@ def find_hosts(args: argparse.Namespace) -> Hosts | None:
     given = {name: _given(args, name) for name in _VARIABLES}
     timeout, heartbeat = (_whole(args, name, 1) for name in ("timeout", "heartbeat"))
     missing = [name for name, value in given.items() if value is None]
-    if missing:
-        cluster, count = _detect_cluster()
-        if count > 1:
-            return Hosts(timeout, heartbeat, cluster=cluster)
-        if len(missing) == len(given):
-            return None
-        names = ", ".join(f"--distributed.{name} ({_VARIABLES[name]})" for name in missing)
-        raise UserError(f"a run of several processes needs {names} too.")
-    host, _, port = str(given["coordinator"]).rpartition(":")
-    if not host or not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 65536:
+    count = None if given["num_processes"] is None else _whole(args, "num_processes", 1)
+    index = None if given["process_id"] is None else _whole(args, "process_id", 0)
+    cluster, found = _detect_cluster() if missing and count != 1 else (None, 1)
+    total = count or found
+    if index is not None and index >= total and (count is not None or found > 1):
         raise UserError(
-            "--distributed.coordinator: expected HOST:PORT, such as 10.0.0.1:8476, got "
-            f"{given['coordinator']!r}."
-        )
-    count, index = _whole(args, "num_processes", 1), _whole(args, "process_id", 0)
-    if index >= count:
-        raise UserError(
-            f"--distributed.process_id: processes of {count} are numbered from 0 to {count - 1}, "
+            f"--distributed.process_id: processes of {total} are numbered from 0 to {total - 1}, "
             f"got {index}."
         )
-    return Hosts(timeout, heartbeat, given["coordinator"], count, index)
+    if count == 1 or (found == 1 and len(missing) == len(given)):
+        return None
+    if missing and found == 1:
+        names = ", ".join(f"--distributed.{name} ({_VARIABLES[name]})" for name in missing)
+        raise UserError(f"a run of several processes needs {names} too.")
+    if (coordinator := given["coordinator"]) is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 65536:
+            raise UserError(
+                "--distributed.coordinator: expected HOST:PORT, such as 10.0.0.1:8476, got "
+                f"{coordinator!r}."
+            )
+    return Hosts(timeout, heartbeat, coordinator, count, index, cluster)
 
 
 @contextlib.contextmanager
@@ -122,7 +128,7 @@ def joined(hosts: Hosts | None) -> Iterator[None]:
     Raises:
         SystemExit: The block failed, and the error was printed.
     """
-    if hosts is None or hosts.num_processes == 1:
+    if hosts is None:
         yield
         return
     tell = _run_in_child(hosts)
@@ -135,7 +141,7 @@ def joined(hosts: Hosts | None) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, UserError):
             # Collectives fail when their other side is lost. Then JAX ends this process meanwhile.
-            time.sleep(hosts.heartbeat + 10)
+            time.sleep(min(hosts.heartbeat, 30) + 10)
         code = cli.report(error)
     os.write(tell, bytes([code]))
     if code:
@@ -182,7 +188,7 @@ def stop_request() -> StopRequest:
 
 def _connect(hosts: Hosts) -> None:
     """Joins the other processes."""
-    if hosts.coordinator is not None and hosts.process_id != 0:
+    if hosts.coordinator is not None and hosts.process_id:  # not where it may turn out to be 0
         _await_coordinator(hosts.coordinator, hosts.timeout)
     with _silenced():  # in vain it ends with a trace; the parent says what it means
         try:
@@ -241,6 +247,7 @@ def _run_in_child(hosts: Hosts) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     hear, tell = os.pipe()
+    parent = os.getpid()
     child = os.fork()
     if child:
         os.close(tell)
@@ -248,6 +255,8 @@ def _run_in_child(hosts: Hosts) -> int:
     os.close(hear)
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not without its parent
+    if os.getppid() != parent:  # it was killed before that
+        os._exit(128 + signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the parent too
     return tell
 
@@ -261,7 +270,8 @@ def _supervise(child: int, hear: int, hosts: Hosts) -> NoReturn:
         name = signal.Signals(number).name
         if len(seen) == 1:
             _say(f"{name}: all processes stop after a step; a second signal stops this one at once")
-        os.kill(child, signal.SIGTERM if len(seen) == 1 else signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, signal.SIGTERM if len(seen) == 1 else signal.SIGKILL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hand_on)
@@ -312,15 +322,29 @@ def _silenced() -> Iterator[None]:
 
 def _detect_cluster() -> tuple[str | None, int]:
     """The kind of cluster that JAX finds this process in, and how many processes it has."""
+    if not any(name in os.environ for name in _CLUSTER_SIGNS):
+        return None, 1
     # JAX has no public name for it, and to ask jax.distributed.initialize would start a service
     # where there is nothing to share.
-    from jax._src.clusters import ClusterEnv
+    try:
+        from jax._src.clusters import ClusterEnv
 
-    for kind in ClusterEnv._cluster_types:
-        if kind.name in _CLUSTERS:
+        kinds = [kind for kind in ClusterEnv._cluster_types if kind.name in _CLUSTERS]
+        for kind in kinds:
+            present = False
             with contextlib.suppress(OSError):  # no metadata server
-                if kind.is_env_present():
-                    return kind.name, kind.get_process_count()
+                present = kind.is_env_present()
+            if present:
+                return kind.name, kind.get_process_count()
+    except (ImportError, AttributeError):  # another version of JAX
+        return None, 1
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"how many processes this run has cannot be found out ({text}); give all of "
+            "--distributed.coordinator, --distributed.num_processes and --distributed.process_id, "
+            "or --distributed.num_processes 1 for a run of one."
+        ) from error
     return None, 1
 
 

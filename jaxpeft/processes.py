@@ -46,13 +46,45 @@ def from_first(find: Callable[[], T]) -> T:
         try:
             told = {"answer": find()}
         except UserError as error:
-            told = {"error": str(error)[: _ANSWER_BYTES // 8], "code": error.exit_code}
+            told = _failure(error)
     text = json.dumps(told).encode().ljust(_ANSWER_BYTES)
     buffer = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
     told = json.loads(np.asarray(buffer).tobytes())
     if "error" in told:
         raise of_exit_code(told["code"])(told["error"])
     return told["answer"]
+
+
+def together(act: Callable[[], None]) -> None:
+    """Calls `act` in all processes; its failure in one of them is raised in all.
+
+    Raises:
+        UserError: What `act` raised here or, with the same text and kind, in the first process
+            where it failed.
+    """
+    if jax.process_count() == 1:
+        return act()
+    from jax.experimental import multihost_utils
+
+    failed: UserError | None = None
+    try:
+        act()
+    except UserError as error:
+        failed = error
+    told = json.dumps(_failure(failed) if failed else {}).encode().ljust(_ANSWER_BYTES)
+    frames = multihost_utils.process_allgather(np.frombuffer(told, np.uint8))
+    if failed is not None:
+        raise failed
+    for frame in frames:
+        if error := json.loads(np.asarray(frame).tobytes()):
+            raise of_exit_code(error["code"])(error["error"])
+    return None
+
+
+def _failure(error: UserError) -> dict[str, Any]:
+    """What the others are told of an error; escaped for JSON it fits into a frame."""
+    text = str(error).encode(errors="replace")[: _ANSWER_BYTES // 8].decode(errors="ignore")
+    return {"error": text, "code": error.exit_code}
 
 
 def require_same(what: str, mine: str) -> None:

@@ -15,6 +15,10 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
+import uuid
+
+import jax
 
 from jaxpeft import config as run_config
 from jaxpeft import storage
@@ -22,6 +26,7 @@ from jaxpeft.config import RunConfig
 from jaxpeft.errors import ResourceError, UserError, first_few
 from jaxpeft.methods import KINDS
 from jaxpeft.peft_format import SIDE
+from jaxpeft.processes import from_first, is_first, together
 from jaxpeft.storage import Place
 
 CONFIG = "config.yaml"
@@ -31,6 +36,7 @@ CHECKPOINTS = "checkpoints"
 PROFILE = "profile"
 
 _OURS = (CHECKPOINTS, "adapter", "model", METRICS, SAMPLES)
+_SEEN_SECONDS = 20  # in which what one host writes must be seen by others: NFS keeps listings
 _TRACKED = (PROFILE, "tensorboard", "wandb", "wandb_run_id")
 
 
@@ -147,6 +153,49 @@ def make_folder(output: Place) -> None:
             + ("free some space" if full else "make it writable")
             + ", or choose another output_dir."
         ) from None
+
+
+def check_shared(output: Place) -> None:
+    """Proves that all processes of the run see one folder: the first leaves a file in it.
+
+    Raises:
+        UserError: A process does not see the file, or another one.
+    """
+    if jax.process_count() == 1:
+        return
+
+    def write() -> str:
+        token = uuid.uuid4().hex
+        storage.write_objects(output, {f".shared-{token}": token.encode()})
+        return token
+
+    token = from_first(write)
+    file = output / f".shared-{token}"
+
+    def find() -> None:
+        end = time.monotonic() + _SEEN_SECONDS
+        while True:
+            try:
+                with storage.explained(output):
+                    found = file.read_bytes() if storage.exists(file) else b""
+            except OSError:
+                found = b""
+            if found == token.encode():
+                return
+            if time.monotonic() > end:
+                raise UserError(
+                    f"output_dir: process {jax.process_index()} does not see what process 0 wrote "
+                    f"into {output}; give all processes one folder that all of them see, such as "
+                    "a network disk or a bucket."
+                )
+            time.sleep(0.5)
+
+    try:
+        together(find)
+    finally:
+        if is_first():
+            with storage.explained(output):
+                file.unlink(missing_ok=True)
 
 
 def discard(output: Place) -> None:

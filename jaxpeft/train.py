@@ -32,6 +32,7 @@ from jaxpeft.run_folder import (
     CHECKPOINTS,
     PROFILE,
     check_folder,
+    check_shared,
     discard,
     export_path,
     is_exported,
@@ -101,6 +102,7 @@ def train(
     rows = read_data(config, model, tokenizer)
     require_same("config and training data", run_config.to_yaml(config) + rows.plan.hash)
     from_first(lambda: make_folder(output))
+    check_shared(output)
     with contextlib.ExitStack() as stack:
         lock = run_lock.hold(output)
         from_first(lambda: stack.enter_context(lock) and None)

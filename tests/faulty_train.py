@@ -5,6 +5,8 @@ Usage: python faulty_train.py MOMENT SIGNAL [CONFIG ...]
 Moments: load, compile, export, evaluate:STEP, step:STEP (before it), save:STEP (just begun); or
 slow:SECONDS, which sends nothing and makes every step take so long.
 
+With COMMIT=SECONDS in the environment every manifest takes that much longer to write.
+
 With STATES=FOLDER in the environment every state that is saved or restored is written there,
 gathered from all devices and processes: FOLDER/saved-STEP.npz, FOLDER/restored-STEP.npz.
 """
@@ -18,7 +20,7 @@ import time
 import jax
 import numpy as np
 
-from jaxpeft import cli, processes, train
+from jaxpeft import cli, manifest, processes, train
 from jaxpeft.run import Run, leaves
 
 MOMENT, SIGNAL = sys.argv[1:3]
@@ -72,6 +74,11 @@ def write_state(run, what) -> None:
         np.savez(pathlib.Path(os.environ["STATES"], f"{what}-{int(run.state.step)}.npz"), **arrays)
 
 
+def write_manifest(*args, original=manifest.write):
+    time.sleep(float(os.environ.get("COMMIT", "0")))
+    original(*args)
+
+
 def compile_step(run, call, original=Run.compile_step):
     def interrupted(compile_):
         reach("compile")
@@ -84,6 +91,7 @@ if __name__ == "__main__":
     before(train, "load_model", lambda *_: "load")
     before(Run, "evaluate", lambda run: f"evaluate:{int(run.state.step)}")
     before(Run, "export", lambda *_: "export")
+    manifest.write = write_manifest
     Run.put, Run.save, Run.restore, Run.compile_step = put, save, restore, compile_step
     sys.argv[1:] = sys.argv[3:]
     cli.run(train.main)

@@ -17,9 +17,9 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import evaluation_lines, make_files, training_lines, write_config
 
-from jaxpeft import hosts, sharding
+from jaxpeft import hosts, processes, run_folder, sharding
 from jaxpeft import train as program
-from jaxpeft.errors import UserError
+from jaxpeft.errors import ResourceError, UserError
 
 HERE = pathlib.Path(__file__).parent
 STEPS = 10
@@ -55,8 +55,10 @@ def run_in_one(files, output, **changes):
 def start(config, *flags, fault=("-", "-"), devices=2, **environment) -> subprocess.Popen:
     """Starts the command in a process of its own."""
     hidden = ("PYTEST_VERSION", "PYTEST_CURRENT_TEST", "JAXPEFT_REEXECUTED")
-    env = {name: value for name, value in os.environ.items() if name not in hidden}
-    env |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
+    kept = (name for name in os.environ if not name.startswith(("SLURM_", "JAX_")))
+    env = {name: os.environ[name] for name in kept if name not in hidden}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env |= {"JAX_ENABLE_COMPILATION_CACHE": "false", **environment}
     env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, str(HERE / "faulty_train.py"), *fault, config, *flags]
     pipe = subprocess.PIPE
@@ -280,15 +282,46 @@ def test_a_mistake_that_all_processes_find_is_one_line_of_each(files, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_mistake_that_one_process_finds_ends_both(files, tmp_path):
+    config = write_config(files, tmp_path / "run", **SETTINGS)
+    other = write_config(files, tmp_path / "other", **SETTINGS, data={"train": "nowhere.jsonl"})
+    began = time.monotonic()
+    codes, errors = ends(start_each(config, other))
+    assert time.monotonic() - began < 120
+    assert codes == [hosts.LOST_EXIT_CODE, 2], errors
+    assert LOST in errors[0]
+    assert own_lines(errors[1])[-1].startswith("error: nowhere.jsonl: ")
+
+
+@pytest.mark.slow
+def test_all_wait_for_a_manifest_that_takes_long(files, tmp_path):
+    config = write_config(files, tmp_path / "run", **SETTINGS | {"checkpoint": {"every": 100}})
+    faults = ("step:2 SIGTERM", "slow:0.4")
+    codes, errors = ends(start_two(config, faults=faults, COMMIT="15"))
+    assert codes == [6, 6], errors
+    found = re.search(r"interrupted by SIGTERM at step (\d+), saved", errors[1])
+    assert found is not None
+    assert (tmp_path / "run" / "checkpoints" / found[1] / "manifest.json").exists()
+
+
+def start_each(*configs) -> list[subprocess.Popen]:
+    """Starts two processes, each with its own config."""
+    address = free_address()
+    return [
+        start(
+            config,
+            *[f"--distributed.{n}={v}" for n, v in zip(NAMES, (address, 2, index), strict=True)],
+            "--distributed.heartbeat=10",
+        )
+        for index, config in enumerate(configs)
+    ]
+
+
+@pytest.mark.slow
 def test_processes_with_different_configs_are_refused(files, tmp_path):
     config = write_config(files, tmp_path / "run", **SETTINGS)
     other = write_config(files, tmp_path / "other", **SETTINGS, optim={"learning_rate": 1e-3})
-    address = free_address()
-    processes = [
-        start(each, *[f"--distributed.{n}={v}" for n, v in zip(NAMES, who, strict=True)])
-        for each, who in ((config, (address, 2, 0)), (other, (address, 2, 1)))
-    ]
-    codes, errors = ends(processes)
+    codes, errors = ends(start_each(config, other))
     assert codes == [2, 2], errors
     for text in errors:
         assert "the config and training data of process 1 are not those of process 0" in text
@@ -322,7 +355,7 @@ def find(*flags: str) -> hosts.Hosts | None:
 
 @pytest.fixture
 def no_cluster(monkeypatch):
-    for name in (*VARIABLES, *slurm(0, "a:1")):
+    for name in (*VARIABLES, *hosts._CLUSTER_SIGNS, *slurm(0, "a:1")):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -346,6 +379,49 @@ def test_slurm_with_several_tasks_is_found_and_one_task_is_alone(monkeypatch):
     assert find() == hosts.Hosts(300, 30, cluster="slurm")
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert find() is None
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_what_is_given_goes_before_what_slurm_says(monkeypatch):
+    for name, value in slurm(1, "node[1-2]:62000").items():
+        monkeypatch.setenv(name, value)
+    assert find("--distributed.num_processes=1") is None
+    given = find("--distributed.coordinator=a:1")
+    assert given == hosts.Hosts(300, 30, coordinator="a:1", cluster="slurm")
+    with pytest.raises(UserError, match="numbered from 0 to 1, got 2"):
+        find("--distributed.process_id=2")
+    monkeypatch.setenv("SLURM_NTASKS", "2(x3)")
+    with pytest.raises(UserError, match=r"\(ValueError: .*--distributed.num_processes 1 for a run"):
+        find()
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_without_signs_of_a_cluster_or_with_another_jax_a_run_is_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax._src.clusters", None)
+    assert find() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert find() is None
+
+
+def test_a_folder_that_only_the_first_process_sees_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_SEEN_SECONDS", 0.1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(run_folder, "together", lambda act: act())
+    monkeypatch.setattr(run_folder, "from_first", lambda find: find())
+    output = tmp_path / "mine"
+    output.mkdir()
+    run_folder.check_shared(output)
+    assert not list(output.iterdir())
+    monkeypatch.setattr(run_folder, "from_first", lambda find: "of another folder")
+    with pytest.raises(UserError, match=r"output_dir: .* does not see .*/mine; give all processes"):
+        run_folder.check_shared(output)
+
+
+def test_any_error_fits_into_what_the_others_are_told():
+    for letter in ("a", "\0", "\U0001f600", "\ud800"):
+        told = processes._failure(ResourceError(letter * 10_000))
+        assert len(json.dumps(told)) < processes._ANSWER_BYTES
+        assert told["code"] == 5
 
 
 @pytest.mark.usefixtures("no_cluster")

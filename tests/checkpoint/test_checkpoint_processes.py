@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 CHILD = """
-import json, os, sys
+import errno, json, os, sys
 import jax, jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.errors import CheckpointError
+from jaxpeft import manifest
+from jaxpeft.errors import CheckpointError, ResourceError
 
 folder, address, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(address, 2, index)
@@ -52,6 +53,21 @@ with Checkpoints(folder) as opened:
         opened.latest()
     except CheckpointError:
         report.append("none is usable")
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+write = manifest.write
+with Checkpoints(folder + "-full") as opened:
+    manifest.write = full  # which only the first process calls
+    opened.save(1, state(1), meta={})
+    try:
+        opened.wait()
+    except ResourceError as error:
+        report.append("no room" in str(error))
+    manifest.write = write
+    opened.save(2, state(2), meta={})
+    report.append(opened.latest())
 print("report", json.dumps([report, len(warnings)]))
 """
 
@@ -81,5 +97,5 @@ def test_two_processes_agree_on_what_was_saved_and_what_is_damaged(tmp_path, add
         lines = [line for line in out.splitlines() if line.startswith("report ")]
         assert lines, err[-2000:]
         # None before the first save; the damaged step 3 is named by the first process only.
-        expected = [[None, 3, True, True, 2, "none is usable"], 1 if index == 0 else 0]
+        expected = [[None, 3, True, True, 2, "none is usable", True, 2], 1 if index == 0 else 0]
         assert json.loads(lines[0].removeprefix("report ")) == expected
