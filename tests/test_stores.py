@@ -283,7 +283,7 @@ def test_a_run_that_another_one_took_the_folder_from_writes_nothing_more(
     files, tmp_path, one_device, monkeypatch, moment
 ):
     there = storage.as_path(f"{ROOT}/taken-at-{moment}")
-    changes = {"train": {"steps": 2}, "evaluation": {"every": None}, "checkpoint": {"every": 1}}
+    changes = {"train": {"steps": 1}, "evaluation": {"every": None}, "checkpoint": {"every": 1}}
     config = write_config(files, tmp_path, str(there), **changes)
 
     def take(*_):
@@ -307,10 +307,15 @@ def test_a_run_that_another_one_took_the_folder_from_writes_nothing_more(
 
 def test_a_start_that_fails_takes_the_folder_from_nobody(files, tmp_path, one_device, monkeypatch):
     there = storage.as_path(f"{ROOT}/not-taken")
-    monkeypatch.setattr(program, "load_model", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def load(*args, load_model=program.load_model, **options):
+        saved(f"{there}/checkpoints", 5)
+        return load_model(*args, **options)
+
+    monkeypatch.setattr(program, "load_model", load)
+    with pytest.raises(UserError, match="not-taken: another run saved step 5 meanwhile"):
         program.main([write_config(files, tmp_path, str(there))])
-    assert not storage.objects(there)
+    assert {name.partition("/")[0] for name in storage.objects(there)} == {"checkpoints"}
 
 
 def test_of_several_objects_the_old_last_one_goes_first(monkeypatch):
