@@ -337,7 +337,7 @@ def _check_side_file(folder: Place, base: Any, allow_other_base: bool) -> None:
     _check_base(folder, known, base, allow_other_base)
 
 
-def _check_base(folder: pathlib.Path, known: Mapping, base: Any, allow_other_base: bool) -> None:
+def _check_base(folder: Place, known: Mapping, base: Any, allow_other_base: bool) -> None:
     theirs = str(known.get("fingerprint") or "")
     if not base.fingerprint:
         return
