@@ -16,6 +16,7 @@ Example:
     (10, 6.0)
 """
 
+import contextlib
 import errno
 import importlib.metadata
 import json
@@ -51,6 +52,8 @@ class Checkpoints:
         directory: The folder, on disk or in a bucket (``gs://``), made at the first save.
         keep: How many of the newest steps to keep.
         warn: Called with one line when a step is set aside; prints to stderr by default.
+        check_owner: Raises a UserError if the folder is not this run's any more. The first process
+            calls it, in a thread, before a step begins to exist and before old ones go.
 
     Raises:
         UserError: `directory` is a file or a URL of another kind, or `keep` is below 1.
@@ -62,12 +65,14 @@ class Checkpoints:
         *,
         keep: int = 2,
         warn: Callable[[str], None] = _print_warning,
+        check_owner: Callable[[], None] = lambda: None,
     ):
         if keep < 1:
             raise UserError(f"checkpoint.keep must be at least 1, got {keep}")
         self._folder = CheckpointFolder(directory, warn)
         self._keep = keep
         self._warn = warn
+        self._check_owner = check_owner
         self._orbax: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -190,6 +195,8 @@ class Checkpoints:
 
         Raises:
             ResourceError: It found no room, or no permission.
+            StoreError: The store failed.
+            UserError: The folder is not this run's any more.
             CheckpointError: It failed in another way.
         """
         if self._thread is None and self._error is None:
@@ -269,8 +276,9 @@ class Checkpoints:
         try:
             response.result()
             if jax.process_index() == 0:
+                self._check_owner()
                 self._folder.commit(step, fields)
-                self._folder.prune(self._keep)
+                self._folder.prune(self._keep, self._check_owner)
         except BaseException as error:
             self._error = error
 
@@ -282,7 +290,9 @@ class Checkpoints:
         self._orbax, self._last = None, (-1, 0)
         checkpoint_errors.drop_coroutines(error)
         if jax.process_index() == 0:
-            self._folder.remove_leftovers(unfinished=step)
+            with contextlib.suppress(OSError, UserError):  # what was said first is the reason
+                self._check_owner()  # another run's unfinished step is not ours to remove
+                self._folder.remove_leftovers(unfinished=step)
         return described
 
 

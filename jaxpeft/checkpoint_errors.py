@@ -8,8 +8,8 @@ import shutil
 import traceback
 import warnings
 
-from jaxpeft.errors import CheckpointError, ResourceError, UserError
-from jaxpeft.storage import Place
+from jaxpeft.errors import CheckpointError, ResourceError, StoreError, UserError
+from jaxpeft.storage import Place, is_remote
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -24,13 +24,17 @@ def describe(error: BaseException, path: Place, needed_bytes: int) -> UserError:
         needed_bytes: About how much it takes.
 
     Returns:
-        A `ResourceError` that names the room or the permission missing, else a `CheckpointError`.
+        A `ResourceError` that names the room or the permission missing, a `StoreError` for what
+        goes wrong in a bucket, else a `CheckpointError`.
     """
-    if isinstance(error, UserError):
+    missing = isinstance(error.__cause__, FileNotFoundError)
+    if isinstance(error, UserError) and not (isinstance(error, StoreError) or missing):
         return error
-    number = _error_number(error)
     where = f"{path}: cannot be saved"
     after = "Earlier steps are untouched"
+    if is_remote(path):
+        return StoreError(f"{where}: {first_line(error)}. {after}; run the same command to go on.")
+    number = _error_number(error)
     if number in _NO_ROOM:
         return ResourceError(
             f"{where}: no room: about {needed_bytes:,} bytes needed, {_free_text(path.parent)}. "

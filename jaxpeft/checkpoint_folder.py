@@ -76,6 +76,7 @@ class CheckpointFolder:
 
         Raises:
             CheckpointError: The manifest is damaged.
+            StoreError: The store does not answer; so for all that reads.
         """
         try:
             return manifest.read(self.path(step))
@@ -141,10 +142,20 @@ class CheckpointFolder:
         manifest.write(self.path(step), fields)
         self._verified.add(step)
 
-    def prune(self, keep: int) -> None:
-        """Deletes all but the newest `keep` steps and the best; a failure is only a warning."""
-        best = self.best()
-        for step in self.steps()[:-keep]:
+    def prune(self, keep: int, check_owner: Callable[[], None]) -> None:
+        """Deletes all but the newest `keep` steps and the best; a failure is only a warning.
+
+        Args:
+            keep: How many to keep.
+            check_owner: Raises a UserError if the folder is not ours any more.
+        """
+        try:
+            check_owner()
+            steps, best = self.steps(), self.best()
+        except (OSError, UserError) as error:  # which one is the best is not known
+            self._warn(f"{self.directory}: no old step is deleted: {error}")
+            return
+        for step in steps[:-keep]:
             if step != best:
                 try:
                     self._delete(step)
@@ -153,7 +164,8 @@ class CheckpointFolder:
 
     def _delete(self, step: int) -> None:
         if self.remote:
-            (self.path(step) / manifest.NAME).unlink()
+            with storage.explained(self.path(step)):
+                (self.path(step) / manifest.NAME).unlink()
             storage.remove(self.path(step))
             return
         doomed = self.directory / f"{step}.deleting"

@@ -1,8 +1,8 @@
 """What all ``python -m jaxpeft.VERB`` share: arguments, exit codes, and memory in huge pages.
 
 Exit codes: 0 done, 2 bad config or input, 3 diverged, 4 no usable checkpoint, 5 out of disk or
-memory, 6 interrupted but saved, 7 another process of the run is lost, 70 a bug, 130 interrupted,
-141 the reader of a pipe went away.
+memory or a bucket failed, 6 interrupted but saved, 7 another process of the run is lost, 70 a bug,
+130 interrupted, 141 the reader of a pipe went away.
 """
 
 import argparse
@@ -187,7 +187,7 @@ def report(error: Exception) -> int:
     if isinstance(error, UserError):
         return _say(str(error), error.exit_code)
     if is_store_error(error):
-        return _say(f"object store: {explain(error)}", 2)
+        return _say(f"object store: {explain(error)}", 5)
     if isinstance(error, BrokenPipeError):
         # Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

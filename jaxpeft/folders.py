@@ -6,7 +6,8 @@ between two renames, both under hidden names beside the place. A rename that fai
 folder back.
 
 In a bucket (``gs://``) nothing is renamed: files are written as objects one after the other, last
-the one that makes the folder whole.
+the one that makes the folder whole. An older one goes first: a process killed meanwhile leaves a
+folder that is not whole.
 """
 
 import contextlib
@@ -58,14 +59,23 @@ def new_folder(path: str | os.PathLike, last: str = "") -> Iterator[pathlib.Path
         there, or removed.
 
     Raises:
-        UserError: If something cannot be written, also within the block; `path` is then as before.
+        UserError: If something cannot be written, also within the block; `path` is then as before,
+            but for one in a bucket that failed meanwhile.
         ResourceError: If the disk is full; `path` is then as before.
     """
     folder = real_path(path)
     if storage.is_remote(folder):
-        with tempfile.TemporaryDirectory() as temporary:
-            yield pathlib.Path(temporary)
-            storage.upload(pathlib.Path(temporary), folder, last)
+        try:
+            with tempfile.TemporaryDirectory() as temporary:
+                yield pathlib.Path(temporary)
+                storage.upload(pathlib.Path(temporary), folder, last)
+        except OSError as error:
+            where = f"{folder}: {tempfile.gettempdir()}, where it is written first"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ResourceError(
+                    f"{where}, has no space left; free some, or set TMPDIR to another folder."
+                ) from error
+            raise UserError(f"{where}: {error.strerror or error}.") from error
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,11 +97,12 @@ def real_path(path: str | os.PathLike) -> Place:
 
 def require_replaceable(folder: Place, names: Container[str]) -> None:
     """Raises a UserError if writing files of these `names` there would remove something else."""
-    if storage.exists(folder) and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; give the name of a folder.")
-    if not folder.exists():
+    if not storage.exists(folder):
         return
-    others = sorted(p.name for p in folder.iterdir() if p.name not in names)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give the name of a folder.")
+    with storage.explained(folder):
+        others = sorted(p.name for p in folder.iterdir() if p.name not in names)
     if others:
         raise UserError(
             f"{folder}: holds other files, which saving would remove: {first_few(others)}; "

@@ -64,9 +64,10 @@ def read(folder: Place) -> dict[str, Any]:
 
     Raises:
         DamageError: The manifest is missing, cut, altered, or of a newer format.
+        StoreError: The store does not let us read it, which says nothing about the manifest.
     """
     try:
-        data = (folder / NAME).read_bytes()
+        data = storage.read_bytes(folder / NAME)
     except OSError as error:
         raise DamageError(f"{NAME}: cannot be read: {error.strerror}") from error
     if not data:
@@ -91,6 +92,7 @@ def verify(folder: Place) -> dict[str, Any]:
 
     Raises:
         DamageError: A file is missing, cut or altered.
+        StoreError: The store does not answer.
     """
     body = read(folder)
     stored = _objects(folder) if storage.is_remote(folder) else None
@@ -102,7 +104,10 @@ def verify(folder: Place) -> dict[str, Any]:
             size = stored[name]["bytes"] if stored else path.stat().st_size
             if size != expected["bytes"]:
                 raise DamageError(f"{name}: has {size} bytes, expected {expected['bytes']}")
-            digest = (stored[name].get(kind) if stored else None) or _DIGESTS[kind](path)
+            digest = stored[name].get(kind) if stored else None
+            if not digest:
+                with storage.explained(path):
+                    digest = _DIGESTS[kind](path)
         except FileNotFoundError as error:
             raise DamageError(f"{name}: is missing") from error
         except OSError as error:

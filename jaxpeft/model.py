@@ -140,8 +140,8 @@ def save_model(
         base: The model.
         adapter: Merged into the weights where given; the base itself stays as it is.
         dtype: Of the saved weights: "float32", "bfloat16" or "float16"; None keeps the base's.
-        overwrite: Replace a model folder at `path`, once the new one is whole; never the folder
-            that `base` was loaded from.
+        overwrite: Replace a model folder at `path`, once the new one is whole (in a bucket the
+            old one goes first); never the folder that `base` was loaded from.
 
     Raises:
         UserError: An unknown dtype, an adapter that cannot be merged, or a `path` that is taken

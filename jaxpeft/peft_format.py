@@ -49,7 +49,8 @@ def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Any) -> None:
     """Writes an adapter as a folder that HF PEFT, vLLM and `load_adapter` read.
 
     The folder is written beside its place, synced, and moved there whole; an older adapter in
-    that place is replaced only then.
+    that place is replaced only then. In a bucket the older one's ``jaxpeft.json`` goes first and
+    the new one's is written last: in between the folder is not whole.
 
     Args:
         path: The folder; it may hold an older adapter, but no other files.
@@ -336,7 +337,7 @@ def _check_side_file(folder: Place, base: Any, allow_other_base: bool) -> None:
     _check_base(folder, known, base, allow_other_base)
 
 
-def _check_base(folder: pathlib.Path, known: Mapping, base: Any, allow_other_base: bool) -> None:
+def _check_base(folder: Place, known: Mapping, base: Any, allow_other_base: bool) -> None:
     theirs = str(known.get("fingerprint") or "")
     if not base.fingerprint:
         return

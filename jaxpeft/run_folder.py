@@ -37,6 +37,7 @@ PROFILE = "profile"
 
 _OURS = (CHECKPOINTS, "adapter", "model", METRICS, SAMPLES)
 _SEEN_SECONDS = 20  # in which what one host writes must be seen by others: NFS keeps listings
+_PROBE = ".probe"
 _TRACKED = (PROFILE, "tensorboard", "wandb", "wandb_run_id")
 
 
@@ -126,14 +127,15 @@ def _lies_in(path: str, folder: Place) -> bool:
 def make_folder(output: Place) -> None:
     """Makes the folder and proves that it can be written to.
 
-    A bucket has no folders to make, and what can be written there shows when the run takes it
-    (`jaxpeft.run_lock`).
+    A bucket has no folders to make.
 
     Raises:
         UserError: It cannot.
         ResourceError: The disk is full.
     """
     if storage.is_remote(output):
+        storage.write_objects(output, {_PROBE: b""})
+        storage.remove(output / _PROBE)
         return
     try:
         output.mkdir(parents=True, exist_ok=True)

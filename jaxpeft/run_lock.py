@@ -4,8 +4,8 @@ The lock is `flock` on `<folder>/.lock`: the kernel frees it when the process en
 so a killed run never blocks the next. The file names its holder for the message.
 
 In a bucket (``gs://``) nothing can be locked, and nobody sees whether a run has ended. There the
-newest run owns the folder: it says so in an object, and an older one that finds another name in it
-stops before it saves.
+newest run owns the folder: it says so in an object before it changes anything, and an older one
+that finds another name in it stops before it saves.
 """
 
 import fcntl
@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -35,13 +36,10 @@ def hold(output_dir: str | os.PathLike[str]) -> "RunLock | RunOwner":
 
 
 class RunOwner:
-    """Owns a folder in a bucket from the beginning of its ``with`` block, until another does.
+    """Owns a folder in a bucket from a call of `begin` on, until another does.
 
     Args:
         output_dir: The run's folder.
-
-    Raises:
-        UserError: On entering: nothing can be written there.
     """
 
     def __init__(self, output_dir: str | os.PathLike[str]):
@@ -49,19 +47,31 @@ class RunOwner:
         self._text = ""
 
     def __enter__(self) -> "RunOwner":
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "run": uuid.uuid4().hex}
-        self._text = json.dumps(holder)
-        storage.write_objects(self.path.parent, {OWNER: self._text.encode()})
         return self
 
     def __exit__(self, *_: Any) -> None:
         pass
 
+    def begin(self) -> None:
+        """Takes the folder: call it just before the first change there, as an older run stops.
+
+        Raises:
+            UserError: Nothing can be written there.
+        """
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "begun": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            "run": uuid.uuid4().hex,
+        }
+        self._text = json.dumps(holder)
+        storage.write_objects(self.path.parent, {OWNER: self._text.encode()})
+
     def check(self) -> None:
         """Stops a run whose folder another one has taken.
 
         Raises:
-            UserError: Names the other run's pid and host.
+            UserError: Names the other run's pid and host, and when it began.
         """
         with storage.explained(self.path):
             text = self.path.read_text()
@@ -124,6 +134,9 @@ class RunLock:
             self._write(self._file, {})
             self._forget()
 
+    def begin(self) -> None:
+        """Does nothing: the folder is held since the ``with`` block was entered."""
+
     def check(self) -> None:
         """Does nothing: while this process lives no other gets the lock."""
 
@@ -156,4 +169,5 @@ def _parse(text: str | bytes) -> dict[str, Any]:
 def _describe(holder: dict[str, Any]) -> str:
     if not holder:
         return "unknown process"
-    return f"pid {holder.get('pid')} on {holder.get('host')}"
+    begun = f", begun {holder['begun']}" if "begun" in holder else ""
+    return f"pid {holder.get('pid')} on {holder.get('host')}{begun}"

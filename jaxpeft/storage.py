@@ -8,6 +8,7 @@ locking, and a folder is there as long as objects begin with its name.
 """
 
 import contextlib
+import errno
 import fnmatch
 import importlib
 import logging
@@ -17,7 +18,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from jaxpeft.errors import UserError
+from jaxpeft.errors import StoreError, UserError
 
 # What `as_path` gives: epath's paths have the methods of `pathlib.Path`, but are none.
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ else:
     Place = pathlib.PurePath
 
 SCHEME = "gs://"
-_CLIENTS = ("aiohttp", "gcsfs", "google", "requests", "tensorstore")
+_CLIENTS = ("aiohttp", "gcsfs", "google.api_core", "google.auth", "google.cloud", "tensorstore")
+_MAX_REQUEST_BYTES = 64 << 20
+_reached: set[str] = set()  # the schemes of the stores that this process has had to do with
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -55,9 +58,9 @@ def as_path(path: str | os.PathLike) -> Place:
 
 @contextlib.contextmanager
 def explained(path: str | os.PathLike) -> Iterator[None]:
-    """What goes wrong with a bucket in the block becomes a `UserError` with the path.
+    """What goes wrong with a bucket in the block becomes a `StoreError` with the path.
 
-    Errors of paths on disk are left as they are.
+    What is not there is a `UserError`. Errors of paths on disk are left as they are.
     """
     try:
         yield
@@ -66,7 +69,8 @@ def explained(path: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         if not is_remote(path):
             raise
-        raise UserError(f"{os.fspath(path)}: {explain(error)}") from error
+        kind = UserError if isinstance(error, FileNotFoundError) else StoreError
+        raise kind(f"{os.fspath(path)}: {explain(error)}") from error
 
 
 def explain(error: BaseException) -> str:
@@ -85,7 +89,21 @@ def explain(error: BaseException) -> str:
 
 def is_store_error(error: BaseException) -> bool:
     """Whether an exception comes from a client of an object store."""
-    return type(error).__module__.partition(".")[0] in _CLIENTS
+    module = type(error).__module__ + "."
+    return bool(_reached) and any(module.startswith(f"{name}.") for name in _CLIENTS)
+
+
+def read_bytes(path: Place) -> bytes:
+    """The content of a file or object.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        StoreError: The store refuses or does not answer.
+        OSError: The disk does not let us read it.
+    """
+    with explained(path), contextlib.suppress(FileNotFoundError):
+        return path.read_bytes()
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
 
 
 def size(path: Place) -> int:
@@ -95,7 +113,7 @@ def size(path: Place) -> int:
 
 
 def exists(path: Place) -> bool:
-    """Whether a file, folder or object is there; a store that does not answer is a `UserError`.
+    """Whether a file, folder or object is there; a store that does not answer is a `StoreError`.
 
     The `exists` of epath's paths takes a failed request for a no.
     """
@@ -121,12 +139,16 @@ class Ranges:
         self._file = -1 if self._client else os.open(path, os.O_RDONLY)
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """Fills `view` from `offset` on, or a part of it; the number of bytes, 0 at the end."""
+        """Fills `view` from `offset` on, or a part of it; the number of bytes, 0 at the end.
+
+        What one request gives lies in memory once more, so it is not asked for everything.
+        """
         if self._client is None:
             return os.preadv(self._file, [view], offset)
+        end = offset + min(len(view), _MAX_REQUEST_BYTES)
         with explained(self._path):
             try:
-                data = self._client.cat_file(self._path, start=offset, end=offset + len(view))
+                data = self._client.cat_file(self._path, start=offset, end=end)
             except Exception as error:
                 if getattr(error, "code", None) != 416:  # the object ends before this range
                     raise
@@ -160,8 +182,14 @@ def on_disk(folder: Place, patterns: Iterable[str]) -> Iterator[pathlib.Path]:
 
 
 def write_objects(folder: Place, files: Mapping[str, bytes]) -> None:
-    """Writes objects under `folder` one after the other; readers look for the last one."""
+    """Writes objects under `folder` one after the other; readers look for the last one.
+
+    Of several, an older one of the last one's name goes first, so that it marks nothing mixed.
+    """
+    *others, last = files
     with explained(folder):
+        if others:
+            (folder / last).unlink(missing_ok=True)
         for name, content in files.items():
             (folder / name).write_bytes(content)
 
@@ -227,4 +255,5 @@ def _client(url: str) -> Any:
         raise UserError(f"{url}: needs pip install 'jaxpeft[gcs]' ({error})") from error
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises, with a trace
     conf.setdefault("gcs", {})["use_listings_cache"] = False
+    _reached.add(SCHEME)
     return fsspec.filesystem("gcs", finalize_on_close=True)  # as epath makes it

@@ -108,7 +108,7 @@ def train(
         from_first(lambda: stack.enter_context(lock) and None)
         stop = stack.enter_context(hosts.stop_request())
         checkpoints = stack.enter_context(
-            Checkpoints(output / CHECKPOINTS, keep=config.checkpoint.keep)
+            Checkpoints(output / CHECKPOINTS, keep=config.checkpoint.keep, check_owner=lock.check)
         )
         latest = None if overwrite else checkpoints.latest()
         if latest is not None:
@@ -132,12 +132,24 @@ def train(
         base = stop.run_interruptible(load, "loading the model")
         require_same("base weights", base.fingerprint)
         run = Run(config, base, rows, layout, restored=latest is not None)
-        if overwrite and speaks:  # only now: what can be wrong with the new run has been seen
-            discard(output)
         if latest is not None:
             run.restore(checkpoints, latest)
-        if speaks:
+
+        def begin() -> None:  # only now: what can be wrong with the new run has been seen
+            newest = checkpoints.steps()[-1:]
+            if not overwrite and newest not in ([], [latest]):
+                raise UserError(
+                    f"{output}: another run saved step {newest[0]} meanwhile; if it is not to go "
+                    "on, stop it and run the same command again."
+                )
+            lock.begin()
+            if overwrite:
+                discard(output)
             write_config(config)
+            lock.check()
+
+        from_first(begin)
+        if speaks:
             report.print_run_table(*run.describe())
         loop(run, checkpoints, stop, profile if speaks else range(0), lock.check)
         from_first(lock.check)

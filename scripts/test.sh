@@ -10,4 +10,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh test
 export HF_HUB_OFFLINE=1
 workers=$(.venv/bin/python -c 'import os; print(min(os.cpu_count() or 1, 8))')
-exec .venv/bin/python -m pytest -n "$workers" --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n "$workers" --dist loadfile \
+  --no-loadscope-reorder "$@"

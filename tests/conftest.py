@@ -23,7 +23,24 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 MOST_MAPS = 30_000
+LONG = (
+    "test_train_faults",
+    "test_hosts",
+    "test_stores",
+    "test_readme",
+    "test_train_resumes_on_meshes",
+    "test_checkpoint_disk",
+    "test_meshes",
+    "test_plan",
+    "test_mixed",
+)
+"""Files whose tests take longest: they are begun first, so that no process ends long after others."""
 TESTS = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the files of `LONG` in front."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture

@@ -369,9 +369,9 @@ def tiny(kind, method, **more):
     ("method", "segment", "change"),
     [
         ("lora", 0, 1e-5),
-        ("lora", 4, 1e-5),
+        pytest.param("lora", 4, 1e-5, marks=pytest.mark.slow),
         ("full", 0, 1e-5),
-        ("qlora", 0, 0.1),
+        pytest.param("qlora", 0, 0.1, marks=pytest.mark.slow),
         ("prompt", 0, 0.5),
     ],
 )

@@ -52,6 +52,7 @@ def test_ranks_are_redistributed_and_the_loss_falls(first):
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_no_inputs_and_ends_with_the_same_bytes(
     files, first, tmp_path, monkeypatch
 ):
@@ -67,6 +68,7 @@ def test_a_resumed_run_reads_no_inputs_and_ends_with_the_same_bytes(
         assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.slow
 def test_another_run_goes_on_from_the_adapter_without_its_inputs(
     files, first, tmp_path, monkeypatch
 ):

@@ -156,6 +156,7 @@ def test_two_processes_that_slurm_names_do_the_run_of_one(files, tmp_path, one_p
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_a_signal_to_one_process_a_lost_one_and_in_one_process(
     files, tmp_path, one_process
 ):

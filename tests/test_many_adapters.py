@@ -53,6 +53,7 @@ def test_training_several_at_once_equals_training_each_alone():
         )
 
 
+@pytest.mark.slow
 def test_several_at_once_hold_one_copy_of_the_base():
     large = dataclasses.replace(CONFIG, d_model=128, d_ff=512)
     base, step, states = setup(config=large)

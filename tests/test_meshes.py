@@ -174,7 +174,7 @@ def test_the_compiled_step_moves_weights_once_a_pass_and_no_gradient_of_the_base
     assert trained / 2 <= reduced <= 2 * trained
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_gradient_of_a_trained_head_is_summed_over_devices_once(tied):
     make = functools.partial(
         make_run, "full", method=jp.Full(), microbatch_size=16, tie_embeddings=tied

@@ -51,7 +51,7 @@ def assert_close(actual, expected, rtol=1e-5, atol=1e-5):
     )
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_every_row_of_a_mixed_batch_is_that_of_its_own_adapter(remat):
     several, tokens = adapters(), make_batch(len(ROWS), 6)["tokens"]
     mixed = functools.partial(run, stack_adapters(several), remat=remat)

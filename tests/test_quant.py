@@ -155,7 +155,7 @@ def loss(adapter, params, remat="none"):
 
 
 @every_kind
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_losses_and_gradients_are_those_of_the_dequantised_base(kind, remat):
     adapter = make_adapter(trained=True)
 

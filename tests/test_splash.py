@@ -201,7 +201,8 @@ def test_the_packed_training_step_on_a_mesh_is_lowered_to_the_kernels(
     assert all(shape.split("x").count("1024") < 2 for shape in shapes)
 
 
-@pytest.mark.parametrize("windows", [(), pytest.param((0, 5), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("windows", [(), (0, 5)])
 def test_training_with_the_kernel_on_a_mesh_is_training_without_it(
     interpreted, monkeypatch, windows
 ):

@@ -53,7 +53,9 @@ def temporaries(tokens, **kwargs):
     return lower(tokens, **kwargs).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize(
+    "remat", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "dots"))]
+)
 def test_memory_of_the_step_is_linear_in_tokens(remat):
     """One more token takes the same at 4096 as at 16384: a byte for every 4 pairs would show."""
     assert temporaries(4096, remat=remat) <= 1.1 * 16 * temporaries(256, remat=remat)

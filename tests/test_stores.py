@@ -1,5 +1,6 @@
 """Everything a run reads and writes in a bucket, on a fake Google Cloud Storage of this machine."""
 
+import errno
 import importlib
 import os
 import pathlib
@@ -16,12 +17,13 @@ from fake_bucket import BUCKET, fake_bucket, put_folder
 from tiny_run import STEPS, make_files, settings, training_lines
 
 import jaxpeft as jp
-from jaxpeft import cli, manifest, storage
+from jaxpeft import cli, folders, manifest, storage
 from jaxpeft import train as program
 from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.errors import CheckpointError, UserError
+from jaxpeft.errors import CheckpointError, ResourceError, StoreError, UserError
 from jaxpeft.metrics_log import open_log
-from jaxpeft.run_lock import hold
+from jaxpeft.models.hf_save import require_place
+from jaxpeft.run_lock import OWNER, hold
 
 HERE = pathlib.Path(__file__).parent
 ROOT = f"gs://{BUCKET}"
@@ -120,6 +122,19 @@ def test_a_step_without_its_marker_does_not_exist():
     np.testing.assert_array_equal(restored["a"], np.arange(6.0).reshape(2, 3))
 
 
+def refusing(patch, method: str, part: str) -> None:
+    """Lets calls of the store's client fail whose path has this part."""
+    client = fsspec.filesystem("gcs", finalize_on_close=True)
+    original = getattr(client, method)
+
+    def call(path, *args, **options):
+        if part in str(path):
+            raise OSError("Forbidden: not now")
+        return original(path, *args, **options)
+
+    patch.setattr(client, method, call)
+
+
 def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(monkeypatch):
     folder = f"{ROOT}/silent"
     checkpoints = saved(folder, 1)
@@ -130,9 +145,30 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(client, "info", fail)
-        with pytest.raises(UserError, match=r"silent/1/manifest\.json: not allowed"):
+        with pytest.raises(StoreError, match=r"silent/1/manifest\.json: not allowed"):
             checkpoints.latest()
     assert checkpoints.latest() == 1
+
+
+def test_a_manifest_that_the_store_does_not_give_is_not_taken_for_damage(monkeypatch):
+    folder, told = f"{ROOT}/refused", []
+    with Checkpoints(folder, keep=1, warn=told.append) as checkpoints:
+        checkpoints.save(1, STATE, meta={}, metric=0.5)
+        checkpoints.save(2, STATE, meta={}, metric=0.7)
+        with monkeypatch.context() as patch:
+            refusing(patch, "open", "refused/1/manifest.json")
+            checkpoints.save(3, STATE, meta={}, metric=0.9)
+            checkpoints.wait()
+            assert checkpoints.steps() == [1, 2, 3]
+            assert "refused: no old step is deleted: " in told[0]
+            with pytest.raises(StoreError, match=r"refused/1/manifest\.json: not allowed"):
+                checkpoints.best()
+        with monkeypatch.context() as patch:
+            refusing(patch, "open", "refused/3/manifest.json")
+            with pytest.raises(StoreError, match=r"refused/3/manifest\.json: not allowed"):
+                Checkpoints(folder).latest()
+        assert checkpoints.steps() == [1, 2, 3]
+        assert checkpoints.best() == 1
 
 
 def test_the_marker_is_the_object_written_last(monkeypatch):
@@ -140,15 +176,21 @@ def test_the_marker_is_the_object_written_last(monkeypatch):
     checkpoints = saved(folder, 1)
     there_before = []
 
-    def fail(place, files):
-        there_before.extend(storage.objects(place))
-        raise OSError("the store is gone")
+    client = fsspec.filesystem("gcs", finalize_on_close=True)
+
+    def fail(path, mode="rb", open_=client.open, **options):
+        if "w" in mode and path.endswith(manifest.NAME):
+            there_before.extend(storage.objects(storage.as_path(f"{folder}/2")))
+            patch.setattr(client, "rm", None)  # what is left cannot be removed either
+            raise OSError("Forbidden: the store is gone")
+        return open_(path, mode, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "write_objects", fail)
+        patch.setattr(client, "open", fail)
         checkpoints.save(2, STATE, meta={})
-        with pytest.raises(CheckpointError, match=r"interrupted/2: cannot be saved: the store is"):
+        with pytest.raises(StoreError, match=r"/2: cannot be saved: .*Earlier steps are") as caught:
             checkpoints.wait()
+    assert caught.value.exit_code == 5
     assert "commit_success.txt" in there_before  # Orbax had written all of it
     assert manifest.NAME not in there_before
     assert checkpoints.latest() == 1
@@ -207,11 +249,93 @@ def test_lines_are_kept_with_the_checkpoint_and_cut_back_to_it():
 
 def test_of_two_runs_in_one_folder_the_older_one_stops():
     with hold(f"{ROOT}/twice") as older:
-        older.check()
+        older.begin()
         with hold(f"{ROOT}/twice") as newer:
+            older.check()
+            newer.begin()
             newer.check()
-            with pytest.raises(UserError, match=rf"twice: another run .*pid {os.getpid()} on"):
+            where = rf"twice: another run .*pid {os.getpid()} on .*, begun 2.* UTC\)"
+            with pytest.raises(UserError, match=where):
                 older.check()
+
+
+def test_a_run_that_lost_the_folder_makes_no_step_and_removes_none():
+    folder, told, answers = f"{ROOT}/lost", [], iter([True, False, False, False])
+
+    def check_owner():
+        if not next(answers):
+            raise UserError("another run is writing here")
+
+    saved(folder, 1)
+    older = Checkpoints(folder, keep=1, warn=told.append, check_owner=check_owner)
+    older.save(2, STATE, meta={})
+    older.wait()
+    assert "no old step is deleted: another run" in told[0]
+    older.save(3, STATE, meta={})
+    with pytest.raises(UserError, match=r"^another run is writing here"):
+        older.wait()
+    assert older.steps() == [1, 2]
+    assert storage.objects(storage.as_path(f"{folder}/3"))  # perhaps the other run's
+
+
+@pytest.mark.parametrize("moment", ["step", "export"])
+def test_a_run_that_another_one_took_the_folder_from_writes_nothing_more(
+    files, tmp_path, one_device, monkeypatch, moment
+):
+    there = storage.as_path(f"{ROOT}/taken-at-{moment}")
+    changes = {"train": {"steps": 1}, "evaluation": {"every": None}, "checkpoint": {"every": 1}}
+    config = write_config(files, tmp_path, str(there), **changes)
+
+    def take(*_):
+        (there / OWNER).write_text('{"pid": 1, "host": "other"}')
+
+    def take_at_step(run, batch, put=program.Run.put):
+        if hasattr(run, "state"):
+            take()
+        return put(run, batch)
+
+    if moment == "step":
+        monkeypatch.setattr(program.Run, "put", take_at_step)
+    else:
+        monkeypatch.setattr(program, "loop", take)
+    with pytest.raises(UserError, match=r"another run is writing here now \(pid 1 on other\)"):
+        program.main([config])
+    found = {name for name in storage.objects(there) if not name.startswith("metrics")}
+    assert found == {"config.yaml", OWNER}
+    assert not storage.exists(there / "metrics.jsonl") or not training_lines(there)
+
+
+def test_a_start_that_fails_takes_the_folder_from_nobody(files, tmp_path, one_device, monkeypatch):
+    there = storage.as_path(f"{ROOT}/not-taken")
+
+    def load(*args, load_model=program.load_model, **options):
+        saved(f"{there}/checkpoints", 5)
+        return load_model(*args, **options)
+
+    monkeypatch.setattr(program, "load_model", load)
+    with pytest.raises(UserError, match="not-taken: another run saved step 5 meanwhile"):
+        program.main([write_config(files, tmp_path, str(there))])
+    assert {name.partition("/")[0] for name in storage.objects(there)} == {"checkpoints"}
+
+
+def test_of_several_objects_the_old_last_one_goes_first(monkeypatch):
+    there = storage.as_path(f"{ROOT}/replaced")
+    folders.write_folder(there, {"a": b"1", "last": b"1"})
+    with monkeypatch.context() as patch:
+        refusing(patch, "open", "replaced/a")
+        with pytest.raises(StoreError, match="replaced: not allowed"):
+            folders.write_folder(there, {"a": b"2", "last": b"2"})
+    assert set(storage.objects(there)) == {"a"}
+    with monkeypatch.context() as patch:
+        refusing(patch, "info", "replaced")
+        with pytest.raises(StoreError, match="replaced: not allowed"):
+            require_place(there)
+
+
+def test_a_full_temporary_folder_is_named():
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ResourceError, match="TMPDIR"), folders.new_folder(f"{ROOT}/full"):
+        raise full
 
 
 def test_a_model_is_saved_and_its_config_is_written_last(files, monkeypatch):
@@ -237,7 +361,7 @@ def test_a_model_is_saved_and_its_config_is_written_last(files, monkeypatch):
     assert not (storage.as_path(there) / "config.json").exists()
 
 
-def test_ranges_of_an_object_are_those_of_the_file(files):
+def test_ranges_of_an_object_are_those_of_the_file(files, monkeypatch):
     file = files.model / "model.safetensors"
     data = file.read_bytes()
     view = memoryview(bytearray(100))
@@ -247,7 +371,10 @@ def test_ranges_of_an_object_are_those_of_the_file(files):
         assert bytes(view) == data[50:150]
         assert ranges.read_into(view, len(data) - 7) == 7
         assert ranges.read_into(view, len(data)) == 0
+        monkeypatch.setattr(storage, "_MAX_REQUEST_BYTES", 60)
+        assert ranges.read_into(view, 0) == (60 if storage.is_remote(path) else 100)
         ranges.close()
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
@@ -279,15 +406,18 @@ def test_bad_places_are_told_in_one_line(
     assert re.search(text, line), line
 
 
-def test_what_stores_refuse_is_told_with_the_way_out():
+def test_what_stores_refuse_is_told_with_the_way_out(monkeypatch):
     import gcsfs
 
+    storage.as_path(ROOT)
     refused = gcsfs.retry.HttpError({"code": 403, "message": "no storage.objects.get access"})
     assert storage.is_store_error(refused)
     assert "not allowed (no storage.objects.get access, 403); log in with" in storage.explain(
         refused
     )
     assert not storage.is_store_error(KeyError("x"))
+    monkeypatch.setattr(storage, "_reached", set())
+    assert not storage.is_store_error(refused)
 
 
 def test_without_gcsfs_the_error_names_the_extra(monkeypatch):

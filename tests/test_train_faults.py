@@ -68,6 +68,16 @@ def stop(config: str, moment: str, name: str) -> str:
     return errors
 
 
+def test_run_killed_in_a_step_and_while_saving_ends_byte_identical(files, tmp_path, whole):
+    config = write_config(files, tmp_path / "run", **DROPOUT)
+    stop(config, "step:2", "SIGKILL")
+    stop(config, "save:9", "SIGKILL")
+    code, errors = run(*COMMAND, config)
+    assert code == 0, errors
+    assert final(tmp_path / "run") == whole
+
+
+@pytest.mark.slow
 def test_run_stopped_in_every_way_ends_byte_identical(files, tmp_path, whole):
     config = write_config(files, tmp_path / "run", **DROPOUT)
     stop(config, "step:2", "SIGKILL")

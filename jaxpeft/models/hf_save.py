@@ -93,13 +93,15 @@ def require_place(
             model folder that may not be replaced.
     """
     place = real_path(path)
-    if not place.exists():
+    if not storage.exists(place):
         return
     if _same(source, place):
         raise UserError(
             f"{place}: is the model that is read, which saving would remove; choose another folder"
         )
-    if not (place.is_dir() and _is_ours(place)):
+    with storage.explained(place):
+        ours = place.is_dir() and _is_ours(place)
+    if not ours:
         raise UserError(f"{place}: exists and is no saved model; choose a new or empty folder")
     if not overwrite and any(place.iterdir()):
         raise UserError(
