@@ -34,7 +34,7 @@ LONG = (
     "test_plan",
     "test_mixed",
 )
-"""Files whose tests take longest: they are begun first, so that no process ends long after others."""
+"""Files that take longest: they are begun first, so that no process ends long after the others."""
 TESTS = itertools.count(1)
 
 
