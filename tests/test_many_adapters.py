@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from tiny_decoder import CONFIG, decoder, make_batch
 
 import jaxpeft as jp
