@@ -14,10 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.errors import UserError, of_exit_code
+from jaxpeft.sharding import Layout, as_layout
 
 T = TypeVar("T")
 
 _ANSWER_BYTES = 1 << 14
+_FRAME_BYTES = 2048
+"""What `exchange` sends at once, length included; more needs a second round."""
+_LENGTH_BYTES = 8
 
 
 def is_first() -> bool:
@@ -55,30 +59,84 @@ def from_first(find: Callable[[], T]) -> T:
     return told["answer"]
 
 
-def together(act: Callable[[], None]) -> None:
-    """Calls `act` in all processes; its failure in one of them is raised in all.
+def together(act: Callable[[], T], shared: bool = True) -> T:
+    """Calls `act` in all processes; if it fails in one of them, it fails in all.
+
+    A process that raised alone would leave the others waiting in the next collective.
+
+    Args:
+        act: What to do; it must not wait for other processes.
+        shared: Whether the others do the same; else it is just called.
+
+    Returns:
+        What `act` returns here.
 
     Raises:
-        UserError: What `act` raised here or, with the same text and kind, in the first process
-            where it failed.
+        UserError: In every process the same one, of the first process where `act` failed.
+        Exception: Another error is raised as it is where it happened.
     """
-    if jax.process_count() == 1:
+    if not shared or jax.process_count() == 1:
         return act()
+    result, failure, told = None, None, {}
+    try:
+        result = act()
+    except UserError as error:
+        failure, told = error, _failure(error)
+    except Exception as error:
+        failure, told = error, {"error": f"{type(error).__name__}: {error}", "code": 2}
+    answers = exchange(json.dumps(told).encode())
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure
+    for index, answer in enumerate(map(json.loads, answers)):
+        if answer:
+            text = f"{answer['error']} (in process {index} of {len(answers)})"
+            raise of_exit_code(answer["code"])(text) from failure
+    return result  # pyright: ignore[reportReturnType]
+
+
+def exchange(data: bytes) -> list[bytes]:
+    """What each process has given, in the order of their numbers; all must call."""
+    first = _gather(_framed(data, _FRAME_BYTES))
+    lengths = [int.from_bytes(frame[:_LENGTH_BYTES], "little") for frame in first]
+    most = _LENGTH_BYTES + max(lengths)
+    if most > _FRAME_BYTES:
+        first = _gather(_framed(data, 1 << (most - 1).bit_length()))
+    ends = [_LENGTH_BYTES + length for length in lengths]
+    return [frame[_LENGTH_BYTES:end] for frame, end in zip(first, ends, strict=True)]
+
+
+def _framed(data: bytes, size: int) -> np.ndarray:
+    frame = np.zeros(size, np.uint8)
+    head = len(data).to_bytes(_LENGTH_BYTES, "little")
+    sent = (head + data)[:size]
+    frame[: len(sent)] = np.frombuffer(sent, np.uint8)
+    return frame
+
+
+def _gather(frame: np.ndarray) -> list[bytes]:
     from jax.experimental import multihost_utils
 
-    failed: UserError | None = None
-    try:
-        act()
-    except UserError as error:
-        failed = error
-    told = json.dumps(_failure(failed) if failed else {}).encode().ljust(_ANSWER_BYTES)
-    frames = multihost_utils.process_allgather(np.frombuffer(told, np.uint8))
-    if failed is not None:
-        raise failed
-    for frame in frames:
-        if error := json.loads(np.asarray(frame).tobytes()):
-            raise of_exit_code(error["code"])(error["error"])
-    return None
+    rows = multihost_utils.process_allgather(frame)
+    return [np.asarray(row).tobytes() for row in rows]
+
+
+def spans_processes(mesh: jax.sharding.Mesh | Layout | None) -> bool:
+    """Whether the devices of a mesh belong to several processes.
+
+    Raises:
+        UserError: They belong to several, but not to all.
+    """
+    if mesh is None or jax.process_count() == 1:
+        return False
+    owners = {device.process_index for device in as_layout(mesh).mesh.devices.flat}
+    if owners == {jax.process_index()}:
+        return False
+    if len(owners) != jax.process_count():
+        raise UserError(
+            f"mesh: its devices belong to {len(owners)} of {jax.process_count()} processes; it "
+            "must be made of devices of all of them, or of this one"
+        )
+    return True
 
 
 def _failure(error: UserError) -> dict[str, Any]:

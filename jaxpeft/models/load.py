@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from jaxpeft.backend import choices
 from jaxpeft.errors import UserError
-from jaxpeft.models.agree import spans_processes, together
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.source import Source
 from jaxpeft.models.weights import read_params
+from jaxpeft.processes import spans_processes, together
 from jaxpeft.quant import check_kind
 from jaxpeft.sharding import Layout
 

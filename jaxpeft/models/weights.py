@@ -22,12 +22,12 @@ import numpy as np
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
-from jaxpeft.models.agree import exchange, spans_processes, together
 from jaxpeft.models.fingerprint import Fingerprint
 from jaxpeft.models.names import Entry, name_table
 from jaxpeft.models.reading import Form, Reader
 from jaxpeft.models.shares import Cut, assemble, cut_rows, stage
 from jaxpeft.models.source import PLAIN_DTYPES, Source
+from jaxpeft.processes import exchange, spans_processes, together
 from jaxpeft.quant import quantize_kernel, quantize_scales
 from jaxpeft.sharding import Layout, as_layout, leaf_sharding, replicated
 
