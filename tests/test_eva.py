@@ -221,6 +221,7 @@ def test_a_spans_the_inputs_of_learned_tokens():
     assert_same_rows(a.T, v[:4], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_tied_head_reads_the_last_hidden_states_and_the_table_starts_as_ever():
     base, batch = tiny(), BATCHES[0]
     hidden = base.module.apply({"params": base.params}, batch["tokens"], return_hidden=True)

@@ -37,6 +37,7 @@ def no_inputs(*args):
     raise AssertionError("the inputs of the kernels are read again")
 
 
+@pytest.mark.slow
 def test_ranks_are_redistributed_and_the_loss_falls(first):
     config = json.loads((first / "adapter" / "adapter_config.json").read_text())
     tensors = load_file(first / "adapter" / "adapter_model.safetensors")

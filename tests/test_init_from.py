@@ -81,6 +81,7 @@ def test_going_on_is_training_the_saved_adapter_with_a_fresh_optimizer(files, fi
     )
 
 
+@pytest.mark.slow
 def test_adalora_goes_on_with_all_its_triplets_and_a_schedule_of_its_own(files, tmp_path):
     section = {"name": "adalora", "rank": 1, "initial_rank": 3, "targets": ["q_proj"]}
     first, second = tmp_path / "first", tmp_path / "second"

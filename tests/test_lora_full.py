@@ -127,6 +127,7 @@ def test_a_config_means_what_the_same_config_of_peft_means(golden, base, fields)
     assert jax.tree.map(jnp.shape, ours.params) == jax.tree.map(jnp.shape, theirs.params)
 
 
+@pytest.mark.slow
 def test_mixed_ranks_train_like_separate_adapters_of_those_ranks():
     mixed = trained(new(**PATTERNS, alpha=3.0))
     leaves = jax.tree.map(np.array, paths.flatten(mixed.params))

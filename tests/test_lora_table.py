@@ -189,6 +189,7 @@ def test_the_loss_of_a_frozen_head_has_the_gradients_of_the_plain_one():
     jax.tree.map(close, grads(True), grads(False))
 
 
+@pytest.mark.slow
 @models
 def test_rows_of_a_mixed_batch_have_their_own_table_and_head(config):
     several = [make(config), make(config, 1, rank=3, targets=(EMBED,)), make(config, 2)]

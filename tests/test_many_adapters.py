@@ -36,6 +36,7 @@ def stack(states):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
+@pytest.mark.slow
 def test_training_several_at_once_equals_training_each_alone():
     base, step, states = setup()
     batches = [make_batch(2, 6, seed=seed) for seed in range(3)]

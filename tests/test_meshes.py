@@ -134,7 +134,9 @@ def test_a_base_on_a_mesh_of_the_users_own_axes_is_called_as_it_lies():
     np.testing.assert_allclose(base.replace(params=params)(ids), base(ids), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("full", 3)])
+@pytest.mark.parametrize(
+    ("remat", "passes"), [pytest.param("none", 2, marks=pytest.mark.slow), ("full", 3)]
+)
 def test_the_compiled_step_moves_weights_once_a_pass_and_no_gradient_of_the_base(remat, passes):
     vocab_size = 4096  # so that a layer is smaller than the table and than the head
     make = functools.partial(
@@ -221,6 +223,7 @@ def test_stacked_adapters_on_the_head_have_the_gradients_of_one_device():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_does_not_divide_gives_the_same_loss():
     one = train(make_run("lora", mesh_of(), vocab_size=98), steps=2)
     run = make_run("lora", mesh_of(1, 2, 4), vocab_size=98)

@@ -61,6 +61,7 @@ def test_every_row_of_a_mixed_batch_is_that_of_its_own_adapter(remat):
         assert_close(mixed[row], run(one, tokens=tokens[row : row + 1])[0])
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_mixed_batch_is_the_sum_of_its_rows():
     several, batch = adapters(), make_batch(len(ROWS), 6)
     module, base = decoder(remat="full")
@@ -95,6 +96,7 @@ def test_work_does_not_grow_with_the_number_of_adapters():
     assert flops(2) == jp.count_flops(lambda: module.apply(bind(params, one), tokens))
 
 
+@pytest.mark.slow
 def test_rows_of_one_adapter_drop_different_inputs_and_the_rate_is_each_adapters_own():
     rates = (0.0, 0.5)
     one = adapters()[0]
@@ -160,6 +162,7 @@ def test_a_kind_that_changes_more_than_one_weight_at_a_place_is_refused_by_name(
         module.apply(bind(params, stack_adapters([full, full]), index=jnp.array([0, 1])), tokens)
 
 
+@pytest.mark.slow
 def test_soft_prompts_of_a_mixed_batch_stand_in_front_of_their_own_rows():
     from jaxpeft.methods.prompt import PromptTuning
 

@@ -36,7 +36,10 @@ MIXED = {
     "projected prefix": METHODS["prefix_tuning"](**SOFT, projection=True, hidden_size=6),
 }
 REFUSED = ("full", "ln_tuning")
-every_method = pytest.mark.parametrize("name", MIXED)
+LONG = ("lokr", "loha", "dora")
+every_method = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in MIXED]
+)
 
 
 def model():
@@ -133,6 +136,7 @@ def test_a_model_gives_prefixes_to_rows_and_answers_prompts_with_them():
         base.module.apply(variables, jnp.ones((2, 4), jnp.int32))
 
 
+@pytest.mark.slow
 def test_a_row_without_an_adapter_keeps_the_positions_and_windows_of_the_base():
     """A window counts from the tokens: a hidden prefix must not move them."""
     from test_prefix import RICH

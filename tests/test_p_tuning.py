@@ -94,7 +94,8 @@ def test_the_hidden_size_is_the_models_unless_given():
     assert arrays_of(adapter)["mlp_1_kernel"].shape == (CONFIG.d_model, CONFIG.d_model)
 
 
-@pytest.mark.parametrize("encoder", [pytest.param("mlp", marks=pytest.mark.slow), "lstm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ["mlp", "lstm"])
 def test_what_is_saved_is_the_encoders_output_and_can_be_trained_on(encoder, tmp_path):
     module, params = decoder()
     base = Model(params, CONFIG, module, name="base")

@@ -45,7 +45,7 @@ def small(place, share):
     return place._replace(device_bytes=int(share))
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("quantization", [None, pytest.param("nf4", marks=pytest.mark.slow)])
 def test_the_planned_step_is_the_step_of_a_run(files, tmp_path, quantization):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     config = config_of(files, tmp_path, model={"quantization": quantization}, mesh=mesh)
@@ -105,6 +105,7 @@ def test_flops_of_the_layers_double_with_the_depth(files, tmp_path):
     assert four - two == 2 * (two - one) > 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_compiled_with_other_settings(files, tmp_path):
     config = config_of(files, tmp_path, train={"remat": "none"}, data={"max_length": 128})
     model = load_config(config.model.path)

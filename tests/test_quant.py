@@ -170,6 +170,7 @@ def test_losses_and_gradients_are_those_of_the_dequantised_base(kind, remat):
     )
 
 
+@pytest.mark.slow
 def test_a_head_is_quantised_where_that_is_asked_for():
     config = dataclasses.replace(CONFIG, tie_embeddings=False)
     module, params = decoder(config)

@@ -53,9 +53,8 @@ def temporaries(tokens, **kwargs):
     return lower(tokens, **kwargs).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize(
-    "remat", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "dots"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_memory_of_the_step_is_linear_in_tokens(remat):
     """One more token takes the same at 4096 as at 16384: a byte for every 4 pairs would show."""
     assert temporaries(4096, remat=remat) <= 1.1 * 16 * temporaries(256, remat=remat)
@@ -104,6 +103,7 @@ def test_dots_computes_no_product_again(method):
     assert dots == none
 
 
+@pytest.mark.slow
 def test_dots_keeps_less_than_half_of_what_none_keeps():
     assert kept_by_layers("dots") < 0.5 * kept_by_layers("none")
 

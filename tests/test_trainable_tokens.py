@@ -132,6 +132,7 @@ def test_the_fused_loss_knows_which_heads_are_trained():
     assert not head_is_frozen(untied, make(UNTIED, targets="lm_head"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
 def test_rows_of_a_mixed_batch_have_their_own_tokens(config):
     module, params = decoder(config)

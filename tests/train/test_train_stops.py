@@ -196,6 +196,7 @@ def test_checkpoint_is_hardly_larger_than_adapter_and_moments(files, tmp_path, g
     assert 0.9 * 3 * 4 * numbers < size <= 1.2 * 3 * 4 * numbers + 1_000_000
 
 
+@pytest.mark.slow
 def test_trackers_and_profiler_go_on_with_a_resumed_run(files, tmp_path, monkeypatch):
     codes = []
     close = program.track.Tracker.close

@@ -56,6 +56,7 @@ def test_full_fine_tuning_writes_a_model(files, tmp_path):
     assert len(trained.tokenizer) == len(base.tokenizer)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_replaces_the_model_it_wrote(files, tmp_path):
     output = tmp_path / "run"
     changes = {
@@ -72,6 +73,7 @@ def test_a_run_that_goes_on_replaces_the_model_it_wrote(files, tmp_path):
     assert weights.read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_relabelled_norm_is_trained_and_nothing_else_of_the_base(files, tmp_path, monkeypatch):
     runs = record_runs(monkeypatch)
     output = tmp_path / "run"
@@ -127,6 +129,7 @@ def scripted(monkeypatch, scores: dict[int, float]) -> None:
     monkeypatch.setattr(Run, "evaluate", evaluate)
 
 
+@pytest.mark.slow
 def test_best_step_is_exported(files, tmp_path, monkeypatch, capsys):
     constant = {"schedule": "constant"}
     losses(files, tmp_path / "six", optim=constant, train={"steps": 6})
