@@ -23,7 +23,7 @@ from jaxpeft.methods.binding import adapters_of
 from jaxpeft.methods.mixed import check_index
 from jaxpeft.model import Model
 from jaxpeft.models.cache import by_layer, init_cache
-from jaxpeft.models.transformer import head_logits, head_weight
+from jaxpeft.models.head import head_logits, head_weight
 from jaxpeft.models.unstack import unstack, views
 from jaxpeft.processes import to_host
 from jaxpeft.prompting import virtual_ids

@@ -34,7 +34,7 @@ from jaxpeft.activations import (
 from jaxpeft.backend import choices
 from jaxpeft.methods import bind
 from jaxpeft.methods.base import Adapter
-from jaxpeft.models.transformer import head_logits, head_weight
+from jaxpeft.models.head import head_logits, head_weight
 
 
 def cross_entropy(

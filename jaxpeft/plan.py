@@ -149,16 +149,7 @@ def make_plan(
 def full_rows(config: RunConfig, model: ModelConfig) -> Rows:
     """Stands for data that are not there: every row is full."""
     length, count = config.data.max_length, config.train.batch_size
-    examples = data.Examples(
-        tokens=[np.zeros(length, np.int32)] * count,
-        masks=[np.ones(length, bool)] * count,
-        lines=list(range(1, count + 1)),
-        rows=[{}] * count,
-        dropped={},
-        truncated=0,
-        path=config.data.train,
-        sha256="",
-    )
+    examples = data.Examples.of_tokens([np.zeros(length, np.int32)] * count, config.data.train)
     plan = data.Plan(
         examples, batch_size=count, max_length=length, packing=config.data.packing, pad_id=0
     )

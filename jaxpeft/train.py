@@ -23,6 +23,7 @@ from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
 from jaxpeft.init_from import check_init_from
+from jaxpeft.model import Model
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.load import load_config, load_model, load_tokenizer
 from jaxpeft.processes import from_first, is_first, require_same
@@ -118,37 +119,14 @@ def train(
             if speaks:
                 print(f"{output}: already finished, {export_path(config)} is ready.")
             return
-        load = functools.partial(
-            load_model,
-            config.model.path,
-            revision=config.model.revision,
-            dtype=config.model.dtype,
-            compute_dtype=config.model.compute_dtype,
-            mesh=layout,
-        )
-        if not starts_dense(config, latest is not None):
-            quantization, double = config.model.quantization, config.model.double_quantization
-            load = functools.partial(load, quantization=quantization, double_quantization=double)
+        load = functools.partial(load_base, config, layout, restored=latest is not None)
         base = stop.run_interruptible(load, "loading the model")
         require_same("base weights", base.fingerprint)
         run = Run(config, base, rows, layout, restored=latest is not None)
         if latest is not None:
             run.restore(checkpoints, latest)
-
-        def begin() -> None:  # only now: what can be wrong with the new run has been seen
-            newest = checkpoints.steps()[-1:]
-            if not overwrite and newest not in ([], [latest]):
-                raise UserError(
-                    f"{output}: another run saved step {newest[0]} meanwhile; if it is not to go "
-                    "on, stop it and run the same command again."
-                )
-            lock.begin()
-            if overwrite:
-                discard(output)
-            write_config(config)
-            lock.check()
-
-        from_first(begin)
+        # Only now: what can be wrong with the new run has been seen.
+        from_first(lambda: take_folder(config, checkpoints, latest, lock, overwrite=overwrite))
         if speaks:
             report.print_run_table(*run.describe())
         loop(run, checkpoints, stop, profile if speaks else range(0), lock.check)
@@ -158,6 +136,46 @@ def train(
             scores, exported = evaluations(output), int(run.state.step)
             result = [(place.name, f"{place} (step {exported})")]
             report.print_final_table(scores.get(0), scores.get(exported), result)
+
+
+def load_base(config: RunConfig, layout: sharding.Layout, *, restored: bool) -> Model:
+    """The base on its devices; quantised unless a new adapter starts from the weights before."""
+    section, quantised = config.model, not starts_dense(config, restored)
+    return load_model(
+        section.path,
+        revision=section.revision,
+        dtype=section.dtype,
+        compute_dtype=section.compute_dtype,
+        mesh=layout,
+        quantization=section.quantization if quantised else None,
+        double_quantization=section.double_quantization and quantised,
+    )
+
+
+def take_folder(
+    config: RunConfig,
+    checkpoints: Checkpoints,
+    latest: int | None,
+    lock: Any,
+    *,
+    overwrite: bool,
+) -> None:
+    """Makes the folder this run's: from here on things are written, or discarded, in it.
+
+    Raises:
+        UserError: Another run took it, or saved a step after `latest`.
+    """
+    output, newest = storage.as_path(config.output_dir), checkpoints.steps()[-1:]
+    if not overwrite and newest not in ([], [latest]):
+        raise UserError(
+            f"{output}: another run saved step {newest[0]} meanwhile; if it is not to go on, stop "
+            "it and run the same command again."
+        )
+    lock.begin()
+    if overwrite:
+        discard(output)
+    write_config(config)
+    lock.check()
 
 
 def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> Rows:

@@ -122,16 +122,7 @@ def make_run(work: side.Work) -> Run:
     length, vocab_size = work.segment or work.seq_len, base.config.vocab_size
     count = steps * work.batch_size * (work.seq_len // length)
     tokens = np.random.default_rng(0).integers(vocab_size, size=(count, length))
-    examples = data.Examples(
-        tokens=list(tokens.astype(np.int32)),
-        masks=[np.ones(length, bool)] * count,
-        lines=list(range(1, count + 1)),
-        rows=[{}] * count,
-        dropped={},
-        truncated=0,
-        path=config.data.train,
-        sha256="",
-    )
+    examples = data.Examples.of_tokens(list(tokens), config.data.train)
     prefix = vocab_size + np.arange(method.num_virtual_tokens, dtype=np.int32)
     plan = data.Plan(
         examples.with_prefix(prefix),

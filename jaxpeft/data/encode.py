@@ -42,6 +42,20 @@ class Examples:
     path: str
     sha256: str
 
+    @classmethod
+    def of_tokens(cls, tokens: list[np.ndarray], path: str) -> "Examples":
+        """Examples that stand for those of a file: of each every token is learned."""
+        return cls(
+            tokens=[ids.astype(np.int32) for ids in tokens],
+            masks=[np.ones(len(ids), bool) for ids in tokens],
+            lines=list(range(1, len(tokens) + 1)),
+            rows=[{}] * len(tokens),
+            dropped={},
+            truncated=0,
+            path=path,
+            sha256="",
+        )
+
     def __len__(self) -> int:
         return len(self.tokens)
 

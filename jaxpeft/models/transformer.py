@@ -25,17 +25,14 @@ from jaxpeft.activations import (
     GATHERED,
     gathered,
     keep_rows,
-    keep_vocab,
     look_up,
     on_mesh,
-    rows_of_peers,
 )
 from jaxpeft.linear import (
     CAPTURE,
     PRODUCT,
     SHARED,
     Transposed,
-    attend,
     give_shared,
     linear,
     shape_of,
@@ -45,6 +42,7 @@ from jaxpeft.models import rope
 from jaxpeft.models.attention import Prefix, attention, positions_of
 from jaxpeft.models.cache import Cache, append
 from jaxpeft.models.config import ModelConfig
+from jaxpeft.models.head import head_logits
 from jaxpeft.models.tiles import KEPT
 
 _POLICIES = jax.checkpoint_policies
@@ -377,30 +375,3 @@ class Transformer(nn.Module):
             return Transposed(gathered(paths.EMBEDDING, table))
         size = (c.d_model, c.vocab_size)
         return gathered(paths.HEAD, Weight("kernel", size, c.initializer_range, name="lm_head")())
-
-
-def head_weight(variables: dict) -> Any:
-    """The weight that turns hidden states into logits: the head's kernel or the tied table.
-
-    Args:
-        variables: From `jaxpeft.bind`.
-
-    Returns:
-        An array or a node, for `head_logits`.
-    """
-    shared = variables.get(SHARED, {})
-    for path in (paths.HEAD, paths.EMBEDDING):
-        weight = paths.get(variables["params"], path)
-        if weight is not None:
-            weight = gathered(path, give_shared(weight, paths.get(shared, path, ())))
-            return weight if path == paths.HEAD else Transposed(weight)
-    raise ValueError("the variables have neither a head nor an embedding table.")
-
-
-def head_logits(head: Any, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
-    """Logits of final hidden states, in float32."""
-    hidden = rows_of_peers(hidden)
-    if isinstance(head, Transposed):
-        return keep_vocab(attend(hidden, head.table))
-    logits = linear(hidden, head)
-    return keep_vocab(logits.astype(wide_dtype(logits)))
