@@ -198,7 +198,8 @@ def _cached(config: Any, module: Any, params: dict, ids: Sequence[int]) -> dict[
     def run(params: dict, ids: Int[Array, "1 n"]) -> dict[str, Any]:
         empty = init_cache(config, 1, ids.shape[1], module.compute_dtype)
         _, cache = module.apply({"params": params}, ids, cache=empty, return_hidden=True)
-        return {"k": cache.k[:, 0].astype(jnp.float32), "v": cache.v[:, 0].astype(jnp.float32)}
+        heads = {"k": cache.k[:, 0], "v": cache.v[:, 0]}
+        return {name: x.swapaxes(1, 2).astype(jnp.float32) for name, x in heads.items()}
 
     return run(params, jnp.asarray([ids], jnp.int32))
 

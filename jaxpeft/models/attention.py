@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpeft.activations import keep_heads, knows_devices
+from jaxpeft.activations import keep_heads, knows_devices, on_mesh
 from jaxpeft.backend import choices, platform
 from jaxpeft.errors import UserError
 from jaxpeft.linear import wide_dtype
@@ -171,16 +171,20 @@ def _attend(
     batch, rows, heads, head_dim = q.shape
     kv_heads, columns = k.shape[2], k.shape[1]
     group = heads // kv_heads
+    # In decoding one axis for rows and heads: products read the cache as it lies.
+    lead = (batch * kv_heads,) if rows == 1 and not on_mesh() else (batch, kv_heads)
     q = q.reshape(batch, rows, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, kv_heads, group * rows, head_dim)
-    scores = jnp.einsum("bkrd,bckd->bkrc", q, k, preferred_element_type=wide_dtype(q))
+    q = q.reshape(*lead, group * rows, head_dim)
+    k, v = (x.swapaxes(1, 2).reshape(*lead, columns, head_dim) for x in (k, v))
+    wide = wide_dtype(q)
+    scores = jnp.einsum("...rd,...cd->...rc", q, k, preferred_element_type=wide)
     scores = scores.reshape(batch, kv_heads, group, rows, columns) / math.sqrt(head_dim)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     weights = jnp.where(mask[:, None, None], weights, 0.0)
     total = weights.sum(axis=-1, keepdims=True)
     total = jnp.where(total > 0, total, 1.0)
-    weights = weights.reshape(batch, kv_heads, group * rows, columns).astype(q.dtype)
-    out = jnp.einsum("bkrc,bckd->bkrd", weights, v, preferred_element_type=wide_dtype(q))
+    weights = weights.reshape(*lead, group * rows, columns).astype(q.dtype)
+    out = jnp.einsum("...rc,...cd->...rd", weights, v, preferred_element_type=wide)
     out = out.reshape(batch, kv_heads, group, rows, head_dim) / total
     return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, rows, heads, head_dim)

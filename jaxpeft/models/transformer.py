@@ -40,7 +40,7 @@ from jaxpeft.linear import (
 )
 from jaxpeft.models import rope
 from jaxpeft.models.attention import Prefix, attention, positions_of
-from jaxpeft.models.cache import Cache, append
+from jaxpeft.models.cache import Cache, append, append_slots, merge_heads
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.head import head_logits
 from jaxpeft.models.tiles import KEPT
@@ -155,6 +155,7 @@ class Shared:
     k_segments: Any
     used: Any
     in_order: bool = flax.struct.field(pytree_node=False)
+    one_by_one: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class Attention(nn.Module):
@@ -182,14 +183,13 @@ class Attention(nn.Module):
         q, k = rope.rotate(q, shared.cos, shared.sin), rope.rotate(k, shared.cos, shared.sin)
         stored = None
         if layer["cache"] is not None:
-            # The new tokens' alone: the whole cache would be copied once more on its way out.
-            stored = tuple(
-                x.astype(old.dtype) for x, old in zip((k, v), layer["cache"], strict=True)
-            )
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, shared.used, axis=1)
-                for old, new in zip(layer["cache"], stored, strict=True)
-            )
+            new = tuple(x.swapaxes(1, 2) for x in (k, v))
+            if shared.one_by_one:
+                stored = append_slots(layer["cache"], merge_heads(new), shared.used)
+                whole = (x.reshape(batch, c.num_kv_heads, -1, c.head_dim) for x in stored)
+            else:  # out of a scan the whole cache would be copied once more: the new tokens' alone
+                stored, whole = new, append_slots(layer["cache"], new, shared.used)
+            k, v = (x.swapaxes(1, 2) for x in whole)
         out = attention(
             q,
             k.astype(q.dtype),
@@ -294,7 +294,7 @@ class Transformer(nn.Module):
         table = Weight("embedding", size, std, name="embed_tokens")()
         x = look_up(input_ids, table).astype(self.compute_dtype)
         if cache is not None:
-            cache = append(cache, -1, positions=positions, segment_ids=segment_ids)
+            cache = append(cache, positions, segment_ids)
         x, stored = self._run_layers(x, positions, segment_ids, cache, prefix, in_order)
         x = RMSNorm(c.rms_eps, name="norm")(x)
         if not return_hidden or self.is_initializing():
@@ -302,8 +302,10 @@ class Transformer(nn.Module):
             x = x if return_hidden else logits
         if cache is None:
             return x
-        cache = append(cache, -3, k=stored[0], v=stored[1])
-        return x, dataclasses.replace(cache, used=cache.used + input_ids.shape[1])
+        if not self._is_unstacked():
+            stored = append_slots((cache.k, cache.v), stored, cache.used)
+        used = cache.used + input_ids.shape[1]
+        return x, dataclasses.replace(cache, k=stored[0], v=stored[1], used=used)
 
     def _run_layers(
         self,
@@ -346,6 +348,7 @@ class Transformer(nn.Module):
     def _run_each(self, x: Any, layer: dict, shared: Shared) -> Any:
         """The layers one after the other, see `jaxpeft.models.unstack`."""
         given, block, stored = self.variables, Block(self.config, parent=None), []
+        shared = dataclasses.replace(shared, one_by_one=True)
         for index, params in enumerate(given["params"]["layers"]):
             variables = {"params": params, SHARED: given.get(SHARED, {}).get("layers", {})}
             part = {
