@@ -123,8 +123,8 @@ class Checkpoints:
             )
         # Small leaves are stored twice and described in 300 bytes each.
         self._last = (step, checkpoint_leaves.num_bytes(leaves) + 2048 * len(leaves) + 65536)
+        self._make_room(self._last[1])
         try:
-            self._make_room(self._last[1])
             response = self._checkpointer().save_async(
                 step, checkpoint_leaves.to_orbax(leaves), force=True
             )
@@ -256,20 +256,34 @@ class Checkpoints:
         return self._orbax
 
     def _make_room(self, needed_bytes: int) -> None:
-        if not self._folder.remote:
-            self._folder.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._folder.directory):
-                pass  # fails here if the folder is not writable
-        if self._orbax is None and jax.process_index() == 0:
-            self._folder.clean()
-        if self._orbax is None and jax.process_count() > 1:
-            from jax.experimental import multihost_utils
+        """Sees to it that a save can begin; in all processes, or it fails for all."""
+        fresh = self._orbax is None
 
-            multihost_utils.sync_global_devices("jaxpeft checkpoints are clean")
-        if self._folder.remote:
-            return
-        if shutil.disk_usage(self._folder.directory).free < needed_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        def tried(act: Callable[[], None]) -> None:
+            try:
+                act()
+            except Exception as error:
+                raise self._failure(error) from error
+
+        def clean() -> None:
+            if not self._folder.remote:
+                self._folder.directory.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self._folder.directory):
+                    pass  # fails here if the folder is not writable
+            if fresh and jax.process_index() == 0:
+                self._folder.clean()
+
+        def measure() -> None:
+            if shutil.disk_usage(self._folder.directory).free < needed_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        try:
+            together(lambda: tried(clean))
+            if not self._folder.remote:
+                together(lambda: tried(measure))  # once the first process has cleaned
+        except UserError:
+            self._orbax, self._last = None, (-1, 0)  # where it failed in another process too
+            raise
 
     def _finish(self, step: int, fields: dict[str, Any], response: Any) -> None:
         """Runs in a thread: lets what Orbax wrote exist, then drops old steps."""
