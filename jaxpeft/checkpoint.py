@@ -45,15 +45,15 @@ class Checkpoints:
     """The checkpoints of one run in one folder. Use it as a context manager.
 
     With several processes every method is called by all of them; the first process writes
-    manifests, verifies and deletes. Without a call of `save`, nothing is changed on disk but
-    damaged steps set aside by `latest`.
+    manifests, verifies and deletes. Without a call of `save`, nothing is changed.
 
     Args:
         directory: The folder, on disk or in a bucket (``gs://``), made at the first save.
         keep: How many of the newest steps to keep.
-        warn: Called with one line when a step is set aside; prints to stderr by default.
-        check_owner: Raises a UserError if the folder is not this run's any more. The first process
-            calls it, in a thread, before a step begins to exist and before old ones go.
+        warn: Called with one line when a step is damaged or set aside; prints to stderr by default.
+        check_owner: Raises a UserError if the folder is not this run's. The first process calls it
+            before it sets damaged steps aside and, in a thread, before a step begins to exist and
+            before old ones go.
 
     Raises:
         UserError: `directory` is a file or a URL of another kind, or `keep` is below 1.
@@ -77,6 +77,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._last = (-1, 0)  # step and bytes of the save begun last
+        self._has_damaged = False  # the same in all processes
 
     def save(
         self,
@@ -88,8 +89,9 @@ class Checkpoints:
     ) -> None:
         """Starts saving `state` and returns as soon as its values are copied off the devices.
 
-        Every method but `steps` and `best` waits for its end first and reports what went wrong. A
-        step that exists already is left as it is.
+        Every method but `steps`, `newest_whole` and `best` waits for its end first and reports what
+        went wrong. A step that exists already is left as it is; those that `latest` found damaged
+        are set aside in `damaged/` first.
 
         Args:
             step: The number of updates done.
@@ -113,6 +115,9 @@ class Checkpoints:
             "leaves": {name: checkpoint_leaves.signature(leaf) for name, leaf in leaves.items()},
         }
         json.dumps(fields, allow_nan=False)
+        if self._has_damaged:
+            from_first(self._set_damaged_aside)
+            self._has_damaged = False
         existing = self.steps()
         if step in (*existing, self._last[0]):
             return
@@ -140,15 +145,21 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step whose every file matches its sha256, or None if there are no steps.
 
-        Damaged steps newer than that are named through `warn` and set aside in `damaged/`.
+        Damaged steps newer than that are named through `warn`; the next `save` sets them aside.
 
         Raises:
-            CheckpointError: Steps exist and all of them are damaged; nothing is moved then.
+            CheckpointError: Steps exist and all of them are damaged.
         """
         self.wait()
-        found = from_first(self._folder.newest_whole)
-        self._forget()  # what was set aside may be saved again
+        found, self._has_damaged = from_first(
+            lambda: (self.newest_whole(), bool(self._folder.damaged))
+        )
+        self._forget()  # what is damaged may be saved again
         return found
+
+    def newest_whole(self) -> int | None:
+        """What `latest` gives, found by one process alone."""
+        return self._folder.newest_whole()
 
     def best(self) -> int | None:
         """The step saved with the lowest metric, the newest of equals; None if none has one."""
@@ -235,6 +246,10 @@ class Checkpoints:
             if error is None:
                 raise
             self._warn(str(failed))
+
+    def _set_damaged_aside(self) -> None:
+        self._check_owner()
+        self._folder.set_damaged_aside()
 
     def _forget(self) -> None:
         orbax, self._orbax, self._last = self._orbax, None, (-1, 0)
