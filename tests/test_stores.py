@@ -124,6 +124,7 @@ def test_a_step_without_its_marker_does_not_exist():
 
 def refusing(patch, method: str, part: str) -> None:
     """Lets calls of the store's client fail whose path has this part."""
+    storage.as_path(ROOT)  # settles which client it is
     client = fsspec.filesystem("gcs", finalize_on_close=True)
     original = getattr(client, method)
 
@@ -445,6 +446,28 @@ def test_bad_places_are_told_in_one_line(
     assert stop.value.code == 2
     assert line.startswith("error: ")
     assert re.search(text, line), line
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("train.jsonl", f"{ROOT}/files/train.jsonl"),
+        ("eval.jsonl", f"{ROOT}/files/eval.jsonl"),
+        ("model/config.json", f"{ROOT}/files/model/config.json"),
+        ("model/tokenizer.json", f"{ROOT}/files/model"),
+        ("model/model.safetensors", "object store"),
+    ],
+)
+def test_a_store_that_refuses_what_a_run_reads_is_told_in_one_line(
+    files, tmp_path, one_device, capsys, monkeypatch, name, where
+):
+    monkeypatch.setattr(sys, "argv", ["train", write_config(files, tmp_path, f"{ROOT}/bad")])
+    refusing(monkeypatch, "open", f"files/{name}")
+    with pytest.raises(SystemExit) as stop:
+        cli.run(program.main)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == StoreError.exit_code == 5
+    assert re.search(rf"^error: {where}: not allowed \(Forbidden", line), line
 
 
 def test_what_stores_refuse_is_told_with_the_way_out(monkeypatch):
