@@ -14,6 +14,7 @@ from shared_loading import (
     FORMS,
     HIDDEN,
     LAYERS,
+    UNEVEN_VOCAB,
     most_bytes,
     run_pair,
     shards_of,
@@ -119,7 +120,7 @@ def test_shares_of_rows_become_what_one_process_loads(folder, sizes, count, form
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_rows_that_divide_by_nothing_are_shared_too(tmp_path, count):
-    source = open_folder(write_model(tmp_path, vocab=1003))
+    source = open_folder(write_model(tmp_path, vocab=UNEVEN_VOCAB))
     mesh = mesh_of(fsdp=4, tensor=2)
     actual, processes = load_shared(source, Form(), mesh, count)
     expected = read_params(source, "float32", mesh)
@@ -224,6 +225,7 @@ def test_moving_rows_replicates_nothing_that_is_cut_in_the_end(sizes, spec):
 def two(folder, tmp_path_factory):
     """What two processes with two devices each report."""
     root, out = folder.parent, tmp_path_factory.mktemp("out")
+    write_model(root / "uneven", vocab=UNEVEN_VOCAB)
     tensors = load_file(folder / "model.safetensors")
     for fault in ("damaged", "short", "another", "missing", "other config"):
         (root / fault).mkdir()
@@ -246,9 +248,9 @@ def two(folder, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_hold_what_one_loads_and_read_their_share(two, folder, case):
     out, reports = two
-    form, sizes = CASES[case]
+    model, form, sizes = CASES[case]
     mesh = sharding.make_mesh(**{"data": 1, **sizes}, devices=jax.devices()[:4])
-    source = open_folder(folder)
+    source = open_folder(folder.parent / model)
     expected = read_params(source, "float32", mesh, FORMS[form])
     assert expected.bytes_read == sum(info.nbytes for info in source.tensors.values())
     leaves = paths.flatten(expected.params)
