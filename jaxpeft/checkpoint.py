@@ -45,15 +45,15 @@ class Checkpoints:
     """The checkpoints of one run in one folder. Use it as a context manager.
 
     With several processes every method is called by all of them; the first process writes
-    manifests, verifies and deletes. Without a call of `save`, nothing is changed on disk but
-    damaged steps set aside by `latest`.
+    manifests, verifies and deletes. Without a call of `save`, nothing is changed.
 
     Args:
         directory: The folder, on disk or in a bucket (``gs://``), made at the first save.
         keep: How many of the newest steps to keep.
-        warn: Called with one line when a step is set aside; prints to stderr by default.
-        check_owner: Raises a UserError if the folder is not this run's any more. The first process
-            calls it, in a thread, before a step begins to exist and before old ones go.
+        warn: Called with one line when a step is damaged or set aside; prints to stderr by default.
+        check_owner: Raises a UserError if the folder is not this run's. The first process calls it
+            before it sets damaged steps aside and, in a thread, before a step begins to exist and
+            before old ones go.
 
     Raises:
         UserError: `directory` is a file or a URL of another kind, or `keep` is below 1.
@@ -77,6 +77,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._last = (-1, 0)  # step and bytes of the save begun last
+        self._has_damaged = False  # the same in all processes
 
     def save(
         self,
@@ -88,8 +89,9 @@ class Checkpoints:
     ) -> None:
         """Starts saving `state` and returns as soon as its values are copied off the devices.
 
-        Every method but `steps` and `best` waits for its end first and reports what went wrong. A
-        step that exists already is left as it is.
+        Every method but `steps`, `newest_whole` and `best` waits for its end first and reports what
+        went wrong. A step that exists already is left as it is; those that `latest` found damaged
+        are set aside in `damaged/` first.
 
         Args:
             step: The number of updates done.
@@ -113,6 +115,9 @@ class Checkpoints:
             "leaves": {name: checkpoint_leaves.signature(leaf) for name, leaf in leaves.items()},
         }
         json.dumps(fields, allow_nan=False)
+        if self._has_damaged:
+            from_first(self._set_damaged_aside)
+            self._has_damaged = False
         existing = self.steps()
         if step in (*existing, self._last[0]):
             return
@@ -123,8 +128,8 @@ class Checkpoints:
             )
         # Small leaves are stored twice and described in 300 bytes each.
         self._last = (step, checkpoint_leaves.num_bytes(leaves) + 2048 * len(leaves) + 65536)
+        self._make_room(self._last[1])
         try:
-            self._make_room(self._last[1])
             response = self._checkpointer().save_async(
                 step, checkpoint_leaves.to_orbax(leaves), force=True
             )
@@ -140,15 +145,21 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step whose every file matches its sha256, or None if there are no steps.
 
-        Damaged steps newer than that are named through `warn` and set aside in `damaged/`.
+        Damaged steps newer than that are named through `warn`; the next `save` sets them aside.
 
         Raises:
-            CheckpointError: Steps exist and all of them are damaged; nothing is moved then.
+            CheckpointError: Steps exist and all of them are damaged.
         """
         self.wait()
-        found = from_first(self._folder.newest_whole)
-        self._forget()  # what was set aside may be saved again
+        found, self._has_damaged = from_first(
+            lambda: (self.newest_whole(), bool(self._folder.damaged))
+        )
+        self._forget()  # what is damaged may be saved again
         return found
+
+    def newest_whole(self) -> int | None:
+        """What `latest` gives, found by one process alone."""
+        return self._folder.newest_whole()
 
     def best(self) -> int | None:
         """The step saved with the lowest metric, the newest of equals; None if none has one."""
@@ -236,6 +247,10 @@ class Checkpoints:
                 raise
             self._warn(str(failed))
 
+    def _set_damaged_aside(self) -> None:
+        self._check_owner()
+        self._folder.set_damaged_aside()
+
     def _forget(self) -> None:
         orbax, self._orbax, self._last = self._orbax, None, (-1, 0)
         if orbax is not None:
@@ -256,20 +271,34 @@ class Checkpoints:
         return self._orbax
 
     def _make_room(self, needed_bytes: int) -> None:
-        if not self._folder.remote:
-            self._folder.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._folder.directory):
-                pass  # fails here if the folder is not writable
-        if self._orbax is None and jax.process_index() == 0:
-            self._folder.clean()
-        if self._orbax is None and jax.process_count() > 1:
-            from jax.experimental import multihost_utils
+        """Sees to it that a save can begin; in all processes, or it fails for all."""
+        fresh = self._orbax is None
 
-            multihost_utils.sync_global_devices("jaxpeft checkpoints are clean")
-        if self._folder.remote:
-            return
-        if shutil.disk_usage(self._folder.directory).free < needed_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        def tried(act: Callable[[], None]) -> None:
+            try:
+                act()
+            except Exception as error:
+                raise self._failure(error) from error
+
+        def clean() -> None:
+            if not self._folder.remote:
+                self._folder.directory.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self._folder.directory):
+                    pass  # fails here if the folder is not writable
+            if fresh and jax.process_index() == 0:
+                self._folder.clean()
+
+        def measure() -> None:
+            if shutil.disk_usage(self._folder.directory).free < needed_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        try:
+            together(lambda: tried(clean))
+            if not self._folder.remote:
+                together(lambda: tried(measure))  # once the first process has cleaned
+        except UserError:
+            self._orbax, self._last = None, (-1, 0)  # where it failed in another process too
+            raise
 
     def _finish(self, step: int, fields: dict[str, Any], response: Any) -> None:
         """Runs in a thread: lets what Orbax wrote exist, then drops old steps."""

@@ -4,7 +4,8 @@
       100/  state/...  manifest.json     a checkpoint; Orbax reads it as it stands
       120/  state/...                    killed before its manifest: does not exist, set aside
       140.orbax-checkpoint-tmp/          killed while Orbax wrote: removed at the next save
-      damaged/80/                        differs from its manifest: never used, never deleted
+      damaged/80/                        differs from its manifest: never used, never deleted; it is
+                                         set aside at the next save, when the run owns the folder
 
 A step goes by rename (`N.deleting`) before its files do, so no half-deleted folder looks whole.
 
@@ -31,7 +32,10 @@ class CheckpointFolder:
 
     Args:
         directory: A folder, on disk or in a bucket; need not exist yet.
-        warn: Called with one line when something is set aside or cannot be deleted.
+        warn: Called with one line when something is damaged, set aside or cannot be deleted.
+
+    Attributes:
+        damaged: Steps that `newest_whole` found so, newer than the one it gave.
 
     Raises:
         UserError: `directory` is a file, or a URL but not of a bucket.
@@ -46,6 +50,7 @@ class CheckpointFolder:
                 raise UserError(f"{directory}: is a file, expected a folder for checkpoints")
         self._warn = warn
         self._verified: set[int] = set()
+        self.damaged: set[int] = set()
 
     def path(self, step: int) -> Place:
         """Where a step is, or will be."""
@@ -99,10 +104,12 @@ class CheckpointFolder:
         return fields
 
     def newest_whole(self) -> int | None:
-        """The newest step that verifies, or None if there are no steps; damaged ones are set aside.
+        """The newest step that verifies, or None if there are no steps.
+
+        Damaged ones are left where they are until `set_damaged_aside`.
 
         Raises:
-            CheckpointError: Steps exist and all of them are damaged; nothing is moved then.
+            CheckpointError: Steps exist and all of them are damaged.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -111,8 +118,9 @@ class CheckpointFolder:
             except CheckpointError as error:
                 damaged[step] = str(error)
                 continue
-            for bad, text in damaged.items():
-                self._warn(f"{text}; set aside in {self._set_aside(bad)}; step {step} is used")
+            for text in (damaged[bad] for bad in damaged if bad not in self.damaged):
+                self._warn(f"{text}; step {step} is used")
+            self.damaged = set(damaged)
             return step
         if damaged:
             raise CheckpointError(
@@ -120,6 +128,25 @@ class CheckpointFolder:
                 "To start afresh, pass --overwrite or choose another output_dir."
             )
         return None
+
+    def set_damaged_aside(self) -> None:
+        """Moves the steps in `damaged` that still are; only the folder's owner may call it.
+
+        Raises:
+            ResourceError: The disk does not let us move them.
+        """
+        for step in sorted(self.damaged.intersection(self.steps())):
+            try:
+                self.verify(step)
+            except CheckpointError:
+                try:
+                    target = self._set_aside(step)
+                except OSError as error:
+                    raise ResourceError(
+                        f"{self.path(step)}: damaged, and cannot be set aside: {error.strerror}"
+                    ) from error
+                self._warn(f"{self.path(step)}: set aside in {target}")
+        self.damaged.clear()
 
     def best(self) -> int | None:
         """The step with the lowest metric, the newest of equals; None if none has a metric."""

@@ -79,7 +79,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "nothing is there, or there is no such bucket"
     code = str(getattr(error, "code", ""))
-    if code in ("401", "403") or text.startswith("Forbidden"):
+    if code in ("401", "403") or _is_forbidden(error):
         return (
             f"not allowed ({text}); log in with `gcloud auth application-default login`, or give "
             "this machine's service account access to the bucket"
@@ -87,10 +87,16 @@ def explain(error: BaseException) -> str:
     return f"the store cannot be reached or refuses ({type(error).__name__}: {text})"
 
 
+def _is_forbidden(error: BaseException) -> bool:
+    """Whether an error is gcsfs's plain OSError for a request that is not allowed."""
+    return isinstance(error, OSError) and str(error).startswith("Forbidden")
+
+
 def is_store_error(error: BaseException) -> bool:
     """Whether an exception comes from a client of an object store."""
     module = type(error).__module__ + "."
-    return bool(_reached) and any(module.startswith(f"{name}.") for name in _CLIENTS)
+    known = any(module.startswith(f"{name}.") for name in _CLIENTS)
+    return bool(_reached) and (known or _is_forbidden(error))
 
 
 def read_bytes(path: Place) -> bytes:

@@ -165,10 +165,11 @@ def take_folder(
     Raises:
         UserError: Another run took it, or saved a step after `latest`.
     """
-    output, newest = storage.as_path(config.output_dir), checkpoints.steps()[-1:]
-    if not overwrite and newest not in ([], [latest]):
+    output = storage.as_path(config.output_dir)
+    newest = None if overwrite else checkpoints.newest_whole()
+    if newest not in (None, latest):
         raise UserError(
-            f"{output}: another run saved step {newest[0]} meanwhile; if it is not to go on, stop "
+            f"{output}: another run saved step {newest} meanwhile; if it is not to go on, stop "
             "it and run the same command again."
         )
     lock.begin()

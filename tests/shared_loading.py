@@ -31,14 +31,17 @@ FORMS = {
     "nf4": ("nf4", False),
     "nf4, scales quantised": ("nf4", True),
 }
-# What two processes with two devices each load: a form, and the mesh.
+# What two processes with two devices each load: a model, a form, and the mesh.
 CASES = {
-    "fsdp": ("float32", {"fsdp": 4}),
-    "fsdp and tensor": ("float32", {"fsdp": 2, "tensor": 2}),
-    "fsdp and data": ("float32", {"fsdp": 2, "data": 2}),
-    "nf4": ("nf4", {"fsdp": 4}),
-    "nf4, scales quantised": ("nf4, scales quantised", {"fsdp": 2, "tensor": 2}),
+    "fsdp": ("model", "float32", {"fsdp": 4}),
+    "fsdp and tensor": ("model", "float32", {"fsdp": 2, "tensor": 2}),
+    "fsdp and data": ("model", "float32", {"fsdp": 2, "data": 2}),
+    "nf4": ("model", "nf4", {"fsdp": 4}),
+    "nf4, scales quantised": ("model", "nf4, scales quantised", {"fsdp": 2, "tensor": 2}),
+    "uneven rows": ("uneven", "float32", {"fsdp": 2, "tensor": 2}),
+    "uneven rows, copies": ("uneven", "float32", {"fsdp": 2, "data": 2}),
 }
+UNEVEN_VOCAB = 1003  # no number of devices divides it
 
 
 def write_model(folder: pathlib.Path, vocab: int = VOCAB, **changes) -> pathlib.Path:
@@ -155,9 +158,9 @@ def main(folder: str, out: str, port: str, index: str) -> None:
     from jaxpeft.models.weights import read_params
 
     report: dict = {}
-    for case, (form, sizes) in CASES.items():
+    for case, (model, form, sizes) in CASES.items():
         mesh = sharding.make_mesh(**{"data": 1, **sizes})
-        source = open_folder(pathlib.Path(folder, "model"))
+        source = open_folder(pathlib.Path(folder, model))
         loaded = read_params(source, "float32", mesh, FORMS[form])
         leaves = paths.flatten(loaded.params)
         report[case] = {

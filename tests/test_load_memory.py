@@ -180,23 +180,25 @@ def test_every_byte_of_a_tensor_is_read_once(tmp_path, monkeypatch):
     assert sum(taken) == sum(value.nbytes for value in tensors.values())
 
 
-def test_the_fingerprint_is_this_hash_of_hashes(tmp_path):
+@pytest.mark.parametrize("rows", [600, 2**18 - 1, 2**18])
+def test_the_fingerprint_is_this_hash_of_hashes(tmp_path, rows):
     import hashlib
 
     def sha(data: bytes) -> str:
         return hashlib.sha256(data).hexdigest()
 
     tensors = hf_tensors("llama")
-    tensors["model.embed_tokens.weight"] = np.ones((600, 16), np.float32)
-    tensors["lm_head.weight"] = np.arange(600 * 16, dtype=np.float32).reshape(600, 16)
+    tensors["model.embed_tokens.weight"] = np.ones((rows, 16), np.float32)
+    tensors["lm_head.weight"] = np.arange(rows * 16, dtype=np.float32).reshape(rows, 16)
     lines = []
     for name, value in tensors.items():
-        edges = [len(value) * part // 256 for part in range(257)] if value.ndim > 1 else [0, None]
+        count = 1 if value.ndim == 1 else 1024 if value.size >= 4 * 2**20 else 256
+        edges = [len(value) * part // count for part in range(count + 1)]
         parts = [value[a:b] for a, b in itertools.pairwise(edges) if a != b]
         record = [name, "F32", list(value.shape), [sha(part.tobytes()) for part in parts]]
         lines.append(sha(json.dumps(record, separators=(",", ":")).encode()))
     expected = "v2:" + sha("\n".join(sorted(lines)).encode())
-    folder = write_hf(tmp_path, "llama", tensors, vocab_size=600)
+    folder = write_hf(tmp_path, "llama", tensors, vocab_size=rows)
     assert load_params(folder)[3] == expected
 
 

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 from hlo import Program
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import load_file, save_file
 from shared_loading import (
     CASES,
     FORMS,
     HIDDEN,
     LAYERS,
+    UNEVEN_VOCAB,
     most_bytes,
     run_pair,
     shards_of,
@@ -23,7 +24,7 @@ from test_gguf import Type, write_gguf
 from tiny_models import hf_tensors
 
 from jaxpeft import paths, sharding
-from jaxpeft.models.fingerprint import PARTS, Fingerprint, part_rows
+from jaxpeft.models.fingerprint import Fingerprint, num_parts, part_rows
 from jaxpeft.models.gguf import open_gguf
 from jaxpeft.models.hf import open_folder
 from jaxpeft.models.names import Entry, name_table
@@ -119,7 +120,7 @@ def test_shares_of_rows_become_what_one_process_loads(folder, sizes, count, form
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_rows_that_divide_by_nothing_are_shared_too(tmp_path, count):
-    source = open_folder(write_model(tmp_path, vocab=1003))
+    source = open_folder(write_model(tmp_path, vocab=UNEVEN_VOCAB))
     mesh = mesh_of(fsdp=4, tensor=2)
     actual, processes = load_shared(source, Form(), mesh, count)
     expected = read_params(source, "float32", mesh)
@@ -162,17 +163,37 @@ def test_a_stored_copy_of_a_tied_head_is_compared_by_rows(tmp_path):
         load_shared(open_folder(folder), Form(), mesh_of(fsdp=8), 2)
 
 
-def test_every_row_is_in_one_part_and_parts_of_devices_are_even():
-    for rows in (1, 7, 255, 256, 257, 1003, 128256):
-        edges = [part_rows((rows, 3), part) for part in range(PARTS + 1)]
+@pytest.mark.parametrize(
+    ("columns", "parts", "counts"),
+    [(3, 256, (1, 7, 255, 256, 257, 1003, 128256)), (4096, 1024, (1024, 1025, 4099, 128256))],
+)
+def test_every_row_is_in_one_part_and_parts_of_devices_are_even(columns, parts, counts):
+    for rows in counts:
+        assert num_parts((rows, columns)) == parts
+        edges = [part_rows((rows, columns), part) for part in range(parts + 1)]
         assert (edges[0], edges[-1]) == (0, rows)
-        assert set(np.diff(edges)) <= {rows // PARTS, -(-rows // PARTS)}
-        assert [part_rows((rows,), part) for part in range(PARTS + 1)] == [0] + PARTS * [rows]
+        assert set(np.diff(edges)) <= {rows // parts, -(-rows // parts)}
+        assert (part_rows((rows,), 0), part_rows((rows,), num_parts((rows,)))) == (0, rows)
     spec = PartitionSpec(None, "fsdp", "tensor")
-    cut = cut_rows(kernel_of(64, 128256), False, mesh_of(fsdp=4, tensor=2), spec, 3)
-    parts = sorted(cut.parts(device) for device in cut.devices)
-    assert parts == [(n, n + 32) for n in range(0, 256, 32)]
+    cut = cut_rows(kernel_of(columns, 128256), False, mesh_of(fsdp=4, tensor=2), spec, 3)
+    each = parts // 8
+    dealt = sorted(cut.parts(device) for device in cut.devices)
+    assert dealt == [(n, n + each) for n in range(0, parts, each)]
     assert cut.places() is None
+
+
+def test_many_devices_take_almost_even_shares_of_large_matrices():
+    def largest_over_mean(shape, count):
+        mesh = Mesh(np.array([jax.devices()[0]] * count), ("fsdp",))
+        cut = cut_rows(kernel_of(*shape), False, mesh, PartitionSpec(None, "fsdp"), 2)
+        return cut.width * count / shape[1]
+
+    # Of Llama 3 8B: k and v, q and o, the layers of the MLP, the head.
+    for shape in ((4096, 1024), (4096, 4096), (4096, 14336), (14336, 4096), (4096, 128256)):
+        for count in (*range(1, 101), 128, 256, 512, 1024):
+            assert largest_over_mean(shape, count) <= 1.1, (shape, count)
+    for count in (*range(1, 26), 32, 64, 128, 256):
+        assert largest_over_mean((576, 1536), count) <= 1.1, count
 
 
 def test_files_that_differ_between_processes_are_named():
@@ -204,6 +225,7 @@ def test_moving_rows_replicates_nothing_that_is_cut_in_the_end(sizes, spec):
 def two(folder, tmp_path_factory):
     """What two processes with two devices each report."""
     root, out = folder.parent, tmp_path_factory.mktemp("out")
+    write_model(root / "uneven", vocab=UNEVEN_VOCAB)
     tensors = load_file(folder / "model.safetensors")
     for fault in ("damaged", "short", "another", "missing", "other config"):
         (root / fault).mkdir()
@@ -226,9 +248,9 @@ def two(folder, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_hold_what_one_loads_and_read_their_share(two, folder, case):
     out, reports = two
-    form, sizes = CASES[case]
+    model, form, sizes = CASES[case]
     mesh = sharding.make_mesh(**{"data": 1, **sizes}, devices=jax.devices()[:4])
-    source = open_folder(folder)
+    source = open_folder(folder.parent / model)
     expected = read_params(source, "float32", mesh, FORMS[form])
     assert expected.bytes_read == sum(info.nbytes for info in source.tensors.values())
     leaves = paths.flatten(expected.params)

@@ -124,6 +124,7 @@ def test_a_step_without_its_marker_does_not_exist():
 
 def refusing(patch, method: str, part: str) -> None:
     """Lets calls of the store's client fail whose path has this part."""
+    storage.as_path(ROOT)  # settles which client it is
     client = fsspec.filesystem("gcs", finalize_on_close=True)
     original = getattr(client, method)
 
@@ -197,19 +198,60 @@ def test_the_marker_is_the_object_written_last(monkeypatch):
     assert saved(folder, 2).latest() == 2
 
 
-def test_a_changed_object_is_noticed_and_the_older_step_used():
-    folder = storage.as_path(f"{ROOT}/changed")
-    saved(str(folder), 1, 2)
-    name = next(name for name in storage.objects(folder / "2") if "/d/" in name)
-    data = bytearray((folder / "2" / name).read_bytes())
+def change_an_object(step: storage.Place) -> tuple[str, bytes]:
+    """Flips a bit of a checkpoint; the name of the object, and what it is now."""
+    name = next(name for name in storage.objects(step) if "/d/" in name)
+    data = bytearray((step / name).read_bytes())
     data[len(data) // 2] ^= 1
-    (folder / "2" / name).write_bytes(bytes(data))
-    told = []
-    checkpoints = Checkpoints(folder, warn=told.append)
-    assert checkpoints.latest() == 1
-    assert f"{name}: its crc32c differs" in told[0]
-    assert checkpoints.steps() == [1]
-    assert (folder / "damaged" / "2" / name).read_bytes() == data
+    (step / name).write_bytes(bytes(data))
+    return name, bytes(data)
+
+
+def test_a_changed_object_is_noticed_the_older_step_used_and_only_the_owner_sets_it_aside():
+    folder, told, owned = storage.as_path(f"{ROOT}/changed"), [], []
+
+    def check_owner():
+        if not owned:
+            raise UserError("another run is writing here")
+
+    saved(str(folder), 1, 3)
+    name, data = change_an_object(folder / "3")
+    before = storage.objects(folder)
+    with Checkpoints(folder, warn=told.append, check_owner=check_owner) as checkpoints:
+        assert checkpoints.latest() == 1
+        assert f"{name}: its crc32c differs" in told[0]
+        with pytest.raises(UserError, match=r"^another run is writing here"):
+            checkpoints.save(2, STATE, meta={})
+        assert storage.objects(folder) == before
+        owned.append(True)
+        checkpoints.save(2, STATE, meta={})
+    assert checkpoints.steps() == [1, 2]
+    assert (folder / "damaged" / "3" / name).read_bytes() == data
+
+
+def test_a_run_whose_newest_step_is_damaged_goes_on_from_the_one_before(
+    files, tmp_path, one_device, monkeypatch, capsys
+):
+    there = storage.as_path(f"{ROOT}/damaged-run")
+    changes = {"train": {"steps": 2}, "evaluation": {"every": None}, "checkpoint": {"every": 1}}
+    config = write_config(files, tmp_path, str(there), **changes)
+    program.main([config])
+    adapter = (there / "adapter" / "adapter_model.safetensors").read_bytes()
+    change_an_object(there / "checkpoints" / "2")
+    before = storage.objects(there)
+
+    def fail(*_, **__):
+        raise UserError("this model cannot be loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "load_model", fail)
+        with pytest.raises(UserError, match="this model"):
+            program.main([config])
+    assert storage.objects(there) == before
+    program.main([config])
+    assert (there / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert {path.name for path in (there / "checkpoints" / "damaged").iterdir()} == {"2"}
+    assert "checkpoints/2: set aside in " in capsys.readouterr().err
 
 
 def test_a_copy_of_a_checkpoint_on_disk_is_verified_too(tmp_path):
@@ -404,6 +446,28 @@ def test_bad_places_are_told_in_one_line(
     assert stop.value.code == 2
     assert line.startswith("error: ")
     assert re.search(text, line), line
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("train.jsonl", f"{ROOT}/files/train.jsonl"),
+        ("eval.jsonl", f"{ROOT}/files/eval.jsonl"),
+        ("model/config.json", f"{ROOT}/files/model/config.json"),
+        ("model/tokenizer.json", f"{ROOT}/files/model"),
+        ("model/model.safetensors", "object store"),
+    ],
+)
+def test_a_store_that_refuses_what_a_run_reads_is_told_in_one_line(
+    files, tmp_path, one_device, capsys, monkeypatch, name, where
+):
+    monkeypatch.setattr(sys, "argv", ["train", write_config(files, tmp_path, f"{ROOT}/bad")])
+    refusing(monkeypatch, "open", f"files/{name}")
+    with pytest.raises(SystemExit) as stop:
+        cli.run(program.main)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == StoreError.exit_code == 5
+    assert re.search(rf"^error: {where}: not allowed \(Forbidden", line), line
 
 
 def test_what_stores_refuse_is_told_with_the_way_out(monkeypatch):

@@ -58,6 +58,7 @@ def read_json(path: str | pathlib.Path) -> JsonFile:
     Raises:
         UserError: If there is no such file, it is empty, its bytes are not text, or it is
             ``.jsonl`` by name and an array by content.
+        StoreError: If the bucket refuses, or cannot be reached.
     """
     name = str(path)
     with storage.explained(name):
@@ -98,8 +99,9 @@ def _read_bytes(path: Place) -> bytes:
     except IsADirectoryError:
         raise UserError(f"{path}: this is a folder; give a .jsonl or .json file in it.") from None
     except OSError as error:
-        why = error.strerror or storage.explain(error)
-        raise UserError(f"{path}: cannot be read: {why}.") from None
+        if storage.is_remote(path):
+            raise  # the store's failure, not the file's
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
 
 
 class _Parser:

@@ -1,10 +1,11 @@
 """The identity of base weights: sha256 over what the files hold, before any cast.
 
-The rows of a matrix are cut into 256 parts, as even as whole rows allow (some are empty where there
-are fewer rows); a vector is one part. Each part that is not empty is hashed. The hash of a tensor
-covers its name, dtype, shape and the digests of its parts; the fingerprint covers the sorted hashes
-of all tensors. It depends neither on shards nor on the order of reading, and processes that each
-read some parts find it together.
+The rows of a matrix are cut into 1024 parts if it holds 4 Mi numbers or more, else into 256, as
+even as whole rows allow (some are empty where there are fewer rows); a vector is one part.
+Processes read whole parts, so many parts make even shares, and in small matrices cost time. Each
+part that is not empty is hashed. The hash of a tensor covers its name, dtype, shape and the digests
+of its parts; the fingerprint covers the sorted hashes of all tensors. It depends neither on shards
+nor on the order of reading, and processes that each read some parts find it together.
 
 Version 2. The first version, without a prefix, hashed chunks of 16 MiB, which processes that read
 some rows each could not share; the two do not compare.
@@ -12,11 +13,13 @@ some rows each could not share; the two do not compare.
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Mapping
 
-PARTS = 256
 VERSION = "v2:"
+_LARGE = 4 << 20  # numbers
 
 
 @dataclasses.dataclass
@@ -63,19 +66,25 @@ class Fingerprint:
         """The fingerprint of all tensors added so far, of each of which all parts are known."""
         hashes = []
         for name, tensor in self._tensors.items():
-            edges = [part_rows(tensor.shape, part) for part in range(PARTS + 1)]
-            parts = [str(part) for part in range(PARTS) if edges[part] < edges[part + 1]]
-            digests = [tensor.digests[part] for part in parts]
+            edges = [part_rows(tensor.shape, part) for part in range(num_parts(tensor.shape) + 1)]
+            full = [part for part, (a, b) in enumerate(itertools.pairwise(edges)) if a < b]
+            digests = [tensor.digests[str(part)] for part in full]
             record = [name, tensor.dtype, list(tensor.shape), digests]
             text = json.dumps(record, separators=(",", ":"))
             hashes.append(hashlib.sha256(text.encode()).hexdigest())
         return VERSION + hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
 
 
+def num_parts(shape: tuple[int, ...]) -> int:
+    """Into how many parts the rows of a tensor are cut."""
+    if len(shape) < 2:
+        return 1
+    return 1024 if math.prod(shape) >= _LARGE else 256
+
+
 def part_rows(shape: tuple[int, ...], part: int) -> int:
-    """The first row of a part of a tensor; part `PARTS` begins behind the last row."""
-    rows = shape[0]
-    return rows * part // PARTS if len(shape) > 1 else rows * min(part, 1)
+    """The first row of a part of a tensor; the part behind the last one begins behind all rows."""
+    return shape[0] * part // num_parts(shape)
 
 
 def comparable(one: str, other: str) -> bool:

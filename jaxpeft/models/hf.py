@@ -12,7 +12,7 @@ import struct
 from typing import Any
 
 from jaxpeft import storage
-from jaxpeft.errors import UserError, first_few
+from jaxpeft.errors import StoreError, UserError, first_few
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.hf_config import config_from_hf
 from jaxpeft.models.source import PLAIN_DTYPES, Source, TensorInfo, expected_nbytes
@@ -137,12 +137,16 @@ def read_json(path: Place) -> dict[str, Any]:
 
     Raises:
         UserError: Not UTF-8, not JSON, not an object, or a key given twice.
+        StoreError: The store refuses or does not answer.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
+        text = storage.read_bytes(path).decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_no_doubles)
     except json.JSONDecodeError as error:
         text = "the file is empty" if not storage.size(path) else f"not valid JSON: {error.msg}"
         raise UserError(f"{path}:{error.lineno}:{error.colno}: {text}") from error
+    except StoreError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):

@@ -16,14 +16,12 @@ import numpy as np
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
-from jaxpeft.models.fingerprint import PARTS, Fingerprint, part_rows
+from jaxpeft.models.fingerprint import Fingerprint, num_parts, part_rows
 from jaxpeft.models.names import Entry
 from jaxpeft.models.source import PLAIN_DTYPES, Source, TensorInfo
 from jaxpeft.models.stacks import PlainStack, QuantStack, fill
 from jaxpeft.quant import is_quantised
 from jaxpeft.storage import Place, Ranges
-
-ALL_PARTS = (0, PARTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +70,18 @@ class Reader:
         return stored.pop() if len(stored) == 1 else np.dtype(np.float32)
 
     def read_entry(
-        self, entry: Entry, form: Form, parts: tuple[int, int] = ALL_PARTS, whole: bool = True
+        self,
+        entry: Entry,
+        form: Form,
+        parts: tuple[int, int] | None = None,
+        whole: bool = True,
     ) -> Any:
         """One parameter in host memory, layers stacked: an array, or codes and scales.
 
         Args:
             entry: The parameter.
             form: What it is turned into.
-            parts: The first part of the fingerprint to read, and the first not to.
+            parts: The first part of the fingerprint to read, and the first not to; None: all.
             whole: Whether rows that a GGUF file interleaves are put in order; some of them alone
                 cannot be.
 
@@ -87,6 +89,7 @@ class Reader:
             UserError: Values are not finite, or a file ends early.
         """
         infos, target = self._infos(entry), self.target(entry, form)
+        parts = parts or (0, num_parts(entry.file_shape))
         start, stop = (part_rows(entry.file_shape, part) for part in parts)
         rows = (stop - start, *entry.file_shape[1:])
         shape = rows[::-1] if entry.transposed else rows

@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from jaxpeft import storage
-from jaxpeft.errors import UserError
+from jaxpeft.errors import StoreError, UserError
 from jaxpeft.models.hf import read_json
 from jaxpeft.models.locate import SMALL
 from jaxpeft.storage import Place
@@ -41,6 +41,7 @@ def read_tokenizer(place: Place) -> Any:
     Raises:
         UserError: No tokenizer files, files transformers cannot read, or paths that leave the
             folder.
+        StoreError: The store refuses or does not answer.
     """
     if place.suffix == ".gguf":
         from jaxpeft.models.gguf_tokenizer import read_gguf_tokenizer
@@ -58,6 +59,8 @@ def read_tokenizer(place: Place) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True, use_fast=True
             )
+    except StoreError:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(

@@ -45,17 +45,34 @@ def test_damage_to_any_file_is_noticed(two_steps, tmp_path, damage):
             manifest.verify(folder)
 
 
-def test_a_damaged_newest_step_is_named_set_aside_and_the_one_before_used(copied, warnings):
+def test_a_damaged_newest_step_is_named_the_one_before_used_and_the_next_save_sets_it_aside(
+    copied, warnings
+):
     flip(next((copied / "20/state/ocdbt.process_0/d").iterdir()), 0.5)
-    damaged = contents(copied / "20")
-    opened = Checkpoints(copied, warn=warnings.append)
-    assert opened.latest() == 10
-    assert len(warnings) == 1
-    assert "20: damaged: state/ocdbt.process_0/d/" in warnings[0]
-    assert "step 10 is used" in warnings[0]
+    damaged, before = contents(copied / "20"), contents(copied)
+    with Checkpoints(copied, warn=warnings.append) as opened:
+        for _ in range(2):
+            assert opened.latest() == 10
+            assert contents(copied) == before
+        assert len(warnings) == 1
+        assert "20: damaged: state/ocdbt.process_0/d/" in warnings[0]
+        assert "step 10 is used" in warnings[0]
+        opened.save(15, small_state(15), meta={})
+    assert warnings[1:] == [f"{copied}/20: set aside in {copied}/damaged/20"]
     assert contents(copied / "damaged/20") == damaged
-    assert opened.steps() == [10]
+    assert opened.steps() == [10, 15]
     assert bits(opened.restore(10, small_state())) == bits(small_state(10))
+
+
+def test_a_damaged_step_that_was_saved_anew_meanwhile_stays(copied, warnings):
+    whole = (copied / "20/manifest.json").read_bytes()
+    (copied / "20/manifest.json").write_bytes(b"")
+    with Checkpoints(copied, warn=warnings.append) as opened:
+        assert opened.latest() == 10
+        (copied / "20/manifest.json").write_bytes(whole)
+        with pytest.raises(CheckpointError, match="step 20 is newer than step 15"):
+            opened.save(15, small_state(15), meta={})
+    assert opened.steps() == [10, 20]
 
 
 def test_a_step_can_be_saved_again_after_its_damaged_copy_was_set_aside(copied, warnings):

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 CHILD = """
-import errno, json, os, sys
+import errno, json, os, shutil, sys, types
 import jax, jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxpeft.checkpoint import Checkpoints
 from jaxpeft import manifest
+from jaxpeft.checkpoint import Checkpoints
+from jaxpeft.checkpoint_folder import CheckpointFolder
 from jaxpeft.errors import CheckpointError, ResourceError
 
 folder, address, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -68,7 +69,27 @@ with Checkpoints(folder + "-full") as opened:
     manifest.write = write
     opened.save(2, state(2), meta={})
     report.append(opened.latest())
-print("report", json.dumps([report, len(warnings)]))
+
+said = []
+
+def fails_alone(place, name, failing, number):
+    # A save cannot begin in one of the processes: all raise the same, and can save then.
+    kept = getattr(place, name)
+    with Checkpoints(f"{folder}-alone-{number}") as opened:
+        for step in (1, 2):  # the second time Orbax is there already
+            if index == number:
+                setattr(place, name, failing)
+            try:
+                opened.save(step, state(step), meta={})
+            except ResourceError as error:
+                said.append(str(error))
+            setattr(place, name, kept)
+            opened.save(step, state(step), meta={})
+        report.append(opened.latest())
+
+fails_alone(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=0), 1)
+fails_alone(CheckpointFolder, "clean", full, 0)  # which is called the first time only
+print("report", json.dumps([report, len(warnings), said]))
 """
 
 
@@ -96,6 +117,14 @@ def test_two_processes_agree_on_what_was_saved_and_what_is_damaged(tmp_path, add
         out, err = child.communicate(timeout=120)
         lines = [line for line in out.splitlines() if line.startswith("report ")]
         assert lines, err[-2000:]
+        report, warnings, said = json.loads(lines[0].removeprefix("report "))
         # None before the first save; the damaged step 3 is named by the first process only.
-        expected = [[None, 3, True, True, 2, "none is usable", True, 2], 1 if index == 0 else 0]
-        assert json.loads(lines[0].removeprefix("report ")) == expected
+        assert report == [None, 3, True, True, 2, "none is usable", True, 2, 2, 2]
+        assert warnings == (1 if index == 0 else 0)
+        failed = [(text.partition(":")[0][len(str(tmp_path)) :], text[-19:]) for text in said]
+        assert failed == [
+            ("/checkpoints-alone-1/1", "(in process 1 of 2)"),
+            ("/checkpoints-alone-1/2", "(in process 1 of 2)"),
+            ("/checkpoints-alone-0/1", "(in process 0 of 2)"),
+        ]
+        assert all("no room" in text for text in said)
