@@ -273,7 +273,7 @@ _NOT_HASHED = re.compile(
 )
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str, overrides: Sequence[str] = (), example: str = EXAMPLE) -> RunConfig:
     """Reads a config file, strictly.
 
     Args:
@@ -281,6 +281,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: Flags as on a command line: ``["--optim.learning_rate", "3e-4"]`` or
             ``["--optim.learning_rate=3e-4"]``; lists as ``[a, b]`` or ``a,b``, names with values
             as ``{a: 1}``; the last one wins.
+        example: A command to name where there is no such file.
 
     Returns:
         The validated config.
@@ -289,7 +290,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: One line for each of the first 20 problems, ``file:line: key: what``, or
             ``--flag: what``.
     """
-    return yaml_config.load(SCHEMA, path, overrides, EXAMPLE)
+    return yaml_config.load(SCHEMA, path, overrides, example)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -304,14 +305,22 @@ def config_hash(config: RunConfig) -> str:
     ``checkpoint``, ``data.eval``, ``data.workers`` (batches do not depend on it) and ``mesh``
     (another mesh gives the same rows in the same order and differs by rounding only).
     """
-    kept = {path: value for path, value in flatten(config).items() if not _NOT_HASHED.match(path)}
-    text = json.dumps(dict(sorted(kept.items())))  # in mappings the order of names says something
+    text = json.dumps(
+        dict(sorted(_hashed(config).items()))
+    )  # in mappings the order of names says something
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _hashed(config: RunConfig) -> dict[str, Any]:
+    return {path: value for path, value in flatten(config).items() if not _NOT_HASHED.match(path)}
+
+
 def diff(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    """The keys whose values differ, as (path, old value, new value); None where one has no key."""
-    before, after = flatten(old), flatten(new)
+    """The keys that differ and decide about states, as (path, old value, new value).
+
+    A value is None where one config does not have the key.
+    """
+    before, after = _hashed(old), _hashed(new)
     return [
         (path, before.get(path), after.get(path))
         for path in dict.fromkeys([*before, *after])

@@ -41,6 +41,7 @@ from jaxpeft.run import Rows, Run, leaves
 from jaxpeft.run_checks import check_model, start_on_zeros
 
 SAMPLES = 3
+EXAMPLE = "python -m jaxpeft.plan configs/quickstart.yaml"
 DOES_NOT_FIT = 5
 """Exit code: out of memory."""
 
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args, overrides = cli.parse_arguments(parser, argv, run_config.SCHEMA)
-    config = run_config.load_config(args.config, overrides)
+    config = run_config.load_config(args.config, overrides, EXAMPLE)
     if args.topology is not None:
         compile_only()
     plan = make_plan(config, args.topology, say)

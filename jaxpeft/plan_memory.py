@@ -109,8 +109,8 @@ def _find_tpu(text: str) -> Place:
     if len(sizes) != chip.axes or 0 in sizes:
         example = "x".join("2" * chip.axes)
         raise UserError(
-            f"--topology: {text!r}: {name} chips stand in {chip.axes} dimensions, such as "
-            f"{name}:{example}."
+            f"--topology: {text!r}: {name} chips stand in {chip.axes} dimensions, at least one "
+            f"along each, such as {name}:{example}."
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(

@@ -128,7 +128,7 @@ class StopRequest:
             if self._count > 1:
                 _say(f"{name} again: stopping now; the last checkpoint is intact")
                 os._exit(128 + number[0])
-            _say(f"{name}: stopping after this step; a second signal stops at once")
+            _say(f"{name}: stopping after the steps under way; a second signal stops at once")
 
     def _leave_to_parent(self) -> None:
         """In a forked child: its signals are not the run's."""

@@ -50,7 +50,12 @@ def main(argv: list[str]) -> None:
     """Trains as a config file says."""
     parser = cli.make_parser("train", "Trains an adapter as a config says.", run_config.SCHEMA)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file")
-    parser.add_argument("--resume", choices=("auto", "never"), default="auto")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto goes on with a run that output_dir holds, never refuses to (default: auto)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="discard the run in output_dir")
     parser.add_argument("--print_config", action="store_true", help="print all keys and stop")
     parser.add_argument("--profile", metavar="START:STOP", help="trace these steps (XProf)")

@@ -189,6 +189,7 @@ def test_architectures_have_the_published_number_of_parameters(name):
         ("v9:2x2", "chips: v4, v5e, v5p, v6e"),
         ("v5e", "give a chip and its arrangement"),
         ("v5e:2x2x2", "v5e chips stand in 2 dimensions"),
+        ("v5e:0x4", "2 dimensions, at least one along each"),
         ("v5p:4x4", "v5p chips stand in 3 dimensions"),
     ],
 )

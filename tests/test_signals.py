@@ -29,7 +29,7 @@ def test_the_first_signal_is_noted_by_name(number, capfd):
         assert stop.requested is None
         os.kill(os.getpid(), number)
         assert eventually(lambda: stop.requested == number.name)
-    assert f"{number.name}: stopping after this step" in capfd.readouterr().err
+    assert f"{number.name}: stopping after the steps under way" in capfd.readouterr().err
 
 
 def test_old_handlers_come_back():
