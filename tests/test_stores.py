@@ -72,6 +72,7 @@ def without_times(lines: list[dict]) -> list[dict]:
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_killed_run_in_a_bucket_goes_on_to_the_bytes_of_one_on_disk(
     files, tmp_path, one_device, capsys
 ):

@@ -94,6 +94,7 @@ def test_a_run_that_was_not_exported_only_needs_the_export(files, plain, tmp_pat
     assert adapter_bytes(output) == adapter_bytes(plain)
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_later(
     files, finished, tmp_path, monkeypatch
 ):
