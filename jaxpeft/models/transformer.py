@@ -145,7 +145,10 @@ class RMSNorm(nn.Module):
 
 @flax.struct.dataclass
 class Shared:
-    """What all layers read: positions, segments and rotations of queries and keys."""
+    """What all layers read: positions, segments and rotations of queries and keys.
+
+    `one_by_one` says that layers are not scanned, and the cache is as `by_layer` gives it.
+    """
 
     cos: Any
     sin: Any
