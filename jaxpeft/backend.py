@@ -26,6 +26,8 @@ class Choices(NamedTuple):
             of two products of the same size the one that takes a quarter of the time.
         float32: Whether activations are in float32 whatever the weights are.
         unstack: Whether decoding reads layers one by one instead of slices of a stack.
+        native_bfloat16: Whether XLA multiplies, computes with and stacks bfloat16 as it is; what
+            is done where it does not: `jaxpeft.products`.
         splash: Whether longer rows go through JAX's kernel for TPUs where it is exact. On GPU no
             kernel that comes with JAX takes packed segments: there tiles are the choice.
     """
@@ -36,10 +38,19 @@ class Choices(NamedTuple):
     turn_a: bool
     float32: bool
     unstack: bool
+    native_bfloat16: bool = True
     splash: bool = False
 
 
-CPU = Choices(tile=256, dense=128, loss_tokens=256, turn_a=True, float32=True, unstack=True)
+CPU = Choices(
+    tile=256,
+    dense=128,
+    loss_tokens=256,
+    turn_a=True,
+    float32=True,
+    unstack=True,
+    native_bfloat16=False,
+)
 ACCELERATOR = Choices(
     tile=512, dense=128, loss_tokens=512, turn_a=False, float32=False, unstack=False
 )

@@ -38,11 +38,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from jaxpeft.products import kept, product, scores
 
 PRODUCT = "product"
 """Name of products with kernels, for policies of ``jax.checkpoint``; see `linear`."""
@@ -124,8 +124,8 @@ def linear(x: Float[Array, "*batch d_in"], kernel: Any) -> Float[Array, "*batch 
     What arrays give, and what nodes give, is named `PRODUCT`: under a policy that keeps these names
     the backward pass multiplies with no kernel again. A node names so what its own gradient needs.
     """
-    y = kernel.multiply(x) if isinstance(kernel, Node) else x @ kernel.astype(x.dtype)
-    return checkpoint_name(y, PRODUCT)
+    y = kernel.multiply(x) if isinstance(kernel, Node) else product(x, kernel.astype(x.dtype))
+    return kept(y, PRODUCT)
 
 
 def embed(ids: Int[Array, "*batch"], table: Any) -> Float[Array, "*batch d_model"]:
@@ -139,15 +139,7 @@ def attend(x: Float[Array, "*batch d_model"], table: Any) -> Float[Array, "*batc
     """Scores of all rows of a tied table, in float32."""
     if isinstance(table, Node):
         return table.attend(x)
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(
-        x, table.astype(x.dtype), contract_last, preferred_element_type=wide_dtype(x)
-    )
-
-
-def wide_dtype(x: Any) -> Any:
-    """What sums and softmax of `x` are computed in: float32, or the dtype of `x` if it is wider."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return scores(x, table.astype(x.dtype))
 
 
 def materialise(weight: Any) -> Float[Array, "..."]:

@@ -31,6 +31,7 @@ from jaxtyping import Array, Float
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import Node
+from jaxpeft.products import product
 
 NF4 = np.array(
     [
@@ -122,7 +123,7 @@ class QuantTensor(Node):
 
 @jax.custom_vjp
 def _product(x: Any, weight: QuantTensor) -> Any:
-    return x @ weight.dequantise(x.dtype)
+    return product(x, weight.dequantise(x.dtype))
 
 
 def _product_forward(x: Any, weight: QuantTensor) -> Any:
@@ -130,7 +131,7 @@ def _product_forward(x: Any, weight: QuantTensor) -> Any:
 
 
 def _product_backward(weight: QuantTensor, g: Any) -> Any:
-    return g @ weight.dequantise(g.dtype).T, None
+    return product(g, weight.dequantise(g.dtype).T), None
 
 
 _product.defvjp(_product_forward, _product_backward)

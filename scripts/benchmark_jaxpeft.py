@@ -10,7 +10,7 @@ Usage: see benchmark.py, which starts it.
 import argparse
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import benchmark_side as side
 import jax
@@ -99,11 +99,12 @@ def load(section: ModelSection, mesh: Any = None) -> jp.Model:
 def make_run(work: side.Work) -> Run:
     """A run as the trainer makes it, over random tokens; every token but the first is learned."""
     method, steps = method_of(work), work.warmup + work.calls
-    coded = work.method == "qlora"
+    coded, dtype = work.method == "qlora", cast(Any, work.dtype)
     config = RunConfig(
         model=ModelSection(
             path=work.model,
-            dtype=work.dtype,  # pyright: ignore[reportArgumentType]
+            dtype=dtype,
+            compute_dtype=dtype,
             quantization="nf4" if coded else None,
             double_quantization=coded,
         ),
@@ -163,7 +164,8 @@ def model_flops(run: Run) -> int:
 
 def generate(work: side.Work) -> dict[str, Any]:
     """Greedy decoding of other random prompts every time."""
-    base = load(ModelSection(path=work.model, dtype=work.dtype))  # pyright: ignore[reportArgumentType]
+    dtype: Any = work.dtype
+    base = load(ModelSection(path=work.model, dtype=dtype, compute_dtype=dtype))
     endless = dataclasses.replace(base.config, eos_token_ids=())
     base = dataclasses.replace(base, config=endless, tokenizer=None)
     adapter = jp.init_adapter(method_of(work), base, jax.random.key(0))

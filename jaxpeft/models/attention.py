@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxpeft.activations import keep_heads, knows_devices, on_mesh
 from jaxpeft.backend import choices, platform
 from jaxpeft.errors import UserError
-from jaxpeft.linear import wide_dtype
 from jaxpeft.models.tiles import EVERYONE, Places, earlier, tiled_attention, visible
+from jaxpeft.products import wide_dtype
 
 
 @flax.struct.dataclass

@@ -6,7 +6,8 @@ from jaxtyping import Array, Float
 
 from jaxpeft import paths
 from jaxpeft.activations import gathered, keep_vocab, rows_of_peers
-from jaxpeft.linear import SHARED, Transposed, attend, give_shared, linear, wide_dtype
+from jaxpeft.linear import SHARED, Transposed, attend, give_shared, linear
+from jaxpeft.products import wide_dtype
 
 
 def head_weight(variables: dict) -> Any:

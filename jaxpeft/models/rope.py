@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.models.config import ModelConfig, RopeScaling
+from jaxpeft.products import chain_dtype
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
@@ -62,6 +63,8 @@ def rotate(
     sin: Float[Array, "batch seq half"],
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Rotates the pairs ``(x[i], x[i + head_dim / 2])`` by their angles."""
-    cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    dtype = chain_dtype(x)
+    cos, sin = cos[:, :, None].astype(dtype), sin[:, :, None].astype(dtype)
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpeft import flops
-from jaxpeft.linear import wide_dtype
+from jaxpeft.products import kept, wide_dtype
 
 EVERYONE = -(2**30)
 """The segment of keys that every token sees; segments of data lie between it and ``2**30``."""
@@ -127,12 +126,12 @@ def _forward(block: int, behind: int | None, q: Any, k: Any, v: Any, places: Pla
     highest, total, out = cut.visit_all(visit, start)
     total = jnp.where(total > 0, total, 1.0)
     out = cut.whole_queries((out / total[..., None]).astype(q.dtype))
-    out, log_total = (checkpoint_name(x, KEPT) for x in (out, highest + jnp.log(total)))
+    out, log_total = (kept(x, KEPT) for x in (out, highest + jnp.log(total)))
     return out, (q, k, v, places, out, log_total)
 
 
-def _backward(block: int, behind: int | None, kept: Any, slope: Any) -> Any:
-    q, k, v, places, out, log_total = kept
+def _backward(block: int, behind: int | None, known: Any, slope: Any) -> Any:
+    q, k, v, places, out, log_total = known
     cut = _cut(block, behind, q, k, places)
     queries, keys, values, slopes = cut.queries(q), cut.keys(k), cut.keys(v), cut.queries(slope)
     means = (slopes.astype(wide_dtype(slopes)) * cut.queries(out)).sum(axis=-1)

@@ -36,7 +36,6 @@ from jaxpeft.linear import (
     give_shared,
     linear,
     shape_of,
-    wide_dtype,
 )
 from jaxpeft.models import rope
 from jaxpeft.models.attention import Prefix, attention, positions_of
@@ -44,13 +43,17 @@ from jaxpeft.models.cache import Cache, append, append_slots, merge_heads
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.head import head_logits
 from jaxpeft.models.tiles import KEPT
+from jaxpeft.products import chain_dtype, kept_input, wide_dtype
 
 _POLICIES = jax.checkpoint_policies
-_KEEP_ATTENTION = _POLICIES.save_only_these_names(KEPT)
+STREAM = "stream"
+"""Name of a layer's input, where it needs one."""
+
+_KEEP_ATTENTION = _POLICIES.save_only_these_names(KEPT, STREAM)
 REMAT_POLICIES: dict[str, Any] = {
     "none": _POLICIES.save_anything_except_these_names(GATHERED),
     "full": _KEEP_ATTENTION,
-    "dots": _POLICIES.save_only_these_names(KEPT, PRODUCT),
+    "dots": _POLICIES.save_only_these_names(KEPT, STREAM, PRODUCT),
 }
 """What the backward pass keeps of a layer, by name; "none" keeps everything but the weights that
 a mesh gathers for it.
@@ -222,7 +225,8 @@ class MLP(nn.Module):
         gate = Linear(c.d_ff, c.mlp_bias, c.initializer_range, name="gate_proj")(x)
         up = Linear(c.d_ff, c.mlp_bias, c.initializer_range, name="up_proj")(x)
         down = Linear(c.d_model, c.mlp_bias, c.initializer_range, name="down_proj")
-        return down(nn.silu(gate) * up)
+        dtype = chain_dtype(x)
+        return down((nn.silu(gate.astype(dtype)) * up.astype(dtype)).astype(x.dtype))
 
 
 class Block(nn.Module):
@@ -234,6 +238,7 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "batch seq d"], layer: dict, shared: Shared) -> Any:
         """Returns the stream and the layer's part of the cache, as ``nn.scan`` wants it."""
         eps = self.config.rms_eps
+        x = kept_input(x, STREAM)
         h = RMSNorm(eps, name="input_layernorm")(x)
         h, stored = Attention(self.config, name="self_attn")(h, layer, shared)
         x = keep_rows(x + h)
