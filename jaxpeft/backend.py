@@ -24,7 +24,7 @@ class Choices(NamedTuple):
         loss_tokens: About how many tokens' logits exist at once.
         turn_a: Whether the gradient of LoRA's A is a product with rank rows, turned afterwards:
             of two products of the same size the one that takes a quarter of the time.
-        float32: Whether activations are in float32 whatever the weights are.
+        float32: Whether activations are in float32, whatever the weights are, if nothing is asked.
         unstack: Whether decoding reads layers one by one instead of slices of a stack.
         native_bfloat16: Whether XLA multiplies, computes with and stacks bfloat16 as it is; what
             is done where it does not: `jaxpeft.products`.

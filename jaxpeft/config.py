@@ -33,7 +33,8 @@ class ModelSection(Record):
         path: A Hugging Face folder, on disk or in a bucket (``gs://``), a hub id, or a GGUF file.
         revision: Branch, tag or commit of a hub id.
         dtype: Of the stored base parameters.
-        compute_dtype: Of activations; "auto" is float32 on CPU and `dtype` elsewhere.
+        compute_dtype: Of activations; "auto" is float32 on CPU and `dtype` elsewhere. On a CPU that
+            multiplies bfloat16 itself (AMX, AVX-512 BF16) bfloat16 for both is the quickest.
         quantization: "nf4", "int4" or "int8" for the kernels of the layers (QLoRA); null for none.
         double_quantization: Keep the scales of quantised blocks in 8 bits too.
     """

@@ -63,7 +63,7 @@ F32_FULL, BF16_FULL = Setting("float32", "full"), Setting("bfloat16", "full")
 
 def training(method: str, sides: dict[str, tuple[Setting, ...]] | None = None, **work: int) -> Case:
     """Training by a method; by default in the settings that its comparisons need."""
-    usual = {OURS: (F32_DOTS, F32_FULL), "torch": (F32, BF16), "tunix": (F32,)}
+    usual = {OURS: (F32_DOTS, F32_FULL, BF16_DOTS), "torch": (F32, BF16), "tunix": (F32,)}
     return Case({"kind": "train", "method": method, **work}, usual | (sides or {}))
 
 

@@ -1,8 +1,8 @@
 """The benchmark's side of jaxpeft: the very steps of ``jaxpeft.train``, over random tokens.
 
-With ``dtype: bfloat16`` the weights are stored in it; activations are in the dtype that jaxpeft
-takes by itself ("auto"): float32 on CPU, elsewhere that of the weights. The side also writes the
-folder that all sides load the model from.
+With ``dtype: bfloat16`` weights and activations are in it, also on CPU, where jaxpeft by itself
+("auto") would compute in float32. The side also writes the folder that all sides load the model
+from.
 
 Usage: see benchmark.py, which starts it.
 """
@@ -24,6 +24,7 @@ from jaxpeft.decoding import generate_ids
 from jaxpeft.methods import Full, LoRA, PromptTuning
 from jaxpeft.models.hf_config import config_from_hf
 from jaxpeft.models.transformer import Transformer
+from jaxpeft.products import product
 from jaxpeft.run import Rows, Run
 
 PACKAGES = ("jaxpeft", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -71,8 +72,8 @@ def gemm(work: side.Work) -> dict[str, Any]:
     """A product of two large matrices."""
     shape = (side.GEMM_SIZE, side.GEMM_SIZE)
     x = jax.random.normal(jax.random.key(0), shape, jnp.dtype(work.dtype))
-    product = jax.jit(lambda x: x @ x)
-    return side.timed(work, lambda: float(product(x)[0, 0]))
+    square = jax.jit(lambda x: product(x, x))
+    return side.timed(work, lambda: float(square(x)[0, 0]))
 
 
 def method_of(work: side.Work) -> Any:

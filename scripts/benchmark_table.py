@@ -250,8 +250,7 @@ def utilisation(lines: Sequence[Line]) -> list[str]:
     for line in lines:
         if (line.case, line.side) != ("lora", OURS) or not line.values:
             continue
-        on_cpu = line.record.get("device") == "cpu"  # where activations are float32 throughout
-        peak = find(lines, GEMM, OURS, ("float32" if on_cpu else line.setting[0], None))
+        peak = find(lines, GEMM, OURS, (line.setting[0], None))
         if peak is not None:
             rate = line.record["flops"] * line.median / line.record["amount"]
             usual, best = peak.median, max(peak.values)

@@ -113,14 +113,17 @@ def test_one_failed_turn_does_not_hide_those_that_went_well():
     assert (line.values, line.why) == ((200.0,), "")
 
 
-def test_utilisation_is_the_rate_of_the_model_over_that_of_a_matrix_product():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_utilisation_is_the_rate_of_the_model_over_that_of_its_matrix_product(dtype):
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
     lines = lines_of(
-        record("gemm", "jaxpeft", [2.0, 1.0], amount=200e9),
-        record("lora", "jaxpeft", [0.5, 0.5, 9.0], flops=75e9, device="cpu"),
-        record("lora", "torch", [0.5]),
+        record("gemm", "jaxpeft", [3.0], amount=200e9, dtype=other),
+        record("gemm", "jaxpeft", [2.0, 1.0], amount=200e9, dtype=dtype),
+        record("lora", "jaxpeft", [0.5, 0.5, 9.0], flops=75e9, device="cpu", dtype=dtype),
+        record("lora", "torch", [0.5], dtype=dtype),
     )
     (text,) = table.utilisation(lines)
-    rate = "LoRA, float32: 150 GFLOP/s"
+    rate = f"LoRA, {dtype}: 150 GFLOP/s"
     shares = "100.0% of the matrix product's median 150, 75.0% of its best 200"
     assert text == f"{rate}, {shares}"
 

@@ -95,6 +95,7 @@ def test_dropout_does_not_depend_on_the_mesh():
     assert one[1] != pytest.approx(on_one_device("lora")[0][1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_fewer_key_heads_than_tensor_shards_are_replicated():
     changes = {"num_kv_heads": 2}
     one = train(make_run("lora", mesh_of(), **changes), steps=3)

@@ -107,7 +107,8 @@ def load_model(
         path: A Hugging Face folder, on disk or in a bucket, a hub id, or a ``.gguf`` file.
         revision: Branch, tag or commit of a hub id.
         dtype: Of the parameters: "float32", "bfloat16", "float16", or None for as stored.
-        compute_dtype: Of the activations; "auto" is float32 on CPU and `dtype` elsewhere.
+        compute_dtype: Of the activations; "auto" is float32 on CPU and `dtype` elsewhere. In
+            bfloat16 on CPU there are first derivatives only, see `jaxpeft.products`.
         mesh: Devices to spread the parameters over, or a `jaxpeft.sharding.Layout`; default: the
             default device.
         quantization: "nf4", "int4" or "int8" for the kernels of the layers, tensor by tensor while

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpeft import flops
-from jaxpeft.products import kept, wide_dtype
+from jaxpeft.products import kept_by_rule, wide_dtype
 
 EVERYONE = -(2**30)
 """The segment of keys that every token sees; segments of data lie between it and ``2**30``."""
@@ -93,7 +93,7 @@ def tiled_attention(
     Returns:
         Values averaged with softmax weights (computed in float32), in the dtype of `q`; zero for
         queries that see nothing. It has first derivatives in reverse mode, and ``jax.jvp`` of
-        those; forward mode alone it has not.
+        those (not of bfloat16 on CPU); forward mode alone it has not.
     """
     return _forward(block, behind, q, k, v, places)[0]
 
@@ -126,7 +126,7 @@ def _forward(block: int, behind: int | None, q: Any, k: Any, v: Any, places: Pla
     highest, total, out = cut.visit_all(visit, start)
     total = jnp.where(total > 0, total, 1.0)
     out = cut.whole_queries((out / total[..., None]).astype(q.dtype))
-    out, log_total = (kept(x, KEPT) for x in (out, highest + jnp.log(total)))
+    out, log_total = (kept_by_rule(x, KEPT) for x in (out, highest + jnp.log(total)))
     return out, (q, k, v, places, out, log_total)
 
 

@@ -47,7 +47,7 @@ from jaxpeft.products import chain_dtype, kept_input, wide_dtype
 
 _POLICIES = jax.checkpoint_policies
 STREAM = "stream"
-"""Name of a layer's input, where it needs one."""
+"""Name of a layer's input where it is kept as bits, see `jaxpeft.products.kept_input`."""
 
 _KEEP_ATTENTION = _POLICIES.save_only_these_names(KEPT, STREAM)
 REMAT_POLICIES: dict[str, Any] = {
