@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from jaxpeft.backend import choices
+from jaxpeft.errors import UserError
 
 
 def wide_dtype(x: Any) -> Any:
@@ -89,7 +90,7 @@ def _constant(x: Array) -> Array:
 
 @_constant.defjvp
 def _refuse(primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
+    raise UserError(
         "a model that computes in bfloat16 on CPU has first derivatives in reverse mode only: "
         'load it with compute_dtype="float32".'
     )
@@ -116,31 +117,31 @@ def _forward(function: Any, x: Any, w: Any) -> Any:
     )
 
 
-def _backward(w_axis: int, swapped: bool, known: Any, slope: Any) -> Any:
-    """Gradients of a product over the other axis of `w`; `swapped` where it is turned."""
+def _backward(out_axis: int, known: Any, slope: Any) -> Any:
+    """Gradients of a product whose result has this axis of `w`, which it contracts the other of."""
     if isinstance(slope, SymbolicZero):
         return None, None
     x, w = known
     slope = slope.astype(jnp.bfloat16)
     of_x = of_w = None
     if w is not None:
-        of_x = _contract(slope, w, [slope.ndim - 1], [w_axis]).astype(slope.dtype)
+        of_x = _contract(slope, w, [slope.ndim - 1], [out_axis]).astype(slope.dtype)
     if x is not None:
         batch = range(slope.ndim - 1)
-        pair = (slope, x) if swapped else (x, slope)
+        pair = (slope, x) if out_axis == 0 else (x, slope)
         of_w = _contract(*pair, batch, batch).astype(slope.dtype)
     return of_x, of_w
 
 
-def _with_rule(function: Any, w_axis: int, *, swapped: bool) -> Any:
+def _with_rule(function: Any, out_axis: int) -> Any:
     rule = jax.custom_vjp(function)
     rule.defvjp(
         functools.partial(_forward, function),
-        functools.partial(_backward, w_axis, swapped),
+        functools.partial(_backward, out_axis),
         symbolic_zeros=True,
     )
     return rule
 
 
-_rounded = _with_rule(_rounded_of, 1, swapped=False)
-_scores = _with_rule(_scores_of, 0, swapped=True)
+_rounded = _with_rule(_rounded_of, 1)
+_scores = _with_rule(_scores_of, 0)
