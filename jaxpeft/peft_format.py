@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from jaxpeft import storage
+from jaxpeft.chat_settings import ChatSettings, chat_of
 from jaxpeft.errors import UserError
 from jaxpeft.folders import real_path, require_replaceable, write_folder
 from jaxpeft.methods import KINDS, Adapter, check_fit
@@ -116,9 +117,12 @@ def load_adapter(
     file = folder / TENSORS
     if not file.is_file():
         raise UserError(f"{folder}: {_no_tensors(folder)}")
-    _check_side_file(folder, base, allow_other_base)
+    side = _read_side_file(folder, base, allow_other_base)
     adapter = peft.read(Values(values, place, peft.defaults), _open(file), base)
-    return dataclasses.replace(adapter, base_name=Label(name), base_revision=Label(version))
+    chat = ChatSettings.from_values(side.get("chat", {}), str(folder / SIDE))
+    return dataclasses.replace(
+        adapter, base_name=Label(name), base_revision=Label(version), chat=chat.label()
+    )
 
 
 def read_method(config: Any, revision: str | None = None) -> Method:
@@ -197,6 +201,8 @@ def _render(peft: PeftFormat, adapter: Adapter, base: Any) -> dict[str, bytes]:
         "versions": {name: _version(name) for name in ("jaxpeft", "jax", "flax")},
         "sha256": {name: hashlib.sha256(files[name]).hexdigest() for name in (CONFIG, TENSORS)},
     }
+    if chat := chat_of(adapter).to_values():
+        side["chat"] = chat
     return files | {SIDE: _json(side)}
 
 
@@ -311,10 +317,11 @@ def _no_tensors(folder: Place) -> str:
     return f"has no {TENSORS}; the download or save is incomplete."
 
 
-def _check_side_file(folder: Place, base: Any, allow_other_base: bool) -> None:
+def _read_side_file(folder: Place, base: Any, allow_other_base: bool) -> dict[str, Any]:
+    """What we wrote beside PEFT's files, once it is found true; empty in PEFT's own folders."""
     file = folder / SIDE
     if not file.is_file():
-        return
+        return {}
     side = read_json(file)
     if side.get("format") != FORMAT:
         raise UserError(
@@ -335,6 +342,7 @@ def _check_side_file(folder: Place, base: Any, allow_other_base: bool) -> None:
                     "of the base."
                 )
     _check_base(folder, known, base, allow_other_base)
+    return side
 
 
 def _check_base(folder: Place, known: Mapping, base: Any, allow_other_base: bool) -> None:

@@ -77,6 +77,7 @@ class Adapter:
         spec: What the trees mean.
         base_name: The base it was trained on, as `jaxpeft.load_model` takes it; "" if not known.
         base_revision: Its branch, tag or commit on the hub; "" for none.
+        chat: How it was taught to chat, see `jaxpeft.chat_settings`; "" if not known.
     """
 
     params: dict
@@ -84,6 +85,7 @@ class Adapter:
     spec: Spec = flax.struct.field(pytree_node=False)
     base_name: Label = flax.struct.field(pytree_node=False, default=Label(""))
     base_revision: Label = flax.struct.field(pytree_node=False, default=Label(""))
+    chat: Label = flax.struct.field(pytree_node=False, default=Label(""))
 
     def __repr__(self) -> str:
         """One line instead of all arrays."""

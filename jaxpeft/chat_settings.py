@@ -1,0 +1,74 @@
+"""How an adapter was taught to chat: what generation must do in the same way.
+
+The settings travel with the adapter, in memory as a label (they never decide what is compiled)
+and on disk as ``chat`` in ``jaxpeft.json``.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jaxpeft.errors import UserError
+from jaxpeft.methods.base import Adapter, Label
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSettings:
+    """What generation needs to know of the chats that an adapter learned from.
+
+    Attributes:
+        template: The text of a chat template that replaces the tokenizer's; "" for the
+            tokenizer's own.
+        arguments: Values handed to the template with every conversation
+            (``data.chat_template_kwargs``).
+        stop_ids: Ids of the tokens that ended what was learned; generation stops there too.
+    """
+
+    template: str = ""
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    stop_ids: tuple[int, ...] = ()
+
+    def to_values(self) -> dict[str, Any]:
+        """The settings as JSON values; empty where there is nothing to say."""
+        values = {
+            "template": self.template,
+            "arguments": dict(self.arguments),
+            "stop_ids": list(self.stop_ids),
+        }
+        return {name: value for name, value in values.items() if value}
+
+    @classmethod
+    def from_values(cls, values: Any, where: str) -> "ChatSettings":
+        """The settings that `to_values` wrote.
+
+        Args:
+            values: JSON values.
+            where: What holds them, for errors.
+
+        Raises:
+            UserError: If they are not such settings.
+        """
+        known = {"template": str, "arguments": dict, "stop_ids": list}
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: chat: expected an object.")
+        for name, value in values.items():
+            if name not in known:
+                raise UserError(f"{where}: chat.{name}: unknown; update jaxpeft.")
+            if not isinstance(value, known[name]):
+                raise UserError(f"{where}: chat.{name}: has the wrong type.")
+        stops = values.get("stop_ids", [])
+        if not all(type(token) is int and token >= 0 for token in stops):
+            raise UserError(f"{where}: chat.stop_ids: expected ids of tokens.")
+        return cls(values.get("template", ""), values.get("arguments", {}), tuple(stops))
+
+    def label(self) -> Label:
+        """The settings as the label that an adapter carries."""
+        values = self.to_values()
+        return Label(json.dumps(values, sort_keys=True, ensure_ascii=False) if values else "")
+
+
+def chat_of(adapter: Adapter | None) -> ChatSettings:
+    """The chat settings of an adapter; empty ones where it has none, or there is no adapter."""
+    text = "" if adapter is None else str(adapter.chat)
+    return ChatSettings.from_values(json.loads(text), "the adapter") if text else ChatSettings()
