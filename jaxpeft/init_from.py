@@ -20,6 +20,7 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.methods import KINDS, Adapter, Context, Method
 from jaxpeft.methods.algebra import pad_rank
+from jaxpeft.models.shapes import NeedsWeightsError
 from jaxpeft.peft_format import load_adapter, peek_kind
 from jaxpeft.storage import is_remote
 
@@ -29,14 +30,38 @@ _NOTES = ("trained_with",)
 _OWN = "dropout"
 
 
-def check_init_from(method: Method) -> None:
-    """Finds out before the model is loaded whether there is an adapter of the method's family.
+def check_init_from(method: Method, base: Any, steps: int) -> None:
+    """Finds out before the model is loaded whether a run can go on from the saved adapter.
+
+    Which weights it was trained on is found out when they are read, as is all else of an adapter
+    that cannot be read without its base's weights.
+
+    Args:
+        method: Its `init_from` may be None; then nothing is looked at.
+        base: The `jaxpeft.Model` without weights, see `jaxpeft.models.shapes`.
+        steps: Updates of the run.
 
     Raises:
-        UserError: There is none, or it is of another family.
+        UserError: There is no adapter, it is damaged, does not fit the base, or is not what
+            `method` describes.
     """
     if method.init_from is None:
         return
+    _require_kind(method)
+    path, revision = _place(method.init_from)
+    try:
+        saved = load_adapter(path, base, revision=revision)
+    except NeedsWeightsError:
+        return
+    leaves = paths.flatten(base.params)
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    context = Context(base.config, base.module, base.tokenizer, steps=steps)
+    _go_on(method, saved, paths.unflatten(shapes), jax.random.key(0), context)
+
+
+def _require_kind(method: Method) -> None:
+    """Raises a UserError unless there is an adapter of the method's family."""
+    assert method.init_from is not None
     if KINDS[method.name].peft is None:
         raise UserError(
             f"method.init_from: what {method.name!r} trains is saved as a whole model; give that "
@@ -69,17 +94,25 @@ def load_start(method: Method, base: Any, key: jax.Array, context: Context) -> A
         UserError: If it cannot be loaded, or is not what `method` describes.
     """
     assert method.init_from is not None
-    check_init_from(method)
+    _require_kind(method)
     path, revision = _place(method.init_from)
     saved = load_adapter(path, base, revision=revision)
+    return _go_on(method, saved, base.params, key, context)
+
+
+def _go_on(
+    method: Method, saved: Adapter, params: dict, key: jax.Array, context: Context
+) -> Adapter:
+    """What `load_start` gives, from the adapter it has read; of `params` only shapes are used."""
     context = dataclasses.replace(context, shapes_only=True)
-    described = jax.eval_shape(lambda params: method.init(params, key, context), base.params)
+    shapes = jax.eval_shape(lambda leaves: leaves, params)
+    described = jax.eval_shape(lambda leaves: method.init(leaves, key, context), shapes)
     if method.needs_batches:
         saved = _with_room(saved, described)
     differences = [*_compare_trees(saved, described)]
     if not differences:
         saved = method.go_on(saved, key, context)
-        numbers = _numbers(method, base.params, key, context)  # ranks are values, not shapes
+        numbers = _numbers(method, shapes, key, context)  # ranks are values, not shapes
         buffers = paths.flatten(saved.buffers)
         if not method.needs_batches:
             differences += _compare_numbers(buffers, numbers)
@@ -121,11 +154,12 @@ def _with_room(saved: Adapter, described: Adapter) -> Adapter:
     )
 
 
-def _numbers(method: Method, params: dict, key: jax.Array, context: Context) -> dict[str, Any]:
+def _numbers(method: Method, shapes: dict, key: jax.Array, context: Context) -> dict[str, Any]:
     """Ranks, scales and dropout rates as the method would set them; nothing else is computed."""
 
     @jax.jit
-    def numbers(params: dict) -> dict[str, Any]:
+    def numbers() -> dict[str, Any]:
+        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # not made
         buffers = paths.flatten(method.init(params, key, context).buffers)
         return {
             path: value
@@ -133,7 +167,7 @@ def _numbers(method: Method, params: dict, key: jax.Array, context: Context) -> 
             if path.rpartition("/")[2] in (*_COMPARED, _OWN)
         }
 
-    return numbers(params)
+    return numbers()
 
 
 def _compare_trees(saved: Adapter, described: Adapter):

@@ -10,6 +10,7 @@ output_dir/
 The folder may be in a bucket (``gs://``), see `jaxpeft.storage`.
 """
 
+import contextlib
 import errno
 import os
 import pathlib
@@ -124,10 +125,13 @@ def _lies_in(path: str, folder: Place) -> bool:
     return place.exists() and place.resolve().is_relative_to(folder.resolve())
 
 
-def make_folder(output: Place) -> None:
+def make_folder(output: Place) -> list[str]:
     """Makes the folder and proves that it can be written to.
 
     A bucket has no folders to make.
+
+    Returns:
+        The folders that were made, the outermost last, for `remove_empty`.
 
     Raises:
         UserError: It cannot.
@@ -136,18 +140,22 @@ def make_folder(output: Place) -> None:
     if storage.is_remote(output):
         storage.write_objects(output, {_PROBE: b""})
         storage.remove(output / _PROBE)
-        return
+        return []
+    made: list[str] = []
     try:
+        made = [str(folder) for folder in (output, *output.parents) if not folder.exists()]
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output) as probe:
             probe.write(b"\0" * 4096)
             probe.flush()
             os.fsync(probe.fileno())
     except (NotADirectoryError, FileExistsError):
+        remove_empty(made)
         raise UserError(
             f"output_dir: {output} is a file or lies in one; choose another output_dir."
         ) from None
     except OSError as error:
+        remove_empty(made)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         kind = ResourceError if full else UserError
         raise kind(
@@ -155,6 +163,14 @@ def make_folder(output: Place) -> None:
             + ("free some space" if full else "make it writable")
             + ", or choose another output_dir."
         ) from None
+    return made
+
+
+def remove_empty(folders: list[str]) -> None:
+    """Removes folders, the innermost first, as long as there is nothing in them."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            os.rmdir(folder)
 
 
 def check_shared(output: Place) -> None:
@@ -221,5 +237,9 @@ def write_config(config: RunConfig) -> None:
         storage.write_objects(place.parent, {CONFIG: run_config.to_yaml(config).encode()})
         return
     temporary = place.with_name(f".{CONFIG}")
-    temporary.write_text(run_config.to_yaml(config))
-    os.replace(temporary, place)
+    try:
+        temporary.write_text(run_config.to_yaml(config))
+        os.replace(temporary, place)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,13 +1,15 @@
 """One run at a time in a folder.
 
 The lock is `flock` on `<folder>/.lock`: the kernel frees it when the process ends, however it ends,
-so a killed run never blocks the next. The file names its holder for the message.
+so a killed run never blocks the next. The file names its holder for the message. A run that ends
+before it begins to write removes the file it made.
 
 In a bucket (``gs://``) nothing can be locked, and nobody sees whether a run has ended. There the
 newest run owns the folder: it says so in an object before it changes anything, and an older one
 that finds another name in it stops before it saves.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -100,10 +102,25 @@ class RunLock:
         self.path = Path(output_dir) / NAME
         self._note = note
         self._file: int | None = None
+        self._made = self._begun = False
 
     def __enter__(self) -> "RunLock":
+        file = self._lock()
+        while not self._is_there(file):  # whoever made it has removed it meanwhile
+            os.close(file)
+            file = self._lock()
+        if left := _holder(file):
+            self._note(f"{self.path.parent}: taken over from a run that ended ({_describe(left)})")
+        self._write(file, {"pid": os.getpid(), "host": socket.gethostname()})
+        self._file = file
+        os.register_at_fork(after_in_child=self._forget)
+        return self
+
+    def _lock(self) -> int:
+        """The lock's file, opened and locked."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._made = not self.path.exists()
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ResourceError(
@@ -122,20 +139,28 @@ class RunLock:
         except OSError as error:
             os.close(file)
             raise ResourceError(f"{self.path}: cannot be locked: {error.strerror}") from error
-        if left := _holder(file):
-            self._note(f"{self.path.parent}: taken over from a run that ended ({_describe(left)})")
-        self._write(file, {"pid": os.getpid(), "host": socket.gethostname()})
-        self._file = file
-        os.register_at_fork(after_in_child=self._forget)
-        return self
+        return file
+
+    def _is_there(self, file: int) -> bool:
+        """Whether the file that was locked is the one that others find."""
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def __exit__(self, *_: Any) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        if self._made and not self._begun:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        else:
             self._write(self._file, {})
-            self._forget()
+        self._forget()
 
     def begin(self) -> None:
-        """Does nothing: the folder is held since the ``with`` block was entered."""
+        """Keeps the lock's file: the folder is held since the ``with`` block was entered."""
+        self._begun = True
 
     def check(self) -> None:
         """Does nothing: while this process lives no other gets the lock."""

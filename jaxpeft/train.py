@@ -25,8 +25,9 @@ from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
 from jaxpeft.init_from import check_init_from
 from jaxpeft.model import Model
 from jaxpeft.models.config import ModelConfig
-from jaxpeft.models.load import load_config, load_model, load_tokenizer
-from jaxpeft.processes import from_first, is_first, require_same
+from jaxpeft.models.load import check_weights, load_config, load_model, load_tokenizer
+from jaxpeft.models.shapes import without_weights
+from jaxpeft.processes import from_first, is_first, require_same, together
 from jaxpeft.run import Rows, Run
 from jaxpeft.run_checks import check_batches, check_model, check_unchanged, starts_dense
 from jaxpeft.run_folder import (
@@ -38,6 +39,7 @@ from jaxpeft.run_folder import (
     export_path,
     is_exported,
     make_folder,
+    remove_empty,
     write_config,
 )
 from jaxpeft.run_log import RunLog, evaluations
@@ -103,13 +105,13 @@ def train(
     model = load_config(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     check_model(config, model, tokenizer)
-    if overwrite or not (output / CHECKPOINTS).is_dir():  # a run that goes on needs it no more
-        check_init_from(config.method)
     rows = read_data(config, model, tokenizer)
+    check_sources(config, model, tokenizer, rows.steps, overwrite=overwrite)
     require_same("config and training data", run_config.to_yaml(config) + rows.plan.hash)
-    from_first(lambda: make_folder(output))
-    check_shared(output)
     with contextlib.ExitStack() as stack:
+        made = from_first(lambda: make_folder(output))
+        stack.callback(remove_empty, made if speaks else [])  # if nothing was begun in them
+        check_shared(output)
         lock = run_lock.hold(output)
         from_first(lambda: stack.enter_context(lock) and None)
         stop = stack.enter_context(hosts.stop_request())
@@ -141,6 +143,24 @@ def train(
             scores, exported = evaluations(output), int(run.state.step)
             result = [(place.name, f"{place} (step {exported})")]
             report.print_final_table(scores.get(0), scores.get(exported), result)
+
+
+def check_sources(
+    config: RunConfig, model: ModelConfig, tokenizer: Any, steps: int, *, overwrite: bool
+) -> None:
+    """Reads what can be read of weights and of a saved adapter before anything is written.
+
+    A run that has begun needs the adapter it began from no more, and a finished one no weights.
+
+    Raises:
+        UserError: Something is missing, damaged or does not fit.
+    """
+    output, path = storage.as_path(config.output_dir), config.model.path
+    if overwrite or not from_first(lambda: is_exported(export_path(config))):
+        check_weights(path, config.model.revision)
+    if overwrite or not (output / CHECKPOINTS).is_dir():
+        base = without_weights(model, path).replace(tokenizer=tokenizer)
+        together(lambda: check_init_from(config.method, base, steps))
 
 
 def load_base(config: RunConfig, layout: sharding.Layout, *, restored: bool) -> Model:

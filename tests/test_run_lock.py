@@ -1,6 +1,7 @@
 """A folder has one run at a time, and a killed run blocks nobody."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -81,7 +82,33 @@ def test_a_run_that_ended_well_leaves_no_trace(tmp_path):
                 == f'{{"pid": {os.getpid()}, "host": "{socket.gethostname()}"}}'
             )
     assert notes == []
-    assert (tmp_path / "new/.lock").read_bytes() == b""
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_run_that_had_begun_leaves_an_empty_lock(tmp_path):
+    for _ in range(2):
+        with RunLock(tmp_path, note=pytest.fail) as lock:
+            lock.begin()
+    with RunLock(tmp_path, note=pytest.fail):
+        pass
+    assert (tmp_path / ".lock").read_bytes() == b""
+
+
+def test_a_lock_that_its_holder_removes_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    lock, other = RunLock(tmp_path), RunLock(tmp_path)
+    lock.__enter__()
+    flock = fcntl.flock
+
+    def wait_for_the_holder(file, how):
+        monkeypatch.undo()
+        lock.__exit__()  # between the opening and the locking of the other
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", wait_for_the_holder)
+    with other:
+        assert os.path.samestat(os.stat(other.path), os.fstat(other._file))
+        with pytest.raises(UserError, match="another run"), RunLock(tmp_path):
+            pass
 
 
 def test_the_folder_is_free_after_an_error_inside(tmp_path):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxpeft.backend import choices
 from jaxpeft.errors import UserError
 from jaxpeft.models.config import ModelConfig
+from jaxpeft.models.names import name_table
 from jaxpeft.models.source import Source
-from jaxpeft.models.weights import read_params
+from jaxpeft.models.weights import check_tensors, read_params
 from jaxpeft.processes import spans_processes, together
 from jaxpeft.quant import check_kind
 from jaxpeft.sharding import Layout
@@ -50,6 +51,27 @@ def load_tokenizer(path: str | os.PathLike, revision: str | None = None) -> Any:
     from jaxpeft.models import locate, tokenizer
 
     return tokenizer.read_tokenizer(locate.locate(path, revision, weights=False))
+
+
+def check_weights(path: str | os.PathLike, revision: str | None = None) -> None:
+    """Finds out from headers alone whether a model can be loaded; no weights are read.
+
+    All processes of a run must call.
+
+    Args:
+        path: A Hugging Face folder, on disk or in a bucket, a hub id, or a ``.gguf`` file.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        UserError: A file is missing, cut short or something else, or tensors are missing, extra or
+            misshapen. What is wrong with values is found when they are read.
+    """
+
+    def check() -> None:
+        source, _ = _open(path, revision)
+        check_tensors(source, name_table(source.config))
+
+    together(check)
 
 
 def load_params(

@@ -17,9 +17,14 @@ from jaxpeft.quant import is_quantised, quantize_kernel
 from jaxpeft.sharding import Layout, leaf_sharding, placed_shapes
 
 
+class NeedsWeightsError(UserError):
+    """Numbers of a base were asked for of which only shapes are at hand."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Weightless:
-    """Stands for a base weight that is not at hand; whoever reads its numbers gets a `UserError`.
+    """Stands for a base weight that is not at hand; whoever reads its numbers gets a
+    `NeedsWeightsError`.
 
     Attributes:
         shape: Of the weight, layer axis included.
@@ -43,7 +48,7 @@ class Weightless:
 
     def refuse(self, *_: Any, **__: Any) -> NoReturn:
         """Says that the numbers are not there."""
-        raise UserError(
+        raise NeedsWeightsError(
             f"{self.path}: this adapter needs the weights of its base to be loaded; pass it: "
             f"load_adapter(..., base=load_model({self.base_name!r}))."
         )
@@ -74,10 +79,19 @@ def load_shapes(name: str, revision: str | None = None) -> Any:
     Raises:
         UserError: Nothing there, or an unsupported model.
     """
+    return without_weights(load_config(name, revision), name)
+
+
+def without_weights(config: ModelConfig, name: str) -> Any:
+    """A `jaxpeft.Model` as `load_shapes` gives it, of a config that is at hand.
+
+    Args:
+        config: The architecture.
+        name: Where it comes from.
+    """
     from jaxpeft.model import Model
     from jaxpeft.models.transformer import Transformer
 
-    config = load_config(name, revision)
     leaves = {path: Weightless(shape, path, name) for path, shape in param_shapes(config).items()}
     return Model(paths.unflatten(leaves), config, Transformer(config), name=name)
 
