@@ -1,6 +1,7 @@
 """A loaded base model: frozen parameters with everything needed to call them."""
 
 import math
+import sys
 from typing import Any
 
 import flax.struct
@@ -12,11 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft import paths
 from jaxpeft.activations import layout_of, traced_on
+from jaxpeft.chat_settings import chat_of
 from jaxpeft.errors import UserError
 from jaxpeft.methods import bind, merge
 from jaxpeft.methods.base import Adapter
 from jaxpeft.methods.mixed import check_index
 from jaxpeft.models.config import ModelConfig
+from jaxpeft.processes import is_first
 from jaxpeft.prompting import hide_unused, put_before_segments, virtual_ids
 
 
@@ -135,6 +138,11 @@ def save_model(
 ) -> None:
     """Writes a model as a Hugging Face folder that transformers loads.
 
+    Of a base that was loaded from such a folder, the files of the tokenizer, the generation
+    settings and the further keys of ``config.json`` come along as they are. Changed is what has
+    to be: generation stops where the adapter learned to end its turns, which is told on standard
+    error, and a chat template that overrides the base's takes its place.
+
     Args:
         path: The folder to make; it may exist if it is empty.
         base: The model.
@@ -144,15 +152,20 @@ def save_model(
             old one goes first); never the folder that `base` was loaded from.
 
     Raises:
-        UserError: An unknown dtype, an adapter that cannot be merged, or a `path` that is taken
-            or cannot be written.
+        UserError: An unknown dtype, an adapter that cannot be merged, a file of the base that is
+            a link out of its folder, or a `path` that is taken or cannot be written.
         ResourceError: The disk is full.
     """
     from jaxpeft.models.hf_save import require_place, save_hf
     from jaxpeft.models.load import DTYPES
+    from jaxpeft.models.saved_files import files_for
 
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}.")
     require_place(path, overwrite=overwrite, source=base.name or None)
+    saved = files_for(base, chat_of(adapter))
     params = base.params if adapter is None else merge(base.params, adapter)
-    save_hf(path, base.config, params, base.tokenizer, dtype=dtype, overwrite=overwrite)
+    save_hf(path, base.config, params, saved=saved, dtype=dtype, overwrite=overwrite)
+    if is_first():
+        for note in saved.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)

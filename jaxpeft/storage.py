@@ -174,16 +174,22 @@ def on_disk(folder: Place, patterns: Iterable[str]) -> Iterator[pathlib.Path]:
 
     Args:
         folder: A folder on disk, which is given as it stands, or in a bucket.
-        patterns: Which files in it are copied from a bucket.
+        patterns: Which files in it are copied from a bucket, such as ``*.json``, or in a folder
+            of it, ``more/*.json``.
     """
     if not is_remote(folder):
         yield pathlib.Path(folder)
         return
     with tempfile.TemporaryDirectory() as copy:
         with explained(folder):
-            for file in folder.iterdir():
-                if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
-                    pathlib.Path(copy, file.name).write_bytes(file.read_bytes())
+            for parent, name in sorted({os.path.split(pattern) for pattern in patterns}):
+                source, target = folder / parent, pathlib.Path(copy, parent)
+                if parent and not source.is_dir():
+                    continue
+                target.mkdir(exist_ok=True)
+                for file in source.iterdir():
+                    if fnmatch.fnmatch(file.name, name):
+                        (target / file.name).write_bytes(file.read_bytes())
         yield pathlib.Path(copy)
 
 

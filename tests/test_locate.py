@@ -5,6 +5,7 @@ import pathlib
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from tiny_models import VOCAB, hf_tensors, write_hf
 
 from jaxpeft.errors import UserError
@@ -57,21 +58,51 @@ def test_a_model_that_is_not_cached_is_told_offline(name, revision):
     assert str(error.value).startswith(name)
 
 
+# The small files of a repository, its weights, and what is never wanted.
+REPO = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "pytorch_model.bin",
+    "modeling_own.py",
+    "README.md",
+    ".env",
+    "original/config.json",
+    "original/tokenizer.model",
+    "onnx/model.safetensors",
+    "additional_chat_templates/run.py",
+    "tokenizer.pt",
+    "consolidated.safetensors",
+]
+
+
 def test_weights_are_asked_for_only_when_wanted(monkeypatch, tmp_path):
     asked = []
 
-    def download(name, *, revision, allow_patterns, ignore_patterns):
-        asked.append((name, revision, allow_patterns, ignore_patterns))
+    def download(name, *, revision, allow_patterns):
+        asked.append((name, revision, [*filter_repo_objects(REPO, allow_patterns=allow_patterns)]))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert locate("org/name", "v1", weights=False) == tmp_path
     assert locate("org/name", weights=True) == tmp_path
-    (name, revision, small, ignored), (_, _, everything, _) = asked
-    assert (name, revision, ignored) == ("org/name", "v1", ["*/*"])
-    assert not [p for p in small if "safetensors" in p or p == "*"]
-    assert not [p for p in everything if p.endswith((".bin", ".py", ".pt")) or p == "*"]
-    assert "model.safetensors.index.json" in everything
+    (name, revision, small), (_, _, everything) = asked
+    assert (name, revision) == ("org/name", "v1")
+    assert small == REPO[:12]
+    assert everything == REPO[:16]
 
 
 @pytest.mark.usefixtures("no_network")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from fake_bucket import BUCKET, fake_bucket, put_folder
+from rich_folder import NOT_COPIED, read_all, write_rich
 from tiny_run import STEPS, make_files, settings, training_lines
 
 import jaxpeft as jp
@@ -402,6 +403,21 @@ def test_a_model_is_saved_and_its_config_is_written_last(files, monkeypatch):
     with pytest.raises(UserError, match=r"saved: not allowed \(Forbidden: not yours\); log in"):
         jp.save_model(there, base, overwrite=True)
     assert not (storage.as_path(there) / "config.json").exists()
+
+
+def test_a_model_in_a_bucket_is_saved_with_the_bytes_of_its_files(tmp_path):
+    folder = write_rich(tmp_path / "rich", "named")
+    put_folder(folder, f"{ROOT}/rich")
+    base = jp.load_model(f"{ROOT}/rich")
+    assert set(base.tokenizer.chat_template) == {"default", "tool_use"}
+    jp.save_model(str(tmp_path / "out"), base)
+    jp.save_model(f"{ROOT}/copy", base)
+    jp.save_model(f"{ROOT}/copy", base, overwrite=True)
+    before, after = read_all(folder), read_all(tmp_path / "out")
+    new = {"config.json", "model.safetensors"}
+    assert after.keys() - new == before.keys() - new - NOT_COPIED
+    assert all(after[name] == before[name] for name in after.keys() - new)
+    assert storage.objects(storage.as_path(f"{ROOT}/copy")).keys() == after.keys()
 
 
 def test_ranges_of_an_object_are_those_of_the_file(files, monkeypatch):

@@ -19,9 +19,11 @@ import numpy as np
 from jaxpeft import paths, storage
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.folders import new_folder, real_path
+from jaxpeft.models.companions import TEMPLATES, is_companion
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.hf_config import config_to_hf
 from jaxpeft.models.names import Entry, name_table, param_shapes
+from jaxpeft.models.saved_files import SavedFiles, join_settings, made_files
 from jaxpeft.models.source import PLAIN_DTYPES
 from jaxpeft.models.stacks import count_nonfinite
 from jaxpeft.processes import is_first, to_host
@@ -37,6 +39,7 @@ def save_hf(
     params: dict,
     tokenizer: Any = None,
     *,
+    saved: SavedFiles | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -49,6 +52,7 @@ def save_hf(
         params: Plain arrays, as `jaxpeft.merge` gives them; a head of its own beside a tied table
             is written as one, with ``tie_word_embeddings`` false.
         tokenizer: The tokenizer to put beside the weights; None writes none.
+        saved: All files beside the weights, in place of `tokenizer`, and the base's settings.
         dtype: "float32", "bfloat16" or "float16"; None keeps each parameter's own.
         overwrite: Replace a model folder at `path`, once the new one is whole.
         shard_bytes: Most bytes of weights in one file.
@@ -65,17 +69,16 @@ def save_hf(
     leaves = paths.flatten(params)
     settings = config_to_hf(config)
     settings["dtype"] = dtype or str(leaves["embed_tokens/embedding"].dtype)
-    ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    generation = {key: value for key, value in ids.items() if value is not None}
+    saved = made_files(config, tokenizer) if saved is None else saved
     if not is_first():
         _help_to_gather(config, leaves)
         return
     with new_folder(path, last="config.json") as folder:
         _write_weights(folder, config, leaves, dtype, shard_bytes)
-        _write_json(folder / "config.json", settings)
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
+        for name, content in saved.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        _write_json(folder / "config.json", join_settings(settings, saved.settings))
 
 
 def require_place(
@@ -224,13 +227,21 @@ def _write_json(path: pathlib.Path, value: dict) -> None:
 def _is_ours(place: Place) -> bool:
     """Whether a folder is empty or holds nothing but the files of a Hugging Face model."""
     return all(
-        child.is_file()
-        and (
-            child.suffix == ".safetensors"
-            or child.name.startswith(("tokenizer", "chat_template", "special_tokens", "vocab"))
-            or child.name
-            in ("config.json", "generation_config.json", "model.safetensors.index.json")
-            or child.name in ("added_tokens.json", "merges.txt")
+        _is_model_file(child)
+        if child.is_file()
+        else child.name == TEMPLATES
+        and all(
+            file.is_file() and is_companion(f"{TEMPLATES}/{file.name}") for file in child.iterdir()
         )
         for child in place.iterdir()
+    )
+
+
+def _is_model_file(file: Place) -> bool:
+    return (
+        file.suffix == ".safetensors"
+        or file.name in ("config.json", "model.safetensors.index.json")
+        or is_companion(file.name)
+        # What earlier versions of transformers may have written beside them.
+        or file.name.startswith(("tokenizer", "chat_template", "special_tokens", "vocab"))
     )

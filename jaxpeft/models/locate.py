@@ -8,19 +8,11 @@ from collections.abc import Iterable
 
 from jaxpeft import storage
 from jaxpeft.errors import UserError, nearest
+from jaxpeft.models.companions import COMPANIONS
 from jaxpeft.storage import Place
 
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-SMALL = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-)
+SMALL = ("config.json", *COMPANIONS)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*")
 _ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth")
 
@@ -60,6 +52,36 @@ def locate(path: str | os.PathLike, revision: str | None = None, *, weights: boo
             "no network access was tried, as this is not a hub id (org/name)"
         )
     return _from_hub(text, revision, [*SMALL, *(_WEIGHTS if weights else ())], "model")
+
+
+def locate_again(path: str | os.PathLike, revision: str | None = None) -> Place | None:
+    """Where a model lies that was loaded from `path`, as far as no download is needed.
+
+    Args:
+        path: What `locate` was given.
+        revision: Branch, tag or commit of a hub id.
+
+    Returns:
+        A folder or a ``.gguf`` file; None if it is not there any more.
+
+    Raises:
+        StoreError: The bucket refuses or does not answer.
+    """
+    text = os.fspath(path)
+    if storage.is_remote(text):
+        folder = storage.as_path(text)
+        return folder if storage.exists(folder / "config.json") else None
+    local = pathlib.Path(text).expanduser()
+    if local.exists() or looks_local(text):
+        return local if local.exists() else None
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    with contextlib.suppress(errors.HfHubHTTPError, errors.HFValidationError, OSError):
+        # LocalEntryNotFoundError is an OSError.
+        found = huggingface_hub.snapshot_download(text, revision=revision, local_files_only=True)
+        return pathlib.Path(found)
+    return None
 
 
 def locate_adapter(path: str | os.PathLike, revision: str | None, files: Iterable[str]) -> Place:
@@ -145,9 +167,7 @@ def _from_hub(text: str, revision: str | None, files: Iterable[str], what: str) 
 
     name = f"{text} (revision {revision})" if revision else text
     try:
-        folder = huggingface_hub.snapshot_download(
-            text, revision=revision, allow_patterns=[*files], ignore_patterns=["*/*"]
-        )
+        folder = huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=[*files])
     except errors.GatedRepoError as error:
         raise UserError(
             f"{name}: access to this {what} is restricted; accept its terms on the hub and log in "
