@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from jaxpeft.config_keys import Schema, describe
 from jaxpeft.errors import UserError, nearest
-from jaxpeft.storage import explain, is_store_error
+from jaxpeft.storage import explain, is_store_error, shown
 
 _REEXECUTED = "JAXPEFT_REEXECUTED"
 _TUNABLE = "glibc.malloc.hugetlb"
@@ -142,6 +142,44 @@ def parse_arguments(
     return parser.parse_args(rest), overrides
 
 
+def read_lines(stream: Any = None) -> list[str]:
+    """The lines of a text stream, each ended by a newline or a carriage return and a newline.
+
+    Other characters that Unicode calls line breaks (U+2028, form feed, a lone carriage return) are
+    text.
+
+    Args:
+        stream: Standard input by default; its bytes are read where it has some.
+
+    Returns:
+        The lines without their ends; nothing follows the last newline.
+
+    Raises:
+        UserError: The bytes are not UTF-8.
+    """
+    stream = sys.stdin if stream is None else stream
+    source = getattr(stream, "buffer", stream)
+    text = source.read()
+    if isinstance(text, bytes):
+        try:
+            text = text.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = text.count(b"\n", 0, error.start) + 1
+            raise UserError(
+                f"standard input:{line}: not UTF-8: byte 0x{text[error.start]:02x} at byte "
+                f"{error.start}; send text in UTF-8"
+            ) from None
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
+def require_text(name: str, text: str) -> None:
+    """Raises a UserError for an argument whose bytes are not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{name}: not UTF-8, got {ascii(text)[:60]}; send text in UTF-8") from None
+
+
 def _explain(name: str, own: list[str], schema: Schema | None) -> str:
     """What to say about an unknown option."""
     known = [flag for flag in own if flag.startswith("--")]
@@ -193,13 +231,16 @@ def report(error: Exception) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     number, text = getattr(error, "errno", None), " ".join(str(error).split())
-    file = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    name = error.filename if isinstance(error, OSError) else ""
+    file = f"{name}: " if name else ""
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return _say(
             f"{file}the disk is full or a quota is reached; free some space, lower "
             f"checkpoint.keep, or choose another output_dir ({text[:200]})",
             5,
         )
+    if number in (errno.ENAMETOOLONG, errno.ELOOP):
+        return _say(f"{shown(name or 'path')}: {os.strerror(number)}; choose another path", 2)
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return _say(f"{file}{os.strerror(number)}; choose another place", 2)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
@@ -213,7 +254,7 @@ def report(error: Exception) -> int:
 
 
 def _say(text: str, code: int) -> int:
-    for line in text.splitlines() or [""]:
+    for line in text.split("\n"):
         print(f"error: {line}", file=sys.stderr)
     return code
 

@@ -8,8 +8,6 @@ from jaxpeft import cli
 if __name__ == "__main__":  # before anything heavy is imported: it starts the program anew
     cli.enable_huge_pages()
 
-import sys
-
 from jaxpeft.errors import UserError
 
 
@@ -36,9 +34,12 @@ def main(argv: list[str]) -> None:
     texts = [
         line
         for prompt in args.prompts
-        for line in (sys.stdin.read().splitlines() if prompt == "-" else [prompt])
+        for line in (cli.read_lines() if prompt == "-" else [prompt])
         if line.strip()
     ]
+    named = [(f"prompt {number}", text) for number, text in enumerate(texts, 1)]
+    for name, text in [*named, ("--system", args.system or "")]:
+        cli.require_text(name, text)
     if not texts:
         raise UserError("no prompt: every line is empty.")
     import jax

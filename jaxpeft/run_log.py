@@ -163,7 +163,7 @@ class RunLog:
 def evaluations(output: Place) -> dict[int, dict[str, Any]]:
     """The evaluations in a run's ``metrics.jsonl``, by step."""
     try:
-        lines = (output / METRICS).read_text().splitlines()
+        lines = (output / METRICS).read_bytes().splitlines()
     except FileNotFoundError:
         return {}
     found = [json.loads(line) for line in lines]
