@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from jaxpeft import yaml_config
+from jaxpeft import storage, yaml_config
 from jaxpeft.config_keys import Schema, flatten
 from jaxpeft.data import DataConfig
 from jaxpeft.foreign_names import FOREIGN
@@ -243,6 +243,7 @@ class RunConfig(Record):
         best, no_eval = self.checkpoint.best, not self.data.eval
         _check(
             (not self.output_dir.strip(), "output_dir must name a folder, got ''"),
+            *(_no_path(name, path) for name, path in self.paths.items()),
             (
                 steps is not None and warmup > steps,
                 f"optim.warmup_steps must be at most train.steps, got {warmup} and {steps}",
@@ -264,6 +265,18 @@ class RunConfig(Record):
                 "checkpoint.best needs eval_exact_match; set evaluation.exact_match: true",
             ),
         )
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The files and folders that a run reads or writes, by their key."""
+        found = {
+            "model.path": self.model.path,
+            "method.init_from": self.method.init_from,
+            "data.train": self.data.train,
+            "data.eval": self.data.eval,
+            "output_dir": self.output_dir,
+        }
+        return {name: path for name, path in found.items() if path}
 
 
 SCHEMA = Schema(RunConfig, FOREIGN)
@@ -342,6 +355,11 @@ def _at_least(name: str, value: int | None, low: int) -> tuple[bool, str]:
 
 def _one_of(name: str, value: Any, choices: tuple) -> tuple[bool, str]:
     return value not in choices, f"{name} must be one of {choices}, got {value!r}"
+
+
+def _no_path(name: str, path: str) -> tuple[bool, str]:
+    problem = storage.problem_of(path)
+    return bool(problem), f"{name} must be a path, got {storage.shown(path)}: {problem}"
 
 
 def _divisors(number: int) -> str:

@@ -92,7 +92,8 @@ def new_folder(path: str | os.PathLike, last: str = "") -> Iterator[pathlib.Path
 
 def real_path(path: str | os.PathLike) -> Place:
     """The absolute path behind all links: what is replaced is the folder, not a link to it."""
-    return storage.as_path(path if storage.is_remote(path) else os.path.realpath(path))
+    text = storage.require_path(path)
+    return storage.as_path(text if storage.is_remote(text) else os.path.realpath(text))
 
 
 def require_replaceable(folder: Place, names: Container[str]) -> None:

@@ -8,7 +8,6 @@ would take them from batches, which are then not read.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from jaxpeft.methods import KINDS, Adapter, Context, Method
 from jaxpeft.methods.algebra import pad_rank
 from jaxpeft.models.shapes import NeedsWeightsError
 from jaxpeft.peft_format import load_adapter, peek_kind
-from jaxpeft.storage import is_remote
+from jaxpeft.storage import expanded, is_remote, require_path
 
 _COMPARED = ("rank", "rslora", "scale", "ids")
 _NOTES = ("trained_with",)
@@ -128,8 +127,8 @@ def _go_on(
 
 def _place(init_from: str) -> tuple[str, str | None]:
     """A folder, or a hub id and what follows its "@": a branch, tag or commit."""
-    name, at, revision = init_from.rpartition("@")
-    if not at or is_remote(init_from) or pathlib.Path(init_from).expanduser().exists():
+    name, at, revision = require_path(init_from).rpartition("@")
+    if not at or is_remote(init_from) or expanded(init_from).exists():
         return init_from, None
     return name, revision
 

@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import pathlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -111,7 +110,9 @@ def load_adapter(
     for key, value in ((BASE_NAME, name), ("revision", version)):
         if not isinstance(value, str):
             raise UserError(f"{place}: {key}: expected a text, got {value!r:.60}.")
-    if pathlib.Path(name).expanduser().exists():
+    if problem := storage.problem_of(name):
+        raise UserError(f"{place}: {BASE_NAME}: {problem}, got {storage.shown(name)}.")
+    if storage.expanded(name).exists():
         version = ""  # a local base has none
     base = _shapes_of(place, name, version) if base is None else base
     file = folder / TENSORS
@@ -128,7 +129,7 @@ def load_adapter(
 def read_method(config: Any, revision: str | None = None) -> Method:
     """The method that a PEFT config describes; see `jaxpeft.methods.Method.from_peft`."""
     if isinstance(config, str | os.PathLike):
-        local = pathlib.Path(config).expanduser()
+        local = storage.expanded(config)
         place: Any = (
             local if local.is_file() else _find_config(locate_adapter(config, revision, (CONFIG,)))
         )

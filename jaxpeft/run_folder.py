@@ -13,7 +13,6 @@ The folder may be in a bucket (``gs://``), see `jaxpeft.storage`.
 import contextlib
 import errno
 import os
-import pathlib
 import shutil
 import tempfile
 import time
@@ -121,7 +120,7 @@ def _check_bucket(config: RunConfig, output: Place) -> None:
 def _lies_in(path: str, folder: Place) -> bool:
     if storage.is_remote(path) or storage.is_remote(folder):
         return f"{path}/".startswith(f"{folder}/")
-    place = pathlib.Path(path).expanduser()
+    place = storage.expanded(path)
     return place.exists() and place.resolve().is_relative_to(folder.resolve())
 
 

@@ -27,6 +27,10 @@ else:
     Place = pathlib.PurePath
 
 SCHEME = "gs://"
+MAX_NAME_BYTES = 255
+"""The longest name of one file or folder that Linux's and macOS's file systems take."""
+MAX_PATH_BYTES = 4095
+"""The longest path that Linux takes (PATH_MAX without the NUL at its end)."""
 _CLIENTS = ("aiohttp", "gcsfs", "google.api_core", "google.auth", "google.cloud", "tensorstore")
 _MAX_REQUEST_BYTES = 64 << 20
 _reached: set[str] = set()  # the schemes of the stores that this process has had to do with
@@ -37,13 +41,70 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def problem_of(path: str | os.PathLike) -> str:
+    """Why no file can have this path, as a clause; "" if one can."""
+    text = os.fspath(path)
+    if "\0" in text:
+        return "a path cannot hold a NUL character"
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "a path must be text in UTF-8; rename the file or folder"
+    longest = max(map(len, data.split(b"/")))
+    if longest > MAX_NAME_BYTES and not is_remote(text):
+        return f"a name of {longest} bytes in it; file systems take at most {MAX_NAME_BYTES}"
+    if len(data) > MAX_PATH_BYTES:
+        return f"a path of {len(data)} bytes; at most {MAX_PATH_BYTES} are allowed"
+    return ""
+
+
+def require_path(path: str | os.PathLike) -> str:
+    """The text of a path that a file can have.
+
+    Raises:
+        UserError: It holds a NUL character, is not UTF-8, or is too long.
+    """
+    if problem := problem_of(path):
+        raise UserError(f"{shown(path)}: {problem}")
+    return os.fspath(path)
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path for a message: what cannot be printed is escaped, the middle of a long one left out.
+
+    Example:
+        >>> shown("a\\0b")
+        "'a\\\\x00b'"
+    """
+    text = os.fspath(path)
+    if len(text) > 120:
+        text = f"{text[:60]}...{text[-40:]}"
+    return text if text.isprintable() else ascii(text)
+
+
+def expanded(path: str | os.PathLike) -> pathlib.Path:
+    """A path on disk with ``~`` replaced by a home folder.
+
+    Raises:
+        UserError: No file can have this path, or nobody here has the name behind the ``~``.
+    """
+    text = require_path(path)
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{text}: no home folder is known for {text.split('/')[0]}; write the path out"
+        ) from None
+
+
 def as_path(path: str | os.PathLike) -> Place:
     """The path of a file or folder, on disk or in a bucket. Looks at nothing.
 
     Raises:
-        UserError: A URL of another kind, without a bucket, or gcsfs is not installed.
+        UserError: A path that no file can have, a URL of another kind, without a bucket, or gcsfs
+            is not installed.
     """
-    text = os.fspath(path)
+    text = require_path(path)
     if not is_remote(text):
         return pathlib.Path(text)
     if not text.startswith(SCHEME):

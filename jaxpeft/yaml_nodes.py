@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from jaxpeft import storage
 from jaxpeft.errors import UserError, nearest
 
 _MAX_BYTES = 1 << 20
@@ -83,7 +84,8 @@ def read_text(path: str, example: str = "") -> str:
     Raises:
         UserError: If it is missing, a folder, empty, not UTF-8, or far too large.
     """
-    file, hint = Path(path), f"; for example: {example}" if example else ""
+    file = Path(storage.require_path(path))
+    hint = f"; for example: {example}" if example else ""
     try:
         if file.is_dir():
             inside = sorted(p.name for p in file.iterdir() if p.suffix in (".yaml", ".yml"))

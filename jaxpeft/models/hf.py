@@ -227,7 +227,7 @@ def _is_shard_name(file: Any) -> bool:
         isinstance(file, str)
         and pathlib.PurePath(file).name == file
         and file.endswith(".safetensors")
-        and "\0" not in file
+        and not storage.problem_of(file)
     )
 
 

@@ -119,7 +119,7 @@ def _same(source: str | os.PathLike | None, place: Place) -> bool:
         return False
     if storage.is_remote(source) or storage.is_remote(place):
         return os.fspath(source).rstrip("/") == os.fspath(place).rstrip("/")
-    origin = pathlib.Path(os.path.expanduser(source))
+    origin = storage.expanded(source)
     return origin.exists() and origin.samefile(place)
 
 

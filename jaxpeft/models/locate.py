@@ -32,13 +32,13 @@ def locate(path: str | os.PathLike, revision: str | None = None, *, weights: boo
     Raises:
         UserError: Nothing there, something else there, or the hub has no such model.
     """
-    text = os.fspath(path)
+    text = storage.require_path(path)
     if storage.is_remote(text):
         if text.endswith(".gguf"):
             raise UserError(f"{text}: a .gguf file is read from a disk only; copy it there")
         return _in_bucket(text, revision, ("config.json",))
-    local = pathlib.Path(text).expanduser()
-    if "\0" in text or not text.strip():
+    local = storage.expanded(text)
+    if not text.strip():
         raise UserError(f"model path {text!r}: expected a folder, a .gguf file or a hub id")
     if local.exists():
         if revision is not None:
@@ -98,10 +98,10 @@ def locate_adapter(path: str | os.PathLike, revision: str | None, files: Iterabl
     Raises:
         UserError: Nothing there, or the hub has no such adapter.
     """
-    text, files = os.fspath(path), tuple(files)
+    text, files = storage.require_path(path), tuple(files)
     if storage.is_remote(text):
         return _in_bucket(text, revision, (files[0], f"adapter/{files[0]}"))
-    local = pathlib.Path(text).expanduser()
+    local = storage.expanded(text)
     if local.exists() and revision is not None:
         raise UserError(f"{text}: revision {revision!r} has no meaning for a local path; drop it")
     if text.strip() and local.is_dir():

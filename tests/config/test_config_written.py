@@ -45,12 +45,13 @@ def is_regex(text):
 
 
 words = st.text(min_size=1, max_size=12).filter(str.strip)
+places = words.filter(lambda text: "\0" not in text)
 regexes = words.filter(is_regex)
 lists = st.lists(words, min_size=1, max_size=3).map(tuple)
 positive = st.integers(1, 10**6)
 configs = record(
     cfg.RunConfig,
-    model=record(cfg.ModelSection, path=words, revision=st.none() | words),
+    model=record(cfg.ModelSection, path=places, revision=st.none() | words),
     method=record(Full)
     | record(
         LoRA,
@@ -61,12 +62,12 @@ configs = record(
         exclude=regexes | lists,
         rslora=st.booleans(),
     ),
-    data=record(DataConfig, train=words, eval=words, packing=st.booleans()),
+    data=record(DataConfig, train=places, eval=places, packing=st.booleans()),
     optim=record(OptimConfig, clip_norm=st.none() | st.floats(1e-9, 1e9), trainable=lists),
     train=record(cfg.TrainSection, steps=positive)
     | record(cfg.TrainSection, epochs=st.floats(1e-3, 1e6)),
     evaluation=record(cfg.EvaluationSection, every=st.none() | positive),
-    output_dir=words,
+    output_dir=places,
 )
 
 
