@@ -54,7 +54,7 @@ TAKES_A_PATH = {
     "save_adapter": lambda path: jp.save_adapter(path, *toy()[::-1]),
     "save_model": lambda path: jp.save_model(path, toy()[0]),
     "kind of an adapter": peek_kind,
-    "init_from": lambda path: check_init_from(jp.LoRA(init_from=path)),
+    "init_from": lambda path: check_init_from(jp.LoRA(init_from=path), toy()[0], 1),
     "from_peft": jp.LoRA.from_peft,
     "rows": read_rows,
     "generate --model": lambda path: generate_main(["--model", path, "Who?"]),
@@ -153,7 +153,7 @@ def test_a_file_system_with_shorter_names_is_no_bug(capsys):
 
 def test_a_path_with_a_revision_behind_it_is_one_line():
     with pytest.raises(UserError, match=r"^method.init_from: a/xxx.* a name of 303 bytes"):
-        check_init_from(jp.LoRA(init_from=f"a/{'x' * 300}@v1"))
+        check_init_from(jp.LoRA(init_from=f"a/{'x' * 300}@v1"), toy()[0], 1)
 
 
 def test_paths_of_all_scripts_are_fine():
