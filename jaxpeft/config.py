@@ -66,7 +66,8 @@ class TrainSection(Record):
 
     Attributes:
         steps: Number of updates; give this or `epochs`.
-        epochs: Passes over the training rows; may be a fraction.
+        epochs: Passes over the training rows; may be a fraction. Steps are rounded up: in one
+            pass every row is seen.
         batch_size: Sequences per update, over all devices.
         microbatch_size: Sequences computed at once, a divisor of `batch_size`; null is all.
         remat: What the backward pass computes again: "none", "dots" (all but matrix products)

@@ -7,11 +7,12 @@ moments and are never looked at: clipping, norms and weight decay act within the
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import optax
 
+from jaxpeft import float32
 from jaxpeft.optim_lora import EMBEDDING_RATE, lora_plus, project_b
 from jaxpeft.records import Record
 
@@ -38,6 +39,8 @@ class OptimConfig(Record):
             the same rate. See `jaxpeft.optim_lora`.
         lora_fa: LoRA-FA: factors A stay as they were drawn, and B's gradient is projected.
     """
+
+    in_float32: ClassVar[bool] = True
 
     name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
     learning_rate: float = 2.0e-4
@@ -76,6 +79,10 @@ class OptimConfig(Record):
             )
         if ratio is not None and self.lora_fa:
             raise ValueError("optim.lora_fa must be false beside lora_plus_ratio: A is frozen.")
+        rate = self.learning_rate * (ratio or 1.0)
+        float32.require("optim.lora_plus_ratio times learning_rate", rate)
+        if self.weight_decay:
+            float32.require("optim.weight_decay times the largest rate", rate * self.weight_decay)
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:

@@ -1,18 +1,25 @@
 """What configs have in common: a wrong name is answered as in YAML, with the right one."""
 
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from jaxpeft import float32
 from jaxpeft.errors import UserError
 
 
 class Record:
     """Base of the frozen dataclasses that make a config.
 
+    Attributes:
+        in_float32: Whether the numbers of this class are computed with in float32.
+
     Raises:
         UserError: For a keyword that is no field; it says which one is meant, also where the name
             is another library's.
+        ValueError: For a number that float32 does not hold, where the class is `in_float32`.
     """
+
+    in_float32: ClassVar[bool] = False
 
     if not TYPE_CHECKING:  # whose signature is the dataclass's own
 
@@ -26,4 +33,9 @@ class Record:
 
                 texts = (f"{cls.__name__}.{n}: {SCHEMA.explain_field(cls, n)}" for n in wrong)
                 raise UserError("; ".join(texts))
+            if cls.in_float32:
+                from jaxpeft.config_keys import fields_of
+
+                hints = {field.name: hint for field, hint in fields_of(cls)}
+                float32.require_fields(cls.__name__, kwargs, hints)
             return super().__new__(cls)

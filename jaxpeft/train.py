@@ -9,7 +9,9 @@ if __name__ == "__main__":  # before anything heavy is imported: it starts the p
     cli.enable_huge_pages()
 
 import contextlib
+import fractions
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +29,7 @@ from jaxpeft.model import Model
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.load import check_weights, load_config, load_model, load_tokenizer
 from jaxpeft.models.shapes import without_weights
+from jaxpeft.outcome import require_good
 from jaxpeft.processes import from_first, is_first, require_same, together
 from jaxpeft.run import Rows, Run
 from jaxpeft.run_checks import check_batches, check_model, check_unchanged, starts_dense
@@ -242,7 +245,7 @@ def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> R
     )
     steps = config.train.steps
     if steps is None:
-        steps = max(1, round((config.train.epochs or 1) * plan.num_sequences / batch_size))
+        steps = steps_of_epochs(config.train.epochs or 1, plan.num_sequences, batch_size)
     if config.optim.warmup_steps > steps:
         raise UserError(
             f"optim.warmup_steps: {config.optim.warmup_steps} are more than the {steps} steps "
@@ -257,6 +260,16 @@ def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> R
         truncated=examples.truncated,
         shared=shared,
     )
+
+
+def steps_of_epochs(epochs: float, num_sequences: int, batch_size: int) -> int:
+    """Updates that see as many sequences as `epochs` passes have, or a few more.
+
+    Example:
+        >>> steps_of_epochs(1, 9, 4), steps_of_epochs(0.1, 30, 1)  # 0.1 as it is written
+        (3, 3)
+    """
+    return math.ceil(fractions.Fraction(str(epochs)) * num_sequences / batch_size)
 
 
 def loop(
@@ -284,6 +297,7 @@ def loop(
             log.evaluation(first, stop.run_interruptible)
         if first == last:
             from_first(log.keep)
+            require_good(run)
             return
         with log.progress.paused("compiling"):
             step_fn = run.compile_step(stop.run_interruptible)
@@ -323,6 +337,7 @@ def loop(
                     "to go on."
                 )
         checkpoints.wait()
+        require_good(run)
 
 
 def prepare_save(log: RunLog, check_lock: Callable[[], None]) -> None:

@@ -5,9 +5,11 @@ trainable (see `jaxpeft.optim.masked`); normally all of the adapter and nothing 
 live in the state, which is donated; the frozen base is an argument that is only read. Gradients
 are taken with respect to the trained leaves alone: frozen leaves have gradient None, never zeros.
 
-A step whose loss or gradient is not finite changes nothing but the counters.
+A step changes nothing but the counters if its loss or gradient is not finite, or if the update
+would make a trained value or a moment so: what is kept is finite wherever it was before.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +35,7 @@ class TrainState:
         buffers: The adapter's frozen arrays.
         opt_state: State of the optimizer, of trained leaves only.
         key: Typed PRNG key; step ``i`` uses ``fold_in(key, i)``.
-        skipped: Steps skipped so far because something was not finite.
+        skipped: Steps skipped so far because something was not finite, or would have become so.
         skipped_in_a_row: The same since the last good step.
         spec: Static part of the adapter.
     """
@@ -183,10 +185,10 @@ def make_train_step(
         tree = {"base": state.base(params), "adapter": state.adapter.params}
         updates, opt_state = tx.update(grads, state.opt_state, tree, buffers=state.buffers)
         trained = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.trained, updates)
+        before, after = (state.trained, state.opt_state), (trained, opt_state)
+        finite &= _stays_finite(before, after)
         trained, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (trained, opt_state),
-            (state.trained, state.opt_state),
+            lambda new, old: jnp.where(finite, new, old), after, before
         )
         bad = (~finite).astype(jnp.int32)
         state = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
@@ -211,6 +213,21 @@ def check_masked(tx: Any) -> None:
             "the optimizer must know what is trained: wrap it, as in "
             "jaxpeft.masked(tx, jaxpeft.adapter_only)."
         )
+
+
+def _stays_finite(before: Any, after: Any) -> jax.Array:
+    """Whether no number becomes infinite or NaN that was finite.
+
+    An optimizer may begin with an infinite one, such as the best value so far. Arrays of one shape
+    are looked at together: a parameter and its moments are then one pass, with less in memory than
+    a pass for each.
+    """
+    lost: dict[tuple[int, ...], Any] = {}
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        if jnp.issubdtype(new.dtype, jnp.inexact):
+            bad = jnp.isfinite(old) & ~jnp.isfinite(new)
+            lost[new.shape] = lost.get(new.shape, False) | bad
+    return ~functools.reduce(jnp.logical_or, map(jnp.any, lost.values()), jnp.bool_(False))
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft import paths
+from jaxpeft.float32 import require
 from jaxpeft.linear import shape_of
 from jaxpeft.methods import adalora_peft
 from jaxpeft.methods.adalora_schedule import Schedule, allocate_ranks, count_places
@@ -89,6 +90,7 @@ class AdaLoRA(Method):
                 )
         if not math.isfinite(self.alpha) or self.alpha <= 0:
             raise ValueError(f"AdaLoRA.alpha must be finite and positive, got {self.alpha!r}.")
+        require("AdaLoRA.alpha divided by the rank", self.alpha / (self.first_rank + EPSILON))
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"AdaLoRA.dropout must be in [0, 1), got {self.dropout!r}.")
         if not 0.0 <= self.orthogonality < math.inf:

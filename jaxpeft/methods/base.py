@@ -129,6 +129,7 @@ class Method(Record, abc.ABC):
     """
 
     name: ClassVar[str]
+    in_float32: ClassVar[bool] = True
 
     init_from: str | None = None
 

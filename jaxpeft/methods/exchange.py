@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxpeft.errors import UserError, first_few
+from jaxpeft.float32 import misfit
 from jaxpeft.methods.base import Adapter, Method
 from jaxpeft.methods.selection import Selection
 
@@ -93,7 +94,7 @@ class Values:
         return float(value)
 
     def number(self, key: str) -> int | float:
-        """A finite number."""
+        """A finite number that float32 holds."""
         return self._number(key, self.get(key))
 
     def count(self, key: str, least: int = 1) -> int:
@@ -155,6 +156,8 @@ class Values:
             raise self.wrong(key, "a number")
         if not abs(value) <= FLOAT32_MAX:
             raise self.wrong(key, "a finite number")
+        if text := misfit(value):
+            raise UserError(f"{self.file}: {key}: {text}.")
         return value
 
     def _count(self, key: str, value: Any, least: int = 1) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few, nearest
+from jaxpeft.float32 import misfit
 from jaxpeft.linear import shape_of
 from jaxpeft.methods import lora_saved
 from jaxpeft.methods.base import Adapter, weight_at
@@ -102,7 +103,10 @@ def select(config: Any, params: Mapping, leave: Iterable[str] = ()) -> dict[str,
         alpha = first_match(config.alpha_pattern, name, config.alpha)
         field = "rank" if rank == config.rank else "rank_pattern"
         check_rank(f"LoRA.{field}", rank, site.path, params)
-        modules[name] = Module(site, rank, alpha / (math.sqrt(rank) if config.rslora else rank))
+        scale = alpha / (math.sqrt(rank) if config.rslora else rank)
+        if text := misfit(scale):
+            raise UserError(f"LoRA.alpha divided by the rank {text} for {name}.")
+        modules[name] = Module(site, rank, scale)
     return modules
 
 

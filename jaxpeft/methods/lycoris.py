@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
+from jaxpeft.float32 import require
 from jaxpeft.methods.base import Adapter, Spec
 from jaxpeft.methods.exchange import Values
 from jaxpeft.methods.modules import (
@@ -61,6 +62,7 @@ def check_fields(method: Any, name: str) -> None:
         raise ValueError(f"{name}.rank must be a whole number of at least 1, got {method.rank!r}.")
     if not math.isfinite(method.alpha) or method.alpha <= 0:
         raise ValueError(f"{name}.alpha must be finite and positive, got {method.alpha!r}.")
+    require(f"{name}.alpha divided by the rank", method.alpha / method.rank)
     keep_names(method, "targets", "exclude")
     if not method.targets:
         raise ValueError(f"{name}.targets must name at least one module.")

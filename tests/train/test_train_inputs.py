@@ -175,3 +175,35 @@ def test_overwriting_what_the_run_itself_reads_is_refused(files, plain, tmp_path
     with pytest.raises(UserError, match="would discard what this run reads"):
         program.main([config, "--overwrite"])
     assert (inside / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "sequences", "batch_size", "steps"),
+    [
+        (1, 9, 4, 3),  # 2 would leave a row out
+        (1, 8, 4, 2),
+        (1, 3, 4, 1),
+        (0.5, 3, 1, 2),
+        (0.1, 30, 1, 3),  # 0.1 is a little more in binary
+        (0.7, 10, 7, 1),
+        (1.1, 10, 1, 11),
+        (3.0, 119, 8, 45),
+        (1e-9, 119, 8, 1),
+    ],
+)
+def test_steps_of_epochs_are_rounded_up(epochs, sequences, batch_size, steps):
+    assert program.steps_of_epochs(epochs, sequences, batch_size) == steps
+
+
+def test_one_epoch_sees_every_row(files, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", read_lines(files.train)[:9])
+    changes = {"train": str(tmp_path / "rows.jsonl"), "packing": False}
+    path = write_config(
+        files,
+        tmp_path / "run",
+        data=changes,
+        train={"epochs": 1, "steps": None, "batch_size": 4},
+    )
+    read = program.read_data(jp.load_config(path), load_config(files.model))
+    seen = {line for step in range(read.steps) for line in read.plan.rows_of(step)}
+    assert seen == set(range(1, 10))
