@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from jaxpeft import storage, yaml_config
 from jaxpeft.config_keys import Schema, flatten
 from jaxpeft.data import DataConfig
-from jaxpeft.foreign_names import FOREIGN
+from jaxpeft.foreign_names import FOREIGN, VALUES
 from jaxpeft.methods import METHODS
 from jaxpeft.methods.frozen_map import FrozenMap
 from jaxpeft.optim import OptimConfig
@@ -280,7 +280,7 @@ class RunConfig(Record):
         return {name: path for name, path in found.items() if path}
 
 
-SCHEMA = Schema(RunConfig, FOREIGN)
+SCHEMA = Schema(RunConfig, FOREIGN, VALUES)
 EXAMPLE = "python -m jaxpeft.train configs/quickstart.yaml"
 
 _NOT_HASHED = re.compile(

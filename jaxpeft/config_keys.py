@@ -44,10 +44,12 @@ class Schema:
     Attributes:
         root: A frozen dataclass.
         foreign: Other libraries' names.
+        values: Other libraries' values of our keys, by path: what to write instead.
     """
 
     root: type
     foreign: Mapping[str, Foreign] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def keys(self) -> list[Key]:
@@ -61,6 +63,11 @@ class Schema:
     def find(self, path: str) -> list[Key]:
         """The keys at a dotted path: none, one, or one per variant."""
         return [key for key in self.keys if key.path == path]
+
+    def advice(self, path: str, value: str) -> str:
+        """What to write instead of another library's value of a key, as "; write ..."; or ""."""
+        known = self.values.get(path, {}).get(value.strip().lower().replace("_", "-"))
+        return f"; {known}" if known else ""
 
     def explain(self, section: str, name: str, allowed: Sequence[str], variant: str = "") -> str:
         """What to say about the unknown key `name` found in `section`.

@@ -168,3 +168,53 @@ FOREIGN: dict[str, Foreign] = {
     **{name: Foreign("Hugging Face", *rest) for name, rest in _TRAINER.items()},
     **{name: Foreign("", *rest) for name, rest in _SECTIONS.items()},
 }
+
+
+_FOUR = "write nf4 (or int4: whole numbers)"
+_EIGHT = "write int8"
+_NOT_READ = "such weights are not read: give the plain model; nf4, int4 or int8 round it here"
+_HALF = "float16 overflows in training; write bfloat16, which is as small"
+_QUANTIZATION = {
+    **dict.fromkeys(("4bit", "4-bit", "4", "fp4", "qlora", "true", "load-in-4bit", "q4"), _FOUR),
+    **dict.fromkeys(("bnb", "bitsandbytes", "bnb-4bit", "bnb-nf4", "bitsandbytes-nf4"), _FOUR),
+    **dict.fromkeys(("8bit", "8-bit", "8", "load-in-8bit", "bnb-8bit", "q8", "llm-int8"), _EIGHT),
+    **dict.fromkeys(("gptq", "awq", "aqlm", "hqq", "fp8", "eetq", "quanto", "torchao"), _NOT_READ),
+    **dict.fromkeys(("none", "no", "false", "16", "16bit", "16-bit", "off"), "write null"),
+}
+_DTYPE = {
+    **dict.fromkeys(("bf16", "torch.bfloat16", "bfloat"), "write bfloat16"),
+    **dict.fromkeys(("fp32", "f32", "float", "torch.float32", "32"), "write float32"),
+    **dict.fromkeys(("fp16", "f16", "half", "float16", "torch.float16", "16"), _HALF),
+}
+VALUES = {
+    "model.quantization": _QUANTIZATION,
+    "model.dtype": _DTYPE | {"auto": "write float32 or bfloat16"},
+    "model.compute_dtype": _DTYPE,
+    "optim.name": {
+        **dict.fromkeys(("adam", "adamw-torch", "adamw-torch-fused", "adamw-hf"), "write adamw"),
+        **dict.fromkeys(
+            ("adamw-8bit", "adamw-bnb-8bit", "paged-adamw-8bit", "paged-adamw-32bit"),
+            "write adamw; its states are float32 here, and only what is trained has any",
+        ),
+    },
+    "optim.schedule": {
+        "constant-with-warmup": "write constant, with optim.warmup_steps",
+        "cosine-with-restarts": "write cosine; there are no restarts here",
+        "cosine-with-min-lr": "write cosine",
+        "polynomial": "write linear",
+    },
+    "train.remat": {"true": "write full", "false": "write none", "on": "write full"},
+}
+"""Values that other libraries have for our keys, in small letters with "-", and ours instead."""
+
+
+def quantization_advice(kind: str) -> str:
+    """What to write instead of another library's name for a quantisation, as "; ..."; or ""."""
+    known = _QUANTIZATION.get(kind.strip().lower().replace("_", "-"))
+    return f"; {known.replace('write null', 'leave it out')}" if known else ""
+
+
+def dtype_advice(dtype: str) -> str:
+    """What to write instead of another library's name for a dtype of weights, as "; ..."; or ""."""
+    known = _DTYPE.get(str(dtype).strip().lower())
+    return f"; {'write float16' if known == _HALF else known}" if known else ""

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
+from jaxpeft.foreign_names import quantization_advice
 from jaxpeft.linear import Node
 from jaxpeft.products import product
 
@@ -261,7 +262,8 @@ def check_kind(kind: str | None, double: bool = False) -> None:
     known = get_args(Quantization)
     if kind is not None and kind not in known:
         raise UserError(
-            f"quantization: must be one of {', '.join(map(repr, known))} or null, got {kind!r}."
+            f"quantization: must be one of {', '.join(map(repr, known))} or null, got {kind!r}"
+            f"{quantization_advice(str(kind))}."
         )
     if kind is None and double:
         raise UserError("double_quantization: there are no scales without quantization.")

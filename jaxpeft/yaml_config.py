@@ -43,6 +43,8 @@ from jaxpeft.yaml_nodes import (
 _MAX_PROBLEMS = 20
 _INT = re.compile(r"[-+]?[0-9]{1,300}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_RANGE = re.compile(r"([0-9]{1,6})\s*(?:-|:|\.\.\.?|to)\s*([0-9]{1,6})")
+_LONGEST_RANGE = 16
 _BAD = object()
 
 
@@ -209,7 +211,10 @@ class _Reader:
             return _resolve(hint, node)
         except _Mismatch as error:
             why = f"; {error}" if str(error) else ""
-            text = f"expected {_expected(hint)}, got {show(node)}{_advice(hint, node)}{why}"
+            advice = self.schema.advice(path, node.value) if _is_scalar(node) else ""
+            text = (
+                f"expected {_expected(hint)}, got {show(node)}{advice or _advice(hint, node)}{why}"
+            )
             return self.problem(place, path, text)
 
     def rejected(self, cls: type, path: str, line: str) -> None:
@@ -231,6 +236,10 @@ class _Reader:
         flags = [place for place in written if place.order[0]]
         place = (flags + written + [self.places.get(path, self.place(None))])[0]
         self.problem(place, subject, line)
+
+
+def _is_scalar(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode)
 
 
 class _Mismatch(Exception):
@@ -298,12 +307,35 @@ def _advice(hint: Any, node: yaml.Node) -> str:
             close = nearest(node.value, list(typing.get_args(kind)), 1)
             return f', did you mean "{close[0]}"?' if close else ""
         if typing.get_origin(kind) is tuple and str not in kinds and not is_null(node):
-            return f"; write [{node.value}]"
-    if is_quoted(node):
+            return _list_advice(typing.get_args(kind)[0], node.value)
+    if is_quoted(node) and _fits(hint, node.value):
         return "; drop the quotes"
     if bool in kinds and node.value.lower() in ("yes", "no", "on", "off"):
         return f"; write {'true' if node.value.lower() in ('yes', 'on') else 'false'}"
     return ""
+
+
+def _list_advice(item: Any, text: str) -> str:
+    """How to write a list that was written as one text: a range, commas, or one item."""
+    span = _RANGE.fullmatch(text.strip())
+    if item is int and span and int(span[1]) < int(span[2]):
+        first, last = int(span[1]), int(span[2])
+        if last - first < _LONGEST_RANGE:
+            return f"; write [{', '.join(map(str, range(first, last + 1)))}]"
+        return f"; write every number: [{first}, {first + 1}, ..., {last}]"
+    items = [part for part in re.split(r"[\s,;]+", text.strip(" []()")) if part]
+    if items and all(_fits(item, part) for part in items):
+        return f"; write [{', '.join(items)}]"
+    return ""
+
+
+def _fits(hint: Any, text: str) -> bool:
+    """Whether a plain word in the file would be a value of this type."""
+    try:
+        _resolve(hint, yaml.ScalarNode("", text))
+    except _Mismatch:
+        return False
+    return True
 
 
 def _is_required(field: dataclasses.Field) -> bool:

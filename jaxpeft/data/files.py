@@ -12,20 +12,12 @@ import pathlib
 from typing import Any
 
 from jaxpeft import storage
+from jaxpeft.data import foreign_files
 from jaxpeft.data.problems import DROP_HINT, Problem
-from jaxpeft.errors import UserError, nearest
+from jaxpeft.errors import UserError, first_few, nearest
 from jaxpeft.storage import Place
 
 MALFORMED = "malformed JSON"
-_BINARY = {
-    b"\x1f\x8b": "gzip",
-    b"PK\x03\x04": "zip",
-    b"PAR1": "Parquet",
-    b"BZh": "bzip2",
-    b"\x28\xb5\x2f\xfd": "zstandard",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,24 +56,26 @@ def read_json(path: str | pathlib.Path) -> JsonFile:
     with storage.explained(name):
         data = _read_bytes(storage.as_path(path))
     sha256 = hashlib.sha256(data).hexdigest()
-    for magic, kind in _BINARY.items():
-        if data.startswith(magic):
-            raise UserError(f"{name}: this is a {kind} file; expected JSON text in UTF-8.")
+    if kind := foreign_files.binary(name, data):
+        raise UserError(f"{name}: {kind}.")
     body = data.removeprefix(b"\xef\xbb\xbf")
     if not body.strip():
         what = "empty" if not data else "blank, it has no row"
         raise UserError(f"{name}: the file is {what}; expected one JSON object a line.")
     skipped = len(data) - len(body)
-    is_jsonl = pathlib.Path(name).suffix in (".jsonl", ".ndjson")
-    if body.lstrip().startswith(b"[") and not (is_jsonl and _is_list_among_lines(body)):
-        if is_jsonl:
-            raise UserError(
-                f"{name}:1: the file is one JSON array, but .jsonl means one object a line; "
-                "rename it to .json or write one object a line."
-            )
-        values, problems = _read_array(name, body, skipped)
-    else:
-        values, problems = _read_lines(body, skipped)
+    is_array = body.lstrip().startswith(b"[")
+    if is_array and pathlib.Path(name).suffix in (".jsonl", ".ndjson"):
+        _check_array_in_lines(name, body)
+        is_array = False
+    values, problems = _read_array(name, body, skipped) if is_array else _read_lines(body, skipped)
+    found = [value for _, value in values]
+    if is_array and found and not problems and not _has_rows(found):
+        raise UserError(f"{name}:1: {foreign_files.arrays(found)}.")
+    if not is_array and not any(isinstance(value, dict) for value in found):
+        if kind := foreign_files.other_text(name, body):
+            raise UserError(f"{name}:{problems[0].line if problems else 1}: {kind}.")
+        # To drop all rows there are helps nobody.
+        problems = [dataclasses.replace(problem, hint="") for problem in problems]
     return JsonFile(name, sha256, values, problems)
 
 
@@ -91,13 +85,20 @@ def _read_bytes(path: Place) -> bytes:
     except FileNotFoundError:
         folder = path.parent
         if not folder.is_dir():
-            raise UserError(f"{path}: no such file: there is no folder {folder}.") from None
+            hint = foreign_files.not_a_file(str(path))
+            raise UserError(f"{path}: no such file: there is no folder {folder}{hint}.") from None
         close = nearest(path.name, sorted(entry.name for entry in folder.iterdir()))
         hint = f"closest names: {', '.join(close)}" if close else "no name there is close"
         where = folder.resolve() if str(folder) == "." else folder
         raise UserError(f"{path}: no such file in {where}; {hint}.") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: this is a folder; give a .jsonl or .json file in it.") from None
+        inside = [entry.name for entry in path.iterdir() if entry.suffix in (".jsonl", ".json")]
+        way = (
+            f"give a file in it: {first_few(sorted(inside))}"
+            if inside
+            else ("it holds no .jsonl or .json file; give the file that has the rows")
+        )
+        raise UserError(f"{path}: this is a folder; {way}.") from None
     except OSError as error:
         if storage.is_remote(path):
             raise  # the store's failure, not the file's
@@ -133,7 +134,9 @@ class _Parser:
         return value, end, self._notes
 
 
-def _read_lines(body: bytes, skipped: int) -> tuple[list[tuple[int, Any]], list[Problem]]:
+def _read_lines(
+    name: str, body: bytes, skipped: int
+) -> tuple[list[tuple[int, Any]], list[Problem]]:
     values: list[tuple[int, Any]] = []
     problems: list[Problem] = []
     parser, offset = _Parser(), skipped
@@ -219,16 +222,32 @@ def _read_array(
     return values, problems
 
 
-def _is_list_among_lines(body: bytes) -> bool:
-    """Whether a file that opens with "[" has one value a line, the first of them a list."""
-    lines = [line for line in body.split(b"\n") if line.strip()]
-    if len(lines) < 2 or not lines[1].lstrip().startswith(b"{"):
+def _has_rows(values: list[Any]) -> bool:
+    """Whether the items of an array may be rows: not messages, and not arrays all of them."""
+    if foreign_files.is_conversation(values):
         return False
+    return not all(isinstance(value, list) for value in values)
+
+
+def _check_array_in_lines(name: str, body: bytes) -> None:
+    """Raises a UserError for a ``.jsonl`` file that opens with "[" and has no objects in lines."""
+    lines = body.strip().split(b"\n", 2)
     try:
-        _Parser().parse(lines[0].decode("utf-8").strip())
+        text = lines[0].decode("utf-8").strip()
+        first, end, _ = _Parser().parse(text)
     except (ValueError, RecursionError):
-        return False
-    return True
+        first, text, end = None, "", 0
+    whole = isinstance(first, list) and end == len(text)
+    if whole and len(lines) > 1:
+        if lines[1].lstrip().startswith(b"["):
+            raise UserError(f"{name}:1: {foreign_files.array_lines(name, first)}.")
+        return
+    if whole and not _has_rows(first):
+        raise UserError(f"{name}:1: {foreign_files.arrays(first)}.")
+    raise UserError(
+        f"{name}:1: the file is one JSON array, but .jsonl means one object a line; "
+        "rename it to .json or write one object a line."
+    )
 
 
 def _skip_blanks(text: str, at: int) -> int:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxpeft.backend import choices
 from jaxpeft.errors import UserError
+from jaxpeft.foreign_names import dtype_advice
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.names import name_table
 from jaxpeft.models.source import Source
@@ -104,7 +105,7 @@ def load_params(
         UserError: Anything missing, extra, misshapen, damaged, non-finite or unsupported.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}, or none")
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}{dtype_advice(dtype)}")
     check_kind(quantization, double_quantization)
     shared = spans_processes(mesh)
     source, found = together(functools.partial(_open, path, revision), shared)
