@@ -180,9 +180,18 @@ def _require_match(
     suffixes = sorted({name.rpartition(".")[2] for name in names})
     close = nearest(pattern.rpartition(".")[2], suffixes) or suffixes
     hint = " A tied head shares the embedding and has no kernel." if pattern == "lm_head" else ""
+    listed = [part for part in re.split(r"[\s,;|]+", pattern.strip("[]() ")) if part]
+    if is_regex and listed and all(any(name_matches([p], n) for n in names) for p in listed):
+        rule = f"A single string is a regex for the full name; write [{', '.join(listed)}]."
+    elif is_regex and pattern.lower().replace("_", "-").replace(" ", "-") == ALL_LINEAR:
+        rule = f"Write {ALL_LINEAR}."
+    else:
+        rule = (
+            "As in PEFT, a list holds names or suffixes, and a single string is "
+            f"{ALL_LINEAR!r} or a regex matched against the full name, such as "
+            f"{next(iter(names))!r}."
+        )
     raise UserError(
         f"{field} pattern {pattern!r} matches no {what} of this model; closest names: "
-        f"{first_few(close, 8)}. As in PEFT, a list holds names or suffixes, and a single "
-        f"string is {ALL_LINEAR!r} or a regex matched against the full name, such as "
-        f"{next(iter(names))!r}.{hint}"
+        f"{first_few(close, 8)}. {rule}{hint}"
     )

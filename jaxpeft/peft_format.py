@@ -27,6 +27,7 @@ from jaxpeft.folders import real_path, require_replaceable, write_folder
 from jaxpeft.methods import KINDS, Adapter, check_fit
 from jaxpeft.methods.base import Label, Method
 from jaxpeft.methods.exchange import COMMON, CONFIG, PeftFormat, Tensors, Values, require_supported
+from jaxpeft.models import other_folders
 from jaxpeft.models.fingerprint import comparable
 from jaxpeft.models.hf import read_header, read_json
 from jaxpeft.models.locate import locate_adapter
@@ -265,6 +266,9 @@ def _find_config(folder: Place) -> Place:
     if not (folder / CONFIG).exists() and (folder / "adapter").is_dir():
         folder = folder / "adapter"
     if not (folder / CONFIG).is_file():
+        found = "" if storage.is_remote(folder) else other_folders.instead_of_adapter(folder)
+        if found:
+            raise UserError(f"{folder}: {found}.")
         raise UserError(
             f"{folder / CONFIG}: no such file; a PEFT folder has one beside its tensors."
         )
@@ -287,6 +291,8 @@ def _shapes_of(place: Place, name: str, version: str) -> Any:
 def _format_of(values: dict, place: Any) -> PeftFormat:
     formats = {kind.peft.type: kind.peft for kind in KINDS.values() if kind.peft is not None}
     kind = values.get("peft_type")
+    if other_folders.is_mlx(values):
+        raise UserError(f"{place}: {other_folders.MLX_ADAPTER}.")
     if not isinstance(kind, str) or kind not in formats:
         known = ", ".join(sorted(formats))
         raise UserError(f"{place}: peft_type: {kind!r} is not supported; supported: {known}.")
@@ -315,7 +321,8 @@ def _no_tensors(folder: Place) -> str:
             "has only adapter_model.bin, a pickle, which can run code and is never opened here; "
             "save it again with PEFT's save_pretrained(..., safe_serialization=True)."
         )
-    return f"has no {TENSORS}; the download or save is incomplete."
+    found = "" if storage.is_remote(folder) else other_folders.no_tensors(folder)
+    return f"{found or f'has no {TENSORS}; the download or save is incomplete'}."
 
 
 def _read_side_file(folder: Place, base: Any, allow_other_base: bool) -> dict[str, Any]:
@@ -325,9 +332,10 @@ def _read_side_file(folder: Place, base: Any, allow_other_base: bool) -> dict[st
         return {}
     side = read_json(file)
     if side.get("format") != FORMAT:
+        newer = isinstance(side.get("format"), int) and side["format"] > FORMAT
         raise UserError(
-            f"{file}: format: this version reads {FORMAT}, got {side.get('format')!r}; update "
-            "jaxpeft."
+            f"{file}: format: this version reads {FORMAT}, got {side.get('format')!r:.60}; "
+            + ("update jaxpeft." if newer else "save the adapter again.")
         )
     known, sums = side.get("base"), side.get("sha256")
     if not isinstance(known, dict) or not isinstance(sums, dict):

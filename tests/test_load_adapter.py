@@ -84,7 +84,7 @@ def test_revisions_of_adapter_and_base_are_honoured(cache, tmp_path):
 def test_only_the_files_of_an_adapter_are_asked_for(cache, monkeypatch, tmp_path):
     asked = []
 
-    def download(name, *, revision, allow_patterns, ignore_patterns):
+    def download(name, *, revision, allow_patterns, **_):
         asked.append((name, revision, sorted(allow_patterns)))
         return str(adapter_naming(str(GOLDEN / "models" / "llama3"), tmp_path / "got"))
 

@@ -145,7 +145,7 @@ def test_only_the_form_of_a_hub_id_can_mean_the_hub(text, local, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.safetensors", "give the folder that holds it"),
+        ("model.safetensors", "weights alone are no model; give a folder that holds them"),
         ("model.bin", "expected a Hugging Face folder, a .gguf file or a hub id"),
         ("", "expected a folder, a .gguf file or a hub id"),
     ],

@@ -109,7 +109,10 @@ def test_targets_follow_the_rules_of_peft(targets, exclude, expected):
     [
         (("q_prj",), (), "q_proj"),  # the nearest name is given
         (("proj",), (), "'proj' matches no linear module"),  # no dotted boundary, no match
-        (r"q_proj", (), "regex matched against the full name"),  # a string is matched in full
+        (r"q_proj", (), r"regex for the full name; write [q_proj]."),  # matched in full
+        (r"q_proj,v_proj", (), r"regex for the full name; write [q_proj, v_proj]."),
+        (r".*q_prj", (), "regex matched against the full name"),
+        (r"all_linear", (), "Write all-linear."),
         (("q_proj", "k_proj"), (), "'k_proj'"),  # PEFT is silent about one of several
         (("input_layernorm",), (), "no linear module"),
         ("all-linear", ("kproj",), "exclude pattern 'kproj'"),

@@ -67,7 +67,10 @@ def read_json(path: str | pathlib.Path) -> JsonFile:
     if is_array and pathlib.Path(name).suffix in (".jsonl", ".ndjson"):
         _check_array_in_lines(name, body)
         is_array = False
-    values, problems = _read_array(name, body, skipped) if is_array else _read_lines(body, skipped)
+    if is_array:
+        values, problems = _read_array(name, body, skipped)
+    else:
+        values, problems = _read_lines(body, skipped)
     found = [value for _, value in values]
     if is_array and found and not problems and not _has_rows(found):
         raise UserError(f"{name}:1: {foreign_files.arrays(found)}.")
@@ -134,9 +137,7 @@ class _Parser:
         return value, end, self._notes
 
 
-def _read_lines(
-    name: str, body: bytes, skipped: int
-) -> tuple[list[tuple[int, Any]], list[Problem]]:
+def _read_lines(body: bytes, skipped: int) -> tuple[list[tuple[int, Any]], list[Problem]]:
     values: list[tuple[int, Any]] = []
     problems: list[Problem] = []
     parser, offset = _Parser(), skipped
@@ -234,15 +235,15 @@ def _check_array_in_lines(name: str, body: bytes) -> None:
     lines = body.strip().split(b"\n", 2)
     try:
         text = lines[0].decode("utf-8").strip()
-        first, end, _ = _Parser().parse(text)
+        value, end, _ = _Parser().parse(text)
+        first = value if isinstance(value, list) and end == len(text) else None
     except (ValueError, RecursionError):
-        first, text, end = None, "", 0
-    whole = isinstance(first, list) and end == len(text)
-    if whole and len(lines) > 1:
+        first = None
+    if first is not None and len(lines) > 1:
         if lines[1].lstrip().startswith(b"["):
             raise UserError(f"{name}:1: {foreign_files.array_lines(name, first)}.")
         return
-    if whole and not _has_rows(first):
+    if first and not _has_rows(first):
         raise UserError(f"{name}:1: {foreign_files.arrays(first)}.")
     raise UserError(
         f"{name}:1: the file is one JSON array, but .jsonl means one object a line; "

@@ -57,11 +57,12 @@ def read_gguf(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, TensorInfo]
         if start[:4] != b"GGUF":
             from jaxpeft.models.hf import describe_bytes
 
-            text = describe_bytes(start).replace("safetensors", "GGUF")
-            raise UserError(f"{path}: {text}; download it again")
+            raise UserError(f"{path}: {describe_bytes(start, 'GGUF')}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 metadata, entries, position = _Cursor(data).header()
+            except _VersionError as error:
+                raise UserError(f"{path}: {error}") from None
             except (struct.error, IndexError, ValueError, UnicodeDecodeError) as error:
                 raise UserError(
                     f"{path}: the GGUF header is damaged or cut short ({error}); the file has "
@@ -113,6 +114,10 @@ def _place(
     return TensorInfo(path, base + offset, nbytes, dtype, shape)
 
 
+class _VersionError(Exception):
+    """The file is of another version; to download it again would not help."""
+
+
 class _Cursor:
     """Walks over the header, checking every length against what is left."""
 
@@ -122,7 +127,11 @@ class _Cursor:
     def header(self) -> tuple[dict[str, Any], list[tuple[str, list[int], int, int]], int]:
         version = self.number("I")
         if version not in (2, 3):
-            raise ValueError(f"version {version}, expected 2 or 3, little-endian")
+            order = "big-endian, " if version in (2 << 24, 3 << 24) else ""
+            raise _VersionError(
+                f"{order}GGUF version {version >> 24 if order else version} is not read, versions "
+                "2 and 3 are, little-endian; convert the model with today's llama.cpp"
+            )
         tensor_count, pair_count = self.number("Q"), self.number("Q")
         metadata: dict[str, Any] = {}
         for _ in range(pair_count):

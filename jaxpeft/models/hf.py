@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxpeft import storage
 from jaxpeft.errors import StoreError, UserError, first_few
+from jaxpeft.models import other_folders
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.hf_config import config_from_hf
 from jaxpeft.models.source import PLAIN_DTYPES, Source, TensorInfo, expected_nbytes
@@ -81,10 +82,10 @@ def read_header(path: Place) -> dict[str, TensorInfo]:
     with path.open("rb") as file:
         start = file.read(64)
         if size < 8:
-            raise UserError(f"{path}: {describe_bytes(start)}; {_DOWNLOAD_AGAIN}")
+            raise UserError(f"{path}: {describe_bytes(start)}")
         (length,) = struct.unpack("<Q", start[:8])
         if length > MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
-            raise UserError(f"{path}: {describe_bytes(start)}; {_DOWNLOAD_AGAIN}")
+            raise UserError(f"{path}: {describe_bytes(start)}")
         if 8 + length > size:
             raise UserError(
                 f"{path}: cut short: the header alone needs {8 + length} bytes, the file has "
@@ -114,22 +115,32 @@ def read_header(path: Place) -> dict[str, TensorInfo]:
     return tensors
 
 
-def describe_bytes(start: bytes) -> str:
-    """Says in words what a file is that begins with `start` and is no safetensors file."""
+def describe_bytes(start: bytes, kind: str = "safetensors") -> str:
+    """Says in words what a file is that begins with `start`, and the way out.
+
+    Args:
+        start: Its first 64 bytes.
+        kind: What it should be: "safetensors" or "GGUF".
+    """
     text = start.lstrip().lower()
     if not start:
-        return "the file is empty"
+        return f"the file is empty; {_DOWNLOAD_AGAIN}"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "this is a web page (HTML), not a safetensors file"
+        return f"this is a web page (HTML), not a {kind} file; download the file itself"
     if text.startswith(b"version https://git-lfs"):
-        return "this is a git-LFS pointer, not the file itself (`git lfs pull` fetches it)"
+        return "this is a git-LFS pointer, not the file itself; `git lfs pull` fetches it"
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return "this is a pickle or zip archive, which is never opened here, not a safetensors file"
+        return (
+            f"this is a pickle or zip archive, which is never opened here, not a {kind} file; "
+            "convert it elsewhere"
+        )
     if start.startswith(b"GGUF"):
         return "this is a GGUF file; give its path, with the ending .gguf, instead of the folder"
+    if kind == "GGUF" and start[8:9] == b"{":
+        return "this is a safetensors file, not a GGUF file; give the folder that holds it"
     if len(start) < 8:
-        return f"the file has only {len(start)} bytes"
-    return f"this is no safetensors file (it begins with {start[:8]!r})"
+        return f"the file has only {len(start)} bytes; {_DOWNLOAD_AGAIN}"
+    return f"this is no {kind} file (it begins with {start[:8]!r}); {_DOWNLOAD_AGAIN}"
 
 
 def read_json(path: Place) -> dict[str, Any]:
@@ -233,6 +244,9 @@ def _is_shard_name(file: Any) -> bool:
 
 def _no_weights(folder: Place) -> str:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    found = "" if storage.is_remote(folder) else other_folders.no_weights(pathlib.Path(folder))
+    if found:
+        return found
     if pickles:
         return (
             f"no safetensors, only {first_few(pickles)}; pickles can run code and are never "

@@ -69,8 +69,11 @@ def config_from_hf(d: dict, where: str = "config.json") -> ModelConfig:
             f"{', '.join(SUPPORTED)} (Llama 2/3 and SmolLM2 are llama, Qwen2.5 is qwen2)"
         )
     fields = _Fields({**DEFAULTS[model_type], **d}, where)
-    if (quantised := fields.get("quantization_config")) is not None:
+    quantised = fields.get("quantization_config", fields.get("quantization"))
+    if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        if isinstance(quantised, dict) and method is None and "bits" in quantised:
+            method = "MLX"
         raise fields.error(
             "quantization_config",
             f"weights quantised by {method!r} are not read; give the unquantised model or a GGUF "

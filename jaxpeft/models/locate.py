@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from jaxpeft import storage
 from jaxpeft.errors import UserError, nearest
+from jaxpeft.models import other_folders
 from jaxpeft.models.companions import COMPANIONS
 from jaxpeft.storage import Place
 
@@ -142,22 +143,30 @@ def _in_bucket(text: str, revision: str | None, names: tuple[str, ...]) -> Place
 def _check_local(local: pathlib.Path) -> pathlib.Path:
     if local.is_dir():
         if not (local / "config.json").is_file():
-            files = sorted(p.name for p in local.glob("*.gguf"))
-            if files:
-                raise UserError(f"{local}: a folder with GGUF files; name one: {local / files[0]}")
+            if found := other_folders.instead_of_model(local):
+                raise UserError(f"{local}: {found}")
+            raise UserError(
+                f"{local / 'config.json'}: file not found; a Hugging Face model folder has one"
+            )
         return local
     if local.suffix.lower() == ".gguf":
         return local if local.suffix == ".gguf" else local.resolve()
-    if local.suffix == ".safetensors":
-        raise UserError(f"{local}: give the folder that holds it, with its config.json")
-    raise UserError(f"{local}: expected a Hugging Face folder, a .gguf file or a hub id")
+    if local.suffix in (".safetensors", ".npz"):
+        raise UserError(f"{local}: {other_folders.lone_weights(local)}")
+    pickled = local.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+    raise UserError(
+        f"{local}: expected a Hugging Face folder, a .gguf file or a hub id"
+        + ("; pickles can run code and are never opened" if pickled else "")
+    )
 
 
 def _near(local: pathlib.Path) -> str:
     parent = local.parent
     while not parent.is_dir():
         local, parent = parent, parent.parent
-    close = nearest(local.name, [p.name for p in parent.iterdir()])
+    close: list[str] = []
+    with contextlib.suppress(OSError):  # a folder that may not be listed
+        close = nearest(local.name, [p.name for p in parent.iterdir()])
     return f"near names: {', '.join(str(parent / name) for name in close)}; " if close else ""
 
 

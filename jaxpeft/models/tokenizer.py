@@ -63,9 +63,14 @@ def read_tokenizer(place: Place) -> Any:
         raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
+        hint = (
+            "download its tokenizer.json again"
+            if (place / "tokenizer.json").is_file() and "custom code" not in reason
+            else "code in a model folder is never run, and tokenizer.json is the file that works "
+            "without"
+        )
         raise UserError(
-            f"{place}: the tokenizer files cannot be read: {reason}; code in a model folder is "
-            "never run, and tokenizer.json is the file that works without"
+            f"{place}: the tokenizer files cannot be read: {reason[:300]}; {hint}"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(
