@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from jaxpeft import cli
+from jaxpeft import cli, host_errors
 from jaxpeft.errors import UserError
 from jaxpeft.signals import StopRequest
 
@@ -247,12 +247,16 @@ def _run_in_child(hosts: Hosts) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     hear, tell = os.pipe()
+    errors, runtime = os.pipe()
     parent = os.getpid()
     child = os.fork()
     if child:
         os.close(tell)
-        _supervise(child, hear, hosts)
+        os.close(runtime)
+        _supervise(child, hear, errors, hosts)
     os.close(hear)
+    os.close(errors)
+    host_errors.keep_python_apart(runtime)
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not without its parent
     if os.getppid() != parent:  # it was killed before that
@@ -261,9 +265,18 @@ def _run_in_child(hosts: Hosts) -> int:
     return tell
 
 
-def _supervise(child: int, hear: int, hosts: Hosts) -> NoReturn:
-    """Waits for the child, hands signals on to it, and ends as it does."""
+def _supervise(child: int, hear: int, errors: int, hosts: Hosts) -> NoReturn:
+    """Waits for the child, hands signals on to it, and ends as it does.
+
+    Args:
+        child: Its process id.
+        hear: What it tells, see `_run_in_child`.
+        errors: What its C++ code writes on standard error.
+        hosts: For messages.
+    """
     seen = []
+    relay = host_errors.Relay(_write_error, hosts.heartbeat + 60)
+    reading = host_errors.follow(errors, relay)
 
     def hand_on(number: int, _: Any) -> None:
         seen.append(number)
@@ -276,6 +289,8 @@ def _supervise(child: int, hear: int, hosts: Hosts) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hand_on)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    reading.join(1)  # processes that it started may live on
+    relay.end(drop=status == -signal.SIGABRT)
     told = os.read(hear, 64)
     code = 128 - status if status < 0 else status
     if status == -signal.SIGABRT:
@@ -296,8 +311,12 @@ def _supervise(child: int, hear: int, hosts: Hosts) -> NoReturn:
 
 
 def _say(text: str) -> None:
+    _write_error(f"\n{text}\n".encode())
+
+
+def _write_error(text: bytes) -> None:
     with contextlib.suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+        os.write(2, text)
 
 
 def _silence() -> None:

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import evaluation_lines, make_files, training_lines, write_config
 
-from jaxpeft import hosts, processes, run_folder, sharding
+from jaxpeft import host_errors, hosts, processes, run_folder, sharding
 from jaxpeft import train as program
 from jaxpeft.errors import ResourceError, UserError
 
@@ -97,6 +97,7 @@ def ends(processes, seconds=150) -> tuple[list[int], list[str]]:
     errors = [process.communicate(timeout=seconds)[1] for process in processes]
     for text in errors:
         assert "Traceback" not in text, text
+        assert not re.search(r"Check failure|coordination_service|@  +0x", text), text
     return [process.returncode for process in processes], errors
 
 
@@ -456,6 +457,54 @@ def test_settings_that_name_no_process_are_refused(values, words):
     flags = [f"--distributed.{n}={v}" for n, v in zip(NAMES, values, strict=True) if v is not None]
     with pytest.raises(UserError, match=words):
         find(*flags)
+
+
+DUMP = """\
+W1130 17:41:47.874607   11446 preemption_sync_manager.cc:147] Failed to retrieve a notice: gone
+Additional GRPC error information from remote target coordination_service
+F1130 17:41:28.016049   11178 client.h:80] Terminating process because the JAX distributed service \
+detected fatal errors.
+*** Check failure stack trace: ***
+    @     0x7f47eea40634  absl::lts_20260107::log_internal::LogMessage::SendToLog()
+"""
+LOSING = """
+import os, sys
+from jaxpeft import hosts
+told = hosts._run_in_child(hosts.Hosts(300, 30, "a:1", 2, 0))
+os.write(told, hosts._JOINED)
+print("python", file=sys.stderr)
+os.write(2, b"I0000 before\\n" + sys.argv[1].encode())
+os.abort() if sys.argv[2] == "lost" else os._exit(3)
+"""
+
+
+@pytest.mark.parametrize("how", ["lost", "failed"])
+def test_only_a_lost_process_ends_the_others_without_what_the_runtime_dumps(how):
+    command = [sys.executable, "-c", LOSING, DUMP, how]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
+    lines = done.stderr.strip().splitlines()
+    assert lines[0] == "python"
+    assert lines[1] == "I0000 before"
+    if how == "lost":
+        assert done.returncode == hosts.LOST_EXIT_CODE
+        assert len(lines) == 4
+        assert lines[3].startswith(LOST)
+    else:
+        assert done.returncode == 3
+        assert done.stderr.endswith(DUMP)
+
+
+def test_what_the_runtime_says_long_before_a_process_ends_is_passed_on():
+    now, written = [0.0], []
+    relay = host_errors.Relay(written.append, 90, clock=lambda: now[0])
+    relay.take(DUMP[:100].encode())
+    relay.take(DUMP[100:].encode() + b"half a ")
+    assert written == []
+    now[0] = 91
+    relay.take(b"line\nnext")
+    assert b"".join(written) == DUMP.encode() + b"half a line\n"
+    relay.end(drop=True)
+    assert written[-1] == b"next"
 
 
 def test_heartbeat_is_a_number_of_seconds():
