@@ -89,9 +89,9 @@ class Checkpoints:
     ) -> None:
         """Starts saving `state` and returns as soon as its values are copied off the devices.
 
-        Every method but `steps`, `newest_whole` and `best` waits for its end first and reports what
-        went wrong. A step that exists already is left as it is; those that `latest` found damaged
-        are set aside in `damaged/` first.
+        Every method but `steps`, `newest_whole`, `tidy` and `best` waits for its end first and
+        reports what went wrong. A step that exists already is left as it is; those that `latest`
+        found damaged are set aside in `damaged/` first.
 
         Args:
             step: The number of updates done.
@@ -156,6 +156,18 @@ class Checkpoints:
         )
         self._forget()  # what is damaged may be saved again
         return found
+
+    def tidy(self) -> None:
+        """Removes what killed saves left, and steps beyond those to keep.
+
+        One process calls it, after `latest`, once the folder is its run's. While steps are damaged
+        nothing is removed: the next save sets them aside first.
+        """
+        if self._has_damaged or not self._folder.steps():
+            return
+        self._check_owner()
+        self._folder.remove_leftovers()
+        self._folder.prune(self._keep, self._check_owner)
 
     def newest_whole(self) -> int | None:
         """What `latest` gives, found by one process alone."""
@@ -291,6 +303,8 @@ class Checkpoints:
         def measure() -> None:
             if shutil.disk_usage(self._folder.directory).free < needed_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if jax.process_index() == 0:
+                self._folder.begin(self._last[0])
 
         try:
             together(lambda: tried(clean))

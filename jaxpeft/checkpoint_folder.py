@@ -2,7 +2,8 @@
 
     checkpoints/
       100/  state/...  manifest.json     a checkpoint; Orbax reads it as it stands
-      120/  state/...                    killed before its manifest: does not exist, set aside
+      120/  state/...                    killed before its manifest: does not exist
+      120.unfinished                     says that 120 is ours to remove; else it is set aside
       140.orbax-checkpoint-tmp/          killed while Orbax wrote: removed at the next save
       damaged/80/                        differs from its manifest: never used, never deleted; it is
                                          set aside at the next save, when the run owns the folder
@@ -25,6 +26,7 @@ from jaxpeft.errors import CheckpointError, ResourceError, UserError, first_few
 from jaxpeft.storage import Place
 
 _LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleting)")
+_UNFINISHED = re.compile(r"(\d+)\.unfinished")
 
 
 class CheckpointFolder:
@@ -160,6 +162,18 @@ class CheckpointFolder:
                 found.append((metric, -step))
         return -min(found)[1] if found else None
 
+    def begin(self, step: int) -> None:
+        """Notes that a step is about to be written: without a manifest it may then be removed.
+
+        Raises:
+            OSError: The disk is full or does not let us write.
+        """
+        if not self.remote:
+            self._note(step).touch()
+
+    def _note(self, step: int) -> Place:
+        return self.directory / f"{step}.unfinished"
+
     def commit(self, step: int, fields: dict[str, Any]) -> None:
         """Makes what was written for a step durable and lets the step exist.
 
@@ -168,6 +182,9 @@ class CheckpointFolder:
         """
         manifest.write(self.path(step), fields)
         self._verified.add(step)
+        if not self.remote:
+            with contextlib.suppress(OSError):  # the step is whole, with the note or without
+                self._note(step).unlink(missing_ok=True)
 
     def prune(self, keep: int, check_owner: Callable[[], None]) -> None:
         """Deletes all but the newest `keep` steps and the best; a failure is only a warning.
@@ -200,14 +217,14 @@ class CheckpointFolder:
         shutil.rmtree(doomed)
 
     def clean(self) -> None:
-        """Before a save: removes half-written and half-deleted steps, sets bare ones aside."""
+        """Before a save: removes what saves and deletions left, sets other bare steps aside."""
         self.remove_leftovers()
         if self.remote:
             return
         for step in self._numbers():
             if not (self.path(step) / manifest.NAME).exists():
                 target = self._set_aside(step)
-                self._warn(f"{self.path(step)}: has no manifest (killed?); set aside in {target}")
+                self._warn(f"{self.path(step)}: has no manifest; set aside in {target}")
 
     def remove_leftovers(self, *, unfinished: int | None = None) -> None:
         """Removes what an unfinished save or deletion left; `unfinished` is a step to drop too."""
@@ -217,10 +234,18 @@ class CheckpointFolder:
             return
         if not self.directory.is_dir():
             return
-        for path in self.directory.iterdir():
-            bare = path.name == str(unfinished) and not (path / manifest.NAME).exists()
+        paths = list(self.directory.iterdir())
+        notes = {found[1]: path for path in paths if (found := _UNFINISHED.fullmatch(path.name))}
+        for path in paths:
+            ours = path.name in notes or path.name == str(unfinished)
+            bare = ours and not (path / manifest.NAME).exists()
             if bare or _LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+        for step, note in notes.items():
+            place = self.directory / step
+            if (place / manifest.NAME).exists() or not place.exists():
+                with contextlib.suppress(OSError):
+                    note.unlink(missing_ok=True)
 
     def _numbers(self) -> list[int]:
         names: list[str] = []

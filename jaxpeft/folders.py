@@ -2,8 +2,8 @@
 
 The new folder is written beside its place, synced, and moved there; only then does an older one
 go away. A process killed at any moment leaves the old folder, the new one, or, for the instant
-between two renames, both under hidden names beside the place. A rename that fails brings the old
-folder back.
+between two renames, both under hidden names beside the place; the next writer clears those away,
+and brings an old folder back that has no place. A rename that fails brings it back too.
 
 In a bucket (``gs://``) nothing is renamed: files are written as objects one after the other, last
 the one that makes the folder whole. An older one goes first: a process killed meanwhile leaves a
@@ -12,8 +12,10 @@ folder that is not whole.
 
 import contextlib
 import errno
+import fcntl
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Container, Iterator, Mapping
@@ -21,6 +23,8 @@ from collections.abc import Container, Iterator, Mapping
 from jaxpeft import storage
 from jaxpeft.errors import ResourceError, UserError, first_few
 from jaxpeft.storage import Place
+
+_OLD = ".old"
 
 
 def write_folder(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
@@ -79,6 +83,7 @@ def new_folder(path: str | os.PathLike, last: str = "") -> Iterator[pathlib.Path
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         with _sibling(folder) as temporary:
             yield temporary
             _sync_tree(temporary)
@@ -88,6 +93,51 @@ def new_folder(path: str | os.PathLike, last: str = "") -> Iterator[pathlib.Path
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{folder}: no space left on the disk to save there.") from error
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}.") from error
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Clears away what killed writers of a folder left beside it; what still writes is left alone.
+
+    Args:
+        path: The folder that they wrote. If it is not there but an older one that had stepped
+            aside is, that one comes back.
+
+    Raises:
+        OSError: The disk does not let us look, or bring the older one back.
+    """
+    folder = real_path(path)
+    if storage.is_remote(folder) or not folder.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.[a-z0-9_]{{8}}\.tmp({re.escape(_OLD)})?")
+    found = {
+        file.name: file
+        for file in folder.parent.iterdir()
+        if pattern.fullmatch(file.name) and file.is_dir() and not file.is_symlink()
+    }
+    for name in sorted(found, reverse=True):  # the older ones first
+        new = folder.parent / name.removesuffix(_OLD)
+        with _locked(new if new.exists() else found[name]) as free:
+            if free and name.endswith(_OLD) and not folder.exists():
+                found[name].rename(folder)
+            elif free:
+                shutil.rmtree(found[name], ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[bool]:
+    """Locks a folder; False if another process holds it, it went, or the disk has no locks."""
+    descriptor = -1
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def real_path(path: str | os.PathLike) -> Place:
@@ -114,12 +164,13 @@ def require_replaceable(folder: Place, names: Container[str]) -> None:
 @contextlib.contextmanager
 def _sibling(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A new folder beside `folder`, removed if it is still there at the end."""
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = pathlib.Path(tempfile.mkdtemp(".tmp", f".{folder.name}.", folder.parent))
     umask = os.umask(0)
     os.umask(umask)
     temporary.chmod(0o777 & ~umask)
     try:
-        yield temporary
+        with _locked(temporary):  # so that others see that it is no leftover
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -143,7 +194,7 @@ def _move_into_place(temporary: pathlib.Path, folder: pathlib.Path) -> None:
     if not folder.exists():
         temporary.rename(folder)
         return
-    aside = temporary.with_name(temporary.name + ".old")
+    aside = temporary.with_name(temporary.name + _OLD)
     folder.rename(aside)
     try:
         temporary.rename(folder)

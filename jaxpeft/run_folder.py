@@ -13,6 +13,7 @@ The folder may be in a bucket (``gs://``), see `jaxpeft.storage`.
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -24,6 +25,7 @@ from jaxpeft import config as run_config
 from jaxpeft import storage
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import ResourceError, UserError, first_few
+from jaxpeft.folders import remove_leftovers
 from jaxpeft.methods import KINDS
 from jaxpeft.peft_format import SIDE
 from jaxpeft.processes import from_first, is_first, together
@@ -38,6 +40,7 @@ PROFILE = "profile"
 _OURS = (CHECKPOINTS, "adapter", "model", METRICS, SAMPLES)
 _SEEN_SECONDS = 20  # in which what one host writes must be seen by others: NFS keeps listings
 _PROBE = ".probe"
+_SHARED = re.compile(r"\.shared-[0-9a-f]{32}")
 _TRACKED = (PROFILE, "tensorboard", "wandb", "wandb_run_id")
 
 
@@ -215,10 +218,26 @@ def check_shared(output: Place) -> None:
                 file.unlink(missing_ok=True)
 
 
+def clean(config: RunConfig) -> None:
+    """Removes what a killed run left in its folder; the folder must be this run's.
+
+    What an unfinished save left is the business of `jaxpeft.checkpoint`.
+    """
+    output = storage.as_path(config.output_dir)
+    if storage.is_remote(output):
+        return
+    remove_leftovers(export_path(config))
+    for path in output.iterdir():
+        if _SHARED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 def discard(output: Place) -> None:
     """Removes what an earlier run left, and nothing else; a folder without a run stays as it is."""
     if not storage.exists(output / CONFIG):
         return
+    for name in ("adapter", "model"):
+        remove_leftovers(output / name)
     for name in (*_OURS, *_TRACKED, CONFIG):
         path = output / name
         if storage.is_remote(path):

@@ -38,6 +38,7 @@ from jaxpeft.run_folder import (
     PROFILE,
     check_folder,
     check_shared,
+    clean,
     discard,
     export_path,
     is_exported,
@@ -126,6 +127,8 @@ def train(
             began_with = checkpoints.meta(latest)["data_hash"]
             check_unchanged("training data", began_with, rows.plan.hash, output)
         if latest == rows.steps and from_first(lambda: is_exported(export_path(config))):
+            if not storage.is_remote(output):  # of which this run would first have to become owner
+                from_first(lambda: clean(config) or checkpoints.tidy())
             if speaks:
                 print(f"{output}: already finished, {export_path(config)} is ready.")
             return
@@ -204,6 +207,8 @@ def take_folder(
     if overwrite:
         discard(output)
     write_config(config)
+    clean(config)
+    checkpoints.tidy()
     lock.check()
 
 

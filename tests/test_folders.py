@@ -3,11 +3,17 @@
 import errno
 import os
 import pathlib
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from jaxpeft.errors import ResourceError, UserError
-from jaxpeft.folders import new_folder, write_folder
+from jaxpeft.folders import new_folder, remove_leftovers, write_folder
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def old_folder(tmp_path: pathlib.Path) -> pathlib.Path:
@@ -101,3 +107,69 @@ def test_what_the_system_refuses_is_said_of_the_place(tmp_path, number, kind, wo
     with pytest.raises(kind, match=words):
         fill()
     assert state(tmp_path) == {}
+
+
+KILLED = """
+import os, pathlib, shutil, signal, sys
+from jaxpeft import folders
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+count = int(sys.argv[2])
+rename, renamed = pathlib.Path.rename, []
+
+def renaming(path, target):
+    if len(renamed) == count:
+        die()
+    renamed.append(path)
+    return rename(path, target)
+
+pathlib.Path.rename = renaming
+shutil.rmtree = die
+if count < 0:
+    folders._sync_tree = die
+folders.write_folder(sys.argv[1], {"a": b"new", "b": b"new"})
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Folders whose writer was killed: before each rename, and before and after them."""
+    found = {}
+    for count in (-1, 0, 1, 2):
+        root = tmp_path_factory.mktemp("killed")
+        write_folder(root / "x", {"a": b"old"})
+        command = [sys.executable, "-c", KILLED, str(root / "x"), str(count)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        found[count] = root
+    return found
+
+
+@pytest.mark.parametrize("count", [-1, 0, 1, 2])
+def test_the_next_writer_clears_away_what_a_killed_one_left_and_nothing_else(
+    killed, tmp_path, count
+):
+    root = tmp_path / "root"
+    shutil.copytree(killed[count], root)
+    assert len(list(root.iterdir())) == 2
+    mine = [".x.original", ".x.abcdefgh", ".x.abcdefgh.tmp.mine", ".y.abcdefgh.tmp"]
+    for name in mine:
+        (root / name).mkdir()
+    (root / ".x.bcdefghi.tmp").write_text("a file")
+    mine.append(".x.bcdefghi.tmp")
+    remove_leftovers(root / "x")
+    assert sorted(path.name for path in root.iterdir()) == sorted([*mine, "x"])
+    assert (root / "x" / "a").read_bytes() == (b"new" if count == 2 else b"old")
+    write_folder(root / "x", {"a": b"newer", "b": b""})
+    assert sorted(path.name for path in root.iterdir()) == sorted([*mine, "x"])
+
+
+def test_a_writer_that_still_lives_is_left_alone(tmp_path):
+    with new_folder(tmp_path / "x") as first:
+        (first / "a").write_text("first")
+        write_folder(tmp_path / "x", {"a": b"second"})
+        assert (first / "a").read_text() == "first"
+    assert {path.name: path.read_text() for path in (tmp_path / "x").iterdir()} == {"a": "first"}
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -106,8 +106,45 @@ def test_leftovers_of_killed_saves_are_cleared_at_the_next_save_and_not_before(c
         assert sorted(os.listdir(copied)) == listed
         opened.save(30, small_state(30), meta={})
     assert sorted(os.listdir(copied)) == ["20", "30", "damaged", "notes.txt"]
-    assert warnings == [f"{copied}/30: has no manifest (killed?); set aside in {copied}/damaged/30"]
+    assert warnings == [f"{copied}/30: has no manifest; set aside in {copied}/damaged/30"]
     assert bits(Checkpoints(copied).restore(30, small_state())) == bits(small_state(30))
+
+
+def test_a_step_that_a_killed_save_left_without_a_manifest_is_removed_as_ours(copied, warnings):
+    """Only a step whose save noted that it began; any other is somebody's and is kept."""
+    for step in ("30", "40"):
+        shutil.copytree(copied / "20", copied / step, ignore=lambda *_: ["manifest.json"])
+    (copied / "30.unfinished").touch()
+    (copied / "20.unfinished").touch()  # killed right after its manifest
+    (copied / "50.unfinished").touch()  # killed before Orbax began
+    with Checkpoints(copied, warn=warnings.append) as opened:
+        assert opened.latest() == 20
+        opened.save(60, small_state(60), meta={})
+    assert sorted(os.listdir(copied)) == ["20", "60", "damaged"]
+    assert os.listdir(copied / "damaged") == ["40"]
+    assert warnings == [f"{copied}/40: has no manifest; set aside in {copied}/damaged/40"]
+
+
+def test_tidying_removes_what_killed_saves_left_and_steps_beyond_those_to_keep(copied, warnings):
+    (copied / "30.orbax-checkpoint-tmp/state").mkdir(parents=True)
+    (copied / "5.deleting/state").mkdir(parents=True)
+    shutil.copytree(copied / "20", copied / "30", ignore=lambda *_: ["manifest.json"])
+    (copied / "30.unfinished").touch()
+    (copied / "notes.txt").write_text("mine")
+    with Checkpoints(copied, keep=1, warn=warnings.append) as opened:
+        assert opened.latest() == 20
+        opened.tidy()
+    assert sorted(os.listdir(copied)) == ["20", "notes.txt"]
+    assert warnings == []
+
+
+def test_tidying_removes_no_step_while_the_newest_is_damaged(copied, warnings):
+    file = next(path for path in (copied / "20").rglob("*") if path.stat().st_size > 9)
+    file.write_bytes(file.read_bytes()[:-1])
+    with Checkpoints(copied, keep=1, warn=warnings.append) as opened:
+        assert opened.latest() == 10
+        opened.tidy()
+    assert sorted(os.listdir(copied)) == ["10", "20"]
 
 
 def test_an_old_step_that_cannot_be_deleted_is_only_a_warning(copied, warnings, monkeypatch):
@@ -204,7 +241,7 @@ def test_a_run_killed_while_saving_goes_on_from_the_newest_whole_step(killed, wa
         opened.save(latest + 1, killed_state(latest + 1), meta={})
         opened.wait()
         assert opened.steps() == [latest, latest + 1]
-        assert set(os.listdir(killed[moment])) <= {str(latest), str(latest + 1), "damaged"}
+        assert set(os.listdir(killed[moment])) == {str(latest), str(latest + 1)}
 
 
 def killed_state(step):

@@ -33,6 +33,7 @@ import jaxpeft as jp
 from jaxpeft import sharding
 from jaxpeft import train as program
 from jaxpeft.checkpoint import Checkpoints
+from jaxpeft.checkpoint_folder import CheckpointFolder
 from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
 from jaxpeft.models.load import load_config
 from jaxpeft.run import Run
@@ -163,6 +164,34 @@ def test_a_signal_before_the_first_step_saves_nothing(files, tmp_path, monkeypat
     with pytest.raises(InterruptedRunError, match=f"SIGINT while {doing}: nothing new to save"):
         program.main([write_config(files, tmp_path / "run", **changes)])
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("how", ["finished", "to be exported"])
+def test_the_next_run_clears_away_what_a_killed_one_left_and_nothing_else(
+    files, plain, tmp_path, monkeypatch, how
+):
+    config = write_config(files, tmp_path / "run", **NO_EVAL, checkpoint={"keep": 1})
+    with monkeypatch.context() as patch:  # as if killed before old steps go
+        patch.setattr(CheckpointFolder, "prune", lambda *_: None)
+        program.main([config])
+    output, steps = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    assert sorted(os.listdir(steps)) == ["12", "3", "6", "9"]
+    found = {path.relative_to(output) for path in output.rglob("*")}
+    expected = {path for path in found if path.parts[1:2] not in [("3",), ("6",), ("9",)]}
+    shutil.copytree(steps / "12", steps / "12.deleting")
+    shutil.copytree(steps / "12", steps / "13", ignore=lambda *_: ["manifest.json"])
+    (steps / "13.unfinished").touch()
+    for name in (".adapter.abcdefgh.tmp", ".adapter.zyxwvuts.tmp.old"):
+        shutil.copytree(output / "adapter", output / name)
+    (output / f".shared-{'0' * 32}").touch()
+    mine = {pathlib.Path(".adapter.original"), pathlib.Path("notes.txt")}
+    for name in mine:
+        (output / name).write_text("mine")
+    if how == "to be exported":
+        shutil.rmtree(output / "adapter")
+    program.main([config])
+    assert {path.relative_to(output) for path in output.rglob("*")} == expected | mine
+    assert adapter_bytes(output) == adapter_bytes(plain)
 
 
 def test_a_signal_in_the_last_step_leaves_the_export_for_later(files, plain, tmp_path, monkeypatch):
