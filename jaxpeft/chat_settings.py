@@ -23,19 +23,22 @@ class ChatSettings:
         arguments: Values handed to the template with every conversation
             (``data.chat_template_kwargs``).
         stop_ids: Ids of the tokens that ended what was learned; generation stops there too.
+        learn: Which turns were learned (``data.learn``); "" for the default.
+        end_of_turn: What ended them (``data.end_of_turn``); "" for the default.
+        special_tokens_in_content: Whether contents may hold special tokens; "" for the default.
     """
 
     template: str = ""
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stop_ids: tuple[int, ...] = ()
+    learn: str = ""
+    end_of_turn: str = ""
+    special_tokens_in_content: str = ""
 
     def to_values(self) -> dict[str, Any]:
         """The settings as JSON values; empty where there is nothing to say."""
-        values = {
-            "template": self.template,
-            "arguments": dict(self.arguments),
-            "stop_ids": list(self.stop_ids),
-        }
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"arguments": dict(self.arguments), "stop_ids": list(self.stop_ids)}
         return {name: value for name, value in values.items() if value}
 
     @classmethod
@@ -49,7 +52,8 @@ class ChatSettings:
         Raises:
             UserError: If they are not such settings.
         """
-        known = {"template": str, "arguments": dict, "stop_ids": list}
+        known = {field.name: str for field in dataclasses.fields(cls)}
+        known |= {"arguments": dict, "stop_ids": list}
         if not isinstance(values, dict):
             raise UserError(f"{where}: chat: expected an object.")
         for name, value in values.items():
@@ -60,7 +64,7 @@ class ChatSettings:
         stops = values.get("stop_ids", [])
         if not all(type(token) is int and token >= 0 for token in stops):
             raise UserError(f"{where}: chat.stop_ids: expected ids of tokens.")
-        return cls(values.get("template", ""), values.get("arguments", {}), tuple(stops))
+        return cls(**{**values, "stop_ids": tuple(stops)})
 
     def label(self) -> Label:
         """The settings as the label that an adapter carries."""

@@ -7,6 +7,7 @@ memory or a bucket failed, 6 interrupted but saved, 7 another process of the run
 
 import argparse
 import errno
+import json
 import os
 import sys
 import traceback
@@ -97,6 +98,47 @@ def load_base(args: argparse.Namespace) -> Any:
         quantization=args.quantization,
         double_quantization=args.double_quantization,
     )
+
+
+def read_objects(flag: str, path: str) -> list[dict[str, Any]]:
+    """The objects of a JSON file with one list of them.
+
+    Args:
+        flag: What the file was given by, for errors.
+        path: The file.
+
+    Raises:
+        UserError: If it cannot be read, or holds something else.
+    """
+    try:
+        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8"
+        raise UserError(f"{flag}: {path}: cannot be read: {why}.") from None
+    value = _parse_json(f"{flag}: {path}", text)
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise UserError(f"{flag}: {path}: expected a JSON list of objects.")
+    return value
+
+
+def parse_object(flag: str, text: str) -> dict[str, Any]:
+    """The JSON object that follows a flag.
+
+    Raises:
+        UserError: If it is none.
+    """
+    value = _parse_json(flag, text)
+    if not isinstance(value, dict):
+        raise UserError(f"{flag}: expected a JSON object, such as '{{\"key\": true}}'.")
+    return value
+
+
+def _parse_json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{where}: not JSON: {why}.") from None
 
 
 def parse_arguments(

@@ -7,7 +7,7 @@ limit on new tokens and the sampling parameters are arguments.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpeft.activations import layout_of, traced_on
-from jaxpeft.errors import UserError, first_few
+from jaxpeft.chat_prompts import encode_prompts, stop_ids
+from jaxpeft.errors import UserError
 from jaxpeft.methods import KINDS, bind
 from jaxpeft.methods.base import Adapter
 from jaxpeft.methods.binding import adapters_of
@@ -48,6 +49,9 @@ def generate(
     batch_size: int = 16,
     task: int | Sequence[int] = 0,
     index: Sequence[int] | None = None,
+    tools: Sequence[dict] | None = None,
+    documents: Sequence[dict] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Continues prompts until the model ends its turn.
 
@@ -66,6 +70,10 @@ def generate(
         task: Which task's soft prompt, for multitask prompt tuning: a number, or one a prompt.
         index: For adapters from `jaxpeft.stack_adapters`, which of them each prompt gets, -1 for
             none.
+        tools: JSON schemas of tools that chats may call.
+        documents: Documents that chats may answer from.
+        chat_template_kwargs: Variables of the chat template, on top of those that the adapter was
+            trained with.
 
     Returns:
         The new text of every prompt, without special tokens, in the order of `prompts`.
@@ -77,8 +85,18 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     ids = generate_ids(
         base,
-        encode_prompts(base, prompts),
+        encode_prompts(
+            base,
+            prompts,
+            adapter,
+            tools=tools,
+            documents=documents,
+            chat_template_kwargs=chat_template_kwargs,
+        ),
         adapter=adapter,
+        stops=stop_ids(
+            base, adapter, chat=any(not isinstance(one, str) for one in prompts), tools=tools
+        ),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         key=key,
@@ -87,61 +105,6 @@ def generate(
         index=index,
     )
     return [base.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-
-
-def encode_prompts(base: Model, prompts: Sequence[str | Sequence[dict]]) -> list[list[int]]:
-    """Token ids of prompts, the very ones that training puts in front of an answer.
-
-    Args:
-        base: The model, with its tokenizer.
-        prompts: Texts, or lists of chat messages up to where the assistant begins to speak.
-
-    Returns:
-        The ids of every prompt.
-
-    Raises:
-        UserError: No tokenizer, no chat template, or messages that it refuses.
-    """
-    from jaxpeft.data.chat import Encoder, Rendered, RowError, render_messages, render_plain
-    from jaxpeft.data.rows import check_row
-
-    if base.tokenizer is None:
-        raise UserError(
-            f"{base.name or 'the model'}: has no tokenizer; put its tokenizer files beside the "
-            "weights."
-        )
-    if isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts):
-        raise UserError("prompts must be a list of prompts; put square brackets around this one.")
-
-    def render(index: int, prompt: str | Sequence[dict]) -> Rendered:
-        if isinstance(prompt, str):
-            return render_plain(prompt, "")
-        if not prompt:
-            raise UserError(f"prompt {index}: no messages.")
-        answered = [*prompt, {"role": "assistant", "content": "-"}]
-        if problems := check_row({"messages": answered}):
-            raise UserError(f"prompt {index}: {first_few(problems)}.")
-        try:
-            text = render_messages(base.tokenizer, list(prompt), add_generation_prompt=True)
-        except RowError as error:
-            raise UserError(f"prompt {index}: {error}.") from None
-        return Rendered(text, (), is_chat=True)
-
-    rendered = [render(index, prompt) for index, prompt in enumerate(prompts)]
-    tokens = []
-    for index, row in enumerate(Encoder(base.tokenizer).encode(rendered)):
-        if isinstance(row, RowError):
-            raise UserError(f"prompt {index}: {row}.")
-        # Of a text without completion only the end that the encoder adds would be learned.
-        tokens.append([token for token, learned in zip(*row, strict=True) if not learned])
-    return tokens
-
-
-def stop_ids(base: Model) -> tuple[int, ...]:
-    """The ids that end a turn, by the model's config and its tokenizer."""
-    ids = list(base.config.eos_token_ids)
-    eos = getattr(base.tokenizer, "eos_token_id", None)
-    return tuple(dict.fromkeys(ids + ([] if eos is None else [eos])))
 
 
 def generate_ids(
@@ -155,6 +118,7 @@ def generate_ids(
     batch_size: int = 16,
     task: int | Sequence[int] = 0,
     index: Sequence[int] | None = None,
+    stops: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continues prompts given as token ids; see `generate`.
 
@@ -168,6 +132,8 @@ def generate_ids(
         batch_size: Prompts decoded at once.
         task: Which task's soft prompt, for multitask prompt tuning: a number, or one a prompt.
         index: Which of stacked adapters each prompt gets, -1 for none.
+        stops: Ids that end an answer; default: those that the model's config, its tokenizer and
+            the adapter name, see `jaxpeft.chat_prompts.stop_ids`.
 
     Returns:
         New ids of every prompt, without the id that ended it.
@@ -188,7 +154,7 @@ def generate_ids(
         for i, ids in enumerate(prompts)
     ]
     key = jax.random.key(0) if key is None else key
-    stops = stop_ids(base)
+    stops = tuple(stop_ids(base, adapter) if stops is None else stops)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     width = min(batch_size, _power_of_two(len(prompts)))
     answers: list[list[int]] = [[] for _ in prompts]

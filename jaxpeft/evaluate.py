@@ -9,6 +9,7 @@ if __name__ == "__main__":  # before anything heavy is imported: it starts the p
     cli.enable_huge_pages()
 
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,13 +18,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpeft.decoding import generate
+from jaxpeft import data
+from jaxpeft.chat_prompts import stop_ids, tokenizer_of
+from jaxpeft.chat_settings import chat_of
+from jaxpeft.data import Question, Reading
+from jaxpeft.decoding import generate_ids
 from jaxpeft.errors import UserError
 from jaxpeft.losses import make_lm_loss
 from jaxpeft.methods.algebra import pad_rank
 from jaxpeft.methods.base import Adapter
 from jaxpeft.model import Model
 from jaxpeft.prompting import num_tasks, virtual_ids
+
+CUT = "eval_answers_cut_in_thinking"
+CUT_HINT = "note: answers were cut inside of their thinking; raise max_new_tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +41,19 @@ class Sample:
     Attributes:
         prompt: What was asked: the text, or the last message before the answer.
         reference: The answer of the file.
-        answer: The generated text.
+        answer: The generated text, without thinking.
+        cut: Whether ``max_new_tokens`` ended the answer inside of its thinking.
     """
 
     prompt: str
     reference: str
     answer: str
+    cut: bool = False
+
+    def values(self) -> dict[str, Any]:
+        """What `samples.jsonl` says of it; `cut` only where it is true."""
+        values = dataclasses.asdict(self)
+        return values if self.cut else {k: v for k, v in values.items() if k != "cut"}
 
     @property
     def correct(self) -> bool:
@@ -92,20 +107,25 @@ def _batch_sums(base: Model, adapter: Any, batch: Any) -> Any:
 
 def exact_match(
     base: Model,
-    rows: Sequence[dict],
+    rows: Sequence[dict | Question],
     adapter: Adapter | None = None,
     *,
     max_new_tokens: int = 32,
     batch_size: int = 32,
+    reading: Reading | None = None,
 ) -> tuple[float, list[Sample]]:
-    """Answers every row greedily and compares with its reference.
+    """Answers every row greedily and compares with what was learned of it.
+
+    Blocks of thinking in front of an answer do not count, neither in the answer nor in the row.
 
     Args:
         base: The model, with its tokenizer.
-        rows: Rows of data; rows of plain text have no reference and are left out.
+        rows: Rows of data, or questions from `jaxpeft.data.make_questions`; rows of plain text
+            have no reference and are left out.
         adapter: What to put on the base.
         max_new_tokens: Longest answer.
         batch_size: Prompts decoded at once.
+        reading: How rows are read; default: as the adapter was trained.
 
     Returns:
         The share of answers that equal their reference, and all answers.
@@ -113,25 +133,54 @@ def exact_match(
     Raises:
         UserError: If no row has a reference.
     """
-    from jaxpeft.data import prompt_and_reference
+    from jaxpeft.data.thinking import thinks_on, without_thinking
 
-    asked = [(row, pair) for row in rows if (pair := prompt_and_reference(row)) is not None]
-    if not asked:
+    tokenizer = tokenizer_of(base, adapter)
+    reading = reading or reading_of(base, adapter)
+    questions: list[Question] = []
+    for is_question, group in itertools.groupby(rows, lambda row: isinstance(row, Question)):
+        some: list[Any] = list(group)
+        questions += some if is_question else data.make_questions(some, tokenizer, reading)
+    if not questions:
         raise UserError("exact match needs rows with a prompt and an answer, there are none.")
-    pairs = [pair for _, pair in asked]
-    answers = generate(
+    stops = [question.stop for question in questions if question.stop is not None]
+    answers = generate_ids(
         base,
-        [prompt for prompt, _ in pairs],
+        [question.prompt for question in questions],
         adapter=adapter,
-        task=[row.get("task", 0) for row, _ in asked] if num_tasks(adapter) else 0,
+        task=[question.task for question in questions] if num_tasks(adapter) else 0,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        stops=tuple(dict.fromkeys([*stop_ids(base, adapter), *stops])),
     )
-    samples = [
-        Sample(prompt if isinstance(prompt, str) else prompt[-1]["content"], reference, answer)
-        for (prompt, reference), answer in zip(pairs, answers, strict=True)
-    ]
+    samples = []
+    for question, ids in zip(questions, answers, strict=True):
+        text = tokenizer.decode(ids)
+        samples.append(
+            Sample(
+                question.shown,
+                question.reference,
+                without_thinking(question.text, text),
+                cut=len(ids) == max_new_tokens and thinks_on(question.text, text),
+            )
+        )
     return sum(sample.correct for sample in samples) / len(samples), samples
+
+
+def count_cut(samples: Sequence[Sample]) -> dict[str, float]:
+    """How many answers ended inside of their thinking, as a metric; none where there are none."""
+    cut = sum(sample.cut for sample in samples)
+    return {CUT: float(cut)} if cut else {}
+
+
+def reading_of(base: Model, adapter: Adapter | None) -> Reading:
+    """How rows are read to evaluate an adapter: as it was trained."""
+    settings = chat_of(adapter)
+    names = ("learn", "end_of_turn", "special_tokens_in_content")
+    chosen: Any = {name: getattr(settings, name) for name in names if getattr(settings, name)}
+    return Reading(
+        chat_template_kwargs=settings.arguments, stop_ids=base.config.eos_token_ids, **chosen
+    )
 
 
 def evaluate_file(
@@ -163,43 +212,65 @@ def evaluate_file(
     Raises:
         UserError: If the file cannot be used, or a row is longer than `max_length`.
     """
-    from jaxpeft import data
-
-    counts = [count for adapter in adapters.values() if (count := num_tasks(adapter))]
-    examples = data.encode_file(
-        path,
-        base.tokenizer,
-        max_length=max_length,
-        vocab_size=base.config.vocab_size,
-        num_tasks=min(counts, default=0),
-    ).first(max_rows)
-    answered = any(data.prompt_and_reference(row) is not None for row in examples.rows)
+    tasks = min((count for one in adapters.values() if (count := num_tasks(one))), default=0)
     loras = [one for one in adapters.values() if one is not None and one.spec.kind == "lora"]
     width = max((one.spec.rank for one in loras), default=0)
+    like = next((one for one in adapters.values() if one is not None), None)
+    read: dict[str, data.Examples] = {}
     results = {}
     for name, adapter in adapters.items():
+        # The base alone is asked what the first adapter is asked.
+        taught = like if adapter is None else adapter
+        key = str(chat_of(taught).label())
+        if key not in read:
+            read[key] = data.encode_file(
+                path,
+                tokenizer_of(base, taught),
+                max_length=max_length,
+                vocab_size=base.config.vocab_size,
+                num_tasks=tasks,
+                reading=reading_of(base, taught),
+            ).first(max_rows)
         if adapter is not None and adapter.spec.kind == "lora":
             adapter = pad_rank(adapter, width)
-        tasks = num_tasks(adapter)
-        virtual = virtual_ids(adapter, np.arange(tasks) if tasks else 0)
-        batches = data.eval_batches(
-            examples.with_prefix(virtual),
-            batch_size=batch_size,
-            max_length=max_length + virtual.shape[-1],
-            packing=True,
-            pad_id=base.config.pad_token_id,
+        results[name] = _evaluate_examples(
+            base, read[key], adapter, taught, max_length, max_new_tokens, batch_size
         )
-        metrics = evaluate_loss(base, batches, adapter)
-        if answered:
-            metrics["eval_exact_match"], _ = exact_match(
-                base,
-                examples.rows,
-                adapter,
-                max_new_tokens=max_new_tokens,
-                batch_size=4 * batch_size,
-            )
-        results[name] = metrics
     return results
+
+
+def _evaluate_examples(
+    base: Model,
+    examples: data.Examples,
+    adapter: Adapter | None,
+    taught: Adapter | None,
+    max_length: int,
+    max_new_tokens: int,
+    batch_size: int,
+) -> dict[str, float]:
+    """All metrics of one adapter; `taught` says how the examples were read."""
+    tasks = num_tasks(adapter)
+    virtual = virtual_ids(adapter, np.arange(tasks) if tasks else 0)
+    batches = data.eval_batches(
+        examples.with_prefix(virtual),
+        batch_size=batch_size,
+        max_length=max_length + virtual.shape[-1],
+        packing=True,
+        pad_id=base.config.pad_token_id,
+    )
+    metrics = evaluate_loss(base, batches, adapter)
+    tokenizer, reading = tokenizer_of(base, taught), reading_of(base, taught)
+    questions = data.make_questions(examples.rows, tokenizer, reading)
+    if questions:
+        metrics["eval_exact_match"], samples = exact_match(
+            base,
+            questions,
+            adapter,
+            max_new_tokens=max_new_tokens,
+            batch_size=4 * batch_size,
+        )
+        metrics |= count_cut(samples)
+    return metrics
 
 
 def print_results(results: Mapping[str, Mapping[str, float]], stream: Any) -> None:
@@ -215,8 +286,10 @@ def print_results(results: Mapping[str, Mapping[str, float]], stream: Any) -> No
     for name in names:
         table.add_column(name.removeprefix("eval_").replace("_", " "), justify="right")
     for name, metrics in results.items():
-        table.add_row(name, *[f"{metrics[key]:.4g}" for key in names])
+        table.add_row(name, *[f"{metrics[key]:.4g}" if key in metrics else "-" for key in names])
     make_console(stream).print(table)
+    if any(CUT in metrics for metrics in results.values()):
+        print(CUT_HINT, file=stream)
 
 
 def main(argv: list[str]) -> None:

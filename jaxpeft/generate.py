@@ -18,6 +18,13 @@ def main(argv: list[str]) -> None:
     cli.add_base(parser)
     parser.add_argument("--adapter", help="adapter folder or hub id")
     parser.add_argument("--system", help="system message in front of every prompt")
+    parser.add_argument("--tools", metavar="FILE", help="JSON list of tools that may be called")
+    parser.add_argument("--documents", metavar="FILE", help="JSON list of documents to read")
+    parser.add_argument(
+        "--chat_template_kwargs",
+        metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'",
+    )
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
     parser.add_argument("--task", type=int, default=0, help="of an adapter for several tasks")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer")
@@ -27,8 +34,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts answered at once")
     args, _ = cli.parse_arguments(parser, argv)
-    if args.raw and args.system is not None:
-        raise UserError("--system needs the chat template; leave out --raw or --system.")
+    for name in ("system", "tools", "documents", "chat_template_kwargs"):
+        if args.raw and getattr(args, name) is not None:
+            raise UserError(f"--{name} needs the chat template; leave out --raw or --{name}.")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed must lie in [0, 2**32), got {args.seed}.")
     texts = [
@@ -42,14 +50,21 @@ def main(argv: list[str]) -> None:
         cli.require_text(name, text)
     if not texts:
         raise UserError("no prompt: every line is empty.")
+    beside = {
+        "tools": args.tools and cli.read_objects("--tools", args.tools),
+        "documents": args.documents and cli.read_objects("--documents", args.documents),
+        "chat_template_kwargs": args.chat_template_kwargs
+        and cli.parse_object("--chat_template_kwargs", args.chat_template_kwargs),
+    }
     import jax
 
     import jaxpeft as jp
+    from jaxpeft.chat_prompts import tokenizer_of
 
     base = cli.load_base(args)
     adapter = jp.load_adapter(args.adapter, base) if args.adapter else None
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    if not args.raw and base.tokenizer is not None and not base.tokenizer.chat_template:
+    if not args.raw and not tokenizer_of(base, adapter).chat_template:
         raise UserError(f"{args.model}: has no chat template; add --raw to continue the text.")
     answers = jp.generate(
         base,
@@ -62,6 +77,7 @@ def main(argv: list[str]) -> None:
         key=jax.random.key(args.seed),
         batch_size=args.batch_size,
         task=args.task,
+        **beside,
     )
     for answer in answers:
         print(answer)

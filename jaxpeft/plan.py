@@ -214,6 +214,8 @@ def describe_data(
     plan = rows.plan
     return {
         "rows": rows.train_rows,
+        "examples": rows.train_examples,
+        "notes": list(rows.notes),
         "dropped": rows.dropped,
         "truncated": rows.truncated,
         "sequences_per_epoch": plan.num_sequences,

@@ -27,7 +27,7 @@ def print_plan(plan: dict[str, Any], stream: Any = None) -> None:
         text = "".join(_shown(part, _marks(stream)) for part in sample["parts"])
         text = text.encode(stream.encoding or "utf-8", "backslashreplace")
         print(f"  line {sample['line']}:", file=stream)
-        for line in text.decode(stream.encoding or "utf-8").splitlines():
+        for line in text.decode(stream.encoding or "utf-8").split("\n"):
             print(f"    {line}", file=stream)
     print(file=stream)
     report.print_run_table(_verdict(plan), [], stream=stream)
@@ -79,7 +79,9 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         left_out = f", {found['dropped']:,} dropped" if found["dropped"] else ""
         cut = f", {found['truncated']:,} truncated" if found["truncated"] else ""
-        rows.append(("data", f"{found['rows']:,} rows{left_out}{cut}"))
+        several = f", {found['examples']:,} examples" if found["examples"] > found["rows"] else ""
+        rows.append(("data", f"{found['rows']:,} rows{several}{left_out}{cut}"))
+        rows += [("note", note) for note in found["notes"]]
         rows.append(
             (
                 "an epoch",

@@ -106,6 +106,7 @@ def describe_run(
     tokens_per_epoch: int,
     supervised_per_epoch: int,
     rows: int,
+    examples: int = 0,
     steps: int,
     epochs: float,
     first_step: int = 0,
@@ -126,6 +127,7 @@ def describe_run(
         tokens_per_epoch: Tokens that are not padding.
         supervised_per_epoch: Tokens that carry loss.
         rows: Rows of training data that are used.
+        examples: Examples that they give, where they are not as many.
         steps: Updates of the whole run.
         epochs: The same in passes over the data.
         first_step: Updates done before, by the run that is resumed.
@@ -143,13 +145,14 @@ def describe_run(
     percent = 100 * trainable / max(base_parameters, 1)
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
     devices = _size(tuple(mesh.values()))
+    data = f"{rows:,} rows" + (f", {examples:,} examples" if examples > rows else "")
     accumulated = ""
     if microbatch_size is not None and microbatch_size != batch_size:
         accumulated = f", {microbatch_size} at a time"
     table = [
         ("trainable", f"{trainable:,} of {base_parameters:,} parameters ({percent:.3g} %)"),
         ("dtypes", ", ".join(f"{what} {_dtype_name(dtype)}" for what, dtype in dtypes.items())),
-        ("data", f"{rows:,} rows{_counted(dropped, 'dropped')}{_counted(truncated, 'truncated')}"),
+        ("data", f"{data}{_counted(dropped, 'dropped')}{_counted(truncated, 'truncated')}"),
         ("an epoch", f"{tokens_per_epoch:,} tokens, {supervised_per_epoch:,} supervised"),
         ("batch", f"{batch_size} x {seq_len} tokens{accumulated}"),
         ("steps", f"{steps:,} ({epochs:.3g} epochs)"),

@@ -14,10 +14,11 @@ from jaxpeft import config as run_config
 from jaxpeft import data, paths, processes, report, sharding
 from jaxpeft.activations import traced_on
 from jaxpeft.backend import give_back_memory
+from jaxpeft.chat_settings import ChatSettings
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import first_few
-from jaxpeft.evaluate import Sample, evaluate_loss, exact_match
+from jaxpeft.evaluate import Sample, count_cut, evaluate_loss, exact_match
 from jaxpeft.init_from import load_start
 from jaxpeft.losses import make_lm_loss
 from jaxpeft.methods import Adapter, Context, Full
@@ -43,8 +44,13 @@ class Rows:
         eval_examples: Held-out examples, or None.
         train_rows: Rows to learn from.
         dropped: Rows of the training file that were left out.
-        truncated: Rows of it that were cut.
+        truncated: Examples of it that were cut.
         shared: Held-out examples that are training examples too.
+        train_examples: Examples that the rows give: a row whose chat template rewrites earlier
+            turns gives several.
+        stop_ids: Tokens that end what is learned.
+        notes: What is to be told about the rows, a line each.
+        questions: What exact match asks.
     """
 
     plan: data.Plan
@@ -54,6 +60,10 @@ class Rows:
     dropped: int = 0
     truncated: int = 0
     shared: int = 0
+    train_examples: int = 0
+    stop_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    questions: tuple[data.Question, ...] = ()
 
     def lines_of_step(self, step: int) -> str:
         """Which lines of the training file the update that makes this step learns from."""
@@ -216,12 +226,26 @@ class Run:
             if section.exact_match:
                 metrics["eval_exact_match"], samples = exact_match(
                     model,
-                    examples.rows,
-                    adapter,
+                    self.rows.questions,
+                    dataclasses.replace(adapter, chat=self.chat_settings().label()),
                     max_new_tokens=section.max_new_tokens,
                     batch_size=4 * section.batch_size,
                 )
+                metrics |= count_cut(samples)
         return metrics, samples
+
+    def chat_settings(self) -> ChatSettings:
+        """How the adapter is taught to chat, for those who generate with it."""
+        section = self.config.data
+        changed = {
+            field.name: getattr(section, field.name)
+            for field in dataclasses.fields(section)
+            if field.name in ("learn", "end_of_turn", "special_tokens_in_content")
+            and getattr(section, field.name) != field.default
+        }
+        return ChatSettings(
+            arguments=dict(section.chat_template_kwargs), stop_ids=self.rows.stop_ids, **changed
+        )
 
     def save(self, checkpoints: Checkpoints, metrics: dict[str, float] | None = None) -> None:
         """Starts saving the state; of the metric that decides about "best", less is better."""
@@ -260,11 +284,12 @@ class Run:
         if self.config.checkpoint.best and (best := checkpoints.best()) is not None:
             self.restore(checkpoints, best)
         place, model = export_path(self.config), self.model()
+        adapter = dataclasses.replace(self.state.adapter, chat=self.chat_settings().label())
         if place.name == "model":
             dtype = self.config.model.dtype
-            save_model(str(place), model, adapter=self.state.adapter, dtype=dtype, overwrite=True)
+            save_model(str(place), model, adapter=adapter, dtype=dtype, overwrite=True)
         else:
-            save_adapter(str(place), jax.tree.map(processes.whole, self.state.adapter), model)
+            save_adapter(str(place), jax.tree.map(processes.whole, adapter), model)
         return place
 
     def describe(self) -> tuple[list[tuple[str, str]], list[Any]]:
@@ -284,6 +309,7 @@ class Run:
             tokens_per_epoch=plan.tokens_per_epoch,
             supervised_per_epoch=plan.supervised_tokens_per_epoch,
             rows=self.rows.train_rows,
+            examples=self.rows.train_examples,
             steps=self.rows.steps,
             epochs=self.rows.steps * plan.batch_size / plan.num_sequences,
             first_step=int(self.state.step),
@@ -302,6 +328,7 @@ class Run:
         if self.rows.shared:
             total = len(self.rows.eval_examples or ())
             rows.append(("note", f"{self.rows.shared} of {total} rows of data.eval are trained on"))
+        rows += [("note", note) for note in self.rows.notes]
         return rows, report.describe_adapter(self.base_shapes, adapter, trained)
 
     def _trainable(self, tree: dict) -> dict:

@@ -1,7 +1,6 @@
 """Where a run's numbers go: ``metrics.jsonl``, ``samples.jsonl``, the progress line, trackers."""
 
 import contextlib
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -148,10 +147,16 @@ class RunLog:
         with self.progress.paused("evaluating"):
             scores, samples = call(self.run.evaluate, "evaluating")
         for sample in samples:
-            self._write(step, dataclasses.asdict(sample), SAMPLES)
+            self._write(step, sample.values(), SAMPLES)
         self._write(step, scores)
         self._tracker.log(step, scores)
         self.progress.note(report.evaluation_line(step, scores))
+        if cut := sum(sample.cut for sample in samples):
+            limit = self.run.config.evaluation.max_new_tokens
+            self.progress.note(
+                f"{cut} of {len(samples)} answers were cut inside of their thinking by "
+                f"evaluation.max_new_tokens: {limit}; raise it"
+            )
         self.start_clock()
         return scores
 

@@ -217,27 +217,33 @@ def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> R
     section, batch_size = config.data, config.train.batch_size
     virtual = config.method.num_virtual_tokens
     tasks = config.method.num_tasks
+    tokenizer = tokenizer or load_tokenizer(config.model.path, config.model.revision)
+    reading = section.reading(model.eos_token_ids)
     prefix = model.vocab_size + np.arange(max(tasks, 1) * virtual, dtype=np.int32)
     if tasks:
         prefix = prefix.reshape(tasks, virtual)
     encode = functools.partial(
         data.encode_file,
-        tokenizer=tokenizer or load_tokenizer(config.model.path, config.model.revision),
+        tokenizer=tokenizer,
         max_length=section.max_length,
         vocab_size=model.vocab_size,
         on_long=section.on_long,
         on_bad_row=section.on_bad_row,
         num_virtual_tokens=virtual,
         num_tasks=tasks,
+        reading=reading,
     )
     examples, held_out, shared = encode(section.train), None, 0
+    questions: list[data.Question] = []
     if section.eval:
         held_out = encode(section.eval).first(config.evaluation.max_rows)
-        if config.evaluation.exact_match and not any(map(data.prompt_and_reference, held_out.rows)):
+        if config.evaluation.exact_match and not any(map(data.has_answer, held_out.rows)):
             raise UserError(
                 f"evaluation.exact_match: {section.eval} has plain text only; give rows with a "
                 "prompt and an answer, or set it to false."
             )
+        if config.evaluation.exact_match:
+            questions = data.make_questions(held_out.rows, tokenizer, reading)
         known = {tokens.tobytes() for tokens in examples.tokens}
         shared = sum(tokens.tobytes() in known for tokens in held_out.tokens)
     plan = data.Plan(
@@ -260,7 +266,11 @@ def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> R
         plan,
         steps,
         held_out and held_out.with_prefix(prefix),
-        train_rows=len(examples),
+        train_rows=examples.num_rows,
+        train_examples=len(examples),
+        stop_ids=examples.stop_ids,
+        notes=examples.notes,
+        questions=tuple(questions),
         dropped=sum(examples.dropped.values()),
         truncated=examples.truncated,
         shared=shared,

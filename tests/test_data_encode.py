@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from toy_tokenizer import CHATML, VOCAB_SIZE, shown, toy_tokenizer
 
-from jaxpeft.data import encode_file, render_messages
+from jaxpeft.data import Reading, encode_file, render_messages
 from jaxpeft.errors import UserError
 
 PAIR = {"prompt": "ab", "completion": "cd"}
@@ -75,13 +75,27 @@ def test_blanks_in_the_content_are_learned_and_blanks_of_the_template_are_not(en
     assert learned(encode(chat("Hi", "x \n")))[0].endswith("assistant\n[x \n<|im_end|>]\n")
 
 
-def test_template_without_special_tokens_teaches_the_whole_turn(encode):
-    template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    examples = encode(chat("Hi", "Hello", "1+1", "2"), tokenizer=toy_tokenizer(template))
-    assert learned(examples) == ["user: Hi\nassistant: [Hello\n]user: 1+1\nassistant: [2\n]"]
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_template_that_writes_no_end_is_refused_before_training(encode):
+    with pytest.raises(UserError, match=r"no end behind an answer.*data.end_of_turn to eos"):
+        encode(chat("Hi", "Hello"), tokenizer=toy_tokenizer(PLAIN))
+
+
+def test_end_token_is_learned_where_the_template_writes_no_end(encode):
+    """History has no end token, so each turn stands behind its own prompt."""
+    row, reading = chat("Hi", "Hello", "1+1", "2"), Reading(end_of_turn="eos")
+    examples = encode(row, tokenizer=toy_tokenizer(PLAIN), reading=reading)
+    assert learned(examples) == [
+        "user: Hi\nassistant: [Hello<|im_end|>]",
+        "user: Hi\nassistant: Hello\nuser: 1+1\nassistant: [2<|im_end|>]",
+    ]
+    assert (examples.num_rows, examples.lines) == (1, [1, 1])
+    assert examples.stop_ids == (1,)
 
 
 def test_template_that_writes_bos_gets_no_second_one(encode):
@@ -105,28 +119,29 @@ def test_plain_text_gets_bos_and_eos_once(encode, bos, eos, row, expected):
     assert learned(encode(row, tokenizer=toy_tokenizer(bos=bos, eos=eos))) == [expected]
 
 
-def test_prompt_that_merges_into_the_completion_is_refused(encode):
-    with pytest.raises(UserError) as caught:
-        encode({"prompt": "a ", "completion": "b"})
-    assert str(caught.value).startswith(
-        'train.jsonl:1: "prompt" and "completion" merge into other tokens where they meet: '
-        "the prompt alone ends in ' ', with what follows it reads ' b'; move blanks"
-    )
+def test_prompt_and_answer_are_encoded_apart_where_they_would_merge(encode):
+    assert learned(encode({"prompt": "a ", "completion": "b"})) == ["a [b<|im_end|>]"]
     assert learned(encode({"prompt": "a", "completion": " b"})) == ["a[ b<|im_end|>]"]
+    spaced = CHATML.replace("assistant\n{% endif", "assistant\n{{ ' ' }}{% endif")
+    spaced = spaced.replace("}}\n{{ m['content']", "}}\n {{ m['content']")
+    text = learned(encode(chat("Hi", "bye", system="S"), tokenizer=toy_tokenizer(spaced)))[0]
+    assert text.endswith("<|im_start|>assistant\n [bye<|im_end|>]")
 
 
-def test_template_that_rewrites_earlier_turns_is_refused_with_the_difference(encode):
+def test_turns_behind_rewritten_history_are_examples_of_their_own(encode):
     template = (
-        "{% for m in messages %}{{ m['role'] }}: "
-        "{% if m['role'] == 'assistant' and loop.last %}(think) {% endif %}{{ m['content'] }}\n"
-        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}: "
+        "{% if m['role'] == 'assistant' and loop.last %}(think) {% endif %}{{ m['content'] }}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
     )
-    tokenizer = toy_tokenizer(template)
-    assert learned(encode(chat("Hi", "yo"), tokenizer=tokenizer)) == [
-        "user: Hi\nassistant: [(think) yo\n]"
+    examples = encode(chat("Hi", "yo", "So", "no"), tokenizer=toy_tokenizer(template))
+    assert learned(examples) == [
+        "<|im_start|>user: Hi<|im_end|><|im_start|>assistant: [(think) yo<|im_end|>]",
+        "<|im_start|>user: Hi<|im_end|><|im_start|>assistant: yo<|im_end|>"
+        "<|im_start|>user: So<|im_end|><|im_start|>assistant: [(think) no<|im_end|>]",
     ]
-    with pytest.raises(UserError, match=r"train.jsonl:1: messages\[1\]: .*'\(think\) yo.*'yo"):
-        encode(chat("Hi", "yo", "So", "no"), tokenizer=tokenizer)
+    assert (examples.num_rows, len(examples), examples.lines) == (1, 2, [1, 1])
+    assert len(examples.first(1)) == 2
 
 
 def test_message_of_a_template_that_refuses_is_passed_on(encode):

@@ -1,8 +1,9 @@
 import json
 
 import pytest
+from toy_tokenizer import shown, toy_tokenizer
 
-from jaxpeft.data import Row, prompt_and_reference, read_rows
+from jaxpeft.data import Reading, Row, has_answer, make_questions, read_rows
 from jaxpeft.errors import UserError
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -120,17 +121,20 @@ def test_bad_row_is_refused_with_its_line_and_field(write, line, why):
         ([{"content": "Hi"}], '"messages[0].role": missing; keys of the message: "content"'),
         (
             [{"role": "user", "content": [{"type": "text"}]}],
-            '"messages[0].content": expected text, got a list',
+            '"messages[0].content[0].text": expected text, got null',
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+            '"messages[0].content[0].type": "image_url" is not supported; only text',
         ),
         (turns("user", "assistant", content=" "), '"messages[0].content": empty'),
         (
-            turns("human", "assistant"),
-            '"messages[0].role": unknown role "human"; known: system, user, assistant',
+            turns("robot", "assistant"),
+            '"messages[0].role": unknown role "robot"; known: system, user, assistant, tool',
         ),
-        (turns("user", "user", "assistant"), '"messages[1].role": two user turns in a row'),
         (
-            turns("user", "assistant", "assistant"),
-            '"messages[2].role": two assistant turns in a row',
+            turns("tool", "assistant"),
+            '"messages[0].role": the conversation starts with the answer of a tool',
         ),
         (
             turns("assistant", "user"),
@@ -150,7 +154,7 @@ def test_bad_row_is_refused_with_its_line_and_field(write, line, why):
         ),
         (
             [{"role": "user", "content": "Hi"}, {**turns("assistant")[0], "tool_calls": [{}]}],
-            '"messages[1].tool_calls": not supported; only role and content are used',
+            '"messages[1].tool_calls[0].name": expected text, got null',
         ),
     ],
 )
@@ -162,7 +166,7 @@ def test_bad_conversation_is_refused_with_the_message_and_why(write, messages, w
 @pytest.mark.parametrize(
     ("prompt", "completion", "why"),
     [
-        (turns("user"), turns("user"), '"completion[0].role": two user turns in a row'),
+        (turns("user"), turns("user"), '"completion": no assistant turn, so there is nothing'),
         (
             turns("user", "assistant"),
             turns("user", "assistant"),
@@ -264,10 +268,10 @@ def test_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"),
+    ("row", "asked", "reference"),
     [
-        (PAIR | {"completion": " 2\n"}, ("1+1=", "2")),
-        (TEXT, None),
+        (PAIR | {"completion": " 2\n"}, "1+1=", "2"),
+        (TEXT, None, None),
         (
             {
                 "messages": [
@@ -275,13 +279,21 @@ def test_folder_is_refused(tmp_path):
                     {"role": "assistant", "content": "last "},
                 ]
             },
-            (turns("system", "user", "assistant", "user"), "last"),
+            "<|im_start|>system\nx<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
+            "<|im_start|>assistant\nx<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
+            "<|im_start|>assistant\n",
+            "last",
         ),
         (
-            {"prompt": turns("user"), "completion": turns("assistant", content="yes")},
-            (turns("user"), "yes"),
+            {"system": "S", "prompt": turns("user"), "completion": turns("assistant", content="y")},
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
+            "<|im_start|>assistant\n",
+            "y",
         ),
     ],
 )
-def test_row_is_split_before_its_last_answer(row, expected):
-    assert prompt_and_reference(row) == expected
+def test_question_of_a_row_is_all_before_its_last_answer(row, asked, reference):
+    questions = make_questions([row], toy_tokenizer(), Reading())
+    found = [(shown(question.prompt), question.reference) for question in questions]
+    assert found == ([] if asked is None else [(asked, reference)])
+    assert has_answer(row) == (asked is not None)

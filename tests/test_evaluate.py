@@ -98,20 +98,41 @@ def test_nothing_supervised_is_an_error(getkey):
             evaluate_loss(base, given)
 
 
+def answers_of(texts, monkeypatch):
+    """Lets the model answer with these texts, in order."""
+    said = iter(texts)
+
+    def answer(base, prompts, **_):
+        return [base.tokenizer(next(said), add_special_tokens=False).input_ids for _ in prompts]
+
+    monkeypatch.setattr(evaluate, "generate_ids", answer)
+
+
 def test_exact_match_ignores_blanks_around_and_nothing_else(getkey, monkeypatch):
-    answers = iter([" four\n", ", O muse.", "Ho", ""])
-    monkeypatch.setattr(
-        evaluate, "generate", lambda base, prompts, **_: [next(answers) for _ in prompts]
-    )
+    answers_of([" four\n", ", O muse.", "Ho", ""], monkeypatch)
     share, samples = exact_match(toy_model(getkey()), ROWS)
     assert share == 0.5
     assert samples == [
-        Sample("two and two is", "four", " four\n"),
+        Sample("two and two is", "four", "four"),
         Sample("Sing", ", o muse.", ", O muse."),
         Sample("Hi", "Ho", "Ho"),
         Sample("a", "b", ""),
     ]
     assert [sample.correct for sample in samples] == [True, False, True, False]
+
+
+def test_thinking_is_learned_and_does_not_count_and_cut_thinking_is_named(getkey, monkeypatch):
+    turn = {"role": "assistant", "content": "<think>\nwell\n</think>\n\nyes"}
+    rows = [{"messages": [{"role": "user", "content": "Is it?"}, turn]}] * 4
+    rows = [dict(row) for row in rows]
+    answers_of(["<think>hm</think>yes", "yes", "<think>no</think>no", "<think>yes"], monkeypatch)
+    share, samples = exact_match(toy_model(getkey()), rows, max_new_tokens=10)
+    assert share == 0.5
+    assert [sample.answer for sample in samples] == ["yes", "yes", "no", "<think>yes"]
+    assert [sample.reference for sample in samples] == ["yes"] * 4
+    assert [sample.cut for sample in samples] == [False, False, False, True]
+    assert evaluate.count_cut(samples) == {"eval_answers_cut_in_thinking": 1.0}
+    assert evaluate.count_cut(samples[:3]) == {}
 
 
 def test_exact_match_of_the_models_own_answers_is_one(getkey):

@@ -1,74 +1,41 @@
-"""From a row to text, and from text to tokens with the mask of those that are learned.
+"""A tokenizer's chat template: rendering, its special tokens, and the token that ends a turn."""
 
-Which tokens are learned is found by rendering prefixes of the conversation, for every template
-alike and without ``{% generation %}`` markers. With `before` the rendering of all messages
-before an assistant turn plus the generation prompt, and `through` the rendering up to and
-including the turn, the turn's tokens are those of the whole that follow the tokens of
-`before`, as far as `through` goes, cut after the last special token (the end of the turn):
-
-    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
-    [------------- before ----------------------------------]
-    [------------- through ----------------------------------------------------]
-                                                            [-- learned ---]
-
-Tokens of prefixes are compared, rather than characters mapped to tokens by offsets: what counts
-is that a generating model, which is given exactly the tokens of `before`, was trained behind
-those very tokens; and offsets hide a seam that was merged away, since byte-level tokenizers may
-leave the space in front of a word out of them. The mask never looks at pad or eos by id, so the
-end of a turn is learned even where eos doubles as pad.
-
-Plain prompts and completions follow TRL: the two texts are joined as they are, the tokenizer's
-own special tokens go in front once, eos at the end.
-"""
-
-import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxpeft.errors import UserError
+from jaxpeft.data.messages import REASONING
+from jaxpeft.data.templates import TemplateError, render_template
+from jaxpeft.data.thinking import ends_with_empty_block, is_exempt
 
-# Put in front of templates that ask for the date of today, which would change the data daily;
-# the date is Llama 3's own fallback.
-_FIXED_DATE = (
-    "{%- macro strftime_now(format) -%}"
-    "{{ '2024-07-26' if format == '%Y-%m-%d' else '26 Jul 2024' }}"
-    "{%- endmacro -%}"
-)
+ANSWER, NEXT, QUESTION = "Zq4vanswer7", "Zq4vnext7", "Zq4vquestion7"
+THOUGHT, TOOL = "Zq4vthought7", "Zq4vtool7"
+"""Texts that no template changes and no row holds, to find places in a rendering by."""
 
 
 class RowError(ValueError):
-    """A row that the tokenizer cannot turn into an example; the text is "field: why"."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rendered:
-    """The text of a row.
-
-    Attributes:
-        text: All of it.
-        spans: For every stretch that is learned, the text before it and the text through it.
-        is_chat: Whether a template wrote it, special tokens included.
-    """
-
-    text: str
-    spans: tuple[tuple[str, str], ...]
-    is_chat: bool
-
-    def texts(self) -> list[str]:
-        """Every text whose tokens the mask needs."""
-        return list(dict.fromkeys([self.text, *(text for span in self.spans for text in span)]))
+    """A row that cannot become an example; the text is "field: why"."""
 
 
 def render_messages(
-    tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Any] | None = None,
+    documents: Sequence[Any] | None = None,
+    add_generation_prompt: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> str:
     """Renders messages with the tokenizer's chat template, for training and generation alike.
 
     Args:
         tokenizer: A tokenizer of transformers.
-        messages: Role and content of each.
+        messages: The messages as the template takes them: role, content, ...
+        tools: JSON schemas of tools.
+        documents: Documents to answer from.
         add_generation_prompt: Whether to open an assistant turn at the end.
+        arguments: Further variables of the template.
 
     Returns:
         The text, special tokens included: encode it with ``add_special_tokens=False``.
@@ -77,172 +44,144 @@ def render_messages(
         UserError: If the tokenizer has no chat template.
         RowError: If the template refuses the messages.
     """
-    import jinja2
-
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the model's tokenizer has no chat template, which rows with messages need; use a "
-            "chat model, set tokenizer.chat_template, or give prompt and completion as text."
-        )
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = _FIXED_DATE + template
     try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=template,
-            tokenize=False,
+        return render_template(
+            tokenizer,
+            messages,
+            tools=tools,
+            documents=documents,
             add_generation_prompt=add_generation_prompt,
+            arguments=arguments,
         )
-    except (jinja2.TemplateError, TypeError) as error:
+    except TemplateError as error:
         raise RowError(f"the chat template refuses the messages: {error}") from None
 
 
-def render_plain(prompt: str, completion: str) -> Rendered:
-    """Joins a prompt, which may be empty, and the text to learn, as they are."""
-    text = prompt + completion
-    return Rendered(text, ((prompt, text),), is_chat=False)
-
-
-def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], start: int = 0) -> Rendered:
-    """Renders a conversation and finds the stretches of text that are learned.
+class Chat:
+    """What is to be known of a tokenizer and its chat template, found out once.
 
     Args:
         tokenizer: A tokenizer of transformers.
-        messages: Role and content of each; user and assistant take turns.
-        start: Index of the message from which on assistant turns are learned.
+        stop_ids: Further tokens that end generation, by the model's config.
+        arguments: Variables of the template for all conversations.
 
-    Returns:
-        The text with a span for every such turn.
-
-    Raises:
-        UserError: If the tokenizer has no chat template.
-        RowError: If the template refuses the messages, or renders a turn differently when
-            other turns follow.
-    """
-    whole = render_messages(tokenizer, messages)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index < start:
-            continue
-        before = render_messages(tokenizer, messages[:index], add_generation_prompt=True)
-        is_last = index == len(messages) - 1
-        through = whole if is_last else render_messages(tokenizer, messages[: index + 1])
-        _check_prefix(through, whole, index, "the whole conversation")
-        _check_prefix(before, through, index, "the conversation through that turn")
-        spans.append((before, through))
-    return Rendered(whole, tuple(spans), is_chat=True)
-
-
-class Encoder:
-    """Turns rendered rows into token ids and masks.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
+    Attributes:
+        tokenizer: As given.
+        arguments: As given.
+        eos: The text of the tokenizer's end token; "" where it has none.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_ids: Iterable[int] = (),
+        arguments: Mapping[str, Any] | None = None,
+    ):
         self.tokenizer = tokenizer
-        probe = self._encode(["a"])[0]
-        around = tokenizer("a")["input_ids"]
-        at = next(
-            (i for i in range(len(around)) if around[i : i + len(probe)] == probe), len(around)
-        )
-        self._first = around[:at]
-        eos = tokenizer.eos_token_id
-        self._last = [eos] if eos is not None else around[at + len(probe) :]
-        added = tokenizer.added_tokens_decoder.items()
-        self._ends = {index for index, token in added if not token.content.isspace()}
-        self._ends.update(tokenizer.all_special_ids)
-        self._is_blank = functools.cache(lambda token: not tokenizer.decode([token]).strip())
+        self.arguments = dict(arguments or {})
+        self.eos: str = tokenizer.eos_token or ""
+        added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+        added |= dict.fromkeys(tokenizer.all_special_tokens, True)
+        names = sorted(filter(None, added), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, names))) if names else None
+        self._special = {token for token in names if added[token]}
+        markup = [token for token in names if added[token] and not is_exempt(token)]
+        self._markup = re.compile("|".join(map(re.escape, markup))) if markup else None
+        known = (tokenizer.convert_ids_to_tokens(int(token)) for token in stop_ids)
+        self._stops = [token for token in dict.fromkeys([self.eos, *known]) if token]
+        self._ends: dict[str, str] = {}
+        self._reasons: dict[str, bool] = {}
 
-    def encode(self, rows: Sequence[Rendered]) -> list[tuple[list[int], list[bool]] | RowError]:
-        """Tokenises rows in one call.
+    def source(self, tools: Any = None) -> str:
+        """The text of the template that renders conversations with or without tools."""
+        if not self.tokenizer.chat_template:
+            return ""
+        return self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
 
-        Args:
-            rows: Any number of rendered rows.
+    def names(self, word: str, tools: Any = None) -> bool:
+        """Whether the template knows a word, such as a role or an argument."""
+        return re.search(rf"\b{re.escape(word)}\b", self.source(tools)) is not None
 
-        Returns:
-            For every row its token ids and, of the same length, which of them are learned; or
-            the reason why it has none.
+    def end_of_turn(self, tools: Any = None) -> str:
+        """The text of the token that ends an assistant turn; "" where the template writes none."""
+        source = self.source(tools)
+        if source not in self._ends:
+            self._ends[source] = self._find_end(tools)
+        return self._ends[source]
+
+    def stops(self, tools: Any = None) -> list[str]:
+        """The texts of all tokens at which generation stops."""
+        return list(dict.fromkeys(filter(None, [*self._stops, self.end_of_turn(tools)])))
+
+    def takes_reasoning(self, tools: Any, arguments: Mapping[str, Any]) -> bool:
+        """Whether the template has a place for thinking that stands in a key of its own.
+
+        It writes what the key of the last turn holds, or an empty block to fill.
         """
-        texts = list(dict.fromkeys(text for row in rows for text in row.texts()))
-        ids = dict(zip(texts, self._encode(texts), strict=True))
-        results: list[tuple[list[int], list[bool]] | RowError] = []
-        for row in rows:
-            try:
-                results.append(self._encode_row(row, ids.__getitem__))
-            except RowError as error:
-                results.append(error)
-        return results
+        key = json.dumps([self.source(tools), dict(arguments)], sort_keys=True, default=repr)
+        if key not in self._reasons:
+            turn = {"role": "assistant", "content": ANSWER, **dict.fromkeys(REASONING, THOUGHT)}
+            text = self._try([{"role": "user", "content": QUESTION}, turn], tools, arguments)
+            front = text.partition(ANSWER)[0]
+            self._reasons[key] = THOUGHT in text or ends_with_empty_block(front)
+        return self._reasons[key]
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where tokens that were added to the vocabulary stand in a text."""
+        return [] if self._added is None else [found.span() for found in self._added.finditer(text)]
 
-    def _encode_row(
-        self, row: Rendered, ids_of: Callable[[str], list[int]]
-    ) -> tuple[list[int], list[bool]]:
-        ids = ids_of(row.text)
-        mask = [False] * len(ids)
-        for before, through in row.spans:
-            start = len(ids_of(before))
-            if ids[:start] != ids_of(before):
-                raise self._seam_error(row, ids, ids_of(before))
-            end = len(ids) if through == row.text else _common_length(ids, ids_of(through))
-            if row.is_chat:
-                end = self._end_of_turn(ids, start, end)
-            mask[start:end] = [True] * (end - start)
-        return (ids, mask) if row.is_chat else self._with_special_tokens(ids, mask)
+    def common(self, left: str, right: str) -> int:
+        """The length of what two texts begin with alike; no added token is cut in two."""
+        length = min(len(left), len(right))
+        at = next((i for i in range(length) if left[i] != right[i]), length)
+        for text in (left, right):
+            inside = (start for start, end in self.spans(text) if start < at < end)
+            at = min(at, next(inside, at))
+        return at
 
-    def _end_of_turn(self, ids: list[int], start: int, end: int) -> int:
-        """Cuts blanks behind the turn's last special token, which the template writes."""
-        for last in range(end - 1, start - 1, -1):
-            if ids[last] in self._ends:
-                return last + 1
-            if not self._is_blank(ids[last]):
-                return end
-        return end
+    def first_stop(self, text: str, stops: Iterable[str], start: int = 0) -> tuple[int, int] | None:
+        """Where the first of several tokens stands in a text, from `start` on."""
+        wanted = set(stops)
+        for first, last in self.spans(text):
+            if first >= start and text[first:last] in wanted:
+                return first, last
+        return None
 
-    def _with_special_tokens(
-        self, ids: list[int], mask: list[bool]
-    ) -> tuple[list[int], list[bool]]:
-        first = [] if ids[: len(self._first)] == self._first else self._first
-        last = [] if self._last and ids[-len(self._last) :] == self._last else self._last
-        return first + ids + last, [False] * len(first) + mask + [True] * len(last)
+    def specials(self, text: str) -> list[tuple[int, int]]:
+        """Where tokens flagged special stand in a text."""
+        return [(i, j) for i, j in self.spans(text) if text[i:j] in self._special]
 
-    def _seam_error(self, row: Rendered, ids: list[int], before: list[int]) -> RowError:
-        at = _common_length(ids, before)
-        alone = self.tokenizer.decode(before[at : at + 3])
-        joined = self.tokenizer.decode(ids[at : at + 3])
-        where = "the generation prompt and the assistant turn"
-        hint = "begin the turn's content with other than blanks"
-        if not row.is_chat:
-            where = '"prompt" and "completion"'
-            hint = "begin the completion with a blank or a new line"
-            if row.spans[0][0][-1:].isspace():
-                hint = "move blanks from the end of the prompt to the start of the completion"
-        return RowError(
-            f"{where} merge into other tokens where they meet: the prompt alone ends in "
-            f"{alone!r}, with what follows it reads {joined!r}; {hint}"
+    def markup(self, text: str) -> str | None:
+        """A special token inside the content of a message, if there is one.
+
+        Tags of thinking and of tools are no markup: contents may hold them.
+        """
+        found = self._markup.search(text) if self._markup else None
+        return found[0] if found else None
+
+    def _find_end(self, tools: Any) -> str:
+        """What ends a turn, by the rendering of one that is last and of one that is not."""
+        turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+        last = self._try(turns, tools, self.arguments).rpartition(ANSWER)[2]
+        more = self._try([*turns, {"role": "user", "content": NEXT}], tools, self.arguments)
+        follow = more.rpartition(ANSWER)[2].partition(NEXT)[0] if ANSWER in more else ""
+        both = last[: self.common(last, follow)]
+        special_in_both, special_in_follow = self.specials(both), self.specials(follow)
+        found = (
+            self.first_stop(both, self._stops)
+            or (special_in_both[-1] if special_in_both else None),
+            self.first_stop(last, self._stops),
+            self.first_stop(follow, self._stops)
+            or (special_in_follow[0] if special_in_follow else None),
         )
+        for text, place in zip((both, last, follow), found, strict=True):
+            if place is not None:
+                return text[slice(*place)]
+        return ""
 
-
-def _check_prefix(part: str, whole: str, index: int, what: str) -> None:
-    if whole.startswith(part):
-        return
-    at = _common_length(part, whole)
-    raise RowError(
-        f"messages[{index}]: the chat template renders it differently in {what}: "
-        f"{part[at : at + 40]!r} becomes {whole[at : at + 40]!r}; use one row a turn, or a "
-        "template that does not rewrite earlier turns"
-    )
-
-
-def _common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
-    """How many items at the start of two sequences are equal."""
-    for index, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return index
-    return min(len(left), len(right))
+    def _try(self, messages: Sequence[Any], tools: Any, arguments: Mapping[str, Any]) -> str:
+        """A rendering, or nothing where the template refuses."""
+        try:
+            return render_messages(self.tokenizer, messages, tools=tools, arguments=arguments)
+        except RowError:
+            return ""

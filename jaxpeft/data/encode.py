@@ -1,21 +1,31 @@
 """From a file of rows to token ids and masks, with everything that is wrong told at once."""
 
-import contextlib
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxpeft.data.chat import Encoder, Rendered, RowError, render_chat, render_plain
+from jaxpeft.data.chat import RowError
 from jaxpeft.data.problems import DROP_HINT, Problem, count_reasons, report
-from jaxpeft.data.rows import Row, RowFile, check_rows, check_task, conversation_of, scan_rows
-from jaxpeft.data.settings import OnBadRow, OnLong
+from jaxpeft.data.rows import RowFile, check_rows, check_task, scan_rows
+from jaxpeft.data.settings import (
+    EndOfTurn,
+    Learn,
+    OnBadRow,
+    OnLong,
+    Reading,
+    SpecialTokens,
+)
+from jaxpeft.data.tokenise import Tokeniser
 from jaxpeft.errors import UserError
+from jaxpeft.methods.frozen_map import FrozenMap
 
 TOO_LONG = "too long"
-_ROWS_PER_CALL = 1000
+NO_ARGUMENTS: Mapping[str, Any] = FrozenMap()
+DEFAULT_READING = Reading()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +41,11 @@ class Examples:
         truncated: How many examples were cut to the longest length allowed.
         path: The file as the user wrote it.
         sha256: Of its bytes, in hex.
+        stop_ids: The tokens that end learned turns.
+        notes: What was done that the rows do not say, a line each.
+
+    A conversation whose template rewrites earlier turns gives several examples, one behind the
+    other, with the same line and row.
     """
 
     tokens: list[np.ndarray]
@@ -41,6 +56,8 @@ class Examples:
     truncated: int
     path: str
     sha256: str
+    stop_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of_tokens(cls, tokens: list[np.ndarray], path: str) -> "Examples":
@@ -49,7 +66,7 @@ class Examples:
             tokens=[ids.astype(np.int32) for ids in tokens],
             masks=[np.ones(len(ids), bool) for ids in tokens],
             lines=list(range(1, len(tokens) + 1)),
-            rows=[{}] * len(tokens),
+            rows=[{} for _ in tokens],
             dropped={},
             truncated=0,
             path=path,
@@ -59,8 +76,21 @@ class Examples:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows the examples come from."""
+        return sum(self._begins_row())
+
+    def _begins_row(self) -> list[bool]:
+        """Of every example, whether it is the first of its row."""
+        pairs = itertools.pairwise([None, *self.rows])
+        return [row is not before for before, row in pairs]
+
     def first(self, count: int | None) -> "Examples":
-        """The first `count` examples; all of them for None."""
+        """The examples of the first `count` rows; all of them for None."""
+        if count is not None:
+            numbers = itertools.accumulate(self._begins_row())
+            count = sum(number <= count for number in numbers)
         return dataclasses.replace(
             self,
             tokens=self.tokens[:count],
@@ -105,6 +135,7 @@ def encode_file(
     on_bad_row: OnBadRow = "error",
     num_virtual_tokens: int = 0,
     num_tasks: int = 0,
+    reading: Reading = DEFAULT_READING,
 ) -> Examples:
     """Reads, checks, renders and tokenises a file.
 
@@ -117,6 +148,7 @@ def encode_file(
         on_bad_row: What to do with rows that cannot be used.
         num_virtual_tokens: Room that every example leaves for `Examples.with_prefix`.
         num_tasks: How many tasks rows may name; 0 reads no tasks.
+        reading: What is learned of a row, and how its chat template is called.
 
     Returns:
         At least one example.
@@ -132,6 +164,7 @@ def encode_file(
         vocab_size=vocab_size,
         on_long=on_long,
         on_bad_row=on_bad_row,
+        reading=reading,
         virtual=num_virtual_tokens,
         num_tasks=num_tasks,
     )
@@ -144,6 +177,11 @@ def encode_rows(
     max_length: int,
     vocab_size: int | None = None,
     on_long: OnLong = "error",
+    learn: Learn = "assistant",
+    end_of_turn: EndOfTurn = "template",
+    special_tokens_in_content: SpecialTokens = "error",
+    chat_template_kwargs: Mapping[str, Any] = NO_ARGUMENTS,
+    stop_ids: Sequence[int] = (),
 ) -> Examples:
     """Checks, renders and tokenises rows held in memory.
 
@@ -153,6 +191,11 @@ def encode_rows(
         max_length: The longest example allowed, in tokens.
         vocab_size: Rows of the model's embedding table; None trusts the tokenizer.
         on_long: What to do with longer ones.
+        learn: Which turns are learned, see `jaxpeft.data.DataConfig`; as the next three.
+        end_of_turn: What ends a learned turn.
+        special_tokens_in_content: Whether contents may hold special tokens.
+        chat_template_kwargs: Variables of the chat template for all rows.
+        stop_ids: Tokens that end generation by the model's config.
 
     Returns:
         At least one example; the line of a row is its place, from 1.
@@ -162,8 +205,21 @@ def encode_rows(
     """
     file = check_rows(rows, "rows")
     size = len(tokenizer) if vocab_size is None else vocab_size
+    reading = Reading(
+        learn=learn,
+        end_of_turn=end_of_turn,
+        special_tokens_in_content=special_tokens_in_content,
+        chat_template_kwargs=chat_template_kwargs,
+        stop_ids=tuple(stop_ids),
+    )
     return _encode(
-        file, tokenizer, max_length=max_length, vocab_size=size, on_long=on_long, on_bad_row="error"
+        file,
+        tokenizer,
+        max_length=max_length,
+        vocab_size=size,
+        on_long=on_long,
+        on_bad_row="error",
+        reading=reading,
     )
 
 
@@ -175,6 +231,7 @@ def _encode(
     vocab_size: int,
     on_long: OnLong,
     on_bad_row: OnBadRow,
+    reading: Reading,
     virtual: int = 0,
     num_tasks: int = 0,
 ) -> Examples:
@@ -188,30 +245,31 @@ def _encode(
     tokens, masks, lines, rows = [], [], [], []
     truncated = 0
     long: list[tuple[int, int]] = []
-    for row, example in zip(file.rows, _encode_rows(file.rows, tokenizer), strict=True):
-        if isinstance(example, RowError):
-            problems.append(Problem(row.line, str(example), "chat template or tokenizer"))
+    tokeniser = Tokeniser(tokenizer, reading)
+    for row, examples in zip(file.rows, tokeniser.encode(file.rows), strict=True):
+        if isinstance(examples, RowError):
+            problems.append(Problem(row.line, str(examples), "chat template or tokenizer"))
             continue
         if num_tasks and (wrong := check_task(row.value, num_tasks)):
             problems.append(Problem(row.line, wrong, "bad task"))
             continue
-        ids, mask = example
-        is_long = len(ids) > room
-        problem = _check_tokens(row.line, ids, mask, vocab_size, tokenizer)
-        if problem is None and is_long:
-            long.append((row.line, len(ids)))
-            if on_long != "truncate":
-                continue
-            ids, mask = ids[:room], mask[:room]
+        for ids, mask in examples:
+            is_long = len(ids) > room
             problem = _check_tokens(row.line, ids, mask, vocab_size, tokenizer)
-        if problem is not None:
-            problems.append(problem)
-            continue
-        tokens.append(ids)
-        masks.append(mask)
-        lines.append(row.line)
-        rows.append(row.value)
-        truncated += is_long
+            if problem is None and is_long:
+                long.append((row.line, len(ids)))
+                if on_long != "truncate":
+                    continue
+                ids, mask = ids[:room], mask[:room]
+                problem = _check_tokens(row.line, ids, mask, vocab_size, tokenizer)
+            if problem is not None:
+                problems.append(problem)
+                continue
+            tokens.append(ids)
+            masks.append(mask)
+            lines.append(row.line)
+            rows.append(row.value)
+            truncated += is_long
     if on_long == "error":
         problems += _long_problems(long, max_length, virtual)
     blocking = [
@@ -232,7 +290,18 @@ def _encode(
         dropped[TOO_LONG] = len(long)
     if not tokens:
         raise UserError(f"{file.path}: no row is left: {count_reasons(dropped)}.")
-    return Examples(tokens, masks, lines, rows, dropped, truncated, file.path, file.sha256)
+    return Examples(
+        tokens,
+        masks,
+        lines,
+        rows,
+        dropped,
+        truncated,
+        file.path,
+        file.sha256,
+        tokeniser.stop_ids(),
+        tokeniser.notes(),
+    )
 
 
 def _check_tokens(
@@ -257,104 +326,3 @@ def _long_problems(long: list[tuple[int, int]], max_length: int, virtual: int) -
         Problem(line, f"{length} tokens{soft}, more than max_length {max_length}", TOO_LONG, hint)
         for line, length in long
     ]
-
-
-def _encode_rows(
-    rows: Sequence[Row], tokenizer: Any
-) -> list[tuple[np.ndarray, np.ndarray] | RowError]:
-    """Tokenises rows with ``datasets.Dataset.map``, in memory and without touching its cache."""
-    import datasets
-
-    if not rows:
-        return []
-    encoder = Encoder(tokenizer)
-    text, whole = datasets.Value("string"), datasets.Value("int64")
-    message = {"role": text, "content": text}
-    columns = {"text": text, "prompt": text, "completion": text}
-    columns |= {"messages": datasets.List(message), "start": whole}
-    results = {
-        "tokens": datasets.List(datasets.Value("int32")),
-        "mask": datasets.List(datasets.Value("bool")),
-        "problem": text,
-    }
-    table = datasets.Dataset.from_list(
-        [_columns(row.value) for row in rows], features=datasets.Features(columns)
-    )
-    with _no_progress_bars():
-        table = table.map(
-            lambda *batch: _encode_batch(encoder, *batch),
-            batched=True,
-            batch_size=_ROWS_PER_CALL,
-            input_columns=list(columns),
-            remove_columns=list(columns),
-            features=datasets.Features(results),
-            new_fingerprint="jaxpeft",  # or datasets hashes the tokenizer for its cache
-        )
-    arrow = table.with_format("arrow")[:]
-    examples = zip(
-        _ragged(arrow["tokens"]), _ragged(arrow["mask"]), arrow["problem"].to_pylist(), strict=True
-    )
-    return [
-        (ids, mask) if problem is None else RowError(problem) for ids, mask, problem in examples
-    ]
-
-
-def _columns(row: dict[str, Any]) -> dict[str, Any]:
-    """A row in columns that have one type each, as Arrow wants them."""
-    empty = {"text": None, "prompt": None, "completion": None, "messages": None, "start": 0}
-    if "text" in row:
-        return empty | {"text": row["text"]}
-    if isinstance(row.get("prompt"), str):
-        return empty | {"prompt": row["prompt"], "completion": row["completion"]}
-    messages, start = conversation_of(row)
-    return empty | {"messages": messages, "start": start}
-
-
-def _encode_batch(
-    encoder: Encoder,
-    texts: list[str | None],
-    prompts: list[str | None],
-    completions: list[str | None],
-    conversations: list[list[dict[str, str]] | None],
-    starts: list[int],
-) -> dict[str, list[Any]]:
-    rendered: list[Rendered | RowError] = []
-    columns = zip(texts, prompts, completions, conversations, starts, strict=True)
-    for text, prompt, completion, messages, start in columns:
-        try:
-            if messages is not None:
-                rendered.append(render_chat(encoder.tokenizer, messages, start))
-            elif text is not None:
-                rendered.append(render_plain("", text))
-            else:
-                rendered.append(render_plain(prompt or "", completion or ""))
-        except RowError as error:
-            rendered.append(error)
-    encoded = iter(encoder.encode([row for row in rendered if isinstance(row, Rendered)]))
-    results = [next(encoded) if isinstance(row, Rendered) else row for row in rendered]
-    return {
-        "tokens": [[] if isinstance(result, RowError) else result[0] for result in results],
-        "mask": [[] if isinstance(result, RowError) else result[1] for result in results],
-        "problem": [str(result) if isinstance(result, RowError) else None for result in results],
-    }
-
-
-def _ragged(column: Any) -> Iterator[np.ndarray]:
-    """The rows of an Arrow column of lists."""
-    for chunk in column.chunks:
-        flat = chunk.flatten().to_numpy(zero_copy_only=False)
-        ends = np.cumsum(chunk.value_lengths().to_numpy())
-        yield from np.split(flat, ends[:-1])
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    import datasets
-
-    were_on = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if were_on:
-            datasets.enable_progress_bars()

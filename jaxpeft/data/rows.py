@@ -1,24 +1,72 @@
 """Rows of training data: which kinds there are, and what makes one of them wrong.
 
 A row is an object with ``messages``, or with ``prompt`` and ``completion`` (both text or both
-lists of messages), or with ``text``. A method of several tasks reads its ``task``, a number from 0
-on. Other keys of the row are ignored.
+lists of messages), or with ``text``. Beside messages it may have ``tools``, ``documents``,
+``chat_template_kwargs`` and ``system``. A method of several tasks reads its ``task``, a number from
+0 on. Keys that would mean something to another trainer are refused by name; any other key is not
+used, and named once.
 """
 
 import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpeft.data.files import read_json
+from jaxpeft.data.messages import (
+    Message,
+    check_arguments,
+    check_strings,
+    check_text,
+    check_turns,
+    read_messages,
+    type_name,
+)
 from jaxpeft.data.problems import Problem, report
 from jaxpeft.errors import first_few, nearest
 
 KINDS = ("messages", "prompt", "completion", "text")
-ROLES = ("system", "user", "assistant")
-_UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "thinking")
+CHAT_KEYS = ("tools", "documents", "chat_template_kwargs", "system")
+KNOWN = (*KINDS, *CHAT_KEYS, "task")
+
+_TOOLS = "give tools, a list of JSON schemas, and tool_calls in messages"
+_PREFERENCES = "rows of preferences need a preference loss; this run learns from examples"
+_TOKENS = "rows are tokenised here; give messages, prompt and completion, or text"
+_MASKS = "what is learned is said by data.learn, and by weight: 0 in a message"
+_TEXT_ONLY = "only text can be learned here"
+_ARGUMENTS = "arguments of the chat template belong in chat_template_kwargs"
+_ALPACA = (
+    'this is the Alpaca format; write it as {"prompt": instruction and input, "completion": '
+    "output}, or as messages"
+)
+_SHAREGPT = (
+    'this is the ShareGPT format; write it as {"messages": [{"role": "user", "content": ...}, '
+    '{"role": "assistant", "content": ...}]}'
+)
+
+
+def _same(text: str, *keys: str) -> dict[str, str]:
+    return dict.fromkeys(keys, text)
+
+
+REFUSED = {
+    **_same(_SHAREGPT, "conversations"),
+    **_same(_ALPACA, "instruction", "input", "output", "response", "query", "history"),
+    **_same(_ARGUMENTS, "enable_thinking", "thinking", "reasoning_effort"),
+    **_same(_TOOLS, "functions", "function_call", "tool_choice"),
+    **_same(_PREFERENCES, "chosen", "rejected", "preferred_output", "non_preferred_output"),
+    **_same(_PREFERENCES, "kto_tag", "completions"),
+    "label": "labels are for classification and for preferences; this run learns text",
+    **_same(_TOKENS, "input_ids", "labels", "attention_mask", "position_ids", "seq_lengths"),
+    **_same(_MASKS, "completion_mask", "assistant_masks", "mask", "loss_mask", "segments"),
+    **_same(_TEXT_ONLY, "image", "images", "video", "videos", "audio"),
+    "weight": "rows weigh the same; a message may have weight 0 or 1",
+    **_same(_MASKS, "train_on_input", "train_on_inputs"),
+    "chat_template": "one template serves all rows: model.chat_template",
+}
+"""Keys of rows that would change what is learned and have no meaning here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +97,25 @@ class RowFile:
     sha256: str
     rows: list[Row]
     problems: list[Problem]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """A row of messages with what its chat template is given beside them.
+
+    Attributes:
+        messages: All messages, in one form.
+        start: Index of the first message that may be learned: 0, or the start of the completion.
+        tools: JSON schemas of the tools, or None.
+        documents: Documents to answer from, or None.
+        arguments: Further variables of the template.
+    """
+
+    messages: tuple[Message, ...]
+    start: int = 0
+    tools: tuple[Any, ...] | None = None
+    documents: tuple[Any, ...] | None = None
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def scan_rows(path: str | pathlib.Path) -> RowFile:
@@ -123,24 +190,61 @@ def check_row(value: Any) -> list[str]:
     if not isinstance(value, dict):
         return [f"expected an object, got {type_name(value)}"]
     kinds = tuple(key for key in KINDS if key in value)
-    if kinds == ("messages",):
-        return _check_messages("messages", value["messages"]) or _check_turns(
-            [("messages", value["messages"])]
-        )
+    refused = [key for key in REFUSED if value.get(key) is not None]
+    if refused and (kinds or _is_foreign(value)):
+        return [f'"{key}": not supported; {REFUSED[key]}' for key in refused]
+    if kinds == ("messages",) or (kinds == ("prompt", "completion") and _has_lists(value)):
+        return read_conversation(value)[1]
+    chat_only = [key for key in CHAT_KEYS if value.get(key) is not None]
+    if kinds and chat_only:
+        return [f'"{key}": needs messages; the row has text' for key in chat_only]
     if kinds == ("prompt", "completion"):
         return _check_pair(value["prompt"], value["completion"])
     if kinds == ("text",):
-        return _check_text('"text"', value["text"])
-    keys = first_few([json.dumps(key) for key in value]) or "none"
-    if kinds in (("prompt",), ("completion",)):
-        missing = "completion" if kinds == ("prompt",) else "prompt"
-        return [f'"{missing}": missing; keys of the row: {keys}']
-    if kinds:
-        given = ", ".join(f'"{kind}"' for kind in kinds)
-        return [f"the row mixes {given}; keep messages, or prompt and completion, or text"]
-    close = [match for key in value for match in nearest(key, list(KINDS), 1)]
-    guess = f'; did you mean "{close[0]}"?' if close else ""
-    return [f"expected messages, or prompt and completion, or text; keys of the row: {keys}{guess}"]
+        return check_text('"text"', value["text"])
+    return [_explain_kinds(value, kinds)]
+
+
+def read_conversation(row: Mapping[str, Any]) -> tuple[Conversation, list[str]]:
+    """The conversation of a row, and what is wrong with it, as "field: why".
+
+    Args:
+        row: A row with messages, or with a prompt and a completion of messages.
+
+    Returns:
+        The conversation, not to be used where there are problems.
+    """
+    fields = ("messages",) if "messages" in row else ("prompt", "completion")
+    parts, problems = [], []
+    for field in fields:
+        messages, wrong = read_messages(field, row[field])
+        parts.append((field, messages))
+        problems += wrong
+    problems = problems or check_turns(parts)
+    system = row.get("system")
+    if system is not None:
+        problems += check_text('"system"', system, may_be_empty=True)
+        if any(one.role in ("system", "developer") for one in parts[0][1]):
+            problems.append('"system": the row has a system message too; keep one of them')
+        parts[0][1].insert(0, Message({"role": "system", "content": system}, where="system"))
+    tools, wrong = _read_list('"tools"', row.get("tools"))
+    problems += wrong
+    documents, wrong = _read_list('"documents"', row.get("documents"))
+    problems += wrong
+    arguments = row.get("chat_template_kwargs")
+    if arguments is not None and not isinstance(arguments, dict):
+        got = type_name(arguments)
+        problems.append(f'"chat_template_kwargs": expected an object, got {got}')
+    elif arguments:
+        problems += check_arguments('"chat_template_kwargs"', arguments)
+    conversation = Conversation(
+        messages=tuple(message for _, messages in parts for message in messages),
+        start=len(parts[0][1]) if len(parts) == 2 else 0,
+        tools=tools,
+        documents=documents,
+        arguments=arguments if isinstance(arguments, dict) else {},
+    )
+    return conversation, problems
 
 
 def check_task(row: dict[str, Any], count: int) -> str | None:
@@ -159,118 +263,70 @@ def check_task(row: dict[str, Any], count: int) -> str | None:
     return None
 
 
-def prompt_and_reference(row: dict[str, Any]) -> tuple[list[dict[str, str]] | str, str] | None:
-    """Splits a row into what the model is given and what it should answer.
-
-    Args:
-        row: The value of a checked row.
-
-    Returns:
-        The messages before the last assistant turn, or the prompt, and the reference text
-        without spaces around it; None for rows of plain text.
-    """
-    if "text" in row:
-        return None
-    if isinstance(row.get("prompt"), str):
-        return row["prompt"], row["completion"].strip()
-    messages, _ = conversation_of(row)
-    last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
-    return messages[:last], messages[last]["content"].strip()
+def is_chat(row: Mapping[str, Any]) -> bool:
+    """Whether a checked row has messages."""
+    return "messages" in row or ("prompt" in row and not isinstance(row["prompt"], str))
 
 
-def conversation_of(row: dict[str, Any]) -> tuple[list[dict[str, str]], int]:
-    """All messages of a row, and from which of them on assistant turns are learned.
-
-    Args:
-        row: The value of a checked row with messages.
-
-    Returns:
-        Role and content of every message, and an index: 0, or the start of the completion.
-    """
-    turns = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-    start = 0 if "messages" in row else len(row["prompt"])
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns], start
+def has_answer(row: Mapping[str, Any]) -> bool:
+    """Whether a checked row asks something and answers it, which plain text does not."""
+    return "text" not in row
 
 
-def type_name(value: Any) -> str:
-    """The JSON name of a value's type."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
+def unused_keys(row: Mapping[str, Any]) -> list[str]:
+    """Keys of a checked row that nothing reads."""
+    return [key for key in row if key not in KNOWN and row[key] is not None]
 
 
-def _check_text(field: str, value: Any) -> list[str]:
-    if not isinstance(value, str):
-        return [f"{field}: expected text, got {type_name(value)}"]
-    if not value.strip():
-        return [f"{field}: empty"]
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return [f"{field}: half of a surrogate pair at character {error.start}"]
-    return []
+def _is_foreign(value: Mapping[str, Any]) -> bool:
+    """Whether a row without messages, prompt or text has the columns of another format."""
+    formats = (_SHAREGPT, _ALPACA, _TOKENS, _PREFERENCES)
+    return any(REFUSED.get(key) in formats for key in value)
+
+
+def _has_lists(value: Mapping[str, Any]) -> bool:
+    return isinstance(value["prompt"], list) and isinstance(value["completion"], list)
+
+
+def _read_list(field: str, value: Any) -> tuple[tuple[Any, ...] | None, list[str]]:
+    """A list of objects, or the JSON text of one; None for an empty list."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None, [f"{field}: the text is not JSON; write a list of objects"]
+    if value is None or value in ("", []):
+        return None, []
+    if not isinstance(value, list):
+        return None, [f"{field}: expected a list of objects, got {type_name(value)}"]
+    odd = [one for one in value if not isinstance(one, dict)]
+    if odd:
+        return None, [f"{field}: expected a list of objects, got {type_name(odd[0])} in it"]
+    return tuple(value), check_strings(field, value)
 
 
 def _check_pair(prompt: Any, completion: Any) -> list[str]:
-    if isinstance(prompt, list) and isinstance(completion, list):
-        problems = _check_messages("prompt", prompt) + _check_messages("completion", completion)
-        return problems or _check_turns([("prompt", prompt), ("completion", completion)])
     if isinstance(prompt, list | str) and isinstance(completion, list | str):
         if type(prompt) is type(completion):
-            return _check_text('"prompt"', prompt) + _check_text('"completion"', completion)
+            return check_text('"prompt"', prompt) + check_text('"completion"', completion)
         kinds = f'"prompt" is {type_name(prompt)} and "completion" is {type_name(completion)}'
         return [f"{kinds}; make both text or both lists of messages"]
     problems = []
     for field, value in (("prompt", prompt), ("completion", completion)):
         if not isinstance(value, list):
-            problems += _check_text(f'"{field}"', value)
+            problems += check_text(f'"{field}"', value)
     return problems
 
 
-def _check_messages(field: str, messages: Any) -> list[str]:
-    if not isinstance(messages, list):
-        return [f'"{field}": expected a list of messages, got {type_name(messages)}']
-    if not messages:
-        return [f'"{field}": empty']
-    problems = []
-    for index, message in enumerate(messages):
-        where = f"{field}[{index}]"
-        if not isinstance(message, dict):
-            problems.append(f'"{where}": expected an object, got {type_name(message)}')
-            continue
-        for key in ("role", "content"):
-            if key not in message:
-                keys = first_few([json.dumps(name) for name in message]) or "none"
-                problems.append(f'"{where}.{key}": missing; keys of the message: {keys}')
-            else:
-                problems += _check_text(f'"{where}.{key}"', message[key])
-        role = message.get("role")
-        if isinstance(role, str) and role.strip() and role not in ROLES:
-            known = ", ".join(ROLES)
-            problems.append(f'"{where}.role": unknown role {json.dumps(role)}; known: {known}')
-        for key in _UNSUPPORTED:
-            if message.get(key) is not None:
-                problems.append(f'"{where}.{key}": not supported; only role and content are used')
-    return problems
-
-
-def _check_turns(parts: list[tuple[str, list[dict[str, Any]]]]) -> list[str]:
-    """Checks that user and assistant take turns over all parts, the last of which is learned."""
-    previous = None
-    for field, messages in parts:
-        for index, message in enumerate(messages):
-            role, where = message["role"], f'"{field}[{index}].role"'
-            if role == "system" and previous is not None:
-                return [f"{where}: a system message must be the first"]
-            if role == "assistant" and previous in (None, "system"):
-                return [f"{where}: the conversation starts with an assistant turn"]
-            if role == previous:
-                return [f"{where}: two {role} turns in a row"]
-            previous = role
-    field, learned = parts[-1]
-    if all(message["role"] != "assistant" for message in learned):
-        return [f'"{field}": no assistant turn, so there is nothing to learn']
-    if field == "completion" and learned[0]["role"] != "assistant":
-        return ['"completion[0].role": a completion must open with an assistant turn']
-    return []
+def _explain_kinds(value: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
+    """What to say of a row that is of no kind, or of several."""
+    keys = first_few([json.dumps(key) for key in value]) or "none"
+    if kinds in (("prompt",), ("completion",)):
+        missing = "completion" if kinds == ("prompt",) else "prompt"
+        return f'"{missing}": missing; keys of the row: {keys}'
+    if kinds:
+        given = ", ".join(f'"{kind}"' for kind in kinds)
+        return f"the row mixes {given}; keep messages, or prompt and completion, or text"
+    close = [match for key in value for match in nearest(key, list(KINDS), 1)]
+    guess = f'; did you mean "{close[0]}"?' if close else ""
+    return f"expected messages, or prompt and completion, or text; keys of the row: {keys}{guess}"

@@ -2,12 +2,38 @@
 
 import dataclasses
 import typing
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
+from jaxpeft.data.messages import check_arguments
+from jaxpeft.methods.frozen_map import FrozenMap
 from jaxpeft.records import Record
 
 OnLong = Literal["error", "drop", "truncate"]
 OnBadRow = Literal["error", "drop"]
+Learn = Literal["assistant", "last_message", "last_exchange", "all"]
+EndOfTurn = Literal["template", "eos"]
+SpecialTokens = Literal["error", "allow"]
+Argument = bool | int | float | str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What is learned of a row, and how its chat template is called.
+
+    Attributes:
+        learn: Which turns are learned, see `DataConfig`.
+        end_of_turn: What ends a learned turn, see `DataConfig`.
+        special_tokens_in_content: See `DataConfig`.
+        chat_template_kwargs: Variables of the template for all rows; a row's own come on top.
+        stop_ids: Tokens that end generation by the model's config.
+    """
+
+    learn: Learn = "assistant"
+    end_of_turn: EndOfTurn = "template"
+    special_tokens_in_content: SpecialTokens = "error"
+    chat_template_kwargs: Mapping[str, Any] = FrozenMap()
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +47,16 @@ class DataConfig(Record):
         packing: Whether short rows share a sequence.
         on_long: What to do with rows of more than `max_length` tokens.
         on_bad_row: What to do with rows that cannot be used; dropped ones are counted.
+        learn: Which turns of a row are learned: "assistant" (every assistant turn, or the
+            completion), "last_message" (the last of them), "last_exchange" (those behind the last
+            user message), or "all" (of prompts and completions of text, the prompt too). A message
+            with ``weight: 0`` is never learned.
+        end_of_turn: What ends a learned turn: "template" (the token that the chat template
+            writes), or "eos" (the tokenizer's end token, for templates that write none).
+        special_tokens_in_content: "error" refuses messages whose text holds special tokens, which
+            the model would read as markup; "allow" learns them.
+        chat_template_kwargs: Variables for the chat template, such as ``enable_thinking: false``;
+            a row's own come on top. They are saved with the adapter, and generation uses them.
         workers: Processes that prepare batches; 0 reads ahead with threads. Processes import
             the main script again, which must then be guarded by ``__name__ == "__main__"``.
     """
@@ -31,6 +67,10 @@ class DataConfig(Record):
     packing: bool = True
     on_long: OnLong = "error"
     on_bad_row: OnBadRow = "error"
+    learn: Learn = "assistant"
+    end_of_turn: EndOfTurn = "template"
+    special_tokens_in_content: SpecialTokens = "error"
+    chat_template_kwargs: Mapping[str, Argument] = FrozenMap()
     workers: int = 0
 
     def __post_init__(self):
@@ -42,9 +82,34 @@ class DataConfig(Record):
             raise ValueError(f"DataConfig.max_length must be at least 2, got {self.max_length}.")
         if self.workers < 0:
             raise ValueError(f"DataConfig.workers must be at least 0, got {self.workers}.")
-        for field, choices in (("on_long", OnLong), ("on_bad_row", OnBadRow)):
+        choices_of = {
+            "on_long": OnLong,
+            "on_bad_row": OnBadRow,
+            "learn": Learn,
+            "end_of_turn": EndOfTurn,
+            "special_tokens_in_content": SpecialTokens,
+        }
+        for field, choices in choices_of.items():
             known, value = typing.get_args(choices), getattr(self, field)
             if value not in known:
                 raise ValueError(
                     f"DataConfig.{field} must be one of {', '.join(known)}, got {value!r}."
                 )
+        object.__setattr__(self, "chat_template_kwargs", FrozenMap(self.chat_template_kwargs))
+        problems = check_arguments("DataConfig.chat_template_kwargs", self.chat_template_kwargs)
+        if problems:
+            raise ValueError(f"{problems[0]}.")
+
+    def reading(self, stop_ids: tuple[int, ...] = ()) -> Reading:
+        """What this config says of how rows are read.
+
+        Args:
+            stop_ids: Tokens that end generation by the model's config.
+        """
+        return Reading(
+            learn=self.learn,
+            end_of_turn=self.end_of_turn,
+            special_tokens_in_content=self.special_tokens_in_content,
+            chat_template_kwargs=self.chat_template_kwargs,
+            stop_ids=stop_ids,
+        )

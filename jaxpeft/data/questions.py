@@ -1,0 +1,87 @@
+"""What a model is asked by a row, and what it should answer: for exact match.
+
+The question is the very prompt behind which the row's last learned turn was learned, and the
+reference is that turn without its stop token. Blocks of thinking in front of an answer are learned,
+and do not count here.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxpeft.data import thinking
+from jaxpeft.data.chat import RowError
+from jaxpeft.data.rows import has_answer, is_chat, read_conversation
+from jaxpeft.data.settings import Reading
+from jaxpeft.data.tokenise import Tokeniser, learned_turns
+from jaxpeft.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question with its reference.
+
+    Attributes:
+        prompt: Token ids to answer.
+        text: The end of the prompt as text, which may open a block of thinking.
+        shown: What was asked, for people: the prompt, or the last message of it.
+        reference: The answer of the row, as it was learned, without thinking.
+        stop: The token that ends it; None where the tokenizer has none.
+        task: The row's task.
+    """
+
+    prompt: tuple[int, ...]
+    text: str
+    shown: str
+    reference: str
+    stop: int | None = None
+    task: int = 0
+
+
+def make_questions(
+    rows: Sequence[Mapping[str, Any]], tokenizer: Any, reading: Reading
+) -> list[Question]:
+    """The questions of rows, each once and in their order; rows of plain text ask none.
+
+    Args:
+        rows: Values of checked rows; a row that stands there several times in a row counts once.
+        tokenizer: A tokenizer of transformers.
+        reading: How the rows are read.
+
+    Raises:
+        UserError: If a row cannot be rendered.
+    """
+    tokeniser = Tokeniser(tokenizer, reading)
+    distinct = [row for i, row in enumerate(rows) if not i or row is not rows[i - 1]]
+    asked = [row for row in distinct if has_answer(row)]
+    try:
+        texts = [tokeniser.texts_of(row) for row in asked]
+    except RowError as error:
+        raise UserError(f"a row to evaluate on: {error}.") from None
+    questions = []
+    for row, text, examples in zip(asked, texts, tokeniser.encoder.encode(texts), strict=True):
+        last = examples[-1]
+        assert last.answer is not None
+        start, end = last.answer
+        answer = last.ids[start:end]
+        stop = answer.pop() if last.stops and answer[-1] in last.stops else None
+        before = text.turns[-1].before
+        questions.append(
+            Question(
+                prompt=tuple(last.ids[:start]),
+                text=before[-200:],
+                shown=_shown(row, reading),
+                reference=thinking.without_thinking(before, tokenizer.decode(answer)),
+                stop=stop,
+                task=row.get("task", 0),
+            )
+        )
+    return questions
+
+
+def _shown(row: Mapping[str, Any], reading: Reading) -> str:
+    if not is_chat(row):
+        return row["prompt"]
+    conversation, _ = read_conversation(row)
+    last = learned_turns(conversation, reading.learn)[-1]
+    return conversation.messages[last - 1].text

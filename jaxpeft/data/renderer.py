@@ -1,0 +1,186 @@
+"""A conversation in the form that its chat template takes, rendered as often as needed.
+
+Templates differ in what they take: arguments of tools as objects or as text, contents of null or
+empty ones, thinking in a key or in the content, names of roles. The first form that the template
+renders is used for all renderings of a conversation, so that they can be compared.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxpeft.data import thinking
+from jaxpeft.data.chat import ANSWER, THOUGHT, TOOL, Chat, RowError, render_messages
+from jaxpeft.data.messages import REASONING, Message
+from jaxpeft.data.rows import Conversation
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """What an assistant turn says in its own words."""
+
+    thinking: str
+    answer: str
+    tool_names: tuple[str, ...]
+
+
+class Renderer:
+    """A conversation in the form its template takes, rendered as often as needed.
+
+    Args:
+        chat: The template.
+        conversation: A checked conversation.
+
+    Raises:
+        RowError: If the template refuses the conversation in every form.
+    """
+
+    def __init__(self, chat: Chat, conversation: Conversation):
+        self.chat, self.conversation = chat, conversation
+        self.arguments = chat.arguments | dict(conversation.arguments)
+        self.words = [_words(message) for message in conversation.messages]
+        self.values = self._choose_form()
+
+    def render(
+        self,
+        values: Sequence[dict[str, Any]],
+        *,
+        prompt: bool = False,
+        documents: bool = True,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of messages in the chosen form.
+
+        Args:
+            values: The messages.
+            prompt: Open an assistant turn behind them.
+            documents: Give the template the conversation's documents.
+            arguments: Variables of the template; default: those of the conversation.
+
+        Raises:
+            RowError: If the template refuses.
+        """
+        return render_messages(
+            self.chat.tokenizer,
+            values,
+            tools=self.conversation.tools,
+            documents=self.conversation.documents if documents else None,
+            add_generation_prompt=prompt,
+            arguments=self.arguments if arguments is None else arguments,
+        )
+
+    def attempt(self, values: Sequence[dict[str, Any]], **options: Any) -> str | None:
+        """What `render` gives; None where the template refuses."""
+        try:
+            return self.render(values, **options)
+        except RowError:
+            return None
+
+    def marked(self, index: int) -> dict[str, Any]:
+        """A message with words in the place of its own, to find them by."""
+        values, words = dict(self.values[index]), self.words[index]
+        if REASONING[0] in values:
+            values |= dict.fromkeys(REASONING, THOUGHT)
+        content = values["content"] or ""
+        if words.answer.strip():
+            front = content[: content.rfind(words.answer.strip())]
+            content = front.replace(words.thinking, THOUGHT, 1) if words.thinking else front
+            values["content"] = content + ANSWER
+        elif words.thinking:
+            values["content"] = content.replace(words.thinking, THOUGHT, 1) or values["content"]
+        if calls := values.get("tool_calls"):
+            functions = [call["function"] for call in calls]
+            named = [{**function, "name": TOOL} for function in functions]
+            pairs = zip(calls, named, strict=True)
+            values["tool_calls"] = [{**call, "function": name} for call, name in pairs]
+        return values
+
+    def _choose_form(self) -> list[dict[str, Any]]:
+        messages, tools = self.conversation.messages, self.conversation.tools
+        inline = any(thinking.split_inline(message.text) for message in messages)
+        as_key = inline and self.chat.takes_reasoning(tools, self.arguments)
+        calls = any(message.tool_names for message in messages)
+        silent = any(message.values.get("content") is None for message in messages)
+        problem: RowError | None = None
+        for text, empty in itertools.product(
+            [False, True][: 1 + calls], [False, True][: 1 + silent]
+        ):
+            form = [self._form(i, as_key, text, empty) for i in range(len(messages))]
+            try:
+                rendered = self.render(form)
+            except RowError as error:
+                problem = problem or error
+                continue
+            if silent and not empty and self._says_none(form, rendered):
+                continue
+            return form
+        raise RowError(f"{problem}{self._way_out()}")
+
+    def _says_none(self, form: list[dict[str, Any]], rendered: str) -> bool:
+        """Whether a template writes a content of null as the word None."""
+        filled = [one | {"content": one["content"] or ""} for one in form]
+        text = self.attempt(filled)
+        return text is not None and rendered.count("None") > text.count("None")
+
+    def _form(self, index: int, as_key: bool, text: bool, empty: bool) -> dict[str, Any]:
+        message, words = self.conversation.messages[index], self.words[index]
+        values = dict(message.values)
+        values["role"] = self.role(values["role"])
+        if words.thinking and (message.reasoning or as_key):
+            values |= dict.fromkeys(REASONING, words.thinking.strip())
+            values["content"] = words.answer if message.text else values["content"]
+        if values["content"] is None and empty:
+            values["content"] = ""
+        if text and "tool_calls" in values:
+            values["tool_calls"] = [_with_text_arguments(call) for call in values["tool_calls"]]
+        return values
+
+    def role(self, role: str) -> str:
+        """The role under which the template knows a message."""
+        tools = self.conversation.tools
+        names = {
+            "developer": ("developer", "system"),
+            "observation": ("observation", "tool"),
+            "ipython": ("ipython", "tool"),
+            "tool": ("tool", "observation", "ipython", "tool"),
+        }.get(role, (role,))
+        return next((name for name in names if self.chat.names(name, tools)), names[-1])
+
+    def _way_out(self) -> str:
+        """What helps where the template refuses: shown only where it does."""
+        form = [self._form(i, False, False, True) for i in range(len(self.words))]
+        if form[0]["role"] == "system" and self.attempt(form[1:]) is not None:
+            return (
+                "; it renders the conversation without the system message, so move its text into "
+                "the first user message"
+            )
+        roles = [one["role"] for one in form]
+        twice = [i for i in range(1, len(roles)) if roles[i] == roles[i - 1] == "user"]
+        single = [one for i, one in enumerate(form) if i not in twice]
+        if twice and self.attempt(single) is not None:
+            where = self.conversation.messages[twice[0]].where
+            return f"; join {where}, a second user turn in a row, with the one in front of it"
+        return ""
+
+
+def _words(message: Message) -> Words:
+    text = message.text
+    inline = thinking.split_inline(text) if message.role == "assistant" else None
+    if inline is None:
+        return Words(message.reasoning, text, tuple(message.tool_names))
+    if message.reasoning and message.reasoning.strip() != inline[0].strip():
+        raise RowError(
+            f'"{message.where}.content": its <think> block says other than the key beside it; '
+            "keep one of them"
+        )
+    if not inline[0].strip():  # an empty block is markup that the row writes itself
+        return Words(message.reasoning, text, tuple(message.tool_names))
+    return Words(inline[0], inline[1].lstrip("\n"), tuple(message.tool_names))
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}

@@ -1,0 +1,103 @@
+"""Blocks of thinking in texts: where they open and close, and what is left without them.
+
+A block stands between two tags, such as ``<think>`` and ``</think>``, ``[THINK]`` and
+``[/THINK]``, ``<|START_THINKING|>`` and ``<|END_THINKING|>``; gpt-oss writes channels instead,
+of which the last, ``final``, is the answer.
+"""
+
+import re
+
+THINK, END_THINK = "<think>", "</think>"
+FINAL_CHANNEL = "<|channel|>final<|message|>"
+
+_NAME = r"(?:[\w.:-]*(?:think|thought|reason)[\w.:-]*)"
+_OPEN = rf"(?:<(?!/){_NAME}>|\[(?!/){_NAME}\]|<\|(?:start|begin|begin_of)_{_NAME}\|>)"
+_CLOSE = rf"(?:</{_NAME}>|\[/{_NAME}\]|<\|(?:end|end_of)_{_NAME}\|>)"
+_OPEN_AT_END = re.compile(rf"({_OPEN})(\s*)\Z", re.IGNORECASE)
+_CLOSE_AT_END = re.compile(rf"({_CLOSE})\s*\Z", re.IGNORECASE)
+_ANY_CLOSE = re.compile(_CLOSE, re.IGNORECASE)
+_LEADING_OPEN = re.compile(rf"\s*{_OPEN}", re.IGNORECASE)
+_EMPTY_BLOCK = re.compile(rf"\s*({_OPEN})(\s*)({_CLOSE})", re.IGNORECASE)
+_EMPTY_AT_END = re.compile(rf"{_OPEN}\s*{_CLOSE}\s*\Z", re.IGNORECASE)
+_INLINE = re.compile(rf"\s*{THINK}(.*?){END_THINK}(.*)\Z", re.DOTALL)
+_MARKUP = re.compile(r"think|thought|reason|tool", re.IGNORECASE)
+
+
+def split_inline(content: str) -> tuple[str, str] | None:
+    """The thinking and the answer of a text that begins with a ``<think>`` block, or None."""
+    found = _INLINE.match(content)
+    return (found[1], found[2]) if found else None
+
+
+def open_at_end(text: str) -> tuple[str, str] | None:
+    """The opening tag that a text ends with, and the blanks behind it; None without one."""
+    found = _OPEN_AT_END.search(text[-200:])
+    return (found[1], found[2]) if found else None
+
+
+def closes_at_end(text: str) -> bool:
+    """Whether a text ends with a closing tag."""
+    return _CLOSE_AT_END.search(text[-200:]) is not None
+
+
+def closing_of(tag: str) -> str:
+    """The tag that closes what an opening tag opens, such as ``[/THINK]`` for ``[THINK]``."""
+    if tag.startswith("<|"):
+        return re.sub("begin", "end", re.sub("start", "end", re.sub("START", "END", tag)))
+    return f"{tag[0]}/{tag[1:]}"
+
+
+def has_close(text: str) -> bool:
+    """Whether a text has a closing tag."""
+    return _ANY_CLOSE.search(text) is not None
+
+
+def opens(text: str) -> bool:
+    """Whether a text begins with an opening tag."""
+    return _LEADING_OPEN.match(text) is not None
+
+
+def fill_empty_block(text: str, thinking: str) -> str | None:
+    """A text with its leading empty block filled; None where it begins with none."""
+    found = _EMPTY_BLOCK.match(text)
+    if not found:
+        return None
+    blank = "\n" if "\n" in found[2] else ""
+    block = f"{found[1]}{blank}{thinking.strip()}{blank}{found[3]}"
+    return text[: found.start(1)] + block + text[found.end() :]
+
+
+def ends_with_empty_block(text: str) -> bool:
+    """Whether a text ends with a block of thinking that holds nothing."""
+    return _EMPTY_AT_END.search(text[-200:]) is not None
+
+
+def is_exempt(token: str) -> bool:
+    """Whether a special token is a tag of thinking or of tools, which contents may hold."""
+    return _MARKUP.search(token) is not None
+
+
+def without_thinking(prompt: str, answer: str) -> str:
+    """What an answer says behind its thinking, without blanks around it.
+
+    Args:
+        prompt: The text it answers, whose end may open a block.
+        answer: The text of the answer, with its tags.
+    """
+    answer = answer.rpartition(FINAL_CHANNEL)[2]
+    if open_at_end(prompt) is None and not opens(answer):
+        return answer.strip()
+    close = _ANY_CLOSE.search(answer)
+    return answer[close.end() :].strip() if close else answer.strip()
+
+
+def thinks_on(prompt: str, answer: str) -> bool:
+    """Whether an answer ends inside of its thinking.
+
+    Args:
+        prompt: The text it answers, whose end may open a block.
+        answer: The generated text, with its tags.
+    """
+    if "<|channel|>" in prompt[-200:] + answer:
+        return FINAL_CHANNEL not in answer
+    return (open_at_end(prompt) is not None or opens(answer)) and not has_close(answer)

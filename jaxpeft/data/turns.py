@@ -1,0 +1,277 @@
+"""What is learned of a conversation: exactly what generation would meet.
+
+An assistant turn is learned behind the rendering of everything before it plus the generation
+prompt, up to and including the token at which generation stops:
+
+    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
+    [------------------- before ---------------------------][-- text -----]
+
+The text is found between two renderings, without and with the turn, in which the message in front
+of it is replaced by a word that is easy to find; so it does not matter if a template writes history
+in another way once turns follow. What the turn repeats of the generation prompt belongs to the
+prompt; what a prompt opens and the turn does not repeat (``<think>``) is not learned twice.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jaxpeft.data import thinking
+from jaxpeft.data.chat import ANSWER, NEXT, THOUGHT, TOOL, RowError
+from jaxpeft.data.messages import Message
+from jaxpeft.data.renderer import Renderer, Words
+from jaxpeft.data.settings import EndOfTurn
+from jaxpeft.errors import UserError
+
+EMPTY_BLOCK = 'thinking is closed as an empty block, since the generation prompt opens "<think>"'
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """An assistant turn as generation meets it.
+
+    Attributes:
+        before: What generation is given.
+        text: What it is to answer; its end is the token at which it stops.
+        note: What was done for it that the row does not say; "" for nothing.
+    """
+
+    before: str
+    text: str
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A turn in its conversation.
+
+    Attributes:
+        before: What generation is given.
+        opened: What of the generation prompt the turn itself does not repeat.
+        rest: The turn's text behind the prompt.
+        marked: The same with its own words replaced by those of `jaxpeft.data.chat`.
+    """
+
+    before: str
+    opened: str
+    rest: str
+    marked: str
+
+    @property
+    def tail(self) -> str:
+        """What the template writes behind the own words."""
+        return _behind_words(self.marked)
+
+    @property
+    def end(self) -> int:
+        """Where the own words end in `rest`."""
+        if self.rest.endswith(self.tail):
+            return len(self.rest) - len(self.tail)
+        pairs = zip(reversed(self.rest), reversed(self.marked), strict=False)
+        return len(self.rest) - sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], pairs))
+
+
+def find_turns(
+    renderer: Renderer, learned: Sequence[int], end_of_turn: EndOfTurn = "template"
+) -> list[Turn]:
+    """The learned turns of a conversation.
+
+    Args:
+        renderer: The conversation.
+        learned: Indices of the assistant turns to learn, in their order.
+        end_of_turn: Whether the template's end of a turn is learned, or the tokenizer's end token.
+
+    Returns:
+        A turn for every index.
+
+    Raises:
+        RowError: If the template loses something of the row, or generation cannot meet a turn.
+        UserError: If the template writes no end behind an answer.
+    """
+    return [_find_turn(renderer, index, end_of_turn) for index in learned]
+
+
+def _find_turn(renderer: Renderer, index: int, end_of_turn: EndOfTurn) -> Turn:
+    message, words = renderer.conversation.messages[index], renderer.words[index]
+    turn = _split(renderer, index)
+    _check_words(message, words, turn)
+    text, note = turn.rest, ""
+    if words.thinking:
+        text = _with_thinking(renderer, index, turn)
+    elif (tag := thinking.open_at_end(turn.before)) and not thinking.has_close(turn.rest):
+        text, note = _close_block(message, tag, turn.rest), EMPTY_BLOCK
+    end = len(text) - (len(turn.rest) - turn.end)
+    if end_of_turn == "eos":
+        return Turn(turn.before, _end_with_eos(renderer, text, end), note)
+    return Turn(turn.before, _end_with_stop(renderer, index, text, end), note)
+
+
+def _split(renderer: Renderer, index: int) -> Rendered:
+    """Finds a turn between two renderings."""
+    values, chat = renderer.values, renderer.chat
+    before, plain = renderer.render(values[:index], prompt=True), renderer.attempt(values[:index])
+    prompt = before[len(plain) :] if plain is not None and before.startswith(plain) else ""
+    if index and values[index - 1]["role"] == "assistant" and not prompt:
+        raise RowError(
+            f'"{renderer.conversation.messages[index].where}.role": two assistant turns in a row, '
+            "and the chat template writes nothing between them; join them"
+        )
+    front = [*values[: index - 1], {**values[index - 1], "content": NEXT}]
+    left = renderer.attempt(front, prompt=True) or ""
+    inside = {at for start, end in chat.spans(prompt) for at in range(start + 1, end)}
+
+    def find(turn: dict[str, Any]) -> tuple[str, str]:
+        """What of the prompt a turn leaves out, and its text."""
+        right, shown = renderer.attempt([*front, turn]) or "", left
+        searched = prompt
+        if NEXT in left and NEXT in right:
+            shown, right = left.rpartition(NEXT)[2], right.rpartition(NEXT)[2]
+        else:
+            shown, right = before, renderer.render([*values[:index], turn])
+            if plain is not None and right.startswith(plain):
+                shown, right = before[len(plain) :], right[len(plain) :]
+            else:
+                searched = ""
+        for length in range(len(searched), 0, -1):
+            start = searched[:length]
+            if length not in inside and start.strip() and start in right:
+                return searched[length:], right.partition(start)[2]
+        length = chat.common(shown, right)
+        return shown[length:], right[length:]
+
+    opened, rest = find(values[index])
+    try:
+        marked = find(renderer.marked(index))[1]
+    except RowError:
+        marked = ""
+    return Rendered(before, opened, rest, marked)
+
+
+def _check_words(message: Message, words: Words, turn: Rendered) -> None:
+    """Raises a RowError if the template loses the answer or the call of a tool."""
+    if ANSWER not in turn.marked and words.answer.strip() not in turn.rest:
+        raise RowError(
+            f'"{message.where}": the chat template drops the text {words.answer.strip()!r:.60}'
+        )
+    for name in words.tool_names:
+        if name not in turn.rest:
+            raise RowError(f'"{message.where}": the chat template drops the call of {name!r:.60}')
+
+
+def _with_thinking(renderer: Renderer, index: int, turn: Rendered) -> str:
+    """The text of a turn with thinking that the template may have lost or written twice."""
+    message, words = renderer.conversation.messages[index], renderer.words[index]
+    thought, tag, rest = words.thinking.strip(), thinking.open_at_end(turn.before), turn.rest
+    if thinking.has_close(turn.opened) or thinking.closes_at_end(turn.before):
+        raise RowError(
+            f'"{message.where}": the generation prompt closes thinking before the turn thinks'
+            f"{_arguments_hint(renderer, index)}"
+        )
+    count = turn.marked.count(THOUGHT) if turn.marked else int(thought in rest)
+    if count == 1 and not (tag and thinking.opens(rest)):
+        return rest
+    if count == 0 and (filled := thinking.fill_empty_block(rest, thought)) is not None:
+        return filled
+    if tag is None:
+        what = "writes the thinking twice" if count else "drops the thinking"
+        raise RowError(f'"{message.where}": the chat template {what} {thought!r:.60}')
+    inline, close = thinking.split_inline(message.text), thinking.closing_of(tag[0])
+    if inline and close == thinking.END_THINK:
+        said = f"{inline[0].removeprefix(tag[1])}{close}{inline[1]}"
+    else:
+        blank = "\n" if "\n" in tag[1] else ""
+        said = f"{thought}{blank}{close}{blank}{blank}{words.answer}"
+    if not words.answer.strip():
+        return said.rstrip() + (rest.partition(close)[2] if close in rest else rest)
+    if not rest[: turn.end].endswith(words.answer):  # the template trims contents
+        said = said.rstrip()
+    return said + rest[turn.end :]
+
+
+def _close_block(message: Message, tag: tuple[str, str], rest: str) -> str:
+    """The text of a turn without thinking behind a prompt that opens a block of it."""
+    if tag[0] != thinking.THINK:
+        raise RowError(
+            f'"{message.where}": the generation prompt opens {tag[0]!r}, and the turn has no '
+            "thinking; give it reasoning_content"
+        )
+    blank = "\n" if "\n" in tag[1] else ""
+    return f"{blank}{thinking.END_THINK}{blank}{blank}{rest}"
+
+
+def _end_with_stop(renderer: Renderer, index: int, text: str, end: int) -> str:
+    """A turn's text up to the token at which generation stops; its own words end at `end`."""
+    chat = renderer.chat
+    stops = chat.stops(renderer.conversation.tools)
+    if place := chat.first_stop(text, stops, end):
+        return text[: place[1]]
+    follow = _follow(renderer, index)
+    if place := chat.first_stop(follow, stops):
+        return text[:end] + follow[: place[1]]
+    written = text.rstrip()
+    special = chat.specials(written)
+    if special and special[-1][1] == len(written) and special[-1][0] >= end:
+        return written
+    if special := chat.specials(follow):
+        return text[:end] + follow[: special[0][1]]
+    raise UserError(
+        "the chat template writes no end behind an answer, so generation would not stop: set "
+        "data.end_of_turn to eos to learn the tokenizer's end token there, or give another "
+        "template with model.chat_template."
+    )
+
+
+def _follow(renderer: Renderer, index: int) -> str:
+    """What the template writes between the own words of a turn and the message behind it."""
+    values = [*renderer.values[:index], renderer.marked(index)]
+    answers = [
+        {
+            "role": renderer.role("tool"),
+            "content": NEXT,
+            "name": call["function"]["name"],
+            **({"tool_call_id": call["id"]} if "id" in call else {}),
+        }
+        for call in values[index].get("tool_calls", [])
+    ]
+    for following in (answers, [{"role": "user", "content": NEXT}]):
+        text = renderer.attempt([*values, *following]) if following else None
+        if text is not None and NEXT in text:
+            return _behind_words(text.partition(NEXT)[0])
+    return ""
+
+
+def _end_with_eos(renderer: Renderer, text: str, end: int) -> str:
+    """A turn's text with the tokenizer's end token instead of the template's end."""
+    chat = renderer.chat
+    if not chat.eos:
+        raise UserError(
+            "data.end_of_turn: eos, but the tokenizer has no end token; set it to template."
+        )
+    place = chat.first_stop(text, chat.stops(renderer.conversation.tools), end)
+    special = next((found for found in chat.specials(text) if found[0] >= end), None)
+    cut = min((found[0] for found in (place, special) if found), default=len(text))
+    return text[:end] + text[end:cut].rstrip() + chat.eos
+
+
+def _behind_words(text: str) -> str:
+    """What stands behind the last of the words that stand for a turn's own."""
+    at = max(text.rfind(word) + len(word) if word in text else 0 for word in (ANSWER, TOOL))
+    return text[at:]
+
+
+_SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "thinking_mode", "reasoning")
+
+
+def _arguments_hint(renderer: Renderer, index: int) -> str:
+    """Which argument of the template lets a turn think: shown only where one does."""
+    values = renderer.values[:index]
+    for name in _SWITCHES:
+        for value in (True, "high", "thinking"):
+            changed = renderer.arguments | {name: value}
+            prompt = renderer.attempt(values, prompt=True, arguments=changed)
+            if prompt is not None and not thinking.closes_at_end(prompt):
+                shown = json.dumps(value)
+                return f"; set {name} to {shown} in data.chat_template_kwargs"
+    return ""
