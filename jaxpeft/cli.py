@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxpeft import limits
 from jaxpeft.config_keys import Schema, describe
 from jaxpeft.errors import UserError, nearest
 from jaxpeft.storage import explain, is_store_error, shown
@@ -181,7 +182,11 @@ def parse_arguments(
             problems.append(f"{flag}: {_explain(name, own, schema)}")
     if problems:
         raise UserError("\n".join(problems))
-    return parser.parse_args(rest), overrides
+    found = parser.parse_args(rest)
+    for name, value in vars(found).items():
+        if text := limits.exceeds(name, value):
+            raise UserError(f"--{name} {text}")
+    return found, overrides
 
 
 def read_lines(stream: Any = None) -> list[str]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from jaxpeft import storage, yaml_config
+from jaxpeft import limits, storage, yaml_config
 from jaxpeft.config_keys import Schema, flatten
 from jaxpeft.data import DataConfig
 from jaxpeft.foreign_names import FOREIGN, VALUES
@@ -242,9 +242,17 @@ class RunConfig(Record):
     def __post_init__(self):
         steps, warmup = self.train.steps, self.optim.warmup_steps
         best, no_eval = self.checkpoint.best, not self.data.eval
+        prompts = self.method.num_virtual_tokens * max(self.method.num_tasks, 1)
         _check(
             (not self.output_dir.strip(), "output_dir must name a folder, got ''"),
             *(_no_path(name, path) for name, path in self.paths.items()),
+            _fits("train.batch_size", self.train.batch_size, self.data.max_length),
+            _fits("evaluation.batch_size", self.evaluation.batch_size, self.data.max_length),
+            (
+                prompts > limits.PROMPT_TOKENS.most,
+                f"method.num_tokens times num_tasks must be at most {limits.PROMPT_TOKENS.most:,}, "
+                f"got {prompts:,}",
+            ),
             (
                 steps is not None and warmup > steps,
                 f"optim.warmup_steps must be at most train.steps, got {warmup} and {steps}",
@@ -358,10 +366,19 @@ def _one_of(name: str, value: Any, choices: tuple) -> tuple[bool, str]:
     return value not in choices, f"{name} must be one of {choices}, got {value!r}"
 
 
+def _fits(name: str, batch_size: int, max_length: int) -> tuple[bool, str]:
+    limit, tokens = limits.BATCH_TOKENS, batch_size * max_length
+    return tokens > limit.most, (
+        f"{name} times data.max_length must be at most {limit.most:,}, got {batch_size:,} and "
+        f"{max_length:,}: {limit.why}"
+    )
+
+
 def _no_path(name: str, path: str) -> tuple[bool, str]:
     problem = storage.problem_of(path)
     return bool(problem), f"{name} must be a path, got {storage.shown(path)}: {problem}"
 
 
 def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return ", ".join(map(str, sorted({*small, *(number // n for n in small)})))

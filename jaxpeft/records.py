@@ -3,7 +3,7 @@
 import inspect
 from typing import TYPE_CHECKING, ClassVar
 
-from jaxpeft import float32
+from jaxpeft import float32, limits
 from jaxpeft.errors import UserError
 
 
@@ -15,7 +15,7 @@ class Record:
 
     Raises:
         UserError: For a keyword that is no field; it says which one is meant, also where the name
-            is another library's.
+            is another library's; or a number beyond `jaxpeft.limits`.
         ValueError: For a number that float32 does not hold, where the class is `in_float32`.
     """
 
@@ -33,6 +33,7 @@ class Record:
 
                 texts = (f"{cls.__name__}.{n}: {SCHEMA.explain_field(cls, n)}" for n in wrong)
                 raise UserError("; ".join(texts))
+            limits.require_fields(cls.__name__, kwargs)
             if cls.in_float32:
                 from jaxpeft.config_keys import fields_of
 

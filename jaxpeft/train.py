@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from jaxpeft import config as run_config
-from jaxpeft import data, hosts, report, run_lock, sharding, storage, track
+from jaxpeft import data, hosts, limits, report, run_lock, sharding, storage, track
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
@@ -257,6 +257,8 @@ def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> R
     steps = config.train.steps
     if steps is None:
         steps = steps_of_epochs(config.train.epochs or 1, plan.num_sequences, batch_size)
+        if text := limits.exceeds("steps", steps):
+            raise UserError(f"train.epochs: {config.train.epochs} epochs make steps, which {text}.")
     if config.optim.warmup_steps > steps:
         raise UserError(
             f"optim.warmup_steps: {config.optim.warmup_steps} are more than the {steps} steps "

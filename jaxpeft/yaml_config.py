@@ -124,10 +124,11 @@ class _Reader:
             given.pop("name", None)
         fields = fields_of(cls)
         allowed = [field.name for field, _ in fields] + (["name"] if variant else [])
-        for name, (key, _) in given.items():
-            if name not in allowed:
+        for index, name in enumerate(name for name in given if name not in allowed):
+            text = "unknown key"
+            if index < _MAX_PROBLEMS:  # to look for near names takes time
                 text = self.schema.explain(path, name, allowed, variant)
-                self.problem(self.place(key), _join(path, name), text)
+            self.problem(self.place(given[name][0]), _join(path, name), text)
         values = {}
         for field, hint in fields:
             inner = _join(path, field.name)

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jaxpeft import storage
+from jaxpeft import limits, storage
 from jaxpeft.errors import UserError, nearest
 
-_MAX_BYTES = 1 << 20
 _MAX_DEPTH = 50
 _NULL = ("", "~", "null", "Null", "NULL")
 
@@ -91,9 +90,10 @@ def read_text(path: str, example: str = "") -> str:
             inside = sorted(p.name for p in file.iterdir() if p.suffix in (".yaml", ".yml"))
             holds = f" (it holds {', '.join(inside[:5])})" if inside else ""
             raise UserError(f"{path}: a folder, not a config file{holds}{hint}")
-        if file.stat().st_size > _MAX_BYTES:
-            raise UserError(f"{path}: {file.stat().st_size} bytes is no config file{hint}")
-        text = file.read_bytes().decode("utf-8-sig")
+        with file.open("rb") as stream:
+            data = stream.read(limits.CONFIG_BYTES.most + 1)  # a device says no size
+        limits.require_bytes(path, max(len(data), file.stat().st_size), limits.CONFIG_BYTES)
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         known = {str(p) for p in (*file.parent.glob("*.y*ml"), *Path("configs").glob("*.y*ml"))}
         close = nearest(path, sorted(known))

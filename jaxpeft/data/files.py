@@ -11,13 +11,14 @@ import json
 import pathlib
 from typing import Any
 
-from jaxpeft import storage
+from jaxpeft import limits, storage
 from jaxpeft.data import foreign_files
 from jaxpeft.data.problems import DROP_HINT, Problem
 from jaxpeft.errors import UserError, first_few, nearest
 from jaxpeft.storage import Place
 
 MALFORMED = "malformed JSON"
+SPLIT_HINT = "split its text into several rows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,9 @@ def read_json(path: str | pathlib.Path) -> JsonFile:
 
 def _read_bytes(path: Place) -> bytes:
     try:
+        if not storage.is_remote(path) and path.is_char_device():
+            raise UserError(f"{path}: this is a device; give a .jsonl or .json file.")
+        limits.require_bytes(path, storage.size(path), limits.DATA_BYTES)
         return path.read_bytes()
     except FileNotFoundError:
         folder = path.parent
@@ -157,6 +161,8 @@ def _read_lines(body: bytes, skipped: int) -> tuple[list[tuple[int, Any]], list[
 def _parse_line(
     parser: _Parser, line: bytes, number: int, offset: int, is_last: bool
 ) -> tuple[Any, Problem | None]:
+    if len(line) > limits.ROW_BYTES.most:
+        return None, _too_large(number)
     try:
         text = line.decode("utf-8").rstrip()
         start = len(text) - len(text.lstrip())
@@ -198,7 +204,7 @@ def _read_array(
         while not text.startswith("]", at) or values or problems:
             line += text.count("\n", counted, at)
             counted = at
-            value, at, notes = parser.parse(text, at)
+            value, at, notes = _parse_within(parser, text, at)
             if notes:
                 problems.append(Problem(line, notes[0], MALFORMED))
             else:
@@ -216,6 +222,8 @@ def _read_array(
         cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
         why = "the array is incomplete: the file is cut off" if cut else f"{MALFORMED}: {error.msg}"
         problems.append(Problem(error.lineno, why, MALFORMED, "", error.colno, fatal=True))
+    except _TooLargeError:
+        problems.append(dataclasses.replace(_too_large(line), hint=SPLIT_HINT, fatal=True))
     except (ValueError, RecursionError) as error:
         problems.append(Problem(line, _explain(error), MALFORMED, "", fatal=True))
     if not values and not problems:
@@ -234,6 +242,8 @@ def _check_array_in_lines(name: str, body: bytes) -> None:
     """Raises a UserError for a ``.jsonl`` file that opens with "[" and has no objects in lines."""
     lines = body.strip().split(b"\n", 2)
     try:
+        if len(lines[0]) > limits.ROW_BYTES.most:
+            raise _TooLargeError
         text = lines[0].decode("utf-8").strip()
         value, end, _ = _Parser().parse(text)
         first = value if isinstance(value, list) and end == len(text) else None
@@ -251,10 +261,43 @@ def _check_array_in_lines(name: str, body: bytes) -> None:
     )
 
 
+class _TooLargeError(ValueError):
+    """A row is larger than rows may be."""
+
+
+def _parse_within(parser: _Parser, text: str, start: int) -> tuple[Any, int, list[str]]:
+    """As `_Parser.parse`, but no more of the text is looked at than one row may have.
+
+    Raises:
+        _TooLargeError: The value is longer than that.
+        json.JSONDecodeError: It is malformed.
+    """
+    most = limits.ROW_BYTES.most
+    for width in sorted({most, *(1 << bits for bits in (12, 16, 20) if 1 << bits < most)}):
+        if start + width >= len(text):
+            break
+        try:
+            value, end, notes = parser.parse(text[start : start + width])
+        except json.JSONDecodeError as error:
+            if not error.msg.startswith("Unterminated") and error.pos < width - 16:
+                break  # malformed, and not for being cut
+        else:
+            if end < width:  # else it may be a number that goes on
+                return value, start + end, notes
+    else:
+        raise _TooLargeError
+    return parser.parse(text, start)
+
+
 def _skip_blanks(text: str, at: int) -> int:
     while at < len(text) and text[at] in " \t\r\n":
         at += 1
     return at
+
+
+def _too_large(line: int) -> Problem:
+    why = f"a row of more than {limits.ROW_BYTES.most:,} bytes, which is not read"
+    return Problem(line, why, "too large", f"{SPLIT_HINT}, or {DROP_HINT}")
 
 
 def _bad_utf8(line: int, offset: int, byte: int) -> Problem:

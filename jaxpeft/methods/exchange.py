@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft import limits
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.float32 import misfit
 from jaxpeft.methods.base import Adapter, Method
@@ -23,6 +24,14 @@ PREFIX = "base_model.model."
 FLOAT32_MAX = 3.4e38
 PEFT_TARGETS = ("q_proj", "v_proj")
 """What most families of PEFT adapt in Llama, Mistral and Qwen models if no targets are given."""
+_OURS = {
+    **dict.fromkeys(("r", "init_r", "target_r", "num_ranks"), "rank"),
+    "encoder_hidden_size": "hidden_size",
+    "num_cayley_neumann_terms": "terms",
+    "num_virtual_tokens": "num_tokens",
+    "oft_block_size": "block_size",
+}
+"""Our names of counts, where PEFT's differ; for their limits."""
 FLOATS = ("F32", "F16", "BF16")
 
 COMMON: dict[str, Any] = {
@@ -163,6 +172,8 @@ class Values:
     def _count(self, key: str, value: Any, least: int = 1) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.wrong(key, f"a whole number of at least {least}")
+        if text := limits.exceeds(_OURS.get(key, key), value):
+            raise UserError(f"{self.file}: {key}: {text}.")
         return value
 
     def _require_regex(self, pattern: str, key: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft import limits
 from jaxpeft.errors import UserError
 from jaxpeft.models.config import ModelConfig, RopeScaling
 from jaxpeft.models.gguf_file import read_gguf
@@ -17,6 +18,15 @@ from jaxpeft.models.rope import frequencies
 from jaxpeft.models.source import Source, TensorInfo, decode
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
+OURS = {
+    "embedding_length": "d_model",
+    "feed_forward_length": "d_ff",
+    "block_count": "num_layers",
+    "attention.head_count": "num_heads",
+    "attention.head_count_kv": "num_kv_heads",
+    "attention.key_length": "head_dim",
+}
+"""Our names of sizes."""
 # Not needed for the forward pass; the scaling is read from rope_freqs once, into the config.
 IGNORED = ("rope_freqs.weight",)
 
@@ -61,8 +71,13 @@ def _config(
         raise UserError(f"{path}: {arch}.expert_count: mixtures of experts are not supported")
 
     def size(key: str, default: int | None = None) -> int:
-        value = metadata.get(f"{arch}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        value, most = (
+            metadata.get(f"{arch}.{key}", default),
+            limits.size_of_model(OURS.get(key, key)),
+        )
+        if isinstance(value, int) and value > most:
+            raise UserError(f"{path}: {arch}.{key}: at most {most:,} is supported, got {value}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(
                 f"{path}: {arch}.{key}: expected a positive whole number, got {_short(value)}"
             )

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft import limits
 from jaxpeft.errors import UserError
 from jaxpeft.models.source import TensorInfo, expected_nbytes
 
@@ -133,6 +134,9 @@ class _Cursor:
                 "2 and 3 are, little-endian; convert the model with today's llama.cpp"
             )
         tensor_count, pair_count = self.number("Q"), self.number("Q")
+        for what, count in (("tensors", tensor_count), ("keys", pair_count)):
+            if count > limits.GGUF_ITEMS.most:
+                raise ValueError(f"{count} {what} announced, at most {limits.GGUF_ITEMS.most:,}")
         metadata: dict[str, Any] = {}
         for _ in range(pair_count):
             key = self.string()
@@ -159,6 +163,8 @@ class _Cursor:
     def take(self, count: int) -> bytes:
         if count > len(self.data) - self.position:
             raise ValueError(f"{count} bytes announced at byte {self.position}")
+        if self.position + count > limits.GGUF_HEADER_BYTES.most:
+            raise ValueError(f"more than {limits.GGUF_HEADER_BYTES.most:,} bytes of header")
         found = self.data[self.position : self.position + count]
         self.position += count
         return found
@@ -168,6 +174,11 @@ class _Cursor:
             return self.string()
         if kind == _ARRAY:
             item, count = self.number("I"), self.number("Q")
+            if count > limits.GGUF_ITEMS.most:
+                raise ValueError(
+                    f"{count} entries announced at byte {self.position}, at most "
+                    f"{limits.GGUF_ITEMS.most:,} are read"
+                )
             if item == _STRING:
                 if count * 8 > len(self.data) - self.position:
                     raise ValueError(f"{count} strings announced at byte {self.position}")

@@ -11,15 +11,14 @@ import pathlib
 import struct
 from typing import Any
 
-from jaxpeft import storage
-from jaxpeft.errors import StoreError, UserError, first_few
+from jaxpeft import limits, storage
+from jaxpeft.errors import UserError, first_few
 from jaxpeft.models import other_folders
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.hf_config import config_from_hf
 from jaxpeft.models.source import PLAIN_DTYPES, Source, TensorInfo, expected_nbytes
 from jaxpeft.storage import Place
 
-MAX_HEADER_BYTES = 100_000_000
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -84,13 +83,14 @@ def read_header(path: Place) -> dict[str, TensorInfo]:
         if size < 8:
             raise UserError(f"{path}: {describe_bytes(start)}")
         (length,) = struct.unpack("<Q", start[:8])
-        if length > MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
+        if start[8:9] not in (b"{", b"") or length > _PLAUSIBLE:
             raise UserError(f"{path}: {describe_bytes(start)}")
         if 8 + length > size:
             raise UserError(
                 f"{path}: cut short: the header alone needs {8 + length} bytes, the file has "
                 f"{size}; {_DOWNLOAD_AGAIN}"
             )
+        limits.require_bytes(f"{path}: its header", length, limits.HEADER_BYTES)
         file.seek(8)
         text = file.read(length)
     try:
@@ -151,14 +151,17 @@ def read_json(path: Place) -> dict[str, Any]:
         StoreError: The store refuses or does not answer.
     """
     try:
+        limits.require_bytes(path, storage.size(path), limits.JSON_BYTES)
         text = storage.read_bytes(path).decode("utf-8")
         value = json.loads(text, object_pairs_hook=_no_doubles)
     except json.JSONDecodeError as error:
         text = "the file is empty" if not storage.size(path) else f"not valid JSON: {error.msg}"
         raise UserError(f"{path}:{error.lineno}:{error.colno}: {text}") from error
-    except StoreError:
+    except UserError:
         raise
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise UserError(f"{path}: not valid JSON: nested too deeply") from error
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -166,6 +169,7 @@ def read_json(path: Place) -> dict[str, Any]:
 
 
 _DOWNLOAD_AGAIN = "download it again"
+_PLAUSIBLE = 1 << 40  # a length beyond it is no length, but the start of another file
 
 
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import math
 import sys
 from typing import Any
 
+from jaxpeft import limits
 from jaxpeft.errors import UserError
 from jaxpeft.models.config import ModelConfig, RopeScaling
 
@@ -46,6 +47,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 SUPPORTED = tuple(DEFAULTS)
+OURS = {
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "num_layers",
+    "max_window_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+}
+"""Our names of sizes."""
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -65,7 +75,7 @@ def config_from_hf(d: dict, where: str = "config.json") -> ModelConfig:
     model_type = d.get("model_type")
     if model_type not in SUPPORTED:
         raise UserError(
-            f"{where}: model_type: {model_type!r} is not supported; supported: "
+            f"{where}: model_type: {model_type!r:.60} is not supported; supported: "
             f"{', '.join(SUPPORTED)} (Llama 2/3 and SmolLM2 are llama, Qwen2.5 is qwen2)"
         )
     fields = _Fields({**DEFAULTS[model_type], **d}, where)
@@ -309,9 +319,12 @@ class _Fields:
 
     def size(self, key: str, default: int | None = None, least: int = 1) -> int:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             what = "a positive whole number" if least else "a whole number of at least 0"
-            raise self.error(key, f"expected {what}, got {value!r}")
+            raise self.error(key, f"expected {what}, got {value!r:.60}")
+        most = limits.size_of_model(OURS.get(key, key))
+        if value > most:
+            raise self.error(key, f"at most {most:,} is supported, got {limits.number(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -4,7 +4,7 @@ import os
 import pathlib
 from typing import Any
 
-from jaxpeft import storage
+from jaxpeft import limits, storage
 from jaxpeft.errors import StoreError, UserError
 from jaxpeft.models.hf import read_json
 from jaxpeft.models.locate import SMALL
@@ -52,6 +52,9 @@ def read_tokenizer(place: Place) -> Any:
             f"{place}: no tokenizer: expected one of {', '.join(VOCABULARY_FILES)}; "
             "copy the tokenizer files of the model into the folder"
         )
+    for name in VOCABULARY_FILES:
+        if (place / name).is_file():
+            limits.require_bytes(place / name, storage.size(place / name), limits.TOKENIZER_BYTES)
     _check_settings(place / "tokenizer_config.json")
     transformers = import_transformers()
     try:

@@ -242,7 +242,7 @@ def test_missing_file_folder_and_bytes(tmp_path, monkeypatch):
         ],
         "configs": ["a folder, not a config file (it holds tiny.yaml); for example"],
         "model.gguf": ["byte 3 is not UTF-8"],
-        "large.yaml": ["2097152 bytes is no config file"],
+        "large.yaml": ["2,097,152 bytes are too large, at most 262,144 are read: a config file"],
     }.items():
         with pytest.raises(UserError) as caught:
             cfg.load_config(path)

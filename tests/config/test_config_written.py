@@ -48,7 +48,7 @@ words = st.text(min_size=1, max_size=12).filter(str.strip)
 places = words.filter(lambda text: "\0" not in text)
 regexes = words.filter(is_regex)
 lists = st.lists(words, min_size=1, max_size=3).map(tuple)
-positive = st.integers(1, 10**6)
+positive = st.integers(1, 2**16)
 configs = record(
     cfg.RunConfig,
     model=record(cfg.ModelSection, path=places, revision=st.none() | words),
