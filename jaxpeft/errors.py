@@ -34,6 +34,10 @@ class StoreError(UserError):
     exit_code = 5
 
 
+class HubError(StoreError):
+    """The Hugging Face hub does not answer, or not as a hub does; it may do later."""
+
+
 class InterruptedRunError(UserError):
     """Stopped by a signal after saving; the same command goes on."""
 

@@ -69,7 +69,7 @@ def _require_kind(method: Method) -> None:
     try:
         kind = peek_kind(*_place(method.init_from))
     except UserError as error:
-        raise UserError(f"method.init_from: {error}") from error
+        raise type(error)(f"method.init_from: {error}") from error
     if kind != method.name:
         raise UserError(
             f"method.init_from: {method.init_from} holds an adapter of kind {kind!r}, method.name "

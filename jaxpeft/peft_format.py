@@ -282,7 +282,7 @@ def _shapes_of(place: Place, name: str, version: str) -> Any:
     try:
         return load_shapes(name, version or None)
     except UserError as error:
-        raise UserError(
+        raise type(error)(
             f"{place}: the base it names cannot be found ({error}); load a base yourself and pass "
             "it: load_adapter(..., base)."
         ) from error

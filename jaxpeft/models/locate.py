@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from jaxpeft import storage
 from jaxpeft.errors import UserError, nearest
-from jaxpeft.models import other_folders
+from jaxpeft.models import hub, other_folders
 from jaxpeft.models.companions import COMPANIONS
 from jaxpeft.storage import Place
 
@@ -52,7 +52,7 @@ def locate(path: str | os.PathLike, revision: str | None = None, *, weights: boo
             f"{text}: no such file or folder (from {pathlib.Path.cwd()}); {_near(local)}"
             "no network access was tried, as this is not a hub id (org/name)"
         )
-    return _from_hub(text, revision, [*SMALL, *(_WEIGHTS if weights else ())], "model")
+    return hub.download(text, revision, [*SMALL, *(_WEIGHTS if weights else ())], "model")
 
 
 def locate_again(path: str | os.PathLike, revision: str | None = None) -> Place | None:
@@ -112,7 +112,7 @@ def locate_adapter(path: str | os.PathLike, revision: str | None, files: Iterabl
             f"{text}: no such folder (from {pathlib.Path.cwd()}); no network access was tried, as "
             "this is not a hub id (org/name)"
         )
-    return _from_hub(text, revision, files, "adapter")
+    return hub.download(text, revision, files, "adapter")
 
 
 def looks_local(text: str) -> bool:
@@ -168,33 +168,3 @@ def _near(local: pathlib.Path) -> str:
     with contextlib.suppress(OSError):  # a folder that may not be listed
         close = nearest(local.name, [p.name for p in parent.iterdir()])
     return f"near names: {', '.join(str(parent / name) for name in close)}; " if close else ""
-
-
-def _from_hub(text: str, revision: str | None, files: Iterable[str], what: str) -> pathlib.Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    name = f"{text} (revision {revision})" if revision else text
-    try:
-        folder = huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=[*files])
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{name}: access to this {what} is restricted; accept its terms on the hub and log in "
-            "with `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{text}: the hub has no revision {revision!r} of this {what}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{name}: no such folder here and no such {what} on the hub (or it is private: "
-            "`hf auth login`)"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{name}: no such folder here, not in the hub's local cache, and the hub was not "
-            "reached (offline, or HF_HUB_OFFLINE is set); download it once with a connection"
-        ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{name}: the hub could not be read: {reason}") from error
-    return pathlib.Path(folder)
