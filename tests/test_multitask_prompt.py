@@ -182,7 +182,7 @@ def test_answers_are_those_of_every_rows_task(monkeypatch):
         "generate_ids",
         lambda base, prompts, **o: asked.update(o) or [[5] for _ in prompts],
     )
-    evaluate.exact_match(model(), rows, trained())
+    evaluate.exact_match(model().replace(tokenizer=toy_tokenizer()), rows, trained())
     assert asked["task"] == [1, 0, 1]
     prompts = [[5, 6, 7], [8, 9], [5, 6, 7]]
     mixed = generate_ids(model(), prompts, adapter=trained(), task=[1, 0, 0], max_new_tokens=6)

@@ -10,7 +10,7 @@ from jaxpeft.data.templates import TemplateError, render_template
 from jaxpeft.data.thinking import ends_with_empty_block, is_exempt
 
 ANSWER, NEXT, QUESTION = "Zq4vanswer7", "Zq4vnext7", "Zq4vquestion7"
-THOUGHT, TOOL = "Zq4vthought7", "Zq4vtool7"
+THOUGHT, TOOL, ARGUMENT = "Zq4vthought7", "Zq4vtool7", "Zq4vargument7"
 """Texts that no template changes and no row holds, to find places in a rendering by."""
 
 
@@ -90,7 +90,29 @@ class Chat:
         known = (tokenizer.convert_ids_to_tokens(int(token)) for token in stop_ids)
         self._stops = [token for token in dict.fromkeys([self.eos, *known]) if token]
         self._ends: dict[str, str] = {}
+        self._parts: dict[str, bool] = {}
         self._reasons: dict[str, bool] = {}
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        prompt: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Renders messages whose contents are texts, see `render_messages`."""
+        if self._wants_parts(tools):
+            messages = [_in_parts(message) for message in messages]
+        return render_messages(
+            self.tokenizer,
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=prompt,
+            arguments=arguments,
+        )
 
     def source(self, tools: Any = None) -> str:
         """The text of the template that renders conversations with or without tools."""
@@ -159,6 +181,17 @@ class Chat:
         found = self._markup.search(text) if self._markup else None
         return found[0] if found else None
 
+    def _wants_parts(self, tools: Any) -> bool:
+        """Whether the template passes over contents that are texts, and takes lists of parts."""
+        source = self.source(tools)
+        if source not in self._parts:
+            self._parts[source] = False
+            text: dict[str, Any] = {"role": "user", "content": QUESTION}
+            if QUESTION not in self._try([text], tools, self.arguments):
+                found = self._try([_in_parts(text)], tools, self.arguments)
+                self._parts[source] = QUESTION in found
+        return self._parts[source]
+
     def _find_end(self, tools: Any) -> str:
         """What ends a turn, by the rendering of one that is last and of one that is not."""
         turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
@@ -182,6 +215,14 @@ class Chat:
     def _try(self, messages: Sequence[Any], tools: Any, arguments: Mapping[str, Any]) -> str:
         """A rendering, or nothing where the template refuses."""
         try:
-            return render_messages(self.tokenizer, messages, tools=tools, arguments=arguments)
+            return self.render(messages, tools=tools, arguments=arguments)
         except RowError:
             return ""
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content is a list with one part, its text."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return dict(message)
+    return {**message, "content": [{"type": "text", "text": content}]}

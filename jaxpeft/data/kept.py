@@ -59,9 +59,12 @@ def check_prompt(renderer: Renderer, prompt: str, index: int) -> None:
         words = renderer.words[place]
         said = words.answer.strip() if message.role == "assistant" else message.text.strip()
         if said and said not in prompt and not _is_written(renderer, place, index):
+            way_out = ""
+            if message.role in ("system", "developer"):
+                way_out = "; move it into the first user message"
             raise RowError(
                 f'"{message.where}": the chat template drops the text of the {message.role} '
-                f"message, {said!r:.60}"
+                f"message, {said!r:.60}{way_out}"
             )
         lost = [name for name in message.tool_names if name not in prompt]
         if lost:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpeft.data import thinking
-from jaxpeft.data.chat import ANSWER, THOUGHT, TOOL, Chat, RowError, render_messages
+from jaxpeft.data.chat import ANSWER, ARGUMENT, THOUGHT, TOOL, Chat, RowError
 from jaxpeft.data.messages import REASONING, Message
 from jaxpeft.data.rows import Conversation
 
@@ -62,12 +62,11 @@ class Renderer:
         Raises:
             RowError: If the template refuses.
         """
-        return render_messages(
-            self.chat.tokenizer,
+        return self.chat.render(
             values,
             tools=self.conversation.tools,
             documents=self.conversation.documents if documents else None,
-            add_generation_prompt=prompt,
+            prompt=prompt,
             arguments=self.arguments if arguments is None else arguments,
         )
 
@@ -91,10 +90,7 @@ class Renderer:
         elif words.thinking:
             values["content"] = content.replace(words.thinking, THOUGHT, 1) or values["content"]
         if calls := values.get("tool_calls"):
-            functions = [call["function"] for call in calls]
-            named = [{**function, "name": TOOL} for function in functions]
-            pairs = zip(calls, named, strict=True)
-            values["tool_calls"] = [{**call, "function": name} for call, name in pairs]
+            values["tool_calls"] = [_marked_call(call, place) for place, call in enumerate(calls)]
         return values
 
     def _choose_form(self) -> list[dict[str, Any]]:
@@ -178,6 +174,16 @@ def _words(message: Message) -> Words:
     if not inline[0].strip():  # an empty block is markup that the row writes itself
         return Words(message.reasoning, text, tuple(message.tool_names))
     return Words(inline[0], inline[1].lstrip("\n"), tuple(message.tool_names))
+
+
+def _marked_call(call: dict[str, Any], place: int) -> dict[str, Any]:
+    """A call with marks in the place of its name and of the values of its arguments."""
+    given = call["function"]["arguments"]
+    is_text = isinstance(given, str)
+    values: dict[str, Any] = json.loads(given) if is_text else given
+    marked: Any = dict.fromkeys(values, f"{ARGUMENT}{place}e")
+    named = {"name": f"{TOOL}{place}e", "arguments": json.dumps(marked) if is_text else marked}
+    return {**call, "function": {**call["function"], **named}}
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ _ALPACA = (
     'this is the Alpaca format; write it as {"prompt": instruction and input, "completion": '
     "output}, or as messages"
 )
+_PAIRS = 'questions and answers are written as {"prompt": ..., "completion": ...} or as messages'
 _SHAREGPT = (
     'this is the ShareGPT format; write it as {"messages": [{"role": "user", "content": ...}, '
     '{"role": "assistant", "content": ...}]}'
@@ -53,7 +54,8 @@ def _same(text: str, *keys: str) -> dict[str, str]:
 
 REFUSED = {
     **_same(_SHAREGPT, "conversations"),
-    **_same(_ALPACA, "instruction", "input", "output", "response", "query", "history"),
+    **_same(_ALPACA, "instruction", "input", "output"),
+    **_same(_PAIRS, "response", "query", "history"),
     **_same(_ARGUMENTS, "enable_thinking", "thinking", "reasoning_effort"),
     **_same(_TOOLS, "functions", "function_call", "tool_choice"),
     **_same(_PREFERENCES, "chosen", "rejected", "preferred_output", "non_preferred_output"),
@@ -61,7 +63,8 @@ REFUSED = {
     "label": "labels are for classification and for preferences; this run learns text",
     **_same(_TOKENS, "input_ids", "labels", "attention_mask", "position_ids", "seq_lengths"),
     **_same(_MASKS, "completion_mask", "assistant_masks", "mask", "loss_mask", "segments"),
-    **_same(_TEXT_ONLY, "image", "images", "video", "videos", "audio"),
+    **_same(_TEXT_ONLY, "image", "images", "video", "videos"),
+    **_same(_TEXT_ONLY, "audio", "audios"),
     "weight": "rows weigh the same; a message may have weight 0 or 1",
     **_same(_MASKS, "train_on_input", "train_on_inputs"),
     "chat_template": "one template serves all rows: model.chat_template",
@@ -192,7 +195,8 @@ def check_row(value: Any) -> list[str]:
     kinds = tuple(key for key in KINDS if key in value)
     refused = [key for key in REFUSED if value.get(key) is not None]
     if refused and (kinds or _is_foreign(value)):
-        return [f'"{key}": not supported; {REFUSED[key]}' for key in refused]
+        hints = dict.fromkeys(REFUSED[key] for key in refused)
+        return [f"{_quoted(refused, hint)}: not supported; {hint}" for hint in hints]
     if kinds == ("messages",) or (kinds == ("prompt", "completion") and _has_lists(value)):
         return read_conversation(value)[1]
     chat_only = [key for key in CHAT_KEYS if value.get(key) is not None]
@@ -280,8 +284,13 @@ def unused_keys(row: Mapping[str, Any]) -> list[str]:
 
 def _is_foreign(value: Mapping[str, Any]) -> bool:
     """Whether a row without messages, prompt or text has the columns of another format."""
-    formats = (_SHAREGPT, _ALPACA, _TOKENS, _PREFERENCES)
+    formats = (_SHAREGPT, _ALPACA, _PAIRS, _TOKENS, _PREFERENCES)
     return any(REFUSED.get(key) in formats for key in value)
+
+
+def _quoted(keys: Sequence[str], hint: str) -> str:
+    """The keys that share a hint."""
+    return ", ".join(f'"{key}"' for key in keys if REFUSED[key] == hint)
 
 
 def _has_lists(value: Mapping[str, Any]) -> bool:

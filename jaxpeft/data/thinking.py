@@ -20,6 +20,7 @@ _LEADING_OPEN = re.compile(rf"\s*{_OPEN}", re.IGNORECASE)
 _EMPTY_BLOCK = re.compile(rf"\s*({_OPEN})(\s*)({_CLOSE})", re.IGNORECASE)
 _EMPTY_AT_END = re.compile(rf"{_OPEN}\s*{_CLOSE}\s*\Z", re.IGNORECASE)
 _INLINE = re.compile(rf"\s*{THINK}(.*?){END_THINK}(.*)\Z", re.DOTALL)
+_ANY_OPEN_AT_END = re.compile(r"(<(?![/|])[^<>\s]+>|\[(?!/)[A-Z][A-Z_]*\])\s*\Z")
 _MARKUP = re.compile(r"think|thought|reason|tool", re.IGNORECASE)
 
 
@@ -33,6 +34,12 @@ def open_at_end(text: str) -> tuple[str, str] | None:
     """The opening tag that a text ends with, and the blanks behind it; None without one."""
     found = _OPEN_AT_END.search(text[-200:])
     return (found[1], found[2]) if found else None
+
+
+def unknown_open_at_end(text: str) -> str | None:
+    """A tag at the end of a text that opens something, whatever its name; None without one."""
+    found = _ANY_OPEN_AT_END.search(text[-200:])
+    return found[1] if found else None
 
 
 def closes_at_end(text: str) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxpeft.data import thinking
-from jaxpeft.data.chat import ANSWER, NEXT, THOUGHT, TOOL, RowError
+from jaxpeft.data.chat import ANSWER, ARGUMENT, NEXT, THOUGHT, TOOL, RowError
 from jaxpeft.data.messages import Message
 from jaxpeft.data.renderer import Renderer, Words
 from jaxpeft.data.settings import EndOfTurn
@@ -60,17 +60,9 @@ class Rendered:
     marked: str
 
     @property
-    def tail(self) -> str:
-        """What the template writes behind the own words."""
-        return _behind_words(self.marked)
-
-    @property
     def end(self) -> int:
         """Where the own words end in `rest`."""
-        if self.rest.endswith(self.tail):
-            return len(self.rest) - len(self.tail)
-        pairs = zip(reversed(self.rest), reversed(self.marked), strict=False)
-        return len(self.rest) - sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], pairs))
+        return len(self.rest) - _common_end(self.rest, self.marked)
 
 
 def find_turns(
@@ -102,6 +94,8 @@ def _find_turn(renderer: Renderer, index: int, end_of_turn: EndOfTurn) -> Turn:
         text = _with_thinking(renderer, index, turn)
     elif (tag := thinking.open_at_end(turn.before)) and not thinking.has_close(turn.rest):
         text, note = _close_block(message, tag, turn.rest), EMPTY_BLOCK
+    elif odd := thinking.unknown_open_at_end(turn.opened):
+        text, note = _close_block(message, (odd, ""), turn.rest), ""
     end = len(text) - (len(turn.rest) - turn.end)
     if end_of_turn == "eos":
         return Turn(turn.before, _end_with_eos(renderer, text, end), note)
@@ -113,13 +107,10 @@ def _split(renderer: Renderer, index: int) -> Rendered:
     values, chat = renderer.values, renderer.chat
     before, plain = renderer.render(values[:index], prompt=True), renderer.attempt(values[:index])
     prompt = before[len(plain) :] if plain is not None and before.startswith(plain) else ""
-    if index and values[index - 1]["role"] == "assistant" and not prompt:
-        raise RowError(
-            f'"{renderer.conversation.messages[index].where}.role": two assistant turns in a row, '
-            "and the chat template writes nothing between them; join them"
-        )
     front = [*values[: index - 1], {**values[index - 1], "content": NEXT}]
     left = renderer.attempt(front, prompt=True) or ""
+    if index and values[index - 1]["role"] == "assistant":
+        _check_opener(renderer, index, left.rpartition(NEXT)[2] if NEXT in left else prompt)
     inside = {at for start, end in chat.spans(prompt) for at in range(start + 1, end)}
 
     def find(turn: dict[str, Any]) -> tuple[str, str]:
@@ -149,15 +140,38 @@ def _split(renderer: Renderer, index: int) -> Rendered:
     return Rendered(before, opened, rest, marked)
 
 
+def _check_opener(renderer: Renderer, index: int, behind: str) -> None:
+    """Raises a RowError if nothing opens a turn behind another assistant turn.
+
+    Args:
+        renderer: The conversation.
+        index: The place of the second turn.
+        behind: What the template writes behind the text of the first one.
+    """
+    stop = renderer.chat.first_stop(behind, renderer.chat.stops(renderer.conversation.tools))
+    if not (behind[stop[1] :] if stop else behind).strip():
+        where = renderer.conversation.messages[index].where
+        raise RowError(
+            f'"{where}.role": two assistant turns in a row, and the chat template writes nothing '
+            "between them; join them"
+        )
+
+
 def _check_words(message: Message, words: Words, turn: Rendered) -> None:
     """Raises a RowError if the template loses the answer or the call of a tool."""
     if ANSWER not in turn.marked and words.answer.strip() not in turn.rest:
         raise RowError(
             f'"{message.where}": the chat template drops the text {words.answer.strip()!r:.60}'
         )
-    for name in words.tool_names:
-        if name not in turn.rest:
-            raise RowError(f'"{message.where}": the chat template drops the call of {name!r:.60}')
+    for place, call in enumerate(message.values.get("tool_calls", [])):
+        function = call["function"]
+        for mark, said, what in (
+            (f"{TOOL}{place}e", function["name"], "the call of"),
+            (f"{ARGUMENT}{place}e", function["arguments"], "the arguments of the call of"),
+        ):
+            if said and mark not in turn.marked:
+                name = function["name"]
+                raise RowError(f'"{message.where}": the chat template drops {what} {name!r:.60}')
 
 
 def _with_thinking(renderer: Renderer, index: int, turn: Rendered) -> str:
@@ -225,7 +239,7 @@ def _end_with_stop(renderer: Renderer, index: int, text: str, end: int) -> str:
 
 def _follow(renderer: Renderer, index: int) -> str:
     """What the template writes between the own words of a turn and the message behind it."""
-    values = [*renderer.values[:index], renderer.marked(index)]
+    values, marked = renderer.values[: index + 1], renderer.marked(index)
     answers = [
         {
             "role": renderer.role("tool"),
@@ -236,9 +250,11 @@ def _follow(renderer: Renderer, index: int) -> str:
         for call in values[index].get("tool_calls", [])
     ]
     for following in (answers, [{"role": "user", "content": NEXT}]):
-        text = renderer.attempt([*values, *following]) if following else None
-        if text is not None and NEXT in text:
-            return _behind_words(text.partition(NEXT)[0])
+        real = renderer.attempt([*values, *following]) if following else None
+        other = renderer.attempt([*values[:index], marked, *following]) or ""
+        if real is not None and NEXT in real and NEXT in other:
+            real, other = real.partition(NEXT)[0], other.partition(NEXT)[0]
+            return real[len(real) - _common_end(real, other) :]
     return ""
 
 
@@ -255,10 +271,10 @@ def _end_with_eos(renderer: Renderer, text: str, end: int) -> str:
     return text[:end] + text[end:cut].rstrip() + chat.eos
 
 
-def _behind_words(text: str) -> str:
-    """What stands behind the last of the words that stand for a turn's own."""
-    at = max(text.rfind(word) + len(word) if word in text else 0 for word in (ANSWER, TOOL))
-    return text[at:]
+def _common_end(left: str, right: str) -> int:
+    """The length of what two texts end with alike."""
+    pairs = zip(reversed(left), reversed(right), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 _SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "thinking_mode", "reasoning")
