@@ -1,12 +1,13 @@
 """How a plan is shown to a person; `jaxpeft.plan` makes it."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from jaxpeft import report
 from jaxpeft.plan_memory import GIB
 
-_LONGEST = 300
+_LONGEST = 600
 
 
 def print_plan(plan: dict[str, Any], stream: Any = None) -> None:
@@ -24,13 +25,23 @@ def print_plan(plan: dict[str, Any], stream: Any = None) -> None:
         left, right = _marks(stream)
         print(f"\nfirst rows, {left}learned{right}:", file=stream)
     for sample in samples:
-        text = "".join(_shown(part, _marks(stream)) for part in sample["parts"])
+        text = mark_learned(sample["parts"], _marks(stream))
         text = text.encode(stream.encoding or "utf-8", "backslashreplace")
         print(f"  line {sample['line']}:", file=stream)
         for line in text.decode(stream.encoding or "utf-8").split("\n"):
             print(f"    {line}", file=stream)
     print(file=stream)
     report.print_run_table(_verdict(plan), [], stream=stream)
+
+
+def mark_learned(parts: Sequence[dict[str, Any]], marks: tuple[str, str]) -> str:
+    """The text of an example, with marks around what is learned.
+
+    Args:
+        parts: From `jaxpeft.plan.decode_parts`.
+        marks: What stands before and behind learned text.
+    """
+    return "".join(_shown(part, marks) for part in parts)
 
 
 def _marks(stream: Any) -> tuple[str, str]:
