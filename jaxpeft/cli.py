@@ -80,6 +80,7 @@ def add_base(parser: Parser) -> None:
     parser.add_argument("--model", required=True, help="HF folder, hub id or GGUF file")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--dtype", default="float32", help="dtype of the base")
+    add_chat_template(parser)
     parser.add_argument("--quantization", help="nf4, int4 or int8 for the kernels of its layers")
     parser.add_argument(
         "--double_quantization", action="store_true", help="quantise their scales too"
@@ -90,15 +91,44 @@ def add_base(parser: Parser) -> None:
 def load_base(args: argparse.Namespace) -> Any:
     """The `jaxpeft.Model` that the flags of `add_base` name."""
     import jaxpeft as jp
+    from jaxpeft.chat_template import override_template
 
     keep_compiled(args)
-    return jp.load_model(
+    template = chat_template(args)
+    base = jp.load_model(
         args.model,
         revision=args.revision,
         dtype=args.dtype,
         quantization=args.quantization,
         double_quantization=args.double_quantization,
     )
+    return base.replace(tokenizer=override_template(base.tokenizer, template))
+
+
+def add_chat_template(parser: Parser) -> None:
+    """Adds the flag for a chat template in place of the model's and the adapter's."""
+    parser.add_argument(
+        "--chat_template",
+        metavar="FILE",
+        help="a Jinja template, in place of the model's or the adapter's",
+    )
+
+
+def chat_template(args: argparse.Namespace) -> str:
+    """The text of the file that ``--chat_template`` names; "" without the flag."""
+    from jaxpeft.chat_template import read_template
+
+    return (
+        "" if args.chat_template is None else read_template(args.chat_template, "--chat_template")
+    )
+
+
+def load_adapter(args: argparse.Namespace, path: str, base: Any) -> Any:
+    """An adapter for a base; it chats with the template that a flag names."""
+    import jaxpeft as jp
+    from jaxpeft.chat_template import override_in_adapter
+
+    return override_in_adapter(jp.load_adapter(path, base), chat_template(args))
 
 
 def read_objects(flag: str, path: str) -> list[dict[str, Any]]:

@@ -32,6 +32,8 @@ class ModelSection(Record):
     Attributes:
         path: A Hugging Face folder, on disk or in a bucket (``gs://``), a hub id, or a GGUF file.
         revision: Branch, tag or commit of a hub id.
+        chat_template: A file, on disk or in a bucket, with the chat template to use; null is the
+            tokenizer's own. Its text is saved with the run and with the adapter.
         dtype: Of the stored base parameters.
         compute_dtype: Of activations; "auto" is float32 on CPU and `dtype` elsewhere. On a CPU that
             multiplies bfloat16 itself (AMX, AVX-512 BF16) bfloat16 for both is the quickest.
@@ -41,6 +43,7 @@ class ModelSection(Record):
 
     path: str
     revision: str | None = None
+    chat_template: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: Quantization | None = None
@@ -50,6 +53,10 @@ class ModelSection(Record):
         _check(
             (not self.path.strip(), f"path must name a model, got {self.path!r}"),
             (self.revision == "", "revision must be null or a branch, tag or commit, got ''"),
+            (
+                self.chat_template is not None and not self.chat_template.strip(),
+                f"chat_template must be null or a file, got {self.chat_template!r}",
+            ),
             _one_of("dtype", self.dtype, ("float32", "bfloat16")),
             _one_of("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16")),
             _one_of("quantization", self.quantization, (None, *get_args(Quantization))),
@@ -280,6 +287,7 @@ class RunConfig(Record):
         """The files and folders that a run reads or writes, by their key."""
         found = {
             "model.path": self.model.path,
+            "model.chat_template": self.model.chat_template,
             "method.init_from": self.method.init_from,
             "data.train": self.data.train,
             "data.eval": self.data.eval,
@@ -292,7 +300,8 @@ SCHEMA = Schema(RunConfig, FOREIGN, VALUES)
 EXAMPLE = "python -m jaxpeft.train configs/quickstart.yaml"
 
 _NOT_HASHED = re.compile(
-    r"(output_dir|track|evaluation|checkpoint|mesh|data\.(eval|workers))(\.|$)"
+    r"(output_dir|track|evaluation|checkpoint|mesh|data\.(eval|workers)|model\.chat_template)"
+    r"(\.|$)"
 )
 
 
@@ -325,8 +334,9 @@ def config_hash(config: RunConfig) -> str:
     """The sha256, in hex, of what determines the states a run goes through.
 
     Left out is what may change when a run goes on: ``output_dir``, ``track``, ``evaluation``,
-    ``checkpoint``, ``data.eval``, ``data.workers`` (batches do not depend on it) and ``mesh``
-    (another mesh gives the same rows in the same order and differs by rounding only).
+    ``checkpoint``, ``data.eval``, ``data.workers`` (batches do not depend on it), ``mesh``
+    (another mesh gives the same rows in the same order and differs by rounding only) and
+    ``model.chat_template`` (its text counts, see `jaxpeft.run_folder.find_template`).
     """
     text = json.dumps(
         dict(sorted(_hashed(config).items()))

@@ -312,13 +312,12 @@ def main(argv: list[str]) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}.")
-    import jaxpeft as jp
     from jaxpeft.data import read_rows
 
     read_rows(args.data)  # its problems are told before the model takes its time
     base = cli.load_base(args)
     adapters: dict[str, Adapter | None] = {} if args.no_base else {"base": None}
-    adapters |= {path: jp.load_adapter(path, base) for path in args.adapter}
+    adapters |= {path: cli.load_adapter(args, path, base) for path in args.adapter}
     results = evaluate_file(
         base,
         args.data,

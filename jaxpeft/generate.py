@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts answered at once")
     args, _ = cli.parse_arguments(parser, argv)
-    for name in ("system", "tools", "documents", "chat_template_kwargs"):
+    for name in ("system", "tools", "documents", "chat_template", "chat_template_kwargs"):
         if args.raw and getattr(args, name) is not None:
             raise UserError(f"--{name} needs the chat template; leave out --raw or --{name}.")
     if not 0 <= args.seed < 2**32:
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     from jaxpeft.chat_prompts import tokenizer_of
 
     base = cli.load_base(args)
-    adapter = jp.load_adapter(args.adapter, base) if args.adapter else None
+    adapter = cli.load_adapter(args, args.adapter, base) if args.adapter else None
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     if not args.raw and not tokenizer_of(base, adapter).chat_template:
         raise UserError(f"{args.model}: has no chat template; add --raw to continue the text.")

@@ -15,15 +15,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder there")
     parser.add_argument("--dtype", help="dtype of the merged weights; default: as stored")
+    cli.add_chat_template(parser)
     args, _ = cli.parse_arguments(parser, argv)
     import jaxpeft as jp
+    from jaxpeft.chat_template import override_in_adapter
     from jaxpeft.models.hf_save import require_place
 
     require_place(args.output, overwrite=args.overwrite, source=args.model)
     # Sums are rounded once either way: `merge` computes in float32.
     read_as = None if args.dtype is None else "float32"
+    template = cli.chat_template(args)
     base = jp.load_model(args.model, revision=args.revision, dtype=read_as)
-    adapter = jp.load_adapter(args.adapter, base)
+    adapter = override_in_adapter(jp.load_adapter(args.adapter, base), template)
     jp.save_model(args.output, base, adapter=adapter, dtype=args.dtype, overwrite=args.overwrite)
     print(f"{args.output}: the merged model is ready.")
 

@@ -21,11 +21,12 @@ import numpy as np
 from jaxpeft import checkpoint_leaves, cli, data, paths, report, storage
 from jaxpeft import config as run_config
 from jaxpeft.activations import traced_on
+from jaxpeft.chat_template import read_template
 from jaxpeft.config import RunConfig
 from jaxpeft.flops import count_flops
 from jaxpeft.methods import Adapter
 from jaxpeft.models.config import ModelConfig
-from jaxpeft.models.load import load_config, load_tokenizer
+from jaxpeft.models.load import load_config
 from jaxpeft.models.locate import locate
 from jaxpeft.models.tokenizer import has_tokenizer
 from jaxpeft.plan_memory import (
@@ -39,6 +40,7 @@ from jaxpeft.plan_memory import (
 from jaxpeft.plan_report import print_plan
 from jaxpeft.run import Rows, Run, leaves
 from jaxpeft.run_checks import check_model, start_on_zeros
+from jaxpeft.run_template import run_tokenizer
 
 SAMPLES = 3
 EXAMPLE = "python -m jaxpeft.plan configs/quickstart.yaml"
@@ -111,7 +113,8 @@ def make_plan(
     folder = locate(config.model.path, config.model.revision, weights=False)
     tokenizer = None
     if has_tokenizer(folder):
-        tokenizer = load_tokenizer(config.model.path, config.model.revision)
+        template = config.model.chat_template
+        tokenizer = run_tokenizer(config, "" if template is None else read_template(template))
     check_model(config, model, tokenizer)
     missing = None
     if tokenizer is None:

@@ -1,7 +1,8 @@
 """The folder of a run: who may write there, what an earlier run left, and how it is discarded.
 
 output_dir/
-  config.yaml                      resolved; written first and discarded last: marks a run
+  config.yaml                      resolved; discarded last: marks a run
+  chat_template.jinja              the text of model.chat_template; written before it
   metrics.jsonl  samples.jsonl     numbers and answers by step
   checkpoints/                     see `jaxpeft.checkpoint`
   adapter/ or model/               the result
@@ -34,6 +35,7 @@ from jaxpeft.storage import Place
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+TEMPLATE = "chat_template.jinja"
 CHECKPOINTS = "checkpoints"
 PROFILE = "profile"
 
@@ -41,7 +43,7 @@ _OURS = (CHECKPOINTS, "adapter", "model", METRICS, SAMPLES)
 _SEEN_SECONDS = 20  # in which what one host writes must be seen by others: NFS keeps listings
 _PROBE = ".probe"
 _SHARED = re.compile(r"\.shared-[0-9a-f]{32}")
-_TRACKED = (PROFILE, "tensorboard", "wandb", "wandb_run_id")
+_KEPT = (TEMPLATE, PROFILE, "tensorboard", "wandb", "wandb_run_id")
 
 
 def export_path(config: RunConfig) -> Place:
@@ -84,7 +86,8 @@ def check_folder(config: RunConfig, *, resume: bool = True, overwrite: bool = Fa
         return
     if overwrite:
         inputs = (
-            *(config.model.path, config.data.train, config.data.eval or ""),
+            *(config.model.path, config.model.chat_template or ""),
+            *(config.data.train, config.data.eval or ""),
             config.method.init_from or "",
         )
         inside = [name for name in inputs if name and _lies_in(name, output)]
@@ -238,7 +241,7 @@ def discard(output: Place) -> None:
         return
     for name in ("adapter", "model"):
         remove_leftovers(output / name)
-    for name in (*_OURS, *_TRACKED, CONFIG):
+    for name in (*_OURS, *_KEPT, CONFIG):
         path = output / name
         if storage.is_remote(path):
             storage.remove(path)

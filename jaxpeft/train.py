@@ -21,13 +21,15 @@ import numpy as np
 
 from jaxpeft import config as run_config
 from jaxpeft import data, hosts, limits, report, run_lock, sharding, storage, track
+from jaxpeft.chat_template import override_template
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
 from jaxpeft.init_from import check_init_from
 from jaxpeft.model import Model
 from jaxpeft.models.config import ModelConfig
-from jaxpeft.models.load import check_weights, load_config, load_model, load_tokenizer
+from jaxpeft.models.load import check_weights, load_config, load_model
+from jaxpeft.models.saved_files import check_copied
 from jaxpeft.models.shapes import without_weights
 from jaxpeft.outcome import require_good
 from jaxpeft.processes import from_first, is_first, require_same, together
@@ -47,6 +49,7 @@ from jaxpeft.run_folder import (
     write_config,
 )
 from jaxpeft.run_log import RunLog, evaluations
+from jaxpeft.run_template import find_template, keep_template, run_tokenizer
 from jaxpeft.signals import StopRequest
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -107,11 +110,12 @@ def train(
     layout = sharding.Layout(mesh, sharding.parse_rules(config.mesh.rules))
     check_batches(config, mesh)
     model = load_config(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    template = together(lambda: find_template(config, overwrite=overwrite))
+    tokenizer = run_tokenizer(config, template)
     check_model(config, model, tokenizer)
     rows = read_data(config, model, tokenizer)
     check_sources(config, model, tokenizer, rows.steps, overwrite=overwrite)
-    require_same("config and training data", run_config.to_yaml(config) + rows.plan.hash)
+    require_same("config and training data", run_config.to_yaml(config) + rows.plan.hash + template)
     with contextlib.ExitStack() as stack:
         made = from_first(lambda: make_folder(output))
         stack.callback(remove_empty, made if speaks else [])  # if nothing was begun in them
@@ -132,14 +136,16 @@ def train(
             if speaks:
                 print(f"{output}: already finished, {export_path(config)} is ready.")
             return
-        load = functools.partial(load_base, config, layout, restored=latest is not None)
+        load = functools.partial(load_base, config, layout, template, restored=latest is not None)
         base = stop.run_interruptible(load, "loading the model")
         require_same("base weights", base.fingerprint)
         run = Run(config, base, rows, layout, restored=latest is not None)
         if latest is not None:
             run.restore(checkpoints, latest)
         # Only now: what can be wrong with the new run has been seen.
-        from_first(lambda: take_folder(config, checkpoints, latest, lock, overwrite=overwrite))
+        from_first(
+            lambda: take_folder(config, template, checkpoints, latest, lock, overwrite=overwrite)
+        )
         if speaks:
             report.print_run_table(*run.describe())
         loop(run, checkpoints, stop, profile if speaks else range(0), lock.check)
@@ -164,15 +170,26 @@ def check_sources(
     output, path = storage.as_path(config.output_dir), config.model.path
     if overwrite or not from_first(lambda: is_exported(export_path(config))):
         check_weights(path, config.model.revision)
+        if export_path(config).name == "model":
+            together(lambda: check_copied(path, config.model.revision))
     if overwrite or not (output / CHECKPOINTS).is_dir():
         base = without_weights(model, path).replace(tokenizer=tokenizer)
         together(lambda: check_init_from(config.method, base, steps))
 
 
-def load_base(config: RunConfig, layout: sharding.Layout, *, restored: bool) -> Model:
-    """The base on its devices; quantised unless a new adapter starts from the weights before."""
+def load_base(
+    config: RunConfig, layout: sharding.Layout, template: str = "", *, restored: bool
+) -> Model:
+    """The base on its devices; quantised unless a new adapter starts from the weights before.
+
+    Args:
+        config: The run.
+        layout: The devices.
+        template: The chat template that overrides the tokenizer's; "" for none.
+        restored: Whether the run goes on from a checkpoint.
+    """
     section, quantised = config.model, not starts_dense(config, restored)
-    return load_model(
+    base = load_model(
         section.path,
         revision=section.revision,
         dtype=section.dtype,
@@ -181,10 +198,12 @@ def load_base(config: RunConfig, layout: sharding.Layout, *, restored: bool) -> 
         quantization=section.quantization if quantised else None,
         double_quantization=section.double_quantization and quantised,
     )
+    return base.replace(tokenizer=override_template(base.tokenizer, template))
 
 
 def take_folder(
     config: RunConfig,
+    template: str,
     checkpoints: Checkpoints,
     latest: int | None,
     lock: Any,
@@ -206,6 +225,7 @@ def take_folder(
     lock.begin()
     if overwrite:
         discard(output)
+    keep_template(config, template)
     write_config(config)
     clean(config)
     checkpoints.tidy()
@@ -217,7 +237,7 @@ def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> R
     section, batch_size = config.data, config.train.batch_size
     virtual = config.method.num_virtual_tokens
     tasks = config.method.num_tasks
-    tokenizer = tokenizer or load_tokenizer(config.model.path, config.model.revision)
+    tokenizer = tokenizer or run_tokenizer(config, find_template(config))
     reading = section.reading(model.eos_token_ids)
     prefix = model.vocab_size + np.arange(max(tasks, 1) * virtual, dtype=np.int32)
     if tasks:

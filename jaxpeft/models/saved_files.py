@@ -12,9 +12,10 @@ from typing import Any
 
 from jaxpeft.chat_settings import ChatSettings
 from jaxpeft.errors import UserError
-from jaxpeft.models.companions import GENERATION, read_companions
+from jaxpeft.models.companions import GENERATION, find_companions, read_companions
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.hf import read_json
+from jaxpeft.models.locate import locate_again
 from jaxpeft.models.tokenizer import has_tokenizer, read_tokenizer
 from jaxpeft.models.tokenizer_files import same_tokens, to_json, tokenizer_files, with_template
 from jaxpeft.storage import Place
@@ -62,8 +63,6 @@ def files_for(base: Any, chat: ChatSettings | None = None) -> SavedFiles:
         UserError: A file cannot be read, or is a link out of the base's folder.
         StoreError: The store refuses or does not answer.
     """
-    from jaxpeft.models.locate import locate_again
-
     chat = chat or ChatSettings()
     place = locate_again(base.name, base.revision or None) if base.name else None
     if place is not None and place.suffix != ".gguf":
@@ -81,6 +80,18 @@ def files_for(base: Any, chat: ChatSettings | None = None) -> SavedFiles:
         files[GENERATION] = content
         notes.append(_say_stops(added, base.tokenizer))
     return SavedFiles(files, saved.settings, tuple(notes))
+
+
+def check_copied(path: str, revision: str | None = None) -> None:
+    """Finds out whether the files of a base can be copied, before a run that ends with a copy.
+
+    Raises:
+        UserError: One of them is a link out of the base's folder.
+        StoreError: The store refuses or does not answer.
+    """
+    place = locate_again(path, revision)
+    if place is not None and place.suffix != ".gguf":
+        find_companions(place)
 
 
 def with_stops(

@@ -1,0 +1,73 @@
+"""The chat template of a run that overrides its tokenizer's: found, compared, kept.
+
+Its text stands in the folder of the run, so that the run goes on when the file is gone.
+"""
+
+import os
+from typing import Any
+
+from jaxpeft import storage
+from jaxpeft.chat_template import override_template, read_template
+from jaxpeft.config import RunConfig
+from jaxpeft.errors import UserError
+from jaxpeft.models.load import load_tokenizer
+from jaxpeft.run_folder import CONFIG, TEMPLATE
+
+
+def find_template(config: RunConfig, *, overwrite: bool = False) -> str:
+    """The text of ``model.chat_template``, "" where the tokenizer's own is used.
+
+    Args:
+        config: The run.
+        overwrite: Whether a run in ``output_dir`` is discarded.
+
+    Raises:
+        UserError: The file cannot be used, or the run in ``output_dir`` began with another text.
+        StoreError: A bucket refuses or does not answer.
+    """
+    output, path = storage.as_path(config.output_dir), config.model.chat_template
+    if overwrite or not storage.exists(output / CONFIG):
+        return "" if path is None else read_template(path)
+    began_with = ""
+    if storage.exists(output / TEMPLATE):
+        began_with = storage.read_bytes(output / TEMPLATE).decode("utf-8", "replace")
+    if path is not None and began_with and not _is_there(path):
+        return began_with
+    now = "" if path is None else read_template(path)
+    if now != began_with:
+        was = "another text" if began_with else "the tokenizer's own"
+        raise UserError(
+            f"{output}: model.chat_template: {path or 'null'} is not what this run began with, "
+            f"{was}; put it back, or start anew with --overwrite or another output_dir."
+        )
+    return now
+
+
+def keep_template(config: RunConfig, template: str) -> None:
+    """Writes the text into the folder of the run, before ``config.yaml`` makes it a run's."""
+    place = storage.as_path(config.output_dir) / TEMPLATE
+    if not template:
+        with storage.explained(place):
+            place.unlink(missing_ok=True)  # left by a run that was killed before it began
+        return
+    if storage.is_remote(place):
+        storage.write_objects(place.parent, {TEMPLATE: template.encode()})
+        return
+    temporary = place.with_name(f".{TEMPLATE}")
+    try:
+        temporary.write_bytes(template.encode())
+        os.replace(temporary, place)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def run_tokenizer(config: RunConfig, template: str) -> Any:
+    """The tokenizer of the base, with the chat template that overrides its own."""
+    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    return override_template(tokenizer, template)
+
+
+def _is_there(path: str) -> bool:
+    place = storage.as_path(path) if storage.is_remote(path) else storage.expanded(path)
+    return storage.exists(place)
