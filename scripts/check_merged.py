@@ -334,7 +334,7 @@ def merge_case(case: Case, root: pathlib.Path) -> dict[str, Any]:
     adapter = dataclasses.replace(adapter, chat=chat.label())
     out = root / "merged" / case.name
     jp.save_model(str(out), base, adapter=adapter, overwrite=True)
-    ids = base.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    ids = base.tokenizer(PROMPT)["input_ids"]
     (out.parent / f"{case.name}.json").write_text(json.dumps(ids))
     merged: Any = jp.load_model(str(out))
     if case.override:
