@@ -46,14 +46,15 @@ def find_template(config: RunConfig, *, overwrite: bool = False) -> str:
 def keep_template(config: RunConfig, template: str) -> None:
     """Writes the text into the folder of the run, before ``config.yaml`` makes it a run's."""
     place = storage.as_path(config.output_dir) / TEMPLATE
+    temporary = place.with_name(f".{TEMPLATE}")
     if not template:
         with storage.explained(place):
-            place.unlink(missing_ok=True)  # left by a run that was killed before it began
+            for left in (place, temporary):  # by a run that was killed before it began
+                left.unlink(missing_ok=True)
         return
     if storage.is_remote(place):
         storage.write_objects(place.parent, {TEMPLATE: template.encode()})
         return
-    temporary = place.with_name(f".{TEMPLATE}")
     try:
         temporary.write_bytes(template.encode())
         os.replace(temporary, place)
