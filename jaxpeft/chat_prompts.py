@@ -4,12 +4,12 @@ Chat messages are rendered with the template, the arguments and the tokens that 
 adapter was trained with, see `jaxpeft.chat_settings`.
 """
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpeft.chat_settings import chat_of
+from jaxpeft.chat_template import override_template
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.methods.base import Adapter
 from jaxpeft.model import Model
@@ -28,16 +28,7 @@ def tokenizer_of(base: Model, adapter: Adapter | None = None) -> Any:
             f"{base.name or 'the model'}: has no tokenizer; put its tokenizer files beside the "
             "weights."
         )
-    return with_template(base.tokenizer, chat_of(adapter).template)
-
-
-def with_template(tokenizer: Any, template: str) -> Any:
-    """A tokenizer with another chat template; itself where there is none."""
-    if not template or tokenizer.chat_template == template:
-        return tokenizer
-    changed = copy.copy(tokenizer)
-    changed.chat_template = template
-    return changed
+    return override_template(base.tokenizer, chat_of(adapter).template)
 
 
 def encode_prompts(

@@ -243,8 +243,12 @@ class Run:
             if field.name in ("learn", "end_of_turn", "special_tokens_in_content")
             and getattr(section, field.name) != field.default
         }
+        overridden = self.config.model.chat_template is not None
         return ChatSettings(
-            arguments=dict(section.chat_template_kwargs), stop_ids=self.rows.stop_ids, **changed
+            template=self.base.tokenizer.chat_template if overridden else "",
+            arguments=dict(section.chat_template_kwargs),
+            stop_ids=self.rows.stop_ids,
+            **changed,
         )
 
     def save(self, checkpoints: Checkpoints, metrics: dict[str, float] | None = None) -> None:

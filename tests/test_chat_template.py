@@ -104,12 +104,12 @@ def arguments(files, *names):
 
 
 def given(monkeypatch, name):
-    """The model and the adapter that `jaxpeft.decoding.generate` is called with."""
+    """The templates of the model and the adapter that a function which generates is called with."""
     seen = []
 
     def generate(base, prompts, *, adapter=None, **_):
         seen.append((base.tokenizer.chat_template, chat_of(adapter).template))
-        return ["me" for _ in prompts]
+        return [[1] if name.endswith("ids") else "me" for _ in prompts]
 
     monkeypatch.setattr(name, generate)
     return seen
@@ -129,7 +129,7 @@ def test_generate_takes_the_template_of_the_flag(files, monkeypatch, with_adapte
 
 
 def test_evaluate_takes_the_template_of_the_flag(files, monkeypatch, capsys):
-    seen = given(monkeypatch, "jaxpeft.evaluate.generate")
+    seen = given(monkeypatch, "jaxpeft.evaluate.generate_ids")
     monkeypatch.setattr("jaxpeft.evaluate.evaluate_loss", lambda *_: {"eval_loss": 1.0})
     flag = ["--chat_template", str(files / "other.jinja")]
     evaluate_main([*arguments(files, "model", "adapter", "data"), *flag])
@@ -161,5 +161,5 @@ def test_a_bad_template_is_told_before_the_model_is_loaded(files, tmp_path, monk
 
 
 def test_raw_text_has_no_use_for_a_template(files):
-    with pytest.raises(UserError, match="--chat_template has no use with --raw"):
+    with pytest.raises(UserError, match="--chat_template needs the chat template; leave out --raw"):
         generate_main([*arguments(files, "model"), "--raw", "--chat_template", "x", "Who?"])

@@ -73,7 +73,7 @@ def files_for(base: Any, chat: ChatSettings | None = None) -> SavedFiles:
             note = f"{base.name}: is not there any more; its tokenizer is written anew"
             saved = dataclasses.replace(saved, notes=(note,))
     files, notes = dict(saved.files), list(saved.notes)
-    if chat.template and base.tokenizer is not None:
+    if chat.template:
         files = with_template(files, chat.template)
     content, added = with_stops(files.get(GENERATION), base.config, chat.stop_ids)
     if content is not None and added:

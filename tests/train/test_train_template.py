@@ -1,6 +1,9 @@
 """model.chat_template: what a run learns under it, what it keeps of it, and when it goes on."""
 
+import json
 import pathlib
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +16,7 @@ from jaxpeft.config import RunConfig
 from jaxpeft.errors import UserError
 from jaxpeft.models.load import load_config
 from jaxpeft.plan import describe_data
+from jaxpeft.run import Run
 from jaxpeft.run_template import find_template, run_tokenizer
 
 OTHER = (
@@ -75,8 +79,10 @@ def test_a_run_keeps_the_text_and_goes_on_without_the_file(files, tmp_path, temp
     assert (output / "model" / "chat_template.jinja").read_text() == OTHER
     assert jp.load_model(str(output / "model")).tokenizer.chat_template == OTHER
     assert jp.load_model(str(files.model)).tokenizer.chat_template == CHATML
-    for name in ("tokenizer.json", "generation_config.json"):
-        assert (output / "model" / name).read_bytes() == (files.model / name).read_bytes()
+    name = "tokenizer.json"
+    assert (output / "model" / name).read_bytes() == (files.model / name).read_bytes()
+    generation = json.loads((output / "model" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [1]}  # <|im_end|>, where the template ends a turn
     assert (output / "chat_template.jinja").read_text() == OTHER
     assert yaml.safe_load((output / "config.yaml").read_text())["model"]["chat_template"]
     template.unlink()
@@ -92,6 +98,19 @@ def test_a_run_keeps_the_text_and_goes_on_without_the_file(files, tmp_path, temp
     assert find_template(config, overwrite=True) == OTHER.replace("=", ": ")
     (tmp_path / "same.jinja").write_text(OTHER)
     assert find_template(make_config(files, tmp_path, tmp_path / "same.jinja")) == OTHER
+
+
+@pytest.mark.parametrize("overridden", [True, False])
+def test_an_adapter_is_told_the_template_that_overrides(files, tmp_path, template, overridden):
+    config = make_config(files, tmp_path, template if overridden else None)
+    run: Any = SimpleNamespace(
+        config=config,
+        rows=SimpleNamespace(stop_ids=(1,)),
+        base=SimpleNamespace(tokenizer=run_tokenizer(config, find_template(config))),
+    )
+    settings = Run.chat_settings(run)
+    assert settings.template == (OTHER if overridden else "")
+    assert settings.stop_ids == (1,)
 
 
 def test_a_run_that_began_without_a_template_does_not_get_one(files, tmp_path, template):
