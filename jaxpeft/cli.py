@@ -20,6 +20,8 @@ from jaxpeft.config_keys import Schema, describe
 from jaxpeft.errors import UserError, nearest
 from jaxpeft.storage import explain, is_store_error, shown
 
+_running: list[str] = []
+"""The commands whose parser was made, the last one is running: hints name its options."""
 _REEXECUTED = "JAXPEFT_REEXECUTED"
 _TUNABLE = "glibc.malloc.hugetlb"
 _THP_MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -41,6 +43,7 @@ def make_parser(verb: str, description: str, schema: Schema | None = None) -> Pa
         description: What the command does.
         schema: Where given, ``--help`` lists the config's keys.
     """
+    _running.append(verb)
     keys = f"keys of CONFIG that may follow:\n{describe(schema)}" if schema else None
     return Parser(
         prog=f"python -m jaxpeft.{verb}",
@@ -312,8 +315,7 @@ def report(error: Exception) -> int:
     file = f"{name}: " if name else ""
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return _say(
-            f"{file}the disk is full or a quota is reached; free some space, lower "
-            f"checkpoint.keep, or choose another output_dir ({text[:200]})",
+            f"{file}the disk is full or a quota is reached; {_more_space()} ({text[:200]})",
             5,
         )
     if number in (errno.ENAMETOOLONG, errno.ELOOP):
@@ -322,12 +324,33 @@ def report(error: Exception) -> int:
         return _say(f"{file}{os.strerror(number)}; choose another place", 2)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         return _say(
-            "out of memory; lower train.microbatch_size (or the batch size) or data.max_length, "
-            f"or spread the model over more devices with mesh.fsdp ({text[:200] or 'host'})",
+            f"out of memory; {_less_memory()} ({text[:200] or 'host'})",
             5,
         )
     traceback.print_exception(error)
     return _say("this is a bug in jaxpeft; please report it with the lines above", 70)
+
+
+def _has_config() -> bool:
+    """Whether the command that runs reads a config; so do those that are not known."""
+    return not _running or _running[-1] not in ("generate", "evaluate", "merge")
+
+
+def _more_space() -> str:
+    if _has_config():
+        return "free some space, lower checkpoint.keep, or choose another output_dir"
+    return "free some space, or choose another place"
+
+
+def _less_memory() -> str:
+    if _has_config():
+        return (
+            "lower train.microbatch_size (or the batch size) or data.max_length, or spread the "
+            "model over more devices with mesh.fsdp"
+        )
+    if _running[-1] == "merge":
+        return "merge on a machine with more memory, or give --dtype bfloat16"
+    return "lower --batch_size, or give --dtype bfloat16 or --quantization nf4"
 
 
 def _say(text: str, code: int) -> int:

@@ -1,7 +1,7 @@
 """A config file and command line flags as one graph of YAML nodes that know where they stand."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,15 +115,7 @@ def compose(text: str, file: str) -> yaml.MappingNode:
         UserError: If it is not YAML, has tags, or is no mapping.
     """
     try:
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            where = f"{file}:{event.start_mark.line + 1}"
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_DEPTH:
-                raise UserError(f"{where}: nested too deeply for a config")
-            if getattr(event, "tag", None) is not None:
-                raise UserError(f"{where}: tags are not allowed, got {event.tag!r}; drop it")
+        _check_events(text, lambda line: f"{file}:{line}")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -140,6 +132,24 @@ def compose(text: str, file: str) -> yaml.MappingNode:
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{file}:1: expected keys and values (key: value), got {show(root)}")
     return root
+
+
+def _check_events(text: str, where: Callable[[int], str]) -> None:
+    """Raises a UserError for tags, and for nesting that would end in a recursion.
+
+    Args:
+        text: YAML.
+        where: From a line, counted from 1, to how an error names it.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        place = where(event.start_mark.line + 1)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise UserError(f"{place}: nested too deeply for a config")
+        if getattr(event, "tag", None) is not None:
+            raise UserError(f"{place}: tags are not allowed, got {event.tag!r}; drop it")
 
 
 def split_flags(overrides: Sequence[str]) -> list[tuple[str, str]]:
@@ -176,6 +186,7 @@ def flag_node(flag: str, index: int, value: str, *, text: bool, lists: bool, key
     mark: Any = _FlagMark(flag, index)
     if (lists and value.startswith("[")) or (keys and value.startswith("{")):
         try:
+            _check_events(value, lambda line: flag)
             node = yaml.compose(value, Loader=yaml.SafeLoader)
         except yaml.YAMLError:
             node = None
