@@ -67,6 +67,10 @@ def output_is_a_file(files, tmp_path):
 
 
 BAD = {
+    "epochs that make too many steps": (
+        {"train": {"steps": None, "epochs": 1e6, "batch_size": 1}, "mesh": {"data": 1}},
+        "train.epochs: 1000000.0 epochs make steps, which must be at most 10,000,000, got ",
+    ),
     "missing data": ({"data": {"train": "nowhere.jsonl"}}, "nowhere.jsonl"),
     "missing held-out data": ({"data": {"eval": "nowhere.jsonl"}}, "nowhere.jsonl"),
     "bad row": (bad_row, r'bad\.jsonl:1: "completion": expected text, got null'),
