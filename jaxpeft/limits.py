@@ -86,6 +86,17 @@ FILES = {
 }
 """Of files."""
 
+TEMPLATES = {
+    "TEMPLATE_CHARS": Limit(250_000, "characters of a chat template; the longest have some 40,000"),
+    "TEMPLATE_TEXT": Limit(10**7, "characters of one text that a chat template makes"),
+    "TEMPLATE_TEXTS": Limit(5 * 10**8, "characters of all texts of one rendering together"),
+    "TEMPLATE_STEPS": Limit(10**7, "of one rendering: a turn of a loop is 1 or more, a call 4"),
+    "TEMPLATE_ITEMS": Limit(10**6, "items of one list that a chat template makes"),
+    "TEMPLATE_BITS": Limit(20_000, "bits of one whole number that a chat template computes"),
+    "TEMPLATE_DEPTH": Limit(200, "lists in one another that a chat template makes"),
+}
+"""Of the rendering of a chat template, which counts its work rather than its seconds."""
+
 _NO_LIMIT = ("seed",)  # checked where it is used: up to 2**32
 
 

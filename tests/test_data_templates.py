@@ -4,10 +4,13 @@ import concurrent.futures
 import datetime
 import json
 import re
+import subprocess
+import sys
 import time
 import tracemalloc
 
 import pytest
+import tiny_run
 from hostile_templates import HUGE, WRONG
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -322,6 +325,30 @@ def test_a_template_is_compiled_once(render, monkeypatch):
     assert len(compiled) == 2
 
 
+def test_a_template_that_passes_the_limits_is_soon_done_with_many_rows(render, monkeypatch):
+    """The n-th failure takes a part of the steps, but every rendering has some."""
+    monkeypatch.setattr(template_limits, "MAX_STEPS", 20_000)
+    monkeypatch.setattr(template_limits, "MIN_STEPS", 4_000)
+    taken = []
+    for _ in range(7):
+        with pytest.raises(TemplateError) as caught:
+            render(HUGE["nested loops"] + "{# of many rows #}")
+        found = re.search(r"more than ([\d,]+) steps", str(caught.value))
+        taken.append(int(found[1].replace(",", "")))
+    assert taken == [20_000, 10_000, 6_666, 5_000, 4_000, 4_000, 4_000]
+
+
+def test_rows_that_fail_take_nothing_from_ordinary_ones(render):
+    template = (
+        "{% for m in messages %}{{ m.content * (10**9 if m.content == 'y' else 1) }}{% endfor %}"
+    )
+    turn = {"role": "user", "content": "y"}
+    for _ in range(99):
+        with pytest.raises(TemplateError):
+            render(template, [turn])
+    assert render(template, [turn | {"content": "z"}] * 500) == "z" * 500
+
+
 def _write(path):
     rows = [{"prompt": "a", "completion": "b"}, {"messages": CONVERSATIONS["one turn"]}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -353,3 +380,17 @@ def test_a_template_that_fails_names_the_row(tmp_path, tokenizer, monkeypatch, t
 def test_nested_loops_end_a_file(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(template_limits, "MAX_STEPS", 4000)
     test_a_template_that_fails_names_the_row(tmp_path, tokenizer, monkeypatch, HUGE["nested loops"])
+
+
+@pytest.mark.slow
+def test_training_ends_with_exit_code_2_and_no_traceback(tmp_path):
+    files = tiny_run.make_files(tmp_path)
+    tiny_run.write_rows(files.train, [{"messages": CONVERSATIONS["one turn"]}] * 20)
+    (files.model / "chat_template.jinja").write_text(HUGE["nested loops"])
+    config = tiny_run.write_config(files, tmp_path / "out")
+    command = [sys.executable, "-m", "jaxpeft.train", config]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert f"error: {files.train}:1: the chat template refuses the messages: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -12,35 +12,27 @@ from typing import Any
 
 from jinja2.utils import Namespace
 
-MAX_TEMPLATE_CHARS = 250_000
-"""Length of a template's own text. The longest in use have about 40,000 characters."""
+from jaxpeft.limits import TEMPLATES
 
-MAX_CHARS = 10_000_000
-"""Length of one text that a template makes, its output included."""
+MAX_TEMPLATE_CHARS = TEMPLATES["TEMPLATE_CHARS"].most
+MAX_CHARS = TEMPLATES["TEMPLATE_TEXT"].most
+MAX_TOTAL_CHARS = TEMPLATES["TEMPLATE_TEXTS"].most
+MAX_STEPS = TEMPLATES["TEMPLATE_STEPS"].most
+MAX_ITEMS = TEMPLATES["TEMPLATE_ITEMS"].most
+MAX_BITS = TEMPLATES["TEMPLATE_BITS"].most
+MAX_DEPTH = TEMPLATES["TEMPLATE_DEPTH"].most
 
-MAX_TOTAL_CHARS = 500_000_000
-"""Characters that all texts together may have that one rendering makes and reads.
+MIN_STEPS = 10_000
+"""Steps that every rendering has, however often its template passed a limit before."""
 
-An item of a list counts as eight characters.
-"""
-
-MAX_STEPS = 10_000_000
-"""Steps of one rendering. A run through the body of a loop is one, more if the body is long."""
+MIN_TOTAL_CHARS = 1_000_000
+"""Characters of all texts, likewise."""
 
 STEPS_OF_A_MACRO = 20
 """What calling a macro, a block or a recursive loop takes."""
 
 STEPS_OF_A_CALL = 4
 """What calling any other function, method or filter takes, or an item that a filter yields."""
-
-MAX_ITEMS = 1_000_000
-"""Items of one list."""
-
-MAX_BITS = 20_000
-"""Bits of a whole number: more than Python turns into digits."""
-
-MAX_DEPTH = 200
-"""How deep values may be nested in one another."""
 
 _ITEM_CHARS = 8
 _ATOMS = frozenset({int, float, bool, type(None)})
@@ -54,31 +46,37 @@ class LimitPassed(Exception):
 class Budget:
     """What is left of the limits while one template is rendered once.
 
+    Args:
+        failures: How often the template passed a limit before. It gets a part of the steps and
+            characters only, so that a template that always passes them is soon done with a file.
+
     Attributes:
         steps: Steps that are left.
         chars: Characters that are left.
         known: Weights of containers that the caller handed in, by id; they stay alive.
     """
 
-    __slots__ = ("chars", "known", "steps")
+    __slots__ = ("_all_chars", "_all_steps", "chars", "known", "steps")
 
-    def __init__(self):
-        self.steps = MAX_STEPS
-        self.chars = MAX_TOTAL_CHARS
+    def __init__(self, failures: int = 0):
+        self._all_steps = max(MAX_STEPS // (1 + failures), min(MIN_STEPS, MAX_STEPS))
+        self._all_chars = max(MAX_TOTAL_CHARS // (1 + failures), MIN_TOTAL_CHARS)
+        self.steps = self._all_steps
+        self.chars = self._all_chars
         self.known: dict[int, int] = {}
 
     def tick(self, cost: int = 1) -> bool:
         """Takes steps; always True, so that it can stand in a condition."""
         self.steps -= cost
         if self.steps < 0:
-            raise LimitPassed(f"takes more than {MAX_STEPS:,} steps")
+            raise LimitPassed(f"takes more than {self._all_steps:,} steps")
         return True
 
     def spend(self, chars: int) -> None:
         """Takes characters that are read or made."""
         self.chars -= chars
         if self.chars < 0:
-            raise LimitPassed(f"makes and reads more than {MAX_TOTAL_CHARS:,} characters in all")
+            raise LimitPassed(f"makes and reads more than {self._all_chars:,} characters in all")
 
     def expect(self, chars: int) -> None:
         """Refuses a text of this length before it is made."""

@@ -5,6 +5,7 @@ do, ends in the text or in a `TemplateError` of one line; what it may cost stand
 `template_limits`. Templates are told a fixed date (`template_date`), or data would change daily.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,9 +62,9 @@ def render_template(
         TemplateError: If the template, or what the messages make of it, fails or passes a limit.
     """
     tools, documents = tools or None, documents or None
-    template = _compiled(_source(tokenizer, tools))
-    if isinstance(template, str):
-        raise TemplateError(template)
+    compiled = _compiled(_source(tokenizer, tools))
+    if compiled.template is None:
+        raise TemplateError(compiled.problem)
     variables = {**tokenizer.special_tokens_map, **(arguments or {})}
     for name in _GIVEN:
         if name in variables:
@@ -75,9 +76,10 @@ def render_template(
         variables["tools"] = _plain(tools, weights)
         variables["documents"] = _plain(documents, weights)
         variables["add_generation_prompt"] = add_generation_prompt
-        return _render(template, variables, weights)
+        return _render(compiled, variables, weights)
     except Exception as error:
-        raise TemplateError(_why(error, template)) from None
+        compiled.failures += isinstance(error, LimitPassed)
+        raise TemplateError(_why(error, compiled.template)) from None
 
 
 def _source(tokenizer: Any, tools: Any) -> str:
@@ -103,15 +105,31 @@ def _source(tokenizer: Any, tools: Any) -> str:
     return source
 
 
+@dataclasses.dataclass
+class _Compiled:
+    """A template that is ready to be rendered.
+
+    Attributes:
+        template: The template; None if it cannot be compiled.
+        problem: Why not, in one line.
+        failures: How often it passed a limit.
+    """
+
+    template: jinja2.Template | None
+    problem: str = ""
+    failures: int = 0
+
+
 @functools.lru_cache(maxsize=64)
-def _compiled(source: str) -> jinja2.Template | str:
-    """The template of a text, or why there is none; both are kept."""
+def _compiled(source: str) -> _Compiled:
+    """What a text is compiled to; kept, also where that is a problem."""
     if len(source) > MAX_TEMPLATE_CHARS:
-        return f"the template has {len(source):,} characters, more than {MAX_TEMPLATE_CHARS:,}"
+        problem = f"the template has {len(source):,} characters, more than {MAX_TEMPLATE_CHARS:,}"
+        return _Compiled(None, problem)
     try:
-        return _environment().from_string(source)
+        return _Compiled(_environment().from_string(source))
     except Exception as error:
-        return _why(error, None)
+        return _Compiled(None, _why(error, None))
 
 
 @functools.cache
@@ -119,9 +137,12 @@ def _environment() -> BoundedEnvironment:
     return BoundedEnvironment()
 
 
-def _render(template: jinja2.Template, variables: dict[str, Any], weights: dict[int, int]) -> str:
+def _render(compiled: _Compiled, variables: dict[str, Any], weights: dict[int, int]) -> str:
+    template = compiled.template
+    assert template is not None
     context = template.new_context(variables)
     assert isinstance(context, BoundedContext)
+    context.budget = Budget(compiled.failures)
     context.budget.known = weights
     pieces, total = [], 0
     for piece in template.root_render_func(context):
