@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 import tracemalloc
 
 import pytest
@@ -164,21 +163,6 @@ def test_a_template_that_asks_for_too_much_ends_in_one_line(render, monkeypatch,
     assert re.search(r"more than [\d,]+|too deeply|Range too big", str(caught.value))
     assert "\n" not in str(caught.value)
     assert peak < 160e6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", HUGE)
-def test_the_limits_end_a_template_in_bounded_time_and_memory(render, name):
-    tracemalloc.start()
-    start = time.process_time()
-    try:
-        with pytest.raises(TemplateError):
-            render(HUGE[name])
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert time.process_time() - start < 60  # seconds of this process, traced
-    assert peak < 700e6
 
 
 @pytest.mark.parametrize("name", WRONG)
