@@ -127,11 +127,18 @@ def chat_template(args: argparse.Namespace) -> str:
 
 
 def load_adapter(args: argparse.Namespace, path: str, base: Any) -> Any:
-    """An adapter for a base; it chats with the template that a flag names."""
+    """An adapter for a base; it chats with the template that a flag names.
+
+    What is not known of the two is said on standard error.
+    """
     import jaxpeft as jp
     from jaxpeft.chat_template import override_in_adapter
+    from jaxpeft.peft_format import notes_of
 
-    return override_in_adapter(jp.load_adapter(path, base), chat_template(args))
+    adapter = jp.load_adapter(path, base)
+    for note in notes_of(path, adapter, base):
+        print(f"note: {note}", file=sys.stderr)
+    return override_in_adapter(adapter, chat_template(args))
 
 
 def read_objects(flag: str, path: str) -> list[dict[str, Any]]:

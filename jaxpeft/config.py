@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from jaxpeft import limits, storage, yaml_config
-from jaxpeft.config_keys import Schema, flatten
+from jaxpeft.config_keys import Schema, as_plain, flatten
 from jaxpeft.data import DataConfig
 from jaxpeft.foreign_names import FOREIGN, VALUES
 from jaxpeft.methods import METHODS
@@ -336,15 +336,26 @@ def config_hash(config: RunConfig) -> str:
     Left out is what may change when a run goes on: ``output_dir``, ``track``, ``evaluation``,
     ``checkpoint``, ``data.eval``, ``data.workers`` (batches do not depend on it), ``mesh``
     (another mesh gives the same rows in the same order and differs by rounding only) and
-    ``model.chat_template`` (its text counts, see `jaxpeft.run_folder.find_template`).
+    ``model.chat_template`` (its text counts, see `jaxpeft.run_folder.find_template`). Values
+    that are the default are left out, too, so that a new key with its default changes no hash.
     """
-    text = json.dumps(
-        dict(sorted(_hashed(config).items()))
-    )  # in mappings the order of names says something
+    text = json.dumps(hashed_values(config))  # in mappings the order of names says something
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _hashed(config: RunConfig) -> dict[str, Any]:
+def hashed_values(config: RunConfig) -> dict[str, Any]:
+    """What `config_hash` covers, by path."""
+    keys = (key for key in SCHEMA.keys if key.variant in ("", config.method.name))
+    defaults = {key.path: as_plain(key.default) for key in keys}
+    return {
+        path: value
+        for path, value in sorted(hashed(config).items())
+        if path not in defaults or value != defaults[path]
+    }
+
+
+def hashed(config: RunConfig) -> dict[str, Any]:
+    """The values that decide about the states of a run, by path."""
     return {path: value for path, value in flatten(config).items() if not _NOT_HASHED.match(path)}
 
 
@@ -353,7 +364,7 @@ def diff(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
 
     A value is None where one config does not have the key.
     """
-    before, after = _hashed(old), _hashed(new)
+    before, after = hashed(old), hashed(new)
     return [
         (path, before.get(path), after.get(path))
         for path in dict.fromkeys([*before, *after])

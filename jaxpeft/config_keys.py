@@ -156,7 +156,7 @@ def to_plain(config: Any) -> dict[str, Any]:
         if is_section(field, hint):
             head = {"name": type(value).name} if variants_of(field) is not None else {}
             value = head | to_plain(value)
-        plain[field.name] = _plain(value)
+        plain[field.name] = as_plain(value)
     return plain
 
 
@@ -222,10 +222,10 @@ def _flatten(config: Any, path: str):
                 yield _join(inner, "name"), type(value).name
             yield from _flatten(value, inner)
         else:
-            yield inner, _plain(value)
+            yield inner, as_plain(value)
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
     """A value as YAML and JSON have it."""
     if isinstance(value, Mapping):
         return dict(value)

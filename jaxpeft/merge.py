@@ -18,15 +18,14 @@ def main(argv: list[str]) -> None:
     cli.add_chat_template(parser)
     args, _ = cli.parse_arguments(parser, argv)
     import jaxpeft as jp
-    from jaxpeft.chat_template import override_in_adapter
     from jaxpeft.models.hf_save import require_place
 
     require_place(args.output, overwrite=args.overwrite, source=args.model)
     # Sums are rounded once either way: `merge` computes in float32.
     read_as = None if args.dtype is None else "float32"
-    template = cli.chat_template(args)
+    cli.chat_template(args)  # its problems are told before the model takes its time
     base = jp.load_model(args.model, revision=args.revision, dtype=read_as)
-    adapter = override_in_adapter(jp.load_adapter(args.adapter, base), template)
+    adapter = cli.load_adapter(args, args.adapter, base)
     jp.save_model(args.output, base, adapter=adapter, dtype=args.dtype, overwrite=args.overwrite)
     print(f"{args.output}: the merged model is ready.")
 

@@ -14,13 +14,13 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxpeft import storage
+from jaxpeft.base_check import adapter_notes, check_base, describe_base
 from jaxpeft.chat_settings import ChatSettings, chat_of
 from jaxpeft.errors import UserError
 from jaxpeft.folders import real_path, require_replaceable, write_folder
@@ -28,13 +28,12 @@ from jaxpeft.methods import KINDS, Adapter, check_fit
 from jaxpeft.methods.base import Label, Method
 from jaxpeft.methods.exchange import COMMON, CONFIG, PeftFormat, Tensors, Values, require_supported
 from jaxpeft.models import other_folders
-from jaxpeft.models.fingerprint import comparable
 from jaxpeft.models.hf import read_header, read_json
+from jaxpeft.models.identity import Identity
 from jaxpeft.models.locate import locate_adapter
 from jaxpeft.models.shapes import load_shapes
 from jaxpeft.models.source import decode
 from jaxpeft.processes import is_first
-from jaxpeft.quant import scheme_of
 from jaxpeft.storage import Place
 
 TENSORS = "adapter_model.safetensors"
@@ -92,7 +91,8 @@ def load_adapter(
         base: The `jaxpeft.Model` to put it on. Without it shapes are checked against the config
             of the base that the adapter names, and which weights it was trained on is not.
         revision: Branch, tag or commit of a hub id.
-        allow_other_base: Accept an adapter that was trained on other weights.
+        allow_other_base: Accept an adapter that was trained on other weights, or on a base with
+            another config or tokenizer.
 
     Returns:
         The adapter, in float32, ready to train on.
@@ -119,12 +119,29 @@ def load_adapter(
     file = folder / TENSORS
     if not file.is_file():
         raise UserError(f"{folder}: {_no_tensors(folder)}")
-    side = _read_side_file(folder, base, allow_other_base)
-    adapter = peft.read(Values(values, place, peft.defaults), _open(file), base)
+    side = _read_side_file(folder)
     chat = ChatSettings.from_values(side.get("chat", {}), str(folder / SIDE))
+    check_base(folder, side.get("base", {}), base, chat.template, allow_other_base)
+    adapter = peft.read(Values(values, place, peft.defaults), _open(file), base)
     return dataclasses.replace(
         adapter, base_name=Label(name), base_revision=Label(version), chat=chat.label()
     )
+
+
+def notes_of(
+    path: str | os.PathLike, adapter: Adapter, base: Any, revision: str | None = None
+) -> list[str]:
+    """What to tell a person who uses an adapter, one line each; see `adapter_notes`.
+
+    Args:
+        path: Where `adapter` was loaded from.
+        adapter: What `load_adapter` gave.
+        base: The `jaxpeft.Model` that it is used on.
+        revision: As `load_adapter` took it.
+    """
+    folder = _open_folder(path, revision)[0]
+    side = read_json(folder / SIDE) if (folder / SIDE).is_file() else None
+    return [f"{folder}: {note}." for note in adapter_notes(adapter, base, side)]
 
 
 def read_method(config: Any, revision: str | None = None) -> Method:
@@ -195,11 +212,7 @@ def _render(peft: PeftFormat, adapter: Adapter, base: Any) -> dict[str, bytes]:
     }
     side = {
         "format": FORMAT,
-        "base": {
-            "name": base.name,
-            "fingerprint": base.fingerprint,
-            "quantization": scheme_of(base.params),
-        },
+        "base": describe_base(base, chat_of(adapter).template),
         "versions": {name: _version(name) for name in ("jaxpeft", "jax", "flax")},
         "sha256": {name: hashlib.sha256(files[name]).hexdigest() for name in (CONFIG, TENSORS)},
     }
@@ -325,7 +338,7 @@ def _no_tensors(folder: Place) -> str:
     return f"{found or f'has no {TENSORS}; the download or save is incomplete'}."
 
 
-def _read_side_file(folder: Place, base: Any, allow_other_base: bool) -> dict[str, Any]:
+def _read_side_file(folder: Place) -> dict[str, Any]:
     """What we wrote beside PEFT's files, once it is found true; empty in PEFT's own folders."""
     file = folder / SIDE
     if not file.is_file():
@@ -350,31 +363,6 @@ def _read_side_file(folder: Place, base: Any, allow_other_base: bool) -> dict[st
                     f"{SIDE}); if that was on purpose, remove {SIDE}, which also ends the check "
                     "of the base."
                 )
-    _check_base(folder, known, base, allow_other_base)
+    if not Identity.is_whole(known):
+        raise UserError(f"{file}: base: lacks a part of what it is; save the adapter again.")
     return side
-
-
-def _check_base(folder: Place, known: Mapping, base: Any, allow_other_base: bool) -> None:
-    theirs = str(known.get("fingerprint") or "")
-    if not base.fingerprint:
-        return
-    if theirs and theirs != base.fingerprint and not allow_other_base:
-        if comparable(theirs, base.fingerprint):
-            raise UserError(
-                f"{folder}: trained on {known.get('name')!r} (fingerprint {theirs[:12]}), this "
-                f"base is {base.name!r} (fingerprint {base.fingerprint[:12]}); load that base, or "
-                "pass allow_other_base=True."
-            )
-        warnings.warn(
-            f"{folder}: saved by a version of jaxpeft with another fingerprint of weights: whether "
-            f"{base.name!r} is the base it was trained on cannot be checked. Save the adapter "
-            "again to have it checked, or pass allow_other_base=True.",
-            stacklevel=4,
-        )
-    before, now = known.get("quantization", ""), scheme_of(base.params)
-    if "quantization" in known and before != now:
-        warnings.warn(
-            f"{folder}: trained on a base in {before or 'full precision'}, this one is in "
-            f"{now or 'full precision'}: answers differ by what rounding the base changes.",
-            stacklevel=4,
-        )

@@ -24,6 +24,7 @@ from jaxpeft.losses import make_lm_loss
 from jaxpeft.methods import Adapter, Context, Full
 from jaxpeft.methods.binding import head_is_frozen
 from jaxpeft.model import Model, save_model
+from jaxpeft.models.identity import identity_of
 from jaxpeft.optim import make_optimizer, make_schedule, masked
 from jaxpeft.optim_lora import without_a
 from jaxpeft.peft_format import save_adapter
@@ -79,6 +80,7 @@ class Run:
         rows: Its data.
         base: The base model; leaves that full fine-tuning replaces are not held twice.
         state: What training changes.
+        notes: What changed before it went on, and what is not known of its start.
         schedule: Learning rate by number of updates.
 
     Its first state is that of a new adapter; where it is going to be `restored` it may be anything.
@@ -100,6 +102,7 @@ class Run:
         self.config, self.rows = config, rows
         self.layout = sharding.as_layout(mesh, base.config)
         self.output = as_path(config.output_dir)
+        self.notes: list[str] = []
         self.schedule = make_schedule(config.optim, rows.steps)
         tx = make_optimizer(config.optim, rows.steps, config.method.wrap_optimizer)
         self.tx = masked(tx, self._trainable)
@@ -137,6 +140,11 @@ class Run:
         if not shapes_only:
             place = jax.jit(start, out_shardings=self.shardings)
             self.state = place(base.params, keys, saved)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the base is beside its weights, as JSON values."""
+        return identity_of(self.base.config, self.base.tokenizer).to_values()
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -261,7 +269,9 @@ class Run:
             "config": run_config.to_yaml(self.config),
             "config_hash": run_config.config_hash(self.config),
             "data_hash": self.rows.plan.hash,
+            "steps": self.rows.steps,
             "base": self.base.fingerprint,
+            "identity": self.identity,
         }
         checkpoints.save(int(self.state.step), leaves(self.state), meta=meta, metric=metric)
 

@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Collection
 
 import jax
 
@@ -30,6 +31,7 @@ from jaxpeft.folders import remove_leftovers
 from jaxpeft.methods import KINDS
 from jaxpeft.peft_format import SIDE
 from jaxpeft.processes import from_first, is_first, together
+from jaxpeft.resume import check_config
 from jaxpeft.storage import Place
 
 CONFIG = "config.yaml"
@@ -60,13 +62,20 @@ def is_exported(place: Place) -> bool:
     return storage.exists(place / ("config.json" if place.name == "model" else SIDE))
 
 
-def check_folder(config: RunConfig, *, resume: bool = True, overwrite: bool = False) -> None:
+def check_folder(
+    config: RunConfig,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    accepted: Collection[str] = (),
+) -> None:
     """Refuses to mix runs. Changes nothing.
 
     Args:
         config: The run that wants the folder.
         resume: Whether it may go on from what is there.
         overwrite: Whether a run that is there shall be discarded.
+        accepted: Keys whose changes are accepted, see `jaxpeft.resume`.
 
     Raises:
         UserError: The folder holds another run, one that shall not be resumed, or files of these
@@ -104,13 +113,7 @@ def check_folder(config: RunConfig, *, resume: bool = True, overwrite: bool = Fa
         )
     with storage.on_disk(output, [CONFIG]) as folder:
         old = run_config.load_config(str(folder / CONFIG))
-    if run_config.config_hash(old) == run_config.config_hash(config):
-        return
-    changes = [f"{path}: {was} -> {now}" for path, was, now in run_config.diff(old, config)]
-    raise UserError(
-        f"{output}: holds a run with another config ({first_few(changes, 12)}); choose another "
-        "output_dir, or discard it with --overwrite."
-    )
+    check_config(old, config, accepted, output)
 
 
 def _check_bucket(config: RunConfig, output: Place) -> None:
@@ -176,6 +179,18 @@ def remove_empty(folders: list[str]) -> None:
     with contextlib.suppress(OSError):
         for folder in folders:
             os.rmdir(folder)
+
+
+def discard_result(config: RunConfig) -> None:
+    """Removes what a run of fewer steps exported, before the last of more steps is saved.
+
+    Else a run that ends between that save and its export would pass for exported.
+    """
+    place = export_path(config)
+    if storage.is_remote(place):
+        storage.remove(place)
+    elif place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
 
 
 def check_shared(output: Place) -> None:

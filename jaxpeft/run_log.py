@@ -58,6 +58,7 @@ class RunLog:
                 first_step=first,
             )
             self.progress = stack.enter_context(Progress(run.rows.steps, first, enabled=is_first()))
+            self._tell(first, run.notes)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "RunLog":
@@ -73,6 +74,13 @@ class RunLog:
         self._files[METRICS].truncate_after(start)
         evaluated = start in evaluations(self.run.output)
         self._files[SAMPLES].truncate_after(start if evaluated else start - 1)
+
+    def _tell(self, first: int, notes: list[str]) -> None:
+        """Keeps what changed before the run went on."""
+        for note in notes:
+            self.progress.note(note)
+        if notes:
+            self._write(first, {"notes": notes})
 
     def start_clock(self) -> None:
         """Counts the time of the next step from here."""

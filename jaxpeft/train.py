@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxpeft import config as run_config
 from jaxpeft import data, hosts, limits, report, run_lock, sharding, storage, track
+from jaxpeft import resume as resume_checks
 from jaxpeft.chat_template import override_template
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
@@ -34,7 +35,7 @@ from jaxpeft.models.shapes import without_weights
 from jaxpeft.outcome import require_good
 from jaxpeft.processes import from_first, is_first, require_same, together
 from jaxpeft.run import Rows, Run
-from jaxpeft.run_checks import check_batches, check_model, check_unchanged, starts_dense
+from jaxpeft.run_checks import check_batches, check_model, starts_dense
 from jaxpeft.run_folder import (
     CHECKPOINTS,
     PROFILE,
@@ -42,6 +43,7 @@ from jaxpeft.run_folder import (
     check_shared,
     clean,
     discard,
+    discard_result,
     export_path,
     is_exported,
     make_folder,
@@ -66,6 +68,11 @@ def main(argv: list[str]) -> None:
         help="auto goes on with a run that output_dir holds, never refuses to (default: auto)",
     )
     parser.add_argument("--overwrite", action="store_true", help="discard the run in output_dir")
+    parser.add_argument(
+        "--accept_changes",
+        metavar="KEY,...",
+        help="go on though these keys, or the data, have changed since the run began",
+    )
     parser.add_argument("--print_config", action="store_true", help="print all keys and stop")
     parser.add_argument("--profile", metavar="START:STOP", help="trace these steps (XProf)")
     cli.add_compilation_cache(parser)
@@ -76,9 +83,16 @@ def main(argv: list[str]) -> None:
         print(run_config.to_yaml(config), end="")
         return
     profile = parse_range(args.profile)
+    accepted = resume_checks.parse_accepted(args.accept_changes)
     cli.keep_compiled(args)
     with hosts.joined(hosts.find_hosts(args)):
-        train(config, resume=args.resume == "auto", overwrite=args.overwrite, profile=profile)
+        train(
+            config,
+            resume=args.resume == "auto",
+            overwrite=args.overwrite,
+            accepted=accepted,
+            profile=profile,
+        )
 
 
 def train(
@@ -86,6 +100,7 @@ def train(
     *,
     resume: bool = True,
     overwrite: bool = False,
+    accepted: tuple[str, ...] = (),
     profile: range = range(0),
 ) -> None:
     """Does a whole run, or what is left of it.
@@ -94,6 +109,7 @@ def train(
         config: The run.
         resume: Go on from the newest checkpoint of the same run in ``output_dir``.
         overwrite: Discard the run that is there.
+        accepted: Keys that may have changed since it began, see `jaxpeft.resume`.
         profile: Steps to trace into ``output_dir/profile``.
 
     Raises:
@@ -103,7 +119,7 @@ def train(
     output, speaks = storage.as_path(config.output_dir), is_first()
     if profile and storage.is_remote(output):
         raise UserError(f"--profile: needs an output_dir on a disk, not {output}.")
-    from_first(lambda: check_folder(config, resume=resume, overwrite=overwrite))
+    from_first(lambda: check_folder(config, resume=resume, overwrite=overwrite, accepted=accepted))
     if config.track.wandb is not None:
         track.import_wandb()
     mesh = sharding.make_mesh(**config.mesh.sizes)
@@ -126,10 +142,11 @@ def train(
         checkpoints = stack.enter_context(
             Checkpoints(output / CHECKPOINTS, keep=config.checkpoint.keep, check_owner=lock.check)
         )
-        latest = None if overwrite else checkpoints.latest()
+        latest, notes = None if overwrite else checkpoints.latest(), []
         if latest is not None:
-            began_with = checkpoints.meta(latest)["data_hash"]
-            check_unchanged("training data", began_with, rows.plan.hash, output)
+            meta = checkpoints.meta(latest)
+            rows, notes = resume_checks.check_start(meta, config, rows, model, tokenizer, accepted)
+            check_steps_done(latest, rows.steps, output)
         if latest == rows.steps and from_first(lambda: is_exported(export_path(config))):
             if not storage.is_remote(output):  # of which this run would first have to become owner
                 from_first(lambda: clean(config) or checkpoints.tidy())
@@ -142,6 +159,7 @@ def train(
         run = Run(config, base, rows, layout, restored=latest is not None)
         if latest is not None:
             run.restore(checkpoints, latest)
+            run.notes = notes
         # Only now: what can be wrong with the new run has been seen.
         from_first(
             lambda: take_folder(config, template, checkpoints, latest, lock, overwrite=overwrite)
@@ -199,6 +217,15 @@ def load_base(
         double_quantization=section.double_quantization and quantised,
     )
     return base.replace(tokenizer=override_template(base.tokenizer, template))
+
+
+def check_steps_done(latest: int, steps: int, output: storage.Place) -> None:
+    """Raises a UserError if a run has more steps behind it than it shall have."""
+    if latest > steps:
+        raise UserError(
+            f"{output}: train.steps: {steps} are fewer than the {latest} that are done; give at "
+            "least as many, or choose another output_dir."
+        )
 
 
 def take_folder(
@@ -382,6 +409,8 @@ def prepare_save(log: RunLog, check_lock: Callable[[], None]) -> None:
 
     def prepare() -> None:
         check_lock()
+        if log.last_step == log.run.rows.steps:
+            discard_result(log.run.config)
         log.keep()
 
     log.flush()

@@ -1,0 +1,236 @@
+"""What may change before a run goes on: the table of configs/README.md, row by row."""
+
+import json
+import pathlib
+import re
+import shutil
+
+import pytest
+from tiny_run import read_lines, training_lines, write_config, write_rows
+from train_runs import NO_EVAL, adapter_bytes, stop_at
+
+import jaxpeft as jp
+from jaxpeft import config as run_config
+from jaxpeft import resume
+from jaxpeft import train as program
+from jaxpeft.errors import InterruptedRunError, UserError
+from jaxpeft.methods import METHODS
+from jaxpeft.run import Run
+from jaxpeft.storage import as_path
+
+README = pathlib.Path(__file__).parents[2] / "configs" / "README.md"
+CONSTANT = {"learning_rate": 0.01, "schedule": "constant"}
+
+
+def table() -> list[tuple[list[str], str]]:
+    """The rows of the table: patterns of keys, and what is said of them."""
+    text = README.read_text().partition("# What may change before a run goes on")[2]
+    rows = re.findall(r"^\| (`.+?) \| (.+?) \|", text, re.MULTILINE)
+    return [(re.findall(r"`([^`]+)`", keys), rule) for keys, rule in rows]
+
+
+WORDS = {
+    "fine": resume.FINE,
+    "needs `--accept_changes`": resume.ACCEPT,
+    "fine under `optim.schedule: constant`, else refused": resume.STEPS,
+    "refused": resume.REFUSED,
+}
+
+
+def test_the_table_says_of_every_key_what_the_code_does():
+    said = {key: WORDS[rule] for keys, rule in table() for key in keys}
+    for what in (resume.DATA, resume.TEMPLATE):  # no keys of the config
+        assert said.pop(what) == resume.ACCEPT
+    assert said == resume.RULES
+    for key in run_config.SCHEMA.keys:
+        assert resume.rule_of(key.path) in WORDS.values()
+
+
+def test_keys_that_no_hash_covers_are_fine_and_no_others():
+    config = small()
+    hashed = {path for path in run_config.flatten(config) if path in run_config.hashed(config)}
+    for path in run_config.flatten(config):
+        assert (resume.rule_of(path) == resume.FINE) == (path not in hashed), path
+
+
+def small(**changes):
+    """A config, with values set by path."""
+    lines = {
+        "model.path": "base",
+        "method.name": "lora",
+        "data.train": "train.jsonl",
+        "data.eval": "test.jsonl",
+        "train.steps": 20,
+        "output_dir": "out",
+    }
+    nested: dict = {}
+    for key, value in {**lines, **changes}.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return run_config.yaml_config.loads(run_config.SCHEMA, json.dumps(nested), "c.yaml")
+
+
+OTHER = {
+    "output_dir": "elsewhere",
+    "track.tensorboard": True,
+    "evaluation.every": 5,
+    "checkpoint.every": 5,
+    "mesh.fsdp": 2,
+    "data.eval": "more.jsonl",
+    "data.workers": 2,
+    "model.chat_template": "t.jinja",
+    "data.train": "moved.jsonl",
+    "model.path": "moved",
+    "model.revision": "v1",
+    "model.compute_dtype": "float32",
+    "method.init_from": "adapter",
+    "optim.learning_rate": 0.5,
+    "optim.schedule": "linear",
+    "optim.warmup_steps": 2,
+    "optim.clip_norm": 2.0,
+    "optim.weight_decay": 0.5,
+    "optim.b1": 0.5,
+    "optim.b2": 0.5,
+    "train.microbatch_size": 4,
+    "train.remat": "none",
+    "train.seed": 4,
+    "train.batch_size": 16,
+    "method.rank": 2,
+    "method.dropout": 0.5,
+    "optim.name": "sgd",
+    "optim.lora_fa": True,
+    "data.max_length": 64,
+    "data.packing": False,
+    "model.dtype": "bfloat16",
+}
+
+
+def test_the_table_is_tried_with_every_rule():
+    tried = {resume.rule_of(key) for key in OTHER}
+    assert tried == {resume.FINE, resume.ACCEPT, resume.REFUSED}
+    known = {key.path for key in run_config.SCHEMA.keys}
+    patterns = [key for key, rule in resume.RULES.items() if rule == resume.ACCEPT and key in known]
+    assert set(patterns) <= set(OTHER)
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_changed_key_is_treated_as_its_row_says(key):
+    old, new, output = small(), small(**{key: OTHER[key]}), as_path("out")
+    rule = resume.rule_of(key)
+    if rule == resume.FINE:
+        assert resume.check_config(old, new, (), output) == []
+        return
+    with pytest.raises(UserError, match=re.escape(f"{key}: ")) as error:
+        resume.check_config(old, new, (), output)
+    assert len(str(error.value).splitlines()) == 1
+    assert (f"add --accept_changes {key};" in str(error.value)) == (rule == resume.ACCEPT)
+    if rule == resume.ACCEPT:
+        (said,) = resume.check_config(old, new, (key,), output)
+        assert said.startswith(f"{key}: ")
+        assert said.endswith(f" -> {OTHER[key]}")
+    else:
+        with pytest.raises(
+            UserError, match=r"--accept_changes: .* is no change that can be accepted"
+        ):
+            resume.parse_accepted(key)
+
+
+@pytest.mark.parametrize("key", ["train.steps", "train.epochs"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_more_steps_are_fine_under_a_constant_rate_alone(key, schedule):
+    old = small(**{"optim.schedule": schedule})
+    changes = {key: 40} if key == "train.steps" else {"train.steps": None, "train.epochs": 2.0}
+    new = small(**{"optim.schedule": schedule, **changes})
+    if schedule == "constant":
+        assert resume.check_config(old, new, (), as_path("out"))
+        return
+    with pytest.raises(
+        UserError, match=rf"under optim.schedule {schedule} .*method\.init_from: out/adapter"
+    ):
+        resume.check_config(old, new, (), as_path("out"))
+
+
+def test_a_method_that_plans_for_all_steps_has_no_more():
+    changes = {"method.name": "adalora", "optim.schedule": "constant"}
+    assert "adalora" in METHODS
+    with pytest.raises(UserError, match="plans its ranks for all steps"):
+        resume.check_config(
+            small(**changes), small(**changes, **{"train.steps": 40}), (), as_path("out")
+        )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"optim.clip_norm": None}),
+        (
+            {"optim.name": "adafactor"},
+            {"optim.name": "adafactor", "optim.weight_decay": 0.1},
+        ),
+    ],
+)
+def test_what_would_give_the_optimizer_another_state_is_refused(before, after):
+    key = list(after)[-1]
+    with pytest.raises(UserError, match="holds a run with another config"):
+        resume.check_config(small(**before), small(**after), (key,), as_path("out"))
+
+
+def test_a_finished_run_goes_on_with_more_steps_to_what_a_longer_run_gives(
+    files, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "run"
+    config = write_config(files, output, **NO_EVAL, optim=CONSTANT, train={"steps": 4})
+    program.main([config])
+    short = adapter_bytes(output)
+    export = Run.export
+    monkeypatch.setattr(Run, "export", lambda *_: 1 / 0)  # killed between last save and export
+    with pytest.raises(ZeroDivisionError):
+        program.main([config, "--train.steps", "7"])
+    assert "train.steps: 4 -> 7" in capsys.readouterr().err
+    assert jp.load_config(str(output / "config.yaml")).train.steps == 7
+    monkeypatch.setattr(Run, "export", export)
+    program.main([config, "--train.steps", "7"])
+    assert adapter_bytes(output) != short
+    whole = tmp_path / "whole"
+    program.main([write_config(files, whole, **NO_EVAL, optim=CONSTANT, train={"steps": 7})])
+    assert adapter_bytes(output) == adapter_bytes(whole)
+    with pytest.raises(UserError, match=r"train\.steps: 5 are fewer than the 7 that are done"):
+        program.main([config, "--train.steps", "5"])
+
+
+def test_accepted_changes_are_used_noted_and_kept(files, tmp_path, monkeypatch, capsys):
+    rows, output = tmp_path / "train.jsonl", tmp_path / "run"
+    shutil.copy(files.train, rows)
+    changes = {"data": {"train": str(rows), "eval": None}, "evaluation": None}
+    config = write_config(files, output, **changes, checkpoint=None, train={"steps": 4})
+    stop_at(monkeypatch, 2)
+    with pytest.raises(InterruptedRunError):
+        program.main([config])
+    write_rows(rows, read_lines(rows)[:-1])
+    rate = ["--optim.learning_rate", "0.02"]
+    with pytest.raises(
+        UserError, match=r"learning_rate: 0\.01 -> 0\.02\).*--accept_changes optim\."
+    ):
+        program.main([config, *rate])
+    accept = [*rate, "--accept_changes"]
+    with pytest.raises(
+        UserError,
+        match=r"training data are not those this run began with \(sha256 \w{12}, now \w{12}\); put "
+        r".*train\.jsonl back, add --accept_changes data",
+    ):
+        program.main([config, *accept, "optim.learning_rate"])
+    with pytest.raises(UserError, match=r"'train\.seed' is no change that can be accepted"):
+        program.main([config, *accept, "train.seed"])
+    program.main([config, *accept, "optim.learning_rate,data"])
+    said = capsys.readouterr().err
+    assert "optim.learning_rate: 0.01 -> 0.02" in said
+    assert "the training data changed (sha256 " in said
+    (noted,) = [line for line in read_lines(output / "metrics.jsonl") if "notes" in line]
+    assert noted["step"] == 2
+    assert len(noted["notes"]) == 2
+    lines = training_lines(output)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[2]["learning_rate"] == pytest.approx(0.02 * 0.5)  # cosine, half way
+    assert jp.load_config(str(output / "config.yaml")).optim.learning_rate == 0.02
+    program.main([config, *rate])
+    assert "already finished" in capsys.readouterr().out
