@@ -227,24 +227,23 @@ def read_models(root: pathlib.Path, asked: pathlib.Path, found: pathlib.Path) ->
     bases = json.loads(asked.read_text())
     result: dict[str, Any] = {"version": transformers.__version__}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        tokenizer, told = read_tokenizer(str(folder))
         base = bases.get(folder.name)
         result[folder.name] = {
-            "merged": told | read_model(folder, tokenizer),
-            "base": read_tokenizer(base)[1] if base else {},
+            "merged": read_tokenizer(str(folder)) | read_model(folder),
+            "base": read_tokenizer(base) if base else {},
         }
     found.write_text(json.dumps(result))
 
 
-def read_tokenizer(folder: str) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer of a folder and what it gives, or None and why it cannot be read."""
+def read_tokenizer(folder: str) -> dict[str, Any]:
+    """What the tokenizer of a folder gives, or why it cannot be read."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        return None, {"error": " ".join(f"{type(error).__name__}: {error}".split())}
-    return tokenizer, describe_tokenizer(tokenizer)
+        return {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+    return describe_tokenizer(tokenizer)
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
@@ -269,7 +268,7 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def read_model(folder: pathlib.Path, tokenizer: Any) -> dict[str, Any]:
+def read_model(folder: pathlib.Path) -> dict[str, Any]:
     """Logits, a greedy answer and generation settings of a folder."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -283,14 +282,14 @@ def read_model(folder: pathlib.Path, tokenizer: Any) -> dict[str, Any]:
         answer = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
         )
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
     names = ("eos_token_id", "bos_token_id", "pad_token_id", "do_sample", "temperature", "top_p")
     return {
         "keys": [sorted(map(str, info[kind])) for kind in keys],
         "logits": logits.tolist(),
-        # White space at its start depends on whether the prompt is decoded with it.
-        "answer": tokenizer
-        and tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip(),
+        "answer": [token for token in answer[0, ids.shape[1] :].tolist() if token not in ends],
         "generation": {name: getattr(model.generation_config, name) for name in (*names, "top_k")},
     }
 
@@ -325,6 +324,7 @@ def merge_case(case: Case, root: pathlib.Path) -> dict[str, Any]:
 
     import jaxpeft as jp
     from jaxpeft.chat_settings import ChatSettings
+    from jaxpeft.decoding import generate_ids
 
     base: Any = jp.load_model(case.base) if case.base else made_model(case, root)
     end = base.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -343,7 +343,7 @@ def merge_case(case: Case, root: pathlib.Path) -> dict[str, Any]:
     return describe_tokenizer(base.tokenizer) | {
         "logits": np.asarray(merged(np.asarray([ids])))[0].tolist(),
         "ends": sorted(first | set(stops)),
-        "answer": jp.generate(merged, [PROMPT], max_new_tokens=12)[0].strip(),
+        "answer": generate_ids(merged, [ids], max_new_tokens=12)[0],
     }
 
 
