@@ -12,6 +12,10 @@ from jaxpeft.errors import CheckpointError, ResourceError, StoreError, UserError
 from jaxpeft.storage import Place, is_remote
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FAILED = (
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO, errno.EBUSY),
+    *(errno.ENOTCONN, errno.EREMOTEIO),
+)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -24,8 +28,8 @@ def describe(error: BaseException, path: Place, needed_bytes: int) -> UserError:
         needed_bytes: About how much it takes.
 
     Returns:
-        A `ResourceError` that names the room or the permission missing, a `StoreError` for what
-        goes wrong in a bucket, else a `CheckpointError`.
+        A `ResourceError` that names the room or the permission missing, or a disk that fails; a
+        `StoreError` for what goes wrong in a bucket, else a `CheckpointError`.
     """
     missing = isinstance(error.__cause__, FileNotFoundError)
     if isinstance(error, UserError) and not (isinstance(error, StoreError) or missing):
@@ -44,6 +48,11 @@ def describe(error: BaseException, path: Place, needed_bytes: int) -> UserError:
         return ResourceError(
             f"{where}: not allowed: {first_line(error)}. {after}; make the folder writable and "
             "run the same command to go on."
+        )
+    if number in _FAILED:
+        return ResourceError(
+            f"{where}: the disk failed: {first_line(error)}. {after}; once it works run the same "
+            "command to go on."
         )
     return CheckpointError(f"{where}: {first_line(error)}. {after}.")
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxpeft import limits
+from jaxpeft import limits, signals
 from jaxpeft.config_keys import Schema, describe
 from jaxpeft.errors import UserError, nearest
 from jaxpeft.storage import explain, is_store_error, shown
@@ -304,7 +304,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = report(error)
     except KeyboardInterrupt:
         code = _say("interrupted", 130)
-    sys.exit(code)
+    signals.end(code)
 
 
 def report(error: Exception) -> int:

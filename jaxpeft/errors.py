@@ -28,6 +28,12 @@ class ResourceError(UserError):
     exit_code = 5
 
 
+class LostWorkerError(UserError):
+    """A process that reads data ended; the same command may do later."""
+
+    exit_code = 5
+
+
 class StoreError(UserError):
     """An object store refuses or does not answer; the same command may do later."""
 

@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from jaxpeft.log_files import open_lossy
+
 _SIGNS = re.compile(
     rb"^[WEF]\d{4} \S+ +\d+ (coordination_service|preemption_sync_manager|client\.h)"
     rb"|^[WEF]\d{4} .*distributed service detected fatal errors"
@@ -92,8 +94,6 @@ def keep_python_apart(pipe: int) -> None:
     """Leads file descriptor 2 into a pipe, but for what Python prints on `sys.stderr`."""
     sys.stderr.flush()
     own = os.dup(2)
-    sys.stderr = os.fdopen(
-        own, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace"
-    )
+    sys.stderr = open_lossy(own, sys.stderr)
     os.dup2(pipe, 2)
     os.close(pipe)

@@ -303,7 +303,8 @@ class Run:
             dtype = self.config.model.dtype
             save_model(str(place), model, adapter=adapter, dtype=dtype, overwrite=True)
         else:
-            save_adapter(str(place), jax.tree.map(processes.whole, adapter), model)
+            adapter = jax.tree.map(processes.whole, adapter)
+            processes.together(lambda: save_adapter(str(place), adapter, model))
         return place
 
     def describe(self) -> tuple[list[tuple[str, str]], list[Any]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,13 @@ class RunLog:
         self._files[METRICS].truncate_after(start)
         evaluated = start in evaluations(self.run.output)
         self._files[SAMPLES].truncate_after(start if evaluated else start - 1)
+
+    def warn(self, text: str) -> None:
+        """Says something that may concern one process alone."""
+        if is_first():
+            self.progress.note(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def _tell(self, first: int, notes: list[str]) -> None:
         """Keeps what changed before the run went on."""

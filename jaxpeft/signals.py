@@ -14,13 +14,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from jaxpeft.errors import InterruptedRunError
 
 T = TypeVar("T")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_left_behind: list[threading.Thread] = []
 
 
 class StopRequest:
@@ -149,6 +150,23 @@ class StopRequest:
             self._old_handlers = {}
 
 
+def leave_behind(thread: threading.Thread) -> None:
+    """Notes a thread that cannot be ended: `end` does not wait for it, nor for what it started."""
+    _left_behind.append(thread)
+
+
+def end(code: Any) -> NoReturn:
+    """Ends the program with an exit code, at once where a thread was left behind.
+
+    Raises:
+        SystemExit: Unless a thread was.
+    """
+    if any(thread.is_alive() for thread in _left_behind):
+        _flush()
+        os._exit(code if isinstance(code, int) else 1)
+    sys.exit(code)
+
+
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
@@ -156,7 +174,11 @@ def _say(text: str) -> None:
 
 def _end_without_waiting_for(thread: threading.Thread) -> None:
     if thread.is_alive():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                stream.flush()
+        _flush()
         os._exit(InterruptedRunError.exit_code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()

@@ -1,8 +1,8 @@
 """Metrics on their way to TensorBoard and Weights & Biases.
 
-Both are extra: ``metrics.jsonl`` has everything. So a tracker that a config names must work when
-a run starts, but one that fails later costs a warning and never the run. Only the first process
-of several writes.
+Both are extra: ``metrics.jsonl`` has everything. So the package of a tracker that a config names
+must be there when a run starts, but one that cannot start or fails later costs a warning and never
+the run. Only the first process of several writes.
 """
 
 import importlib
@@ -130,8 +130,8 @@ def make_trackers(
         A tracker; without sinks on all processes but the first.
 
     Raises:
-        UserError: If a package is missing, or a new run's tracker cannot be started. When a run
-            is resumed the latter is a warning.
+        UserError: If a package is missing. What else keeps a tracker from starting, such as a
+            network, a login or a folder, is a warning.
     """
     warn = warn or _print_warning
     folder = pathlib.Path(output_dir)
@@ -150,12 +150,10 @@ def make_trackers(
         try:
             sinks.append(start())
         except Exception as error:
-            off = "false" if name == "track.tensorboard" else "null"
-            text = f"{name}: cannot be started: {_one_line(error)}"
-            if not first_step:
-                Tracker(sinks, warn).close(exit_code=UserError.exit_code)
-                raise UserError(f"{text}; mend that, or set {name}: {off}") from error
-            warn(f"{text}; training goes on without it")
+            warn(
+                f"{name}: cannot be started: {_one_line(error)}; training goes on without it, and "
+                "metrics.jsonl has everything"
+            )
     return Tracker(sinks, warn)
 
 

@@ -22,11 +22,14 @@ import numpy as np
 from jaxpeft import config as run_config
 from jaxpeft import data, hosts, limits, report, run_lock, sharding, storage, track
 from jaxpeft import resume as resume_checks
+from jaxpeft.batches import Batches
 from jaxpeft.chat_template import override_template
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
-from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
+from jaxpeft.errors import InterruptedRunError, LostWorkerError, UserError
 from jaxpeft.init_from import check_init_from
+from jaxpeft.log_files import survive_full_disks
+from jaxpeft.memory_errors import memory_explained
 from jaxpeft.model import Model
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.load import check_weights, load_config, load_model
@@ -43,7 +46,6 @@ from jaxpeft.run_folder import (
     check_shared,
     clean,
     discard,
-    discard_result,
     export_path,
     is_exported,
     make_folder,
@@ -51,6 +53,13 @@ from jaxpeft.run_folder import (
     write_config,
 )
 from jaxpeft.run_log import RunLog, evaluations
+from jaxpeft.run_saves import (
+    after_lost_worker,
+    export,
+    interrupted_at,
+    save_state,
+    stop_diverged,
+)
 from jaxpeft.run_template import find_template, keep_template, run_tokenizer
 from jaxpeft.signals import StopRequest
 
@@ -153,10 +162,13 @@ def train(
             if speaks:
                 print(f"{output}: already finished, {export_path(config)} is ready.")
             return
+        begun: list[Run] = []
+        stack.enter_context(memory_explained(config, mesh.size, begun))
         load = functools.partial(load_base, config, layout, template, restored=latest is not None)
         base = stop.run_interruptible(load, "loading the model")
         require_same("base weights", base.fingerprint)
         run = Run(config, base, rows, layout, restored=latest is not None)
+        begun.append(run)
         if latest is not None:
             run.restore(checkpoints, latest)
             run.notes = notes
@@ -168,7 +180,7 @@ def train(
             report.print_run_table(*run.describe())
         loop(run, checkpoints, stop, profile if speaks else range(0), lock.check)
         from_first(lock.check)
-        place = run.export(checkpoints)
+        place = export(run, checkpoints)
         if speaks:
             scores, exported = evaluations(output), int(run.state.step)
             result = [(place.name, f"{place} (step {exported})")]
@@ -353,6 +365,7 @@ def loop(
     best = config.checkpoint.best is not None
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(RunLog(run, first))
+        save = functools.partial(save_state, run, checkpoints, log, check_lock)
         if first:
             log.progress.note(f"going on after step {first}")
         if log.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -366,15 +379,21 @@ def loop(
         with log.progress.paused("compiling"):
             step_fn = run.compile_step(stop.run_interruptible)
         rows = sharding.process_rows(run.mesh, run.batch_size)
-        batches: Any = data.iterate(
-            run.rows.plan, first, last, workers=config.data.workers, rows=rows
+        workers = config.data.workers
+        read = data.iterate(run.rows.plan, first, last, workers=workers, rows=rows)
+        batches = stack.enter_context(
+            Batches(read, tell=log.warn, stop=lambda: stop.requested, workers=workers)
         )
-        stack.enter_context(contextlib.closing(batches))
         trace = stack.enter_context(Trace(run.output / PROFILE, profile))
         log.start_clock()
         for step in range(first + 1, last + 1):
             asked = time.perf_counter()
-            batch = next(batches)
+            try:
+                batch = batches.next(step)
+            except LostWorkerError as error:
+                raise after_lost_worker(run, save, error) from error
+            if batch is None:
+                raise interrupted_at(run, save, stop)
             waited = time.perf_counter() - asked
             trace.before(step)
             run.state, metrics = step_fn(run.state, run.base.params, run.put(batch))
@@ -390,47 +409,13 @@ def loop(
                 with contextlib.suppress(InterruptedRunError):
                     scores = log.evaluation(step, at_once if best else stop.run_interruptible)
             interrupted = stop.requested  # asked once: the answer may change at any time
-            if due(step, config.checkpoint.every, last) or interrupted or (best and scores):
-                prepare_save(log, check_lock)
-                run.save(checkpoints, scores)
-                log.start_clock()
             if interrupted:
-                checkpoints.wait()
-                raise InterruptedRunError(
-                    f"interrupted by {interrupted} at step {step}, saved; run the same command "
-                    "to go on."
-                )
-        checkpoints.wait()
+                raise interrupted_at(run, functools.partial(save, scores), stop)
+            decides = bool(best and scores)
+            if due(step, config.checkpoint.every, last) or decides:
+                save(scores, wait=decides or step == last)  # a score cannot be saved later
+                log.start_clock()
         require_good(run)
-
-
-def prepare_save(log: RunLog, check_lock: Callable[[], None]) -> None:
-    """Makes sure that the folder is still this run's, and that all lines are in it."""
-
-    def prepare() -> None:
-        check_lock()
-        if log.last_step == log.run.rows.steps:
-            discard_result(log.run.config)
-        log.keep()
-
-    log.flush()
-    from_first(prepare)
-
-
-def stop_diverged(
-    run: Run, checkpoints: Checkpoints, log: RunLog, check_lock: Callable[[], None]
-) -> None:
-    """Saves the last good state and gives up."""
-    step, count = log.last_step, log.skipped_in_a_row
-    prepare_save(log, check_lock)
-    run.save(checkpoints)
-    checkpoints.wait()
-    raise DivergedError(
-        f"loss or gradient was not finite {count} times in a row up to step {step} "
-        f"({run.rows.lines_of_step(step)}); the last good state is kept in "
-        f"{run.output / CHECKPOINTS}. Look at the rows, or lower "
-        "optim.learning_rate and start anew with --overwrite or another output_dir."
-    )
 
 
 def due(step: int, every: int | None, last: int) -> bool:
@@ -491,4 +476,5 @@ class Trace:
 
 
 if __name__ == "__main__":
+    survive_full_disks()
     cli.run(main)

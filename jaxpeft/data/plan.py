@@ -16,13 +16,15 @@ A batch is a dict of arrays of shape ``(batch, seq_len)``:
 import functools
 import hashlib
 import json
+import re
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from jaxpeft.data.encode import Examples
 from jaxpeft.data.packing import pack, shuffled
-from jaxpeft.errors import UserError
+from jaxpeft.errors import LostWorkerError, UserError
 
 Batch = dict[str, np.ndarray]
 _FORMAT = "jaxpeft-plan-1"  # changes whenever the same input would give other batches
@@ -163,6 +165,9 @@ def iterate(
 
     Yields:
         The batches of ``plan.batch``, or those rows of them.
+
+    Raises:
+        LostWorkerError: A worker process was killed, or ended otherwise.
     """
     import grain
     from absl import flags
@@ -178,9 +183,18 @@ def iterate(
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         batches = batches.mp_prefetch(options)
+        # A worker that is killed cannot give its memory back, and is told about once: by us.
+        sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     iterator = iter(batches)
     try:
         yield from iterator
+    except RuntimeError as error:
+        if not (workers and "Worker process was terminated" in str(error)):
+            raise
+        code = re.search(r"exit code (-?\d+)", str(error))
+        raise LostWorkerError(
+            "a data worker ended" + (f" (exit code {code[1]})" if code else "")
+        ) from error
     finally:
         iterator.close()
 
