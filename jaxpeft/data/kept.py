@@ -6,7 +6,7 @@ rendering is without them. Keys and arguments that change nothing are named once
 
 from typing import Any
 
-from jaxpeft.data.chat import NEXT, RowError
+from jaxpeft.data.chat import ANSWER, TOOL, RowError
 from jaxpeft.data.messages import HANDED_ON
 from jaxpeft.data.renderer import Renderer
 
@@ -45,30 +45,63 @@ def check_prompt(renderer: Renderer, prompt: str, index: int) -> None:
     Raises:
         RowError: If the template drops tools, documents, a message or the call of a tool.
     """
-    conversation = renderer.conversation
-    for tool in conversation.tools or ():
-        function = tool.get("function", tool)
-        name = function.get("name") if isinstance(function, dict) else None
-        if isinstance(name, str) and name not in prompt:
+    values = renderer.values[:index]
+    _check_tools(renderer, values, prompt)
+    documents = renderer.conversation.documents
+    if documents and renderer.attempt(values, prompt=True, documents=False) == prompt:
+        raise RowError('"documents": the chat template does not render documents')
+    marked = [renderer.marked(place, f"m{place}e") for place in range(index)]
+    text = renderer.attempt([one for one, _ in marked], prompt=True) or ""
+    for place, (one, marks) in enumerate(marked):
+        if all(mark in text for mark in marks):
+            continue
+        alone = [*values[:place], one, *values[place + 1 :]]
+        shown = renderer.attempt(alone, prompt=True)
+        for mark in marks:
+            if mark not in (shown or "") and not (shown is None and _says(renderer, place, prompt)):
+                raise RowError(_lost(renderer, place, mark))
+
+
+def _check_tools(renderer: Renderer, values: list[dict[str, Any]], prompt: str) -> None:
+    """Raises a RowError if the template does not render one of the tools."""
+    tools = renderer.conversation.tools
+    if not tools:
+        return
+    text = renderer.attempt(
+        values, prompt=True, tools=[_marked_tool(tool, n) for n, tool in enumerate(tools)]
+    )
+    for place, tool in enumerate(tools):
+        name = tool.get("function", tool).get("name", "")
+        mark = f"{TOOL}{place}e"
+        if (name not in prompt) if text is None else (mark not in text):
             raise RowError(f'"tools": the chat template does not render tool {name!r}')
-    if conversation.documents:
-        values = renderer.values[:index]
-        if renderer.attempt(values, prompt=True, documents=False) == prompt:
-            raise RowError('"documents": the chat template does not render documents')
-    for place, message in enumerate(conversation.messages[:index]):
-        words = renderer.words[place]
-        said = words.answer.strip() if message.role == "assistant" else message.text.strip()
-        if said and said not in prompt and not _is_written(renderer, place, index):
-            way_out = ""
-            if message.role in ("system", "developer"):
-                way_out = "; move it into the first user message"
-            raise RowError(
-                f'"{message.where}": the chat template drops the text of the {message.role} '
-                f"message, {said!r:.60}{way_out}"
-            )
-        lost = [name for name in message.tool_names if name not in prompt]
-        if lost:
-            raise RowError(f'"{message.where}": the chat template drops the call of {lost[0]!r}')
+
+
+def _marked_tool(tool: dict[str, Any], place: int) -> dict[str, Any]:
+    function = tool.get("function")
+    if isinstance(function, dict):
+        return {**tool, "function": {**function, "name": f"{TOOL}{place}e"}}
+    return {**tool, "name": f"{TOOL}{place}e"}
+
+
+def _says(renderer: Renderer, place: int, prompt: str) -> bool:
+    """Whether a message's words stand in a prompt, for templates that take no other words."""
+    words = renderer.words[place]
+    return all(word.strip() in prompt for word in (words.answer, *words.tool_names))
+
+
+def _lost(renderer: Renderer, place: int, mark: str) -> str:
+    """What a template drops of a message, and the way out."""
+    message, words = renderer.conversation.messages[place], renderer.words[place]
+    if not mark.startswith(ANSWER):
+        names = " and ".join(words.tool_names)
+        return f'"{message.where}": the chat template drops the call of {names!r:.60}'
+    system = message.role in ("system", "developer")
+    way_out = "; move it into the first user message" if system else ""
+    return (
+        f'"{message.where}": the chat template drops the text of the {message.role} message, '
+        f"{words.answer.strip()!r:.60}{way_out}"
+    )
 
 
 def check_keys(renderer: Renderer, unused: Unused) -> None:
@@ -98,28 +131,26 @@ def check_keys(renderer: Renderer, unused: Unused) -> None:
 
 
 def find_markup(renderer: Renderer) -> None:
-    """Looks for special tokens inside of contents.
+    """Looks for special tokens inside of contents, tools and documents.
 
     Raises:
-        RowError: If a content holds one, which would be read as the markup of a turn.
+        RowError: If one of them holds one, which would be read as the markup of a turn.
     """
-    for message in renderer.conversation.messages:
-        for key, value in message.values.items():
-            for text in _texts(value):
-                if token := renderer.chat.markup(text):
-                    raise RowError(
-                        f'"{message.where}.{key}": holds the special token {token!r}, which the '
-                        "model reads as markup and not as text; remove it, or set "
-                        "data.special_tokens_in_content to allow"
-                    )
-
-
-def _is_written(renderer: Renderer, place: int, index: int) -> bool:
-    """Whether the template writes the content of a message in some other form."""
-    values = [*renderer.values[:index]]
-    values[place] = {**values[place], "content": NEXT}
-    text = renderer.attempt(values, prompt=True)
-    return text is not None and NEXT in text
+    conversation = renderer.conversation
+    places = [
+        (f"{message.where}.{key}", value)
+        for message in conversation.messages
+        for key, value in message.values.items()
+    ]
+    beside = [("tools", conversation.tools), ("documents", conversation.documents)]
+    for where, value in [*places, *beside]:
+        for text in _texts(value):
+            if token := renderer.chat.markup(text):
+                raise RowError(
+                    f'"{where}": holds the special token {token!r}, which the model reads as '
+                    "markup and not as text; remove it, or set data.special_tokens_in_content to "
+                    "allow"
+                )
 
 
 def _texts(value: Any) -> list[str]:
@@ -127,6 +158,6 @@ def _texts(value: Any) -> list[str]:
         return [value]
     if isinstance(value, dict):
         return [text for one in (*value, *value.values()) for text in _texts(one)]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [text for one in value for text in _texts(one)]
     return []

@@ -12,18 +12,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpeft.data import thinking
-from jaxpeft.data.chat import ANSWER, ARGUMENT, THOUGHT, TOOL, Chat, RowError
+from jaxpeft.data.chat import ANSWER, ARGUMENT, QUESTION, THOUGHT, TOOL, Chat, RowError
 from jaxpeft.data.messages import REASONING, Message
 from jaxpeft.data.rows import Conversation
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """What an assistant turn says in its own words."""
+    """What a message says in its own words.
+
+    Attributes:
+        thinking: Of an assistant turn; "" where it has none.
+        answer: The text, without a block of thinking.
+        tool_names: The functions that it calls.
+        inline: Whether its content has a block of thinking, which may be empty.
+    """
 
     thinking: str
     answer: str
     tool_names: tuple[str, ...]
+    inline: bool = False
 
 
 class Renderer:
@@ -49,6 +57,7 @@ class Renderer:
         *,
         prompt: bool = False,
         documents: bool = True,
+        tools: Sequence[Any] | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of messages in the chosen form.
@@ -57,6 +66,7 @@ class Renderer:
             values: The messages.
             prompt: Open an assistant turn behind them.
             documents: Give the template the conversation's documents.
+            tools: JSON schemas of tools; default: those of the conversation.
             arguments: Variables of the template; default: those of the conversation.
 
         Raises:
@@ -64,7 +74,7 @@ class Renderer:
         """
         return self.chat.render(
             values,
-            tools=self.conversation.tools,
+            tools=self.conversation.tools if tools is None else tools,
             documents=self.conversation.documents if documents else None,
             prompt=prompt,
             arguments=self.arguments if arguments is None else arguments,
@@ -77,26 +87,39 @@ class Renderer:
         except RowError:
             return None
 
-    def marked(self, index: int) -> dict[str, Any]:
-        """A message with words in the place of its own, to find them by."""
+    def marked(self, index: int, suffix: str = "") -> tuple[dict[str, Any], list[str]]:
+        """A message with words in the place of its own, to find them by.
+
+        Args:
+            index: The place of the message.
+            suffix: What to put behind the words, to tell several messages apart.
+
+        Returns:
+            The message, and the words that stand for its text and its calls.
+        """
         values, words = dict(self.values[index]), self.words[index]
         if REASONING[0] in values:
-            values |= dict.fromkeys(REASONING, THOUGHT)
-        content = values["content"] or ""
-        if words.answer.strip():
-            front = content[: content.rfind(words.answer.strip())]
-            content = front.replace(words.thinking, THOUGHT, 1) if words.thinking else front
-            values["content"] = content + ANSWER
-        elif words.thinking:
-            values["content"] = content.replace(words.thinking, THOUGHT, 1) or values["content"]
+            values |= dict.fromkeys(REASONING, THOUGHT + suffix)
+        content, answer, marks = values["content"] or "", words.answer.strip(), []
+        thought = words.thinking
+        if answer:
+            front = content[: content.rfind(answer)]
+            content = front.replace(thought, THOUGHT + suffix, 1) if thought else front
+            values["content"] = content + ANSWER + suffix
+            marks.append(ANSWER + suffix)
+        elif thought:
+            values["content"] = content.replace(thought, THOUGHT + suffix, 1) or values["content"]
         if calls := values.get("tool_calls"):
-            values["tool_calls"] = [_marked_call(call, place) for place, call in enumerate(calls)]
-        return values
+            pairs = [_marked_call(call, f"{n}e{suffix}") for n, call in enumerate(calls)]
+            values["tool_calls"] = [call for call, _ in pairs]
+            marks += [mark for _, found in pairs for mark in found]
+        return values, marks
 
     def _choose_form(self) -> list[dict[str, Any]]:
         messages, tools = self.conversation.messages, self.conversation.tools
-        inline = any(thinking.split_inline(message.text) for message in messages)
+        inline = any(words.inline for words in self.words)
         as_key = inline and self.chat.takes_reasoning(tools, self.arguments)
+        self._has_place = as_key or (inline and self._prompt_thinks())
         calls = any(message.tool_names for message in messages)
         silent = any(message.values.get("content") is None for message in messages)
         problem: RowError | None = None
@@ -114,6 +137,12 @@ class Renderer:
             return form
         raise RowError(f"{problem}{self._way_out()}")
 
+    def _prompt_thinks(self) -> bool:
+        """Whether the generation prompt opens or closes thinking by itself."""
+        question = [{"role": "user", "content": QUESTION}]
+        prompt = self.attempt(question, prompt=True) or ""
+        return thinking.open_at_end(prompt) is not None or thinking.closes_at_end(prompt)
+
     def _says_none(self, form: list[dict[str, Any]], rendered: str) -> bool:
         """Whether a template writes a content of null as the word None."""
         filled = [one | {"content": one["content"] or ""} for one in form]
@@ -127,6 +156,8 @@ class Renderer:
         if words.thinking and (message.reasoning or as_key):
             values |= dict.fromkeys(REASONING, words.thinking.strip())
             values["content"] = words.answer if message.text else values["content"]
+        elif words.inline and not words.thinking and self._has_place:
+            values["content"] = words.answer  # the template or the prompt writes the empty block
         if values["content"] is None and empty:
             values["content"] = ""
         if text and "tool_calls" in values:
@@ -162,28 +193,41 @@ class Renderer:
 
 
 def _words(message: Message) -> Words:
-    text = message.text
-    inline = thinking.split_inline(text) if message.role == "assistant" else None
+    """What a message says in its own words.
+
+    Raises:
+        RowError: If a block of thinking is not closed, or says other than the key beside it.
+    """
+    text, names = message.text, tuple(message.tool_names)
+    if message.role != "assistant":
+        return Words("", text, names)
+    inline = thinking.split_inline(text)
     if inline is None:
-        return Words(message.reasoning, text, tuple(message.tool_names))
-    if message.reasoning and message.reasoning.strip() != inline[0].strip():
+        if text.lstrip().startswith(thinking.THINK):
+            raise RowError(
+                f'"{message.where}.content": opens {thinking.THINK} and does not close it; write '
+                f"{thinking.END_THINK} behind the thinking"
+            )
+        return Words(message.reasoning, text, names)
+    thought = inline[0] if inline[0].strip() else ""
+    if thought and message.reasoning and message.reasoning.strip() != thought.strip():
         raise RowError(
             f'"{message.where}.content": its <think> block says other than the key beside it; '
             "keep one of them"
         )
-    if not inline[0].strip():  # an empty block is markup that the row writes itself
-        return Words(message.reasoning, text, tuple(message.tool_names))
-    return Words(inline[0], inline[1].lstrip("\n"), tuple(message.tool_names))
+    return Words(thought or message.reasoning, inline[1].lstrip("\n"), names, inline=True)
 
 
-def _marked_call(call: dict[str, Any], place: int) -> dict[str, Any]:
+def _marked_call(call: dict[str, Any], suffix: str) -> tuple[dict[str, Any], list[str]]:
     """A call with marks in the place of its name and of the values of its arguments."""
     given = call["function"]["arguments"]
     is_text = isinstance(given, str)
     values: dict[str, Any] = json.loads(given) if is_text else given
-    marked: Any = dict.fromkeys(values, f"{ARGUMENT}{place}e")
-    named = {"name": f"{TOOL}{place}e", "arguments": json.dumps(marked) if is_text else marked}
-    return {**call, "function": {**call["function"], **named}}
+    name, argument = TOOL + suffix, ARGUMENT + suffix
+    marked: Any = dict.fromkeys(values, argument)
+    named = {"name": name, "arguments": json.dumps(marked) if is_text else marked}
+    marks = [name, argument] if values else [name]
+    return {**call, "function": {**call["function"], **named}}, marks
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:

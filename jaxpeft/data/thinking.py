@@ -19,13 +19,16 @@ _ANY_CLOSE = re.compile(_CLOSE, re.IGNORECASE)
 _LEADING_OPEN = re.compile(rf"\s*{_OPEN}", re.IGNORECASE)
 _EMPTY_BLOCK = re.compile(rf"\s*({_OPEN})(\s*)({_CLOSE})", re.IGNORECASE)
 _EMPTY_AT_END = re.compile(rf"{_OPEN}\s*{_CLOSE}\s*\Z", re.IGNORECASE)
-_INLINE = re.compile(rf"\s*{THINK}(.*?){END_THINK}(.*)\Z", re.DOTALL)
+_INLINE = re.compile(rf"\s*(?:{THINK})?(.*?){END_THINK}(.*)\Z", re.DOTALL)
 _ANY_OPEN_AT_END = re.compile(r"(<(?![/|])[^<>\s]+>|\[(?!/)[A-Z][A-Z_]*\])\s*\Z")
 _MARKUP = re.compile(r"think|thought|reason|tool", re.IGNORECASE)
 
 
 def split_inline(content: str) -> tuple[str, str] | None:
-    """The thinking and the answer of a text that begins with a ``<think>`` block, or None."""
+    """The thinking and the answer of a text that begins with a block of it; None for another.
+
+    The opening tag may be missing, as in answers to a prompt that ends with it.
+    """
     found = _INLINE.match(content)
     return (found[1], found[2]) if found else None
 

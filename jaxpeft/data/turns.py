@@ -89,13 +89,13 @@ def _find_turn(renderer: Renderer, index: int, end_of_turn: EndOfTurn) -> Turn:
     message, words = renderer.conversation.messages[index], renderer.words[index]
     turn = _split(renderer, index)
     _check_words(message, words, turn)
-    text, note = turn.rest, ""
+    text, note, tag = turn.rest, "", thinking.open_at_end(turn.before)
     if words.thinking:
         text = _with_thinking(renderer, index, turn)
-    elif (tag := thinking.open_at_end(turn.before)) and not thinking.has_close(turn.rest):
+    elif tag and not thinking.has_close(turn.rest):
         text, note = _close_block(message, tag, turn.rest), EMPTY_BLOCK
-    elif odd := thinking.unknown_open_at_end(turn.opened):
-        text, note = _close_block(message, (odd, ""), turn.rest), ""
+    elif not tag:
+        _check_closed(message, turn)
     end = len(text) - (len(turn.rest) - turn.end)
     if end_of_turn == "eos":
         return Turn(turn.before, _end_with_eos(renderer, text, end), note)
@@ -134,7 +134,7 @@ def _split(renderer: Renderer, index: int) -> Rendered:
 
     opened, rest = find(values[index])
     try:
-        marked = find(renderer.marked(index))[1]
+        marked = find(renderer.marked(index)[0])[1]
     except RowError:
         marked = ""
     return Rendered(before, opened, rest, marked)
@@ -204,6 +204,16 @@ def _with_thinking(renderer: Renderer, index: int, turn: Rendered) -> str:
     return said + rest[turn.end :]
 
 
+def _check_closed(message: Message, turn: Rendered) -> None:
+    """Raises a RowError if the prompt opens a block of another name that the turn never closes."""
+    tag = thinking.unknown_open_at_end(turn.opened)
+    if tag and thinking.closing_of(tag) not in turn.rest:
+        raise RowError(
+            f'"{message.where}": the generation prompt opens {tag!r}, and the turn does not close '
+            "it; begin its content with what belongs there"
+        )
+
+
 def _close_block(message: Message, tag: tuple[str, str], rest: str) -> str:
     """The text of a turn without thinking behind a prompt that opens a block of it."""
     if tag[0] != thinking.THINK:
@@ -239,7 +249,7 @@ def _end_with_stop(renderer: Renderer, index: int, text: str, end: int) -> str:
 
 def _follow(renderer: Renderer, index: int) -> str:
     """What the template writes between the own words of a turn and the message behind it."""
-    values, marked = renderer.values[: index + 1], renderer.marked(index)
+    values, marked = renderer.values[: index + 1], renderer.marked(index)[0]
     answers = [
         {
             "role": renderer.role("tool"),
