@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from jaxpeft.chat_prompts import with_template
+from jaxpeft.chat_template import override_template
 from jaxpeft.data import encode_rows
 from jaxpeft.errors import UserError
 from jaxpeft.models.load import load_tokenizer
@@ -33,7 +33,7 @@ def test_row_of_the_guide_is_learned_as_it_says(tokenizer, place):
     row, expected = SAMPLES[place]
     if place >= OWN_TEMPLATE:
         template = (GUIDE / "chatml_tools.jinja").read_text(encoding="utf-8")
-        tokenizer = with_template(tokenizer, template)
+        tokenizer = override_template(tokenizer, template)
     examples = encode_rows([json.loads(row)], tokenizer, max_length=512)
     (shown,) = (
         mark_learned(decode_parts(ids, mask, tokenizer, len(tokenizer)), ("⟦", "⟧"))
