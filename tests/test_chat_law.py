@@ -2,6 +2,8 @@
 
 # ruff: noqa: RUF001 (the tokens of DeepSeek have a wide bar)
 
+import re
+
 import chat_law
 import pytest
 from chat_rows import Words, cases
@@ -363,3 +365,30 @@ def test_learned_part_of_a_row_word_by_word(name, given, expected):
     # What the template writes behind the last stop token is neither learned nor generated.
     assert [text[: text.rindex("⟧") + 1] for text in texts] == expected
     assert examples.lines == [1] * len(expected)
+
+
+def spans(name, content):
+    kind = ZOO[name]
+    arguments = {"chat_template_kwargs": dict(kind.arguments)} if kind.arguments else {}
+    tokenizer = tokenizer_of(kind)
+    examples = encode_rows([row("Hi", content) | arguments], tokenizer, max_length=LENGTH)
+    return [shown(tokenizer, *pair) for pair in zip(examples.tokens, examples.masks, strict=True)]
+
+
+OPENED = ["qwq", "r1 distill", "v3.1 on", "qwen 3.5", "nemotron", "glm 4.7"]
+"""Kinds whose prompt opens thinking."""
+
+
+@pytest.mark.parametrize("name", OPENED)
+def test_answer_that_begins_inside_the_block_of_the_prompt_is_learned_as_it_is(name):
+    whole = "<think>\nT\n</think>\n\nHello"
+    assert spans(name, whole.removeprefix("<think>\n")) == spans(name, whole)
+
+
+@pytest.mark.parametrize("name", [*OPENED, "qwen 3", "kimi k2 thinking"])
+def test_empty_block_inside_the_content_is_no_thinking(name):
+    (plain,) = spans(name, "Hello")
+    (inline,) = spans(name, "<think>\n\n</think>\n\nHello")
+    if ZOO[name].loose:
+        plain, inline = (re.sub(r"\s*(</?think>⟦?)\s*", r"\1", text) for text in (plain, inline))
+    assert inline == plain
