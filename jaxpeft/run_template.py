@@ -4,6 +4,7 @@ Its text stands in the folder of the run, so that the run goes on when the file 
 """
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 from jaxpeft import storage
@@ -11,15 +12,19 @@ from jaxpeft.chat_template import override_template, read_template
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import UserError
 from jaxpeft.models.load import load_tokenizer
+from jaxpeft.resume import TEMPLATE as CHANGE
 from jaxpeft.run_folder import CONFIG, TEMPLATE
 
 
-def find_template(config: RunConfig, *, overwrite: bool = False) -> str:
+def find_template(
+    config: RunConfig, *, overwrite: bool = False, accepted: Collection[str] = ()
+) -> str:
     """The text of ``model.chat_template``, "" where the tokenizer's own is used.
 
     Args:
         config: The run.
         overwrite: Whether a run in ``output_dir`` is discarded.
+        accepted: What may have changed since it began, see `jaxpeft.resume`.
 
     Raises:
         UserError: The file cannot be used, or the run in ``output_dir`` began with another text.
@@ -34,11 +39,12 @@ def find_template(config: RunConfig, *, overwrite: bool = False) -> str:
     if path is not None and began_with and not _is_there(path):
         return began_with
     now = "" if path is None else read_template(path)
-    if now != began_with:
+    if now != began_with and CHANGE not in accepted:
         was = "another text" if began_with else "the tokenizer's own"
         raise UserError(
             f"{output}: model.chat_template: {path or 'null'} is not what this run began with, "
-            f"{was}; put it back, or start anew with --overwrite or another output_dir."
+            f"{was}; put it back, accept it with --accept_changes {CHANGE}, or start anew with "
+            "--overwrite or another output_dir."
         )
     return now
 

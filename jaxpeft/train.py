@@ -135,7 +135,7 @@ def train(
     layout = sharding.Layout(mesh, sharding.parse_rules(config.mesh.rules))
     check_batches(config, mesh)
     model = load_config(config.model.path, config.model.revision)
-    template = together(lambda: find_template(config, overwrite=overwrite))
+    template = together(lambda: find_template(config, overwrite=overwrite, accepted=accepted))
     tokenizer = run_tokenizer(config, template)
     check_model(config, model, tokenizer)
     rows = read_data(config, model, tokenizer)

@@ -95,6 +95,9 @@ def test_a_run_keeps_the_text_and_goes_on_without_the_file(files, tmp_path, temp
     with pytest.raises(UserError, match=r"model.chat_template: null is not what this run began"):
         program.train(other)
     assert (output / "chat_template.jinja").read_text() == OTHER
+    assert find_template(config, accepted=("chat_template",)) == OTHER.replace("=", ": ")
+    with pytest.raises(UserError, match=r"training data|accept_changes data"):
+        program.train(config, accepted=("chat_template",))  # rows are rendered otherwise
     assert find_template(config, overwrite=True) == OTHER.replace("=", ": ")
     (tmp_path / "same.jinja").write_text(OTHER)
     assert find_template(make_config(files, tmp_path, tmp_path / "same.jinja")) == OTHER
