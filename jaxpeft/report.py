@@ -20,7 +20,7 @@ from rich.text import Text
 from jaxpeft import paths
 from jaxpeft.errors import first_few
 from jaxpeft.linear import shape_of
-from jaxpeft.methods.base import Adapter
+from jaxpeft.methods.base import Adapter, ranks_at
 
 PIPE_WIDTH = 120
 """Columns of a table that is not printed on a terminal."""
@@ -61,7 +61,7 @@ def describe_adapter(
     """
     sizes, rows = _trainable_sizes(adapter, trained), []
     for path in adapter.spec.paths:
-        base, ranks = paths.get(params, path), _ranks(adapter, path)
+        base, ranks = paths.get(params, path), ranks_at(adapter, path)
         shape = shape_of(base) if base is not None else ()
         total, adapted = 1, 1
         if paths.is_stacked(path) and shape:
@@ -279,12 +279,6 @@ def _print_pairs(console: Console, rows: Sequence[tuple[str, str]]) -> None:
     console.print(grid)
 
 
-def _ranks(adapter: Adapter, path: str) -> np.ndarray | None:
-    """The rank of every layer at `path`, or None for a kind that has none."""
-    rank = paths.get(adapter.buffers, f"{path}/rank")
-    return None if rank is None else np.asarray(rank)
-
-
 def _rank_text(ranks: np.ndarray | None) -> str:
     used = [] if ranks is None else sorted({int(rank) for rank in ranks.flat if rank})
     return "-".join(map(str, dict.fromkeys((used[0], used[-1])))) if used else "-"
@@ -299,7 +293,7 @@ def _trainable_sizes(adapter: Adapter, trained: Mapping | None) -> dict[str, int
             continue
         place, _, name = path.rpartition("/")
         if place in places:
-            sizes[place] += _size_at(name, array.shape, _ranks(adapter, place), adapter.spec.rank)
+            sizes[place] += _size_at(name, array.shape, ranks_at(adapter, place), adapter.spec.rank)
         else:
             sizes[path] = _size(array.shape)
     return sizes

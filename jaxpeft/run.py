@@ -183,6 +183,7 @@ class Run:
             self.tx,
             microbatches=train.batch_size // (train.microbatch_size or train.batch_size),
             state_shardings=self.shardings,
+            watch_gradients=True,
         )
 
     def compile_step(self, run: Callable[[Callable], Any] = lambda compile_: compile_()) -> Any:

@@ -16,6 +16,7 @@ from jaxpeft.config_keys import to_plain
 from jaxpeft.metrics_log import open_log
 from jaxpeft.processes import is_first
 from jaxpeft.progress import Progress
+from jaxpeft.reached import Reached
 from jaxpeft.run import Run
 from jaxpeft.run_folder import METRICS, SAMPLES
 from jaxpeft.storage import Place
@@ -44,6 +45,7 @@ class RunLog:
         # All at once: a rate computed now would wait for the step that the device works on.
         self._rates = np.asarray(jax.jit(jax.vmap(run.schedule))(jnp.arange(run.rows.steps)))
         self._clock = 0.0
+        self._reached = Reached(run.state, first) if is_first() else None
         with contextlib.ExitStack() as stack:
             self._files = {}
             if is_first():
@@ -117,7 +119,7 @@ class RunLog:
             return
         step, metrics, counts = self._pending
         self._pending = None
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in metrics.items() if name != "reached"}
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         skipped, in_a_row = int(values["skipped"]), int(values["skipped_in_a_row"])
@@ -141,8 +143,17 @@ class RunLog:
         if in_a_row:
             lines = self.run.rows.lines_of_step(step)
             self.progress.note(f"step {step}: not finite, update skipped; {lines}")
+        else:
+            self._watch(step, metrics["reached"])
         shown = ("loss", "learning_rate", "tokens_per_second")
         self.progress.update(step, **{name: line[name] for name in shown}, skipped=skipped)
+
+    def _watch(self, step: int, flags: Any) -> None:
+        """Tells once what no gradient has reached; later flags stay on the device."""
+        if self._reached is None or self._reached.judged:
+            return
+        if note := self._reached.add(flags, last=step == self.run.rows.steps):
+            self.progress.note(note)
 
     def keep(self) -> None:
         """Makes sure that all lines are where a run that goes on finds them; before a save."""

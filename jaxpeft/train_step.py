@@ -20,6 +20,7 @@ import optax
 
 from jaxpeft.methods.base import Adapter, Spec
 from jaxpeft.optim import TRAINABLE, MaskedTransformation
+from jaxpeft.reached import flags_of
 
 LossFn = Callable[..., Any]
 
@@ -126,6 +127,7 @@ def make_train_step(
     *,
     microbatches: int = 1,
     state_shardings: Any = None,
+    watch_gradients: bool = False,
 ) -> Callable[[TrainState, dict, Any], tuple[TrainState, dict]]:
     """Compiles a training step for any loss: the one the trainer itself uses.
 
@@ -137,6 +139,8 @@ def make_train_step(
         tx: An optimizer from `jaxpeft.masked`.
         microbatches: In how many parts along its first axis a batch is visited.
         state_shardings: Where the new state is to live; None leaves it to XLA.
+        watch_gradients: Whether metrics also hold ``reached``, a vector of flags that
+            `jaxpeft.reached.Reached` reads: which parts have a gradient other than zero.
 
     Returns:
         ``step(state, params, batch) -> (state, metrics)``, jitted; the state is donated.
@@ -198,12 +202,22 @@ def make_train_step(
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
         )
-        counters = {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
-        return state, {**aux, "loss": loss, "grad_norm": norm, **counters}
+        metrics = {**aux, "loss": loss, "grad_norm": norm}
+        metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+        if watch_gradients:
+            metrics["reached"] = _everywhere(flags_of(grads), state_shardings)
+        return state, metrics
 
     if state_shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def _everywhere(values: jax.Array, state_shardings: Any) -> jax.Array:
+    """The same on every device, as the state's counters are."""
+    if state_shardings is None:
+        return values
+    return jax.lax.with_sharding_constraint(values, state_shardings.step)
 
 
 def check_masked(tx: Any) -> None:

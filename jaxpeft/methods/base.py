@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import flax.struct
 import jax
+import numpy as np
 
 from jaxpeft import paths
 from jaxpeft.errors import UserError
@@ -93,6 +94,12 @@ class Adapter:
         rank = f", rank {self.spec.rank}" if self.spec.rank else ""
         places = f"{len(self.spec.paths)} places"
         return f"Adapter({self.spec.kind}{rank}, {places}, {sum(sizes):,} trained numbers)"
+
+
+def ranks_at(adapter: Adapter, path: str) -> np.ndarray | None:
+    """The rank of every layer at `path`, or None for a kind that has none."""
+    rank = paths.get(adapter.buffers, f"{path}/rank")
+    return None if rank is None else np.asarray(rank)
 
 
 @dataclasses.dataclass(frozen=True)
