@@ -1,7 +1,9 @@
 import jax
 import pytest
 from tiny_models import hf_tensors, write_hf
+from toy_model import toy_adapter, toy_model
 
+import jaxpeft as jp
 from jaxpeft.chat_settings import ChatSettings, chat_of
 from jaxpeft.errors import UserError
 from jaxpeft.methods import LoRA, init_adapter
@@ -42,3 +44,27 @@ def test_settings_do_not_tell_two_adapters_apart():
 def test_settings_that_are_none_are_refused(values, what):
     with pytest.raises(UserError, match=f"^f.json: {what}"):
         ChatSettings.from_values(values, "f.json")
+
+
+def adapters_with(*settings):
+    base = toy_model(jax.random.key(0))
+    return base, [
+        toy_adapter(jax.random.key(place), base).replace(chat=one.label())
+        for place, one in enumerate(settings)
+    ]
+
+
+def test_adapters_made_of_others_stop_where_any_of_them_stops():
+    one, other = ChatSettings("t", {"a": 1}, (7,)), ChatSettings("t", {"a": 1}, (2, 9))
+    base, several = adapters_with(one, other, ChatSettings())
+    expected = ChatSettings("t", {"a": 1}, (2, 7, 9))
+    assert chat_of(jp.stack_adapters(several)) == expected
+    assert chat_of(jp.combine(several, [1.0, 0.5, 2.0])) == expected
+    assert chat_of(jp.to_lora(several[0], base)[0]) == one
+
+
+def test_settings_that_differ_are_left_out_and_named():
+    _, several = adapters_with(ChatSettings("t", {}, (7,)), ChatSettings("u", {}, (7,)))
+    with pytest.warns(UserWarning, match=r"different settings \(template\), of which the result"):
+        made = jp.stack_adapters(several)
+    assert chat_of(made) == ChatSettings(stop_ids=(7,))

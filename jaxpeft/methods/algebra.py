@@ -15,6 +15,7 @@ from jaxpeft import paths
 from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import SHARED
 from jaxpeft.methods.base import Adapter
+from jaxpeft.methods.chat_label import joined_chat
 
 RANK_AXES = {"a": -1, "b": -2, "a0": -1, "b0": -2}
 """Which axis of LoRA's factors has the rank's size."""
@@ -115,7 +116,8 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     spec = dataclasses.replace(several[0].spec, paths=tuple(places))
     params = _stack([one.params for one in several])
     buffers = _stack([one.buffers for one in several])
-    return dataclasses.replace(several[0], params=params, buffers=buffers, spec=spec)
+    chat = joined_chat(several)
+    return dataclasses.replace(several[0], params=params, buffers=buffers, spec=spec, chat=chat)
 
 
 def _stack(trees: Sequence[dict]) -> dict:

@@ -20,6 +20,7 @@ References:
     HF PEFT 0.21, ``utils/merge_utils.py``.
 """
 
+import dataclasses
 import itertools
 import zlib
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from jaxpeft.errors import UserError, first_few
 from jaxpeft.linear import shape_of
 from jaxpeft.methods.base import Adapter
 from jaxpeft.methods.binding import adapters_of, check_weights
+from jaxpeft.methods.chat_label import joined_chat
 from jaxpeft.methods.low_rank import check_cut, cut, lora_of, svd_of_product
 from jaxpeft.methods.mixed import extra_axes
 
@@ -99,7 +101,8 @@ def combine(
                 made = cut(*np.linalg.svd(total, full_matrices=False), rank, energy)
             result.setdefault(path, []).append(made)
     scale = scaled[0] if keep and how in SUMS else 1.0
-    return lora_of(result, widths, scale, _common_dropout(several), several[0])
+    made = lora_of(result, widths, scale, _common_dropout(several), several[0])
+    return dataclasses.replace(made, chat=joined_chat(several))
 
 
 def _check_options(
