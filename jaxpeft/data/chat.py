@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxpeft.data.messages import REASONING
+from jaxpeft.data.message_values import REASONING
 from jaxpeft.data.templates import TemplateError, render_template
 from jaxpeft.data.thinking import ends_with_empty_block, is_exempt
 

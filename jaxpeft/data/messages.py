@@ -14,21 +14,29 @@ Whether an assistant turn is learned is no key of the message any more, but a `M
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from jaxpeft.data.checks import check_strings, check_text, type_name
+from jaxpeft.data.message_values import (
+    REASONING,
+    TEXT_ONLY,
+    WEIGHTS,
+    is_tool,
+    read_content,
+    read_reasoning,
+    read_tool_calls,
+    read_weight,
+)
 from jaxpeft.errors import first_few
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "observation", "ipython")
 RENAMED = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-REASONING = ("reasoning_content", "thinking", "reasoning")
-WEIGHTS = ("weight", "train", "training", "trainable", "loss")
 HANDED_ON = ("tool_plan", "citations")
 """Keys that a template must render: a row is refused where it does not."""
 KNOWN = ("role", "content", "tool_calls", "tool_call_id", "name", *REASONING, *WEIGHTS, *HANDED_ON)
 
 _TOOLS = 'write tool_calls: [{"type": "function", "function": {"name": ..., "arguments": {...}}}]'
-_TEXT_ONLY = "only text can be learned here"
 _WHICH_TURNS = "which turns are learned is said for whole messages, by weight: 0 or 1"
 _NO_PREFIX = "an answer is always learned from its start"
 _CHANNELS = "the template writes channels itself; give reasoning_content, content and tool_calls"
@@ -41,11 +49,11 @@ REFUSED = {
     "mask": _WHICH_TURNS,
     "label": _WHICH_TURNS,
     "refusal": "put the text of a refusal into content",
-    "audio": _TEXT_ONLY,
-    "images": _TEXT_ONLY,
-    "image": _TEXT_ONLY,
-    "video": _TEXT_ONLY,
-    "videos": _TEXT_ONLY,
+    "audio": TEXT_ONLY,
+    "images": TEXT_ONLY,
+    "image": TEXT_ONLY,
+    "video": TEXT_ONLY,
+    "videos": TEXT_ONLY,
     "prefix": _NO_PREFIX,
     "partial": _NO_PREFIX,
     "channel": _CHANNELS,
@@ -135,7 +143,7 @@ def check_turns(parts: Sequence[tuple[str, Sequence[Message]]]) -> list[str]:
                 return [f"{where}: a {message.role} message must be the first"]
             if message.role == "assistant" and previous in (None, "system", "developer"):
                 return [f"{where}: the conversation starts with an assistant turn"]
-            if _is_tool(message.role) and previous in (None, "system", "developer"):
+            if is_tool(message.role) and previous in (None, "system", "developer"):
                 return [f"{where}: the conversation starts with the answer of a tool"]
             previous = message.role
     field, learned = parts[-1]
@@ -149,55 +157,6 @@ def check_turns(parts: Sequence[tuple[str, Sequence[Message]]]) -> list[str]:
     return []
 
 
-def type_name(value: Any) -> str:
-    """The JSON name of a value's type."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
-
-
-def check_text(field: str, value: Any, *, may_be_empty: bool = False) -> list[str]:
-    """Says what is wrong with a text, as "field: why"; nothing for one that is right."""
-    if not isinstance(value, str):
-        return [f"{field}: expected text, got {type_name(value)}"]
-    if not value.strip() and not may_be_empty:
-        return [f"{field}: empty"]
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return [f"{field}: half of a surrogate pair at character {error.start}"]
-    return []
-
-
-def check_strings(field: str, value: Any) -> list[str]:
-    """Says what is wrong with the texts inside a JSON value, at any depth."""
-    if isinstance(value, str):
-        return check_text(field, value, may_be_empty=True)
-    if isinstance(value, dict):
-        texts = [check_strings(f"{field}.{key}", one) for key, one in value.items()]
-        keys = [check_text(field, key, may_be_empty=True) for key in value]
-        return [problem for found in (*texts, *keys) for problem in found]
-    if isinstance(value, list):
-        return [problem for one in value for problem in check_strings(field, one)]
-    return []
-
-
-TAKEN = ("messages", "tools", "documents", "add_generation_prompt")
-"""Variables of a template that no argument may set."""
-
-
-def check_arguments(field: str, arguments: Mapping[str, Any]) -> list[str]:
-    """Says what is wrong with arguments of a chat template, as "field: why"."""
-    taken = [name for name in arguments if name in TAKEN]
-    problems = [f"{field}: {name} is set by the row itself; remove it" for name in taken]
-    return problems + check_strings(field, dict(arguments))
-
-
-def _is_tool(role: str) -> bool:
-    return role in ("tool", "observation", "ipython")
-
-
 def _read_message(where: str, value: Any) -> tuple[Message, list[str]]:
     if not isinstance(value, dict):
         return Message({"role": ""}), [f'"{where}": expected an object, got {type_name(value)}']
@@ -207,18 +166,18 @@ def _read_message(where: str, value: Any) -> tuple[Message, list[str]]:
         return Message({"role": ""}), sorted(problems)
     role, problems = _read_role(where, given)
     values: dict[str, Any] = {"role": role}
-    content, thoughts, wrong = _read_content(where, given, value, role)
+    content, thoughts, wrong = read_content(where, given, value, role)
     problems += wrong
     values["content"] = content
-    reasoning, wrong = _read_reasoning(where, given, thoughts, role)
+    reasoning, wrong = read_reasoning(where, given, thoughts, role)
     problems += wrong
     if reasoning:
         values[REASONING[0]] = reasoning
-    calls, wrong = _read_tool_calls(f"{where}.tool_calls", given.get("tool_calls"), role)
+    calls, wrong = read_tool_calls(f"{where}.tool_calls", given.get("tool_calls"), role)
     problems += wrong
     if calls:
         values["tool_calls"] = calls
-    weight, wrong = _read_weight(where, given, role)
+    weight, wrong = read_weight(where, given, role)
     problems += wrong
     unknown = tuple(key for key in given if key not in KNOWN)
     for key in ("tool_call_id", "name", *HANDED_ON, *unknown):
@@ -242,147 +201,3 @@ def _read_role(where: str, given: dict[str, Any]) -> tuple[str, list[str]]:
         known = ", ".join(ROLES)
         return "", [f'"{where}.role": unknown role {json.dumps(role)}; known: {known}']
     return role, []
-
-
-def _read_content(
-    where: str, given: dict[str, Any], value: dict[str, Any], role: str
-) -> tuple[str | None, str, list[str]]:
-    """The text, the thinking among its parts, and problems."""
-    field, content = f'"{where}.content"', given.get("content")
-    silent = role == "assistant" and (given.get("tool_calls") or _thinks(given))
-    if content is None:
-        if silent:
-            return None, "", []
-        if "content" in value:
-            return None, "", [f"{field}: expected text, got null"]
-        keys = first_few([json.dumps(name) for name in given]) or "none"
-        return None, "", [f"{field}: missing; keys of the message: {keys}"]
-    thoughts = ""
-    if isinstance(content, list):
-        content, thoughts, problems = _read_parts(f"{where}.content", content)
-        if problems:
-            return None, "", problems
-        silent = silent or (role == "assistant" and bool(thoughts))
-    may_be_empty = bool(silent) or role in ("system", "developer") or _is_tool(role)
-    return content, thoughts, check_text(field, content, may_be_empty=may_be_empty)
-
-
-def _thinks(given: dict[str, Any]) -> bool:
-    return any(isinstance(given.get(key), str) and given[key].strip() for key in REASONING)
-
-
-def _read_parts(where: str, parts: list[Any]) -> tuple[str, str, list[str]]:
-    """Joins a content that is a list of parts: its text, its thinking, and problems."""
-    texts: list[str] = []
-    thoughts: list[str] = []
-    problems: list[str] = []
-    for index, part in enumerate(parts):
-        field = f"{where}[{index}]"
-        if not isinstance(part, dict):
-            problems.append(f'"{field}": expected an object, got {type_name(part)}')
-            continue
-        part = {key: value for key, value in part.items() if value is not None}
-        kind = part.get("type")
-        if kind not in ("text", "thinking"):
-            shown = json.dumps(kind)
-            problems.append(f'"{field}.type": {shown} is not supported; {_TEXT_ONLY}')
-            continue
-        if odd := [key for key in part if key not in ("type", kind)]:
-            problems.append(f'"{field}.{odd[0]}": not supported; a part has type and {kind}')
-            continue
-        text = part.get(kind)
-        if kind == "thinking" and isinstance(text, list):
-            text, _, wrong = _read_parts(f"{field}.thinking", text)
-        else:
-            wrong = check_text(f'"{field}.{kind}"', text, may_be_empty=True)
-        problems += wrong
-        if not wrong:
-            (texts if kind == "text" else thoughts).append(str(text))
-    return "".join(texts), "".join(thoughts), problems
-
-
-def _read_reasoning(
-    where: str, given: dict[str, Any], thoughts: str, role: str
-) -> tuple[str, list[str]]:
-    found: dict[str, str] = {"content": thoughts} if thoughts.strip() else {}
-    for key in REASONING:
-        value = given.get(key)
-        if value is None or value == "":
-            continue
-        if problems := check_text(f'"{where}.{key}"', value, may_be_empty=True):
-            return "", problems
-        if value.strip():
-            found[key] = value
-    if not found:
-        return "", []
-    name, text = next(iter(found.items()))
-    if role != "assistant":
-        return "", [f'"{where}.{name}": only assistant turns think']
-    other = next((key for key, value in found.items() if value.strip() != text.strip()), None)
-    if other is not None:
-        return "", [f'"{where}.{other}": says other than {name}; keep one of them']
-    return text, []
-
-
-def _read_tool_calls(field: str, calls: Any, role: str) -> tuple[list[dict[str, Any]], list[str]]:
-    if calls is None or calls == []:
-        return [], []
-    if not isinstance(calls, list):
-        return [], [f'"{field}": expected a list of calls, got {type_name(calls)}']
-    if role != "assistant":
-        return [], [f'"{field}": only assistant turns call tools']
-    found, problems = [], []
-    for index, call in enumerate(calls):
-        read, problem = _read_call(f"{field}[{index}]", call)
-        if problem:
-            problems.append(problem)
-        else:
-            found.append(read)
-    return found, problems
-
-
-def _read_call(where: str, call: Any) -> tuple[dict[str, Any], str]:
-    if not isinstance(call, dict):
-        return {}, f'"{where}": expected an object, got {type_name(call)}'
-    function = call.get("function", call)
-    inner = f"{where}.function" if "function" in call else where
-    if not isinstance(function, dict):
-        return {}, f'"{inner}": expected an object, got {type_name(function)}'
-    if problems := check_text(f'"{inner}.name"', function.get("name")):
-        return {}, problems[0]
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            return {}, f'"{inner}.arguments": the text is not JSON; write an object'
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, dict):
-        return {}, f'"{inner}.arguments": expected an object, got {type_name(arguments)}'
-    if problems := check_strings(f'"{inner}.arguments"', arguments):
-        return {}, problems[0]
-    rest = {
-        key: value
-        for key, value in call.items()
-        if key not in ("function", "type", "name", "arguments") and value is not None
-    }
-    named = {"name": function["name"], "arguments": arguments}
-    return {**rest, "type": "function", "function": named}, ""
-
-
-def _read_weight(where: str, given: dict[str, Any], role: str) -> tuple[int, list[str]]:
-    found: dict[str, int] = {}
-    for key in WEIGHTS:
-        if key not in given:
-            continue
-        value = given[key]
-        if value not in (0, 1) or isinstance(value, str):
-            shown = json.dumps(value)
-            return 1, [f'"{where}.{key}": expected 0, 1, true or false, got {shown}']
-        if role != "assistant":
-            return 1, [f'"{where}.{key}": only assistant turns are learned; remove the key']
-        found[key] = int(value)
-    if len(set(found.values())) > 1:
-        names = " and ".join(found)
-        return 1, [f'"{where}.{next(iter(found))}": {names} disagree; keep one of them']
-    return next(iter(found.values()), 1), []

@@ -13,7 +13,8 @@ from typing import Any
 
 from jaxpeft.data import thinking
 from jaxpeft.data.chat import ANSWER, ARGUMENT, QUESTION, THOUGHT, TOOL, Chat, RowError
-from jaxpeft.data.messages import REASONING, Message
+from jaxpeft.data.message_values import REASONING
+from jaxpeft.data.messages import Message
 from jaxpeft.data.rows import Conversation
 
 

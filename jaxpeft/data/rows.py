@@ -14,16 +14,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxpeft.data.checks import check_arguments, check_strings, check_text, type_name
 from jaxpeft.data.files import read_json
-from jaxpeft.data.messages import (
-    Message,
-    check_arguments,
-    check_strings,
-    check_text,
-    check_turns,
-    read_messages,
-    type_name,
-)
+from jaxpeft.data.messages import Message, check_turns, read_messages
 from jaxpeft.data.problems import Problem, report
 from jaxpeft.errors import first_few, nearest
 

@@ -5,7 +5,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jaxpeft.data.messages import check_arguments
+from jaxpeft.data.checks import check_arguments
 from jaxpeft.methods.frozen_map import FrozenMap
 from jaxpeft.records import Record
 
