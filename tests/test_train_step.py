@@ -234,19 +234,78 @@ def test_every_leaf_and_layer_has_a_gradient_by_the_second_step():
         assert (np.abs(slope).max(axis=(1, 2)) > 0).all(), path
 
 
+def gradients_of_tokens(adapter):
+    """The loss of every supervised token and its gradient, in float64, and the token's row."""
+    with jax.enable_x64(True):
+        wide, adapter = (
+            jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, tree)
+            for tree in (PARAMS, adapter)
+        )
+        module = Transformer(CONFIG, jnp.float64)
+        rows, slots = np.nonzero(np.asarray(BATCH["weights"]))
+
+        def losses(factors):
+            logits = module.apply(
+                bind(wide, adapter.replace(params=factors)),
+                BATCH["tokens"],
+                segment_ids=BATCH["segment_ids"],
+                positions=BATCH["positions"],
+            )
+            likely = jax.nn.log_softmax(logits)[rows, slots]
+            return -likely[jnp.arange(len(rows)), BATCH["targets"][rows, slots]]
+
+        found = jax.jit(lambda x: (losses(x), jax.jacrev(losses)(x)))(adapter.params)
+        return *jax.device_get(found), rows
+
+
+def most_roundings(config, seq, tokens, rank):
+    """Roundings on the longest way from a factor to its gradient: the terms of all sums on it.
+
+    A product sums its inner side on the way forward and its outer side on the way back; a norm and
+    a softmax sum what they normalise both times.
+    """
+    width = config.num_heads * config.head_dim
+    attended = 2 * (config.d_model + width) + 2 * (config.head_dim + seq) + 2 * seq
+    fed = 2 * (config.d_model + config.d_ff)
+    layer = attended + fed + 2 * 2 * config.d_model + 2 * 2 * rank
+    head = 2 * config.d_model + (config.d_model + config.vocab_size) + 2 * config.vocab_size
+    return config.num_layers * layer + head + tokens
+
+
 def test_accumulation_of_uneven_parts_equals_the_whole_batch():
-    whole, step = start(optax.sgd(1.0))
-    parts, accumulate = start(optax.sgd(1.0), microbatches=3)
-    for _ in range(2):
-        whole, expected = step(whole, PARAMS, BATCH)
-        parts, actual = accumulate(parts, PARAMS, BATCH)
-    for name in ("loss", "grad_norm", "weight", "correct"):
-        np.testing.assert_allclose(actual[name], expected[name], rtol=4e-6)
-    jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6, atol=1e-6),
-        parts.adapter.params,
-        whole.adapter.params,
+    """Both are as near to float64 as ``n * u * sum |terms|`` allows; even parts are not."""
+    adapter, count = make_adapter(FEW, trained=True), 3
+    losses, slopes, rows = gradients_of_tokens(adapter)
+    unit = most_roundings(CONFIG, 9, len(rows), FEW.rank) * 2.0**-24
+    exact = jax.tree.map(lambda g: g.mean(axis=0), slopes)
+    # Of an array as a whole: rounding in the layers mixes its entries.
+    bounds = jax.tree.map(lambda g: unit * np.abs(g).mean(axis=0).max(), slopes)
+    norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(exact)))
+    spread = np.sqrt(
+        sum(g.size * e**2 for g, e in zip(*map(jax.tree.leaves, (exact, bounds)), strict=True))
     )
+    for parts in (1, count):
+        state, step = start(optax.sgd(1.0), adapter, microbatches=parts)
+        after, metrics = step(state, PARAMS, BATCH)
+        metrics = {name: float(value) for name, value in metrics.items()}
+        assert metrics["weight"] == len(rows)
+        assert abs(metrics["loss"] - losses.mean()) <= unit * losses.mean()
+        assert abs(metrics["grad_norm"] - norm) <= spread + unit * norm
+
+        def compare(new, old, gradient, bound):
+            moved = np.asarray(old, np.float64) - np.asarray(new, np.float64)
+            rounded = 2.0**-24 * np.abs(new)  # of the parameter itself
+            assert (np.abs(moved - gradient) <= bound + rounded).all()
+
+        jax.tree.map(compare, after.adapter.params, adapter.params, exact, bounds)
+
+    part_of = rows % count
+    even = jax.tree.map(
+        lambda g: np.mean([g[part_of == part].mean(axis=0) for part in range(count)], axis=0),
+        slopes,
+    )
+    for wrong, right, bound in zip(*map(jax.tree.leaves, (even, exact, bounds)), strict=True):
+        assert np.abs(wrong - right).max() > 20 * bound
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
