@@ -142,8 +142,11 @@ def attend(x: Float[Array, "*batch d_model"], table: Any) -> Float[Array, "*batc
     return scores(x, table.astype(x.dtype))
 
 
-def materialise(weight: Any) -> Float[Array, "..."]:
-    """The weight as one array of its logical shape, stacked or not."""
+def materialise(weight: Any) -> Any:
+    """The weight as one array of its logical shape, stacked or not.
+
+    What only stands for a weight, see `jaxpeft.models.shapes`, is given back as it is.
+    """
     return weight.materialise() if isinstance(weight, Node) else weight
 
 

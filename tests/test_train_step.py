@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rounding import UNIT, most_roundings
 from tiny_decoder import CONFIG, decoder, make_adapter, make_batch
 
 from jaxpeft import paths
@@ -258,25 +259,11 @@ def gradients_of_tokens(adapter):
         return *jax.device_get(found), rows
 
 
-def most_roundings(config, seq, tokens, rank):
-    """Roundings on the longest way from a factor to its gradient: the terms of all sums on it.
-
-    A product sums its inner side on the way forward and its outer side on the way back; a norm and
-    a softmax sum what they normalise both times.
-    """
-    width = config.num_heads * config.head_dim
-    attended = 2 * (config.d_model + width) + 2 * (config.head_dim + seq) + 2 * seq
-    fed = 2 * (config.d_model + config.d_ff)
-    layer = attended + fed + 2 * 2 * config.d_model + 2 * 2 * rank
-    head = 2 * config.d_model + (config.d_model + config.vocab_size) + 2 * config.vocab_size
-    return config.num_layers * layer + head + tokens
-
-
 def test_accumulation_of_uneven_parts_equals_the_whole_batch():
     """Both are as near to float64 as ``n * u * sum |terms|`` allows; even parts are not."""
     adapter, count = make_adapter(FEW, trained=True), 3
     losses, slopes, rows = gradients_of_tokens(adapter)
-    unit = most_roundings(CONFIG, 9, len(rows), FEW.rank) * 2.0**-24
+    unit = most_roundings(CONFIG, 9, len(rows), FEW.rank) * UNIT
     exact = jax.tree.map(lambda g: g.mean(axis=0), slopes)
     # Of an array as a whole: rounding in the layers mixes its entries.
     bounds = jax.tree.map(lambda g: unit * np.abs(g).mean(axis=0).max(), slopes)
@@ -294,7 +281,7 @@ def test_accumulation_of_uneven_parts_equals_the_whole_batch():
 
         def compare(new, old, gradient, bound):
             moved = np.asarray(old, np.float64) - np.asarray(new, np.float64)
-            rounded = 2.0**-24 * np.abs(new)  # of the parameter itself
+            rounded = UNIT * np.abs(new)  # of the parameter itself
             assert (np.abs(moved - gradient) <= bound + rounded).all()
 
         jax.tree.map(compare, after.adapter.params, adapter.params, exact, bounds)
