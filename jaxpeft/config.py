@@ -21,6 +21,7 @@ from jaxpeft.optim import OptimConfig
 from jaxpeft.quant import Quantization
 from jaxpeft.records import Record
 from jaxpeft.sharding import parse_rules
+from jaxpeft.yaml_nodes import read_text
 
 Metric = Literal["eval_loss", "eval_perplexity", "eval_token_accuracy", "eval_exact_match"]
 
@@ -323,6 +324,15 @@ def load_config(path: str, overrides: Sequence[str] = (), example: str = EXAMPLE
             ``--flag: what``.
     """
     return yaml_config.load(SCHEMA, path, overrides, example)
+
+
+def load_written(path: str) -> RunConfig:
+    """Reads the ``config.yaml`` of a run, which may be larger than the file it was made from.
+
+    Raises:
+        UserError: It is no config, or was changed into one that is not valid.
+    """
+    return yaml_config.loads(SCHEMA, read_text(path, limit=limits.WRITTEN_CONFIG_BYTES), path)
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -8,6 +8,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from jaxpeft import limits
+
 LARGEST = float.fromhex("0x1.fffffep+127")
 SMALLEST = float.fromhex("0x1p-126")
 """The smallest normal number."""
@@ -27,7 +29,8 @@ def misfit(value: Any) -> str:
     """
     size = abs(value)
     if LARGEST < size < float("inf"):
-        return f"must be at most 3.4e+38 in size, or float32 makes it infinite, got {value!r:.30}"
+        shown = limits.number(value) if isinstance(value, int) else repr(value)
+        return f"must be at most 3.4e+38 in size, or float32 makes it infinite, got {shown}"
     if 0 < size < SMALLEST:
         return f"must be at least 1.2e-38 in size, or float32 makes it 0, got {value!r:.30}"
     return ""

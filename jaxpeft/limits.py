@@ -5,6 +5,7 @@ it. Nothing real comes near: every limit is many times what is in use anywhere.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +69,7 @@ MODEL = {
 ROW_BYTES = Limit(16 * MIB, "one row of a data file; a token has some 4 bytes")
 DATA_BYTES = Limit(64 << 30, "one data file, all of which is held in memory")
 CONFIG_BYTES = Limit(256 << 10, "a config file")
+WRITTEN_CONFIG_BYTES = Limit(64 * MIB, "the config.yaml of a run, which holds every default")
 JSON_BYTES = Limit(32 * MIB, "config.json, an index of shards, or another JSON file of a model")
 HEADER_BYTES = Limit(24 * MIB, "the header of one safetensors file: some 200,000 tensors")
 TOKENIZER_BYTES = Limit(128 * MIB, "one file of a tokenizer; the largest have some 40 MB")
@@ -78,6 +80,7 @@ FILES = {
     "ROW_BYTES": ROW_BYTES,
     "DATA_BYTES": DATA_BYTES,
     "CONFIG_BYTES": CONFIG_BYTES,
+    "WRITTEN_CONFIG_BYTES": WRITTEN_CONFIG_BYTES,
     "JSON_BYTES": JSON_BYTES,
     "HEADER_BYTES": HEADER_BYTES,
     "TOKENIZER_BYTES": TOKENIZER_BYTES,
@@ -97,6 +100,9 @@ TEMPLATES = {
 }
 """Of the rendering of a chat template, which counts its work rather than its seconds."""
 
+_MOST_BITS = 1024
+"""Of a whole number of any kind: more than the largest float has; messages may show all of them."""
+
 _NO_LIMIT = ("seed",)  # checked where it is used: up to 2**32
 
 
@@ -107,11 +113,14 @@ def exceeds(name: str, value: Any) -> str:
         name: The key, without its section.
         value: Any value; a list is too long, or holds a number that is too large.
     """
-    if isinstance(value, bool) or name in _NO_LIMIT:
+    huge = isinstance(value, int) and value.bit_length() > _MOST_BITS
+    if huge and (value < 0 or name in _NO_LIMIT):
+        return f"must be smaller in size, got {number(value)}"
+    if isinstance(value, bool):
         return ""
     if isinstance(value, int | float):
         limit = CONFIG.get(name, WHOLE if isinstance(value, int) else None)
-        if limit is None or not value > limit.most:
+        if limit is None or name in _NO_LIMIT or not value > limit.most:
             return ""
         return f"must be at most {limit.most:,}, got {number(value)}: {limit.why}"
     if isinstance(value, Mapping):
@@ -148,6 +157,13 @@ def require_bytes(where: Any, count: int, limit: Limit) -> None:
 
 
 def number(value: float) -> str:
-    """A number for a message; one of many digits is shortened."""
+    """A number for a message; one of many digits is shortened.
+
+    Example:
+        >>> number(10**30), number(-(10**5000))  # of which Python writes no digits at all
+        ('a number of 31 digits', 'a number of about 5001 digits')
+    """
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"a number of about {int(value.bit_length() * math.log10(2)) + 1} digits"
     text = str(value)
     return text if len(text) <= 24 else f"a number of {len(text)} digits"

@@ -24,7 +24,7 @@ from collections.abc import Collection
 import jax
 
 from jaxpeft import config as run_config
-from jaxpeft import storage
+from jaxpeft import limits, storage
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import ResourceError, UserError, first_few
 from jaxpeft.folders import remove_leftovers
@@ -82,6 +82,8 @@ def check_folder(
             names that belong to no run.
     """
     output = storage.as_path(config.output_dir)
+    size = len(run_config.to_yaml(config).encode())
+    limits.require_bytes(f"{output / CONFIG}", size, limits.WRITTEN_CONFIG_BYTES)
     if storage.is_remote(output):
         _check_bucket(config, output)
     there = output / CONFIG
@@ -112,7 +114,7 @@ def check_folder(
             "it, or choose another output_dir."
         )
     with storage.on_disk(output, [CONFIG]) as folder:
-        old = run_config.load_config(str(folder / CONFIG))
+        old = run_config.load_written(str(folder / CONFIG))
     check_config(old, config, accepted, output)
 
 

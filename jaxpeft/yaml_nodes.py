@@ -70,12 +70,13 @@ def empty_section() -> yaml.MappingNode:
     return yaml.MappingNode("", [])
 
 
-def read_text(path: str, example: str = "") -> str:
+def read_text(path: str, example: str = "", limit: limits.Limit | None = None) -> str:
     """The text of a config file.
 
     Args:
         path: The file.
         example: A command that works, to end an error with.
+        limit: How large it may be; as `limits.CONFIG_BYTES` says for None.
 
     Returns:
         Text that holds something.
@@ -83,7 +84,7 @@ def read_text(path: str, example: str = "") -> str:
     Raises:
         UserError: If it is missing, a folder, empty, not UTF-8, or far too large.
     """
-    file = Path(storage.require_path(path))
+    file, limit = Path(storage.require_path(path)), limit or limits.CONFIG_BYTES
     hint = f"; for example: {example}" if example else ""
     try:
         if file.is_dir():
@@ -91,8 +92,8 @@ def read_text(path: str, example: str = "") -> str:
             holds = f" (it holds {', '.join(inside[:5])})" if inside else ""
             raise UserError(f"{path}: a folder, not a config file{holds}{hint}")
         with file.open("rb") as stream:
-            data = stream.read(limits.CONFIG_BYTES.most + 1)  # a device says no size
-        limits.require_bytes(path, max(len(data), file.stat().st_size), limits.CONFIG_BYTES)
+            data = stream.read(limit.most + 1)  # a device says no size
+        limits.require_bytes(path, max(len(data), file.stat().st_size), limit)
         text = data.decode("utf-8-sig")
     except FileNotFoundError:
         known = {str(p) for p in (*file.parent.glob("*.y*ml"), *Path("configs").glob("*.y*ml"))}

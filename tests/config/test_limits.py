@@ -1,5 +1,6 @@
 """Absurd numbers in a config or on a command line are refused with the key and the limit."""
 
+import dataclasses
 import pathlib
 import re
 import typing
@@ -9,8 +10,12 @@ from config_values import SMALL
 
 import jaxpeft as jp
 from jaxpeft import config as cfg
-from jaxpeft import limits
+from jaxpeft import float32, limits
+from jaxpeft.data import DataConfig
 from jaxpeft.errors import UserError
+from jaxpeft.methods import METHODS
+from jaxpeft.optim import OptimConfig
+from jaxpeft.run_folder import check_folder, write_config
 
 README = pathlib.Path(__file__).parents[2] / "configs" / "README.md"
 HUGE = 10**12
@@ -114,3 +119,79 @@ def test_the_table_in_the_guide_is_the_module():
     assert told == {name: f"{limit.most:,}" for name, limit in ours.items()}
     module = {name for name, value in vars(limits).items() if isinstance(value, limits.Limit)}
     assert module <= told.keys()
+
+
+LARGEST = {  # keys of `method`, and the entries of the list that they end with
+    "numbers": ("name: trainable_tokens, token_ids", lambda i: str(2**31 - 1 - i)),
+    "names": ("name: lora, targets", lambda i: f"model.layers.{i:05}.mlp.down_proj"),
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param("numbers", marks=pytest.mark.slow), "names"])
+def test_a_run_reads_the_config_that_it_wrote_of_the_largest_one_allowed(tmp_path, kind):
+    keys, entry = LARGEST[kind]
+    text = SMALL.replace("output_dir: out", f"output_dir: {tmp_path / 'run'}")
+    before, after = text.split("name: lora")
+    room = limits.CONFIG_BYTES.most - len(before + keys + ": [" + "]" + after)
+    body = ",".join(map(entry, range((room + 1) // (len(entry(0)) + 1))))
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{before}{keys}: [{body.ljust(room)}]{after}")
+    assert file.stat().st_size == limits.CONFIG_BYTES.most
+    config = cfg.load_config(str(file))
+    (tmp_path / "run").mkdir()
+    write_config(config)
+    assert (tmp_path / "run" / "config.yaml").stat().st_size > limits.CONFIG_BYTES.most
+    more = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=40))
+    with pytest.raises(UserError, match=r"run: train\.steps: 20 -> 40: under optim\.schedule"):
+        check_folder(more)
+
+
+LISTS = "lora, token_ids: [3, 1, 2], targets: [q_proj, v_proj]"
+
+
+def test_lists_of_numbers_take_one_line(tmp_path):
+    config = cfg.load_config(str(written(tmp_path, SMALL.replace("lora", LISTS))))
+    assert "  token_ids: [3, 1, 2]\n" in cfg.to_yaml(config)
+    assert cfg.load_config(str(written(tmp_path, cfg.to_yaml(config)))) == config
+
+
+def written(folder, text):
+    file = folder / "written.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_a_run_of_a_config_that_could_not_be_read_again_does_not_begin(tmp_path, monkeypatch):
+    text = SMALL.replace("output_dir: out", f"output_dir: {tmp_path / 'run'}")
+    config = cfg.load_config(str(written(tmp_path, text)))
+    monkeypatch.setattr(limits, "WRITTEN_CONFIG_BYTES", limits.Limit(100, "too small"))
+    with pytest.raises(UserError, match=r"config\.yaml: [\d,]+ bytes are too large, at most 100"):
+        check_folder(config)
+    assert not (tmp_path / "run").exists()
+
+
+def fields_of_all_classes():
+    """Every field of every class of a config."""
+    sections = (cfg.TrainSection, cfg.EvaluationSection, cfg.CheckpointSection, cfg.MeshSection)
+    for kind in (*METHODS.values(), OptimConfig, DataConfig, *sections):
+        for field in dataclasses.fields(kind):
+            yield kind, field.name
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_numbers_of_more_digits_than_python_writes_are_refused_in_a_line(sign):
+    """Of any field, alone or in a list or by name; else the text would be Python's own."""
+    told, number = 0, sign * 10**5000
+    for kind, name in fields_of_all_classes():
+        for value in (number, (number,), {"q_proj": number}):
+            with pytest.raises((ValueError, TypeError)) as error:
+                kind(**{name: value})
+            text = str(error.value)
+            assert text.startswith(f"{kind.__name__}.{name} "), text
+            assert "got a number of about 5001 digits" in text
+            assert len(text) < 300
+            told += 1
+    assert told > 300
+    with pytest.raises(UserError, match=r"^LoRA\.rank must be at most 65,536, got a number of abo"):
+        jp.LoRA(rank=10**5000)
+    assert float32.misfit(number).endswith("infinite, got a number of about 5001 digits")
