@@ -156,21 +156,30 @@ def check_start(
             )
         notes.append(f"the training data changed ({sums})")
     began = int(meta.get("steps") or _steps_before(old, rows))
-    if rows.steps != began and same_data and old.train == config.train:
-        notes.append(f"the run keeps the {began} steps it began with, not {rows.steps}")
-        rows = dataclasses.replace(rows, steps=began)
+    asked = (old.train.steps, old.train.epochs) != (config.train.steps, config.train.epochs)
+    if rows.steps != began and not asked:
+        if not same_data and _any_count(old, config, accepted):
+            notes.append(f"the run has {rows.steps} steps, not the {began} it began with")
+        else:
+            notes.append(f"the run keeps the {began} steps it began with, not {rows.steps}")
+            rows = dataclasses.replace(rows, steps=began)
     return rows, notes
+
+
+def _any_count(old: RunConfig, new: RunConfig, accepted: Collection[str]) -> bool:
+    """Whether no step of the run depends on how many there are."""
+    constant = new.optim.schedule == "constant" and (
+        old.optim.schedule == "constant" or "optim.schedule" in accepted
+    )
+    return constant and type(new.method).wrap_optimizer is Method.wrap_optimizer
 
 
 def _check_steps(
     old: RunConfig, new: RunConfig, accepted: Collection[str], output: Place, change: str
 ) -> None:
-    constant = new.optim.schedule == "constant" and (
-        old.optim.schedule == "constant" or "optim.schedule" in accepted
-    )
-    by_method = type(new.method).wrap_optimizer is not Method.wrap_optimizer
-    if constant and not by_method:
+    if _any_count(old, new, accepted):
         return
+    by_method = type(new.method).wrap_optimizer is not Method.wrap_optimizer
     why = (
         f"the method {new.method.name} plans its ranks for all steps"
         if by_method

@@ -155,7 +155,7 @@ def train(
         if latest is not None:
             meta = checkpoints.meta(latest)
             rows, notes = resume_checks.check_start(meta, config, rows, model, tokenizer, accepted)
-            check_steps_done(latest, rows.steps, output)
+            check_steps_done(latest, rows.steps, config)
         if latest == rows.steps and from_first(lambda: is_exported(export_path(config))):
             if not storage.is_remote(output):  # of which this run would first have to become owner
                 from_first(lambda: clean(config) or checkpoints.tidy())
@@ -231,13 +231,19 @@ def load_base(
     return base.replace(tokenizer=override_template(base.tokenizer, template))
 
 
-def check_steps_done(latest: int, steps: int, output: storage.Place) -> None:
+def check_steps_done(latest: int, steps: int, config: RunConfig) -> None:
     """Raises a UserError if a run has more steps behind it than it shall have."""
-    if latest > steps:
-        raise UserError(
-            f"{output}: train.steps: {steps} are fewer than the {latest} that are done; give at "
-            "least as many, or choose another output_dir."
-        )
+    output, epochs = storage.as_path(config.output_dir), config.train.epochs
+    if latest <= steps:
+        return
+    if config.train.steps is not None:
+        what, way_out = f"train.steps: {steps} are", "give at least as many"
+    else:
+        what, way_out = f"train.epochs: {epochs or 1:g} make {steps} steps, which are", "give more"
+    raise UserError(
+        f"{output}: {what} fewer than the {latest} that are done; {way_out}, or choose another "
+        "output_dir."
+    )
 
 
 def take_folder(

@@ -1,6 +1,7 @@
 """What may change before a run goes on: the table of configs/README.md, row by row."""
 
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -44,6 +45,15 @@ def test_the_table_says_of_every_key_what_the_code_does():
     assert said == resume.RULES
     for key in run_config.SCHEMA.keys:
         assert resume.rule_of(key.path) in WORDS.values()
+
+
+def test_the_guide_says_once_what_another_text_of_a_template_needs():
+    text = README.read_text()
+    section = text.partition("# A chat template of one's own")[2].partition("\n# ")[0]
+    assert "another text stops" not in section
+    assert f"`--accept_changes {resume.TEMPLATE}`" in section
+    (row,) = [row for row in text.splitlines() if "`model.chat_template` (" in row]
+    assert row.endswith("(its path; for the text see below) | fine |")
 
 
 def test_keys_that_no_hash_covers_are_fine_and_no_others():
@@ -234,3 +244,47 @@ def test_accepted_changes_are_used_noted_and_kept(files, tmp_path, monkeypatch, 
     assert jp.load_config(str(output / "config.yaml")).optim.learning_rate == 0.02
     program.main([config, *rate])
     assert "already finished" in capsys.readouterr().out
+
+
+def stopped_at_three(files, tmp_path, monkeypatch, num_rows=32, **changes):
+    """A run of one epoch, with a data file of its own, that a signal ended before its fourth step.
+
+    Returns:
+        Its config, its data file, and the rows that are not in it.
+    """
+    rows, output, lines = tmp_path / "train.jsonl", tmp_path / "run", read_lines(files.train)
+    write_rows(rows, lines[:num_rows])
+    data = {"train": str(rows), "eval": None, "packing": False}
+    train = {"steps": None, "epochs": 1}
+    settings = {"evaluation": None, "checkpoint": None, "train": train, **changes}
+    config = write_config(files, output, data=data, **settings)
+    stop_at(monkeypatch, 3)
+    with pytest.raises(InterruptedRunError):
+        program.main([config])
+    return config, rows, lines
+
+
+def test_other_data_change_no_number_of_steps_that_a_schedule_is_made_for(
+    files, tmp_path, monkeypatch, capsys
+):
+    config, rows, lines = stopped_at_three(files, tmp_path, monkeypatch)
+    write_rows(rows, lines[:96])
+    program.main([config, "--accept_changes", "data"])
+    assert "the run keeps the 4 steps it began with, not 12" in capsys.readouterr().err
+    rates = [line["learning_rate"] for line in training_lines(tmp_path / "run")]
+    cosine = [0.01 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert rates == pytest.approx(cosine)
+
+
+def test_other_data_give_a_run_of_a_constant_rate_another_number_of_steps(
+    files, tmp_path, monkeypatch, capsys
+):
+    config, rows, lines = stopped_at_three(files, tmp_path, monkeypatch, optim=CONSTANT)
+    write_rows(rows, lines[:8])
+    told = r"train\.epochs: 1 make 1 steps, which are fewer than the \d that are done; give more"
+    with pytest.raises(UserError, match=told):
+        program.main([config, "--accept_changes", "data"])
+    write_rows(rows, lines[:48])
+    program.main([config, "--accept_changes", "data"])
+    assert "the run has 6 steps, not the 4 it began with" in capsys.readouterr().err
+    assert [line["step"] for line in training_lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
