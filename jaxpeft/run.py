@@ -30,7 +30,7 @@ from jaxpeft.optim_lora import without_a
 from jaxpeft.peft_format import save_adapter
 from jaxpeft.quant import quantize
 from jaxpeft.run_checks import check_unchanged, starts_dense
-from jaxpeft.run_folder import export_path
+from jaxpeft.run_result import export_path
 from jaxpeft.storage import Place, as_path
 from jaxpeft.train_step import TrainState, init_train_state, make_train_step
 

@@ -16,7 +16,7 @@ from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.fingerprint import comparable
 from jaxpeft.models.names import param_shapes
 from jaxpeft.optim_lora import check_factors
-from jaxpeft.run_folder import export_path
+from jaxpeft.run_result import export_path
 from jaxpeft.storage import Place
 
 

@@ -5,7 +5,7 @@ output_dir/
   chat_template.jinja              the text of model.chat_template; written before it
   metrics.jsonl  samples.jsonl     numbers and answers by step
   checkpoints/                     see `jaxpeft.checkpoint`
-  adapter/ or model/               the result
+  adapter/ or model/               the result; `.unexported`: not yet of the last step
   profile/  tensorboard/  wandb/   where asked for; on a disk only
 
 The folder may be in a bucket (``gs://``), see `jaxpeft.storage`.
@@ -28,10 +28,10 @@ from jaxpeft import limits, storage
 from jaxpeft.config import RunConfig
 from jaxpeft.errors import ResourceError, UserError, first_few
 from jaxpeft.folders import remove_leftovers
-from jaxpeft.methods import KINDS
-from jaxpeft.peft_format import SIDE
+from jaxpeft.models.hf_save import same_folder
 from jaxpeft.processes import from_first, is_first, together
 from jaxpeft.resume import check_config
+from jaxpeft.run_result import ADAPTER, MODEL, PENDING, export_path
 from jaxpeft.storage import Place
 
 CONFIG = "config.yaml"
@@ -41,25 +41,11 @@ TEMPLATE = "chat_template.jinja"
 CHECKPOINTS = "checkpoints"
 PROFILE = "profile"
 
-_OURS = (CHECKPOINTS, "adapter", "model", METRICS, SAMPLES)
+_OURS = (CHECKPOINTS, ADAPTER, MODEL, METRICS, SAMPLES)
 _SEEN_SECONDS = 20  # in which what one host writes must be seen by others: NFS keeps listings
 _PROBE = ".probe"
 _SHARED = re.compile(r"\.shared-[0-9a-f]{32}")
-_KEPT = (TEMPLATE, PROFILE, "tensorboard", "wandb", "wandb_run_id")
-
-
-def export_path(config: RunConfig) -> Place:
-    """Where the trained result goes: a PEFT folder, or a whole model.
-
-    The latter if base leaves change, or PEFT has no folders for the method.
-    """
-    whole = KINDS[config.method.name].peft is None or bool(config.optim.trainable)
-    return storage.as_path(config.output_dir) / ("model" if whole else "adapter")
-
-
-def is_exported(place: Place) -> bool:
-    """Whether the result is there and whole: the file of it that is written last is."""
-    return storage.exists(place / ("config.json" if place.name == "model" else SIDE))
+_KEPT = (TEMPLATE, PENDING, PROFILE, "tensorboard", "wandb", "wandb_run_id")
 
 
 def check_folder(
@@ -79,11 +65,16 @@ def check_folder(
 
     Raises:
         UserError: The folder holds another run, one that shall not be resumed, or files of these
-            names that belong to no run.
+            names that belong to no run; or it is the folder of the base.
     """
     output = storage.as_path(config.output_dir)
     size = len(run_config.to_yaml(config).encode())
     limits.require_bytes(f"{output / CONFIG}", size, limits.WRITTEN_CONFIG_BYTES)
+    if same_folder(config.model.path, output):
+        raise UserError(
+            f"output_dir: {output} is the folder of the base model, model.path, and a run writes "
+            "into its folder; choose another output_dir."
+        )
     if storage.is_remote(output):
         _check_bucket(config, output)
     there = output / CONFIG
@@ -183,18 +174,6 @@ def remove_empty(folders: list[str]) -> None:
             os.rmdir(folder)
 
 
-def discard_result(config: RunConfig) -> None:
-    """Removes what a run of fewer steps exported, before the last of more steps is saved.
-
-    Else a run that ends between that save and its export would pass for exported.
-    """
-    place = export_path(config)
-    if storage.is_remote(place):
-        storage.remove(place)
-    elif place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
-
-
 def check_shared(output: Place) -> None:
     """Proves that all processes of the run see one folder: the first leaves a file in it.
 
@@ -256,7 +235,7 @@ def discard(output: Place) -> None:
     """Removes what an earlier run left, and nothing else; a folder without a run stays as it is."""
     if not storage.exists(output / CONFIG):
         return
-    for name in ("adapter", "model"):
+    for name in (ADAPTER, MODEL):
         remove_leftovers(output / name)
     for name in (*_OURS, *_KEPT, CONFIG):
         path = output / name

@@ -10,8 +10,9 @@ from jaxpeft.errors import DivergedError, InterruptedRunError, LostWorkerError
 from jaxpeft.patience import persist
 from jaxpeft.processes import from_first, is_first
 from jaxpeft.run import Run
-from jaxpeft.run_folder import CHECKPOINTS, discard_result, export_path
+from jaxpeft.run_folder import CHECKPOINTS
 from jaxpeft.run_log import RunLog
+from jaxpeft.run_result import export_path
 from jaxpeft.signals import StopRequest
 from jaxpeft.storage import Place
 
@@ -47,8 +48,6 @@ def save_state(
 
     def prepare() -> None:
         check_lock()
-        if log.last_step == log.run.rows.steps:
-            discard_result(log.run.config)
         log.keep()
 
     def save() -> None:

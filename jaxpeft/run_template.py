@@ -14,6 +14,7 @@ from jaxpeft.errors import UserError
 from jaxpeft.models.load import load_tokenizer
 from jaxpeft.resume import TEMPLATE as CHANGE
 from jaxpeft.run_folder import CONFIG, TEMPLATE
+from jaxpeft.storage import Place
 
 
 def find_template(
@@ -49,14 +50,41 @@ def find_template(
     return now
 
 
+def check_place(config: RunConfig, template: str) -> None:
+    """Finds out whether the text may be kept in the folder: a file there must be a run's.
+
+    Where no run has begun, a file with the same text is what one left that was killed before it
+    began, unless it is the one that the config names.
+
+    Raises:
+        UserError: A file of that name belongs to no run.
+    """
+    output, path = storage.as_path(config.output_dir), config.model.chat_template
+    place = output / TEMPLATE
+    if storage.exists(output / CONFIG) or not _is_taken(place):
+        return
+    if not (_holds(place, template) and (path is None or not _is_same(path, place))):
+        raise UserError(
+            f"{place}: is there but no {CONFIG}, so it is not clear whose it is, and a run keeps "
+            "its chat template under this name; choose another output_dir, or remove it."
+        )
+
+
 def keep_template(config: RunConfig, template: str) -> None:
-    """Writes the text into the folder of the run, before ``config.yaml`` makes it a run's."""
+    """Writes the text into the folder of the run, before ``config.yaml`` makes it a run's.
+
+    Raises:
+        UserError: A file of that name belongs to no run.
+    """
+    check_place(config, template)
     place = storage.as_path(config.output_dir) / TEMPLATE
     temporary = place.with_name(f".{TEMPLATE}")
     if not template:
         with storage.explained(place):
-            for left in (place, temporary):  # by a run that was killed before it began
+            for left in (place, temporary):  # by the run as it was, or one that was killed
                 left.unlink(missing_ok=True)
+        return
+    if _holds(place, template):
         return
     if storage.is_remote(place):
         storage.write_objects(place.parent, {TEMPLATE: template.encode()})
@@ -73,6 +101,23 @@ def run_tokenizer(config: RunConfig, template: str) -> Any:
     """The tokenizer of the base, with the chat template that overrides its own."""
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     return override_template(tokenizer, template)
+
+
+def _is_taken(place: Place) -> bool:
+    return storage.exists(place) or (not storage.is_remote(place) and os.path.lexists(place))
+
+
+def _holds(place: Place, template: str) -> bool:
+    """Whether a file is there that holds the text, byte by byte."""
+    with storage.explained(place):
+        there = bool(template) and storage.exists(place) and place.is_file()
+    return there and storage.read_bytes(place) == template.encode()
+
+
+def _is_same(path: str, place: Place) -> bool:
+    if storage.is_remote(path) or storage.is_remote(place):
+        return path == str(place)
+    return storage.expanded(path).resolve() == place.resolve()
 
 
 def _is_there(path: str) -> bool:

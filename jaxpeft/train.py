@@ -46,13 +46,12 @@ from jaxpeft.run_folder import (
     check_shared,
     clean,
     discard,
-    export_path,
-    is_exported,
     make_folder,
     remove_empty,
     write_config,
 )
 from jaxpeft.run_log import RunLog, evaluations
+from jaxpeft.run_result import begin_result, check_results, end_result, export_path, is_exported
 from jaxpeft.run_saves import (
     after_lost_worker,
     export,
@@ -60,7 +59,7 @@ from jaxpeft.run_saves import (
     save_state,
     stop_diverged,
 )
-from jaxpeft.run_template import find_template, keep_template, run_tokenizer
+from jaxpeft.run_template import check_place, find_template, keep_template, run_tokenizer
 from jaxpeft.signals import StopRequest
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -136,6 +135,7 @@ def train(
     check_batches(config, mesh)
     model = load_config(config.model.path, config.model.revision)
     template = together(lambda: find_template(config, overwrite=overwrite, accepted=accepted))
+    from_first(lambda: check_place(config, template))
     tokenizer = run_tokenizer(config, template)
     check_model(config, model, tokenizer)
     rows = read_data(config, model, tokenizer)
@@ -156,12 +156,13 @@ def train(
             meta = checkpoints.meta(latest)
             rows, notes = resume_checks.check_start(meta, config, rows, model, tokenizer, accepted)
             check_steps_done(latest, rows.steps, config)
-        if latest == rows.steps and from_first(lambda: is_exported(export_path(config))):
+        if latest == rows.steps and from_first(lambda: is_exported(config)):
             if not storage.is_remote(output):  # of which this run would first have to become owner
                 from_first(lambda: clean(config) or checkpoints.tidy())
             if speaks:
                 print(f"{output}: already finished, {export_path(config)} is ready.")
             return
+        from_first(lambda: check_results(config, overwrite=overwrite))
         begun: list[Run] = []
         stack.enter_context(memory_explained(config, mesh.size, begun))
         load = functools.partial(load_base, config, layout, template, restored=latest is not None)
@@ -181,6 +182,7 @@ def train(
         loop(run, checkpoints, stop, profile if speaks else range(0), lock.check)
         from_first(lock.check)
         place = export(run, checkpoints)
+        from_first(lambda: end_result(config))
         if speaks:
             scores, exported = evaluations(output), int(run.state.step)
             result = [(place.name, f"{place} (step {exported})")]
@@ -198,7 +200,7 @@ def check_sources(
         UserError: Something is missing, damaged or does not fit.
     """
     output, path = storage.as_path(config.output_dir), config.model.path
-    if overwrite or not from_first(lambda: is_exported(export_path(config))):
+    if overwrite or not from_first(lambda: is_exported(config)):
         check_weights(path, config.model.revision)
         if export_path(config).name == "model":
             together(lambda: check_copied(path, config.model.revision))
@@ -271,6 +273,7 @@ def take_folder(
     if overwrite:
         discard(output)
     keep_template(config, template)
+    begin_result(config)
     write_config(config)
     clean(config)
     checkpoints.tidy()

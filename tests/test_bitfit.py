@@ -11,7 +11,7 @@ import jaxpeft as jp
 from jaxpeft import paths
 from jaxpeft.methods import BitFit, bind
 from jaxpeft.models.config import ModelConfig
-from jaxpeft.run_folder import export_path
+from jaxpeft.run_result import export_path
 
 BIASED = ModelConfig(**{**dataclasses.asdict(CONFIG), "model_type": "qwen2", "qkv_bias": True})
 

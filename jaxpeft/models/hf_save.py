@@ -98,7 +98,7 @@ def require_place(
     place = real_path(path)
     if not storage.exists(place):
         return
-    if _same(source, place):
+    if same_folder(source, place):
         raise UserError(
             f"{place}: is the model that is read, which saving would remove; choose another folder"
         )
@@ -113,14 +113,14 @@ def require_place(
         )
 
 
-def _same(source: str | os.PathLike | None, place: Place) -> bool:
+def same_folder(source: str | os.PathLike | None, place: Place) -> bool:
     """Whether a model was read from `place`; what lies nowhere is a hub id."""
     if source is None:
         return False
     if storage.is_remote(source) or storage.is_remote(place):
         return os.fspath(source).rstrip("/") == os.fspath(place).rstrip("/")
     origin = storage.expanded(source)
-    return origin.exists() and origin.samefile(place)
+    return storage.exists(place) and origin.exists() and origin.samefile(place)
 
 
 def _check_params(config: ModelConfig, params: dict) -> None:

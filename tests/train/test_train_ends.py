@@ -1,13 +1,19 @@
-"""A run that ends in numbers that are not finite is no success, and says so again."""
+"""A run that ends in numbers that are not finite is no success, and says so again.
+
+What a folder holds already, an earlier result or files of the user's, is left as it is.
+"""
+
+import shutil
 
 import numpy as np
 import pytest
 from tiny_run import evaluation_lines, training_lines, write_config
 from train_runs import NO_EVAL, poison
 
+import jaxpeft as jp
 from jaxpeft import train as program
 from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.errors import DivergedError
+from jaxpeft.errors import DivergedError, UserError
 from jaxpeft.run import Run
 
 
@@ -84,3 +90,55 @@ def test_rates_that_overflow_leave_finite_checkpoints_and_exit_3(
     assert restored
     assert all(np.isfinite(leaf).all() for leaf in restored)
     assert not (output / "adapter").exists()
+
+
+CONSTANT = {"learning_rate": 0.01, "schedule": "constant"}
+
+
+@pytest.fixture(scope="module")
+def short(files, tmp_path_factory):
+    """The config and the folder of a finished run that can go on; don't change it."""
+    output = tmp_path_factory.mktemp("short") / "run"
+    config = write_config(files, output, **NO_EVAL, optim=CONSTANT, train={"steps": 2})
+    program.main([config])
+    return config, output
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_run_that_goes_on_and_fails_leaves_the_result_it_had(short, tmp_path, capsys):
+    config, output = short[0], shutil.copytree(short[1], tmp_path / "run")
+    before = contents(output / "adapter")
+    changes = ["--output_dir", str(output), "--train.steps", "4", "--optim.learning_rate", "3e38"]
+    for _ in range(2):  # the second finds that all steps are done
+        with pytest.raises(DivergedError, match="nothing is exported"):
+            program.main([config, *changes, "--accept_changes", "optim.learning_rate"])
+        assert contents(output / "adapter") == before
+    assert "already finished" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [["--train.steps", "4"], ["--overwrite"]])
+def test_a_run_removes_no_files_that_lie_beside_its_result(short, tmp_path, how):
+    config, output = short[0], shutil.copytree(short[1], tmp_path / "run")
+    (output / "adapter" / "notes.txt").write_text("mine")
+    before = contents(output / "adapter")
+    with pytest.raises(
+        UserError, match=r"adapter: holds other files, which .*: notes\.txt"
+    ) as error:
+        program.main([config, "--output_dir", str(output), *how])
+    assert error.value.exit_code == 2
+    assert contents(output / "adapter") == before
+    assert jp.load_config(str(output / "config.yaml")).train.steps == 2
+    program.main([config, "--output_dir", str(output)])  # it is finished all the same
+    assert contents(output / "adapter") == before
+
+
+def test_a_model_folder_with_other_files_is_not_discarded(short, tmp_path):
+    config, output = short[0], shutil.copytree(short[1], tmp_path / "run")
+    (output / "model").mkdir()
+    (output / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"model: exists and is no saved model"):
+        program.main([config, "--output_dir", str(output), "--overwrite"])
+    assert (output / "model" / "notes.txt").read_text() == "mine"

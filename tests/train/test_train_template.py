@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,14 +124,51 @@ def test_a_run_that_began_without_a_template_does_not_get_one(files, tmp_path, t
     assert not (tmp_path / "run" / "chat_template.jinja").exists()
 
 
-def test_a_template_left_by_a_start_that_was_killed_means_nothing(files, tmp_path, template):
-    config = make_config(files, tmp_path, None)
-    pathlib.Path(config.output_dir).mkdir()
+def test_a_template_left_by_a_start_that_was_killed_is_taken_over_by_the_same_start(
+    files, tmp_path, template
+):
+    config = make_config(files, tmp_path, template)
+    left = tmp_path / "run" / "chat_template.jinja"
+    left.parent.mkdir()
     program.keep_template(config, OTHER)
     program.check_folder(config)
-    assert find_template(config) == ""
-    program.keep_template(config, "")
-    assert list(pathlib.Path(config.output_dir).iterdir()) == []
+    program.keep_template(config, find_template(config))
+    assert left.read_text() == OTHER
+    with pytest.raises(UserError, match=r"run/chat_template\.jinja: is there but no config\.yaml"):
+        program.keep_template(config, OTHER + " ")
+    assert left.read_text() == OTHER
+
+
+@pytest.mark.parametrize("named", ["none", "other", "the same file"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_template_that_is_no_runs_is_neither_removed_nor_replaced(
+    files, tmp_path, template, named, overwrite
+):
+    place = tmp_path / "run" / "chat_template.jinja"
+    place.parent.mkdir()
+    place.write_text("{# mine #}" + OTHER)
+    path = {"none": None, "other": template, "the same file": place}[named]
+    before = (place.read_bytes(), place.stat().st_mtime_ns)
+    with pytest.raises(
+        UserError, match=r"chat_template\.jinja: is there but no config\.yaml, so it"
+    ):
+        program.train(make_config(files, tmp_path, path), overwrite=overwrite)
+    assert (place.read_bytes(), place.stat().st_mtime_ns) == before
+    assert list(place.parent.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_never_writes_into_the_folder_of_its_base(files, tmp_path, overwrite):
+    base = shutil.copytree(files.model, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(OTHER)
+    (tmp_path / "link").symlink_to(base)
+    before = {file: file.read_bytes() for file in base.iterdir()}
+    config = make_config(
+        files, tmp_path, None, model={"path": str(base)}, output_dir=str(tmp_path / "link")
+    )
+    with pytest.raises(UserError, match=r"output_dir: .*link is the folder of the base model, mod"):
+        program.train(config, overwrite=overwrite)
+    assert {file: file.read_bytes() for file in base.iterdir()} == before
 
 
 def test_a_bad_template_is_told_before_anything_is_written(files, tmp_path, template):
