@@ -18,6 +18,7 @@ from jaxpeft.errors import UserError, first_few
 from jaxpeft.methods.base import Method
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.identity import Identity, config_changes, identity_of
+from jaxpeft.run_result import MODEL, export_path
 from jaxpeft.storage import Place, as_path
 
 FINE, ACCEPT, STEPS, REFUSED = "fine", "accept", "steps", "refused"
@@ -186,9 +187,10 @@ def _check_steps(
         else f"under optim.schedule {new.optim.schedule} the learning rate of every step depends "
         "on how many there are"
     )
+    key = "model.path" if export_path(new).name == MODEL else "method.init_from"
     raise UserError(
         f"{output}: {change}: {why}; to train on, start a run in another output_dir from what this "
-        f"one learned, with method.init_from: {output}/adapter."
+        f"one learned, with {key}: {export_path(new)}."
     )
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection
 from typing import Any
 
+from jaxpeft import config as run_config
 from jaxpeft import storage
 from jaxpeft.chat_template import override_template, read_template
 from jaxpeft.config import RunConfig
@@ -37,7 +38,7 @@ def find_template(
     began_with = ""
     if storage.exists(output / TEMPLATE):
         began_with = storage.read_bytes(output / TEMPLATE).decode("utf-8", "replace")
-    if path is not None and began_with and not _is_there(path):
+    if path is not None and began_with and not _is_there(path) and path == _path_before(output):
         return began_with
     now = "" if path is None else read_template(path)
     if now != began_with and CHANGE not in accepted:
@@ -118,6 +119,12 @@ def _is_same(path: str, place: Place) -> bool:
     if storage.is_remote(path) or storage.is_remote(place):
         return path == str(place)
     return storage.expanded(path).resolve() == place.resolve()
+
+
+def _path_before(output: Place) -> str | None:
+    """The ``model.chat_template`` that the run in a folder has gone by so far."""
+    with storage.on_disk(output, [CONFIG]) as folder:
+        return run_config.load_written(str(folder / CONFIG)).model.chat_template
 
 
 def _is_there(path: str) -> bool:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 import jaxpeft as jp
 from jaxpeft.chat_settings import ChatSettings
 from jaxpeft.errors import UserError
+from jaxpeft.models.companions import find_companions
 from jaxpeft.models.hf_config import config_from_hf
 from jaxpeft.models.locate import locate_again
 
@@ -223,6 +224,33 @@ def test_a_link_out_of_the_base_is_never_followed(rich, tmp_path, name):
     with pytest.raises(UserError, match=f"base/{name}: is a link to {secret}, outside the model"):
         jp.save_model(str(tmp_path / "out"), base)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "additional_chat_templates/tool_use.jinja"])
+@pytest.mark.parametrize("where", ["cache", "model", "other name", "no model", "no cache"])
+def test_a_link_to_a_models_file_is_followed_and_no_other(rich, tmp_path, name, where):
+    target = {
+        "cache": tmp_path / "hub" / "models--org--name" / "blobs" / "abc",
+        "model": tmp_path / "shared" / name,
+        "other name": tmp_path / "shared" / "private.json",
+        "no model": tmp_path / "plain" / name,
+        "no cache": tmp_path / "somewhere" / "blobs" / "abc",
+    }[where]
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "config.json").write_text("{}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = shutil.copytree(rich[0]["named"], tmp_path / "base")
+    content = (folder / name).read_bytes()
+    (folder / name).rename(target)
+    (folder / name).symlink_to(target)
+    if where in ("cache", "model"):
+        base, _ = loaded(rich, "named")
+        jp.save_model(str(tmp_path / "out"), base.replace(name=str(folder)))
+        assert (tmp_path / "out" / name).read_bytes() == content
+        assert not (tmp_path / "out" / name).is_symlink()
+        return
+    with pytest.raises(UserError, match=f"base/{name}: is a link to {target}, outside the model"):
+        find_companions(folder)
 
 
 def test_files_of_the_hubs_cache_are_copied_through_its_own_links(rich, tmp_path, monkeypatch):

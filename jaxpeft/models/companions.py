@@ -62,7 +62,7 @@ def find_companions(folder: Place) -> dict[str, Place]:
         Their places by their names within the folder, sorted.
 
     Raises:
-        UserError: One of them is a link that leads out of the folder.
+        UserError: One of them is a link that leads out of the folder, and to no model's file.
         StoreError: The store refuses or does not answer.
     """
     found = {}
@@ -98,13 +98,24 @@ def read_companions(folder: Place) -> dict[str, bytes]:
 
 
 def _require_inside(folder: pathlib.Path, name: str, file: pathlib.Path) -> None:
-    """Refuses a link out of the folder; snapshots of the hub's cache link to its own blobs."""
+    """Refuses a link out of the folder, unless it leads to a model's file.
+
+    That is a blob of the hub's cache, or a file of this name in another model's folder.
+    """
     root, target = folder.resolve(), file.resolve()
     roots = [root]
     if root.parent.name == "snapshots":
         roots.append(root.parent.parent / "blobs")
+    if target.parent.name == "blobs" and target.parent.parent.name.startswith("models--"):
+        roots.append(target.parent)
+    roots += [place for place in target.parents if _is_model_with(place, name, target)]
     if not any(target.is_relative_to(one) for one in roots):
         raise UserError(
             f"{folder / name}: is a link to {target}, outside the model's folder, and is not "
             "copied into another model; put the file itself into the folder"
         )
+
+
+def _is_model_with(folder: pathlib.Path, name: str, file: pathlib.Path) -> bool:
+    """Whether a folder is a model's, and `file` its file of this name."""
+    return file == folder / name and (folder / "config.json").is_file()

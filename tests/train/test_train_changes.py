@@ -160,6 +160,20 @@ def test_more_steps_are_fine_under_a_constant_rate_alone(key, schedule):
         resume.check_config(old, new, (), as_path("out"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "way_out"),
+    [
+        ({"method.name": "full"}, "model.path: out/model"),
+        ({"optim.trainable": ["embedding"]}, "model.path: out/model"),
+        ({}, "method.init_from: out/adapter"),
+    ],
+)
+def test_the_way_to_train_on_leads_to_what_the_run_exports(changes, way_out):
+    old, new = small(**changes), small(**changes, **{"train.steps": 40})
+    with pytest.raises(UserError, match=re.escape(f"learned, with {way_out}.")):
+        resume.check_config(old, new, (), as_path("out"))
+
+
 def test_a_method_that_plans_for_all_steps_has_no_more():
     changes = {"method.name": "adalora", "optim.schedule": "constant"}
     assert "adalora" in METHODS

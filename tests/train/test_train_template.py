@@ -171,6 +171,21 @@ def test_a_run_never_writes_into_the_folder_of_its_base(files, tmp_path, overwri
     assert {file: file.read_bytes() for file in base.iterdir()} == before
 
 
+def test_only_the_file_that_the_run_went_by_may_be_gone(files, tmp_path, template):
+    config = make_config(files, tmp_path, template)
+    began(config, OTHER)
+    template.unlink()
+    assert find_template(config) == OTHER
+    mistyped = make_config(files, tmp_path, tmp_path / "tt.jinja")
+    with pytest.raises(
+        UserError, match=r"model\.chat_template: .*/tt\.jinja: no such file"
+    ) as error:
+        program.train(mistyped)
+    assert error.value.exit_code == 2
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert kept["model"]["chat_template"] == str(template)
+
+
 def test_a_bad_template_is_told_before_anything_is_written(files, tmp_path, template):
     template.write_text("a\n{% for m in messages %}")
     with pytest.raises(UserError, match=r"model.chat_template: .*t.jinja:2: not a chat template"):
