@@ -133,8 +133,10 @@ class Checkpoints:
             response = self._checkpointer().save_async(
                 step, checkpoint_leaves.to_orbax(leaves), force=True
             )
-        except Exception as error:
-            raise self._failure(error) from error
+        except Exception as error:  # Orbax waits for the others in there: who failed is not known
+            failed = self._failure(error)
+            failed.alone = jax.process_count() > 1
+            raise failed from error
         self._thread = threading.Thread(target=self._finish, args=(step, fields, response))
         self._thread.start()
 

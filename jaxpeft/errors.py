@@ -5,9 +5,15 @@ A command prints them as one line, ``error: <text>``, and never as a traceback.
 
 
 class UserError(ValueError):
-    """Bad config, data, model or adapter: the text says where, what, why and the way out."""
+    """Bad config, data, model or adapter: the text says where, what, why and the way out.
+
+    Attributes:
+        alone: Whether it happened in one of several processes while the others went on, so that
+            this one must end, and not try again what they would have to do with it.
+    """
 
     exit_code = 2
+    alone = False
 
 
 class DivergedError(UserError):

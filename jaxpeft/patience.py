@@ -46,5 +46,10 @@ def persist(act: Callable[[], T], tell: Callable[[str], None]) -> T:
 
 
 def _may_pass(error: UserError) -> bool:
-    """Whether an error is one of the disk or the store, which somebody may mend meanwhile."""
+    """Whether an error is one of the disk or the store, which somebody may mend meanwhile.
+
+    One that other processes do not have is none of them.
+    """
+    if error.alone:
+        return False
     return isinstance(error, (ResourceError, StoreError)) or isinstance(error.__cause__, OSError)

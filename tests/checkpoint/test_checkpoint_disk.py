@@ -1,5 +1,6 @@
 """Full disks, read-only folders and processes killed while they save."""
 
+import errno
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import pytest
 from checkpoint_states import bits, contents, save_and_wait, small_state
 from full_disk import files_no_larger_than
 
-from jaxpeft import checkpoint_folder, manifest
+from jaxpeft import checkpoint_folder, manifest, patience
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.errors import ResourceError
 
@@ -174,7 +175,7 @@ def test_an_error_inside_the_block_still_ends_the_save_under_way(tmp_path):
 CHILD = """
 import os, signal, sys
 import jax, jax.numpy as jnp
-from jaxpeft import checkpoint_folder, manifest
+from jaxpeft import checkpoint_folder, manifest, patience
 from jaxpeft.checkpoint import Checkpoints
 
 def die(*_, **__):
@@ -246,3 +247,25 @@ def test_a_run_killed_while_saving_goes_on_from_the_newest_whole_step(killed, wa
 
 def killed_state(step):
     return {"x": jax.random.normal(jax.random.key(step), (300, 1000)), "step": jnp.int32(step)}
+
+
+@pytest.mark.parametrize(("processes", "tries"), [(1, 1 + len(patience.DELAYS)), (2, 1)])
+def test_a_save_that_fails_in_one_of_several_processes_is_not_tried_again(
+    checkpoints, monkeypatch, processes, tries
+):
+    """It alone would ask the others for the next step's agreement, which go on training."""
+    begun = []
+
+    class Full:
+        def save_async(self, *_, **__):
+            begun.append(1)
+            monkeypatch.setattr(jax, "process_count", lambda: processes)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints, "_checkpointer", Full)
+    alone = lambda _: monkeypatch.setattr(jax, "process_count", lambda: 1)  # noqa: E731
+    monkeypatch.setattr(patience.time, "sleep", alone)
+    with pytest.raises(ResourceError, match="no room") as caught:
+        patience.persist(lambda: checkpoints.save(1, small_state(), meta={}), print)
+    assert len(begun) == tries
+    assert caught.value.alone == (processes > 1)
