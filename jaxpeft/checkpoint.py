@@ -33,7 +33,7 @@ import jax
 
 from jaxpeft import checkpoint_errors, checkpoint_leaves
 from jaxpeft.checkpoint_folder import CheckpointFolder
-from jaxpeft.errors import CheckpointError, UserError
+from jaxpeft.errors import CheckpointError, UserError, first_few
 from jaxpeft.processes import from_first, together
 
 
@@ -54,6 +54,8 @@ class Checkpoints:
         check_owner: Raises a UserError if the folder is not this run's. The first process calls it
             before it sets damaged steps aside and, in a thread, before a step begins to exist and
             before old ones go.
+        scored_on: What the metrics given to `save` are of, such as a hash of evaluation data;
+            `best` compares none of anything else.
 
     Raises:
         UserError: `directory` is a file or a URL of another kind, or `keep` is below 1.
@@ -66,10 +68,12 @@ class Checkpoints:
         keep: int = 2,
         warn: Callable[[str], None] = _print_warning,
         check_owner: Callable[[], None] = lambda: None,
+        scored_on: str = "",
     ):
         if keep < 1:
             raise UserError(f"checkpoint.keep must be at least 1, got {keep}")
-        self._folder = CheckpointFolder(directory, warn)
+        self._folder = CheckpointFolder(directory, warn, scored_on)
+        self._scored_on = scored_on
         self._keep = keep
         self._warn = warn
         self._check_owner = check_owner
@@ -114,6 +118,8 @@ class Checkpoints:
             "meta": {"environment": _environment(), **meta},
             "leaves": {name: checkpoint_leaves.signature(leaf) for name, leaf in leaves.items()},
         }
+        if self._scored_on and fields["metric"] is not None:
+            fields["scored_on"] = self._scored_on
         json.dumps(fields, allow_nan=False)
         if self._has_damaged:
             from_first(self._set_damaged_aside)
@@ -178,6 +184,22 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step saved with the lowest metric, the newest of equals; None if none has one."""
         return from_first(self._folder.best)
+
+    def notes_on_scores(self) -> list[str]:
+        """What a person should know of steps whose metric is, or may be, of other data."""
+        others, unknown = from_first(self._folder.scored_otherwise)
+        notes = []
+        if others:
+            notes.append(
+                f"what scores are measured on changed: those of steps {first_few(_texts(others))} "
+                "decide about the best checkpoint no more"
+            )
+        if unknown and self._scored_on:
+            notes.append(
+                f"what the scores of steps {first_few(_texts(unknown))} were measured on is not "
+                "known; they decide about the best checkpoint as if it had not changed"
+            )
+        return notes
 
     def restore(self, step: int, like: Any) -> Any:
         """Loads a step into the structure, shapes, dtypes and shardings of `like`.
@@ -339,6 +361,10 @@ class Checkpoints:
                 self._check_owner()  # another run's unfinished step is not ours to remove
                 self._folder.remove_leftovers(unfinished=step)
         return described
+
+
+def _texts(steps: list[int]) -> list[str]:
+    return [str(step) for step in steps]
 
 
 def _environment() -> dict[str, Any]:

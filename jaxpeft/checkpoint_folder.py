@@ -18,7 +18,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxpeft import manifest, storage
@@ -35,6 +35,7 @@ class CheckpointFolder:
     Args:
         directory: A folder, on disk or in a bucket; need not exist yet.
         warn: Called with one line when something is damaged, set aside or cannot be deleted.
+        scored_on: What metrics are of, see `best`.
 
     Attributes:
         damaged: Steps that `newest_whole` found so, newer than the one it gave.
@@ -43,7 +44,12 @@ class CheckpointFolder:
         UserError: `directory` is a file, or a URL but not of a bucket.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], warn: Callable[[str], None]):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        warn: Callable[[str], None],
+        scored_on: str = "",
+    ):
         self.remote = storage.is_remote(directory)
         self.directory = storage.as_path(directory)
         if not self.remote:
@@ -51,6 +57,7 @@ class CheckpointFolder:
             if self.directory.exists() and not self.directory.is_dir():
                 raise UserError(f"{directory}: is a file, expected a folder for checkpoints")
         self._warn = warn
+        self._scored_on = scored_on
         self._verified: set[int] = set()
         self.damaged: set[int] = set()
 
@@ -151,16 +158,33 @@ class CheckpointFolder:
         self.damaged.clear()
 
     def best(self) -> int | None:
-        """The step with the lowest metric, the newest of equals; None if none has a metric."""
-        found = []
+        """The step with the lowest metric, the newest of equals; None if none has a metric.
+
+        Metrics of other data are not compared; those of a version that did not write down what
+        they are of are.
+        """
+        found = [
+            (metric, -step)
+            for step, metric, scored_on in self._metrics()
+            if scored_on in (None, self._scored_on)
+        ]
+        return -min(found)[1] if found else None
+
+    def scored_otherwise(self) -> tuple[list[int], list[int]]:
+        """The steps with a metric of other data, and those with one of data that are not known."""
+        found = list(self._metrics())
+        others = [step for step, _, scored_on in found if scored_on not in (None, self._scored_on)]
+        return others, [step for step, _, scored_on in found if scored_on is None]
+
+    def _metrics(self) -> Iterator[tuple[int, float, str | None]]:
+        """Of every step that has a metric: the step, the metric, and what it is of."""
         for step in self.steps():
             try:
-                metric = manifest.read(self.path(step))["metric"]
+                fields = manifest.read(self.path(step))
             except manifest.DamageError:
                 continue
-            if metric is not None:
-                found.append((metric, -step))
-        return -min(found)[1] if found else None
+            if fields["metric"] is not None:
+                yield step, fields["metric"], fields.get("scored_on")
 
     def begin(self, step: int) -> None:
         """Notes that a step is about to be written: without a manifest it may then be removed.

@@ -60,6 +60,7 @@ from jaxpeft.run_saves import (
     stop_diverged,
 )
 from jaxpeft.run_template import check_place, find_template, keep_template, run_tokenizer
+from jaxpeft.scored_on import scored_on
 from jaxpeft.signals import StopRequest
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -149,13 +150,19 @@ def train(
         from_first(lambda: stack.enter_context(lock) and None)
         stop = stack.enter_context(hosts.stop_request())
         checkpoints = stack.enter_context(
-            Checkpoints(output / CHECKPOINTS, keep=config.checkpoint.keep, check_owner=lock.check)
+            Checkpoints(
+                output / CHECKPOINTS,
+                keep=config.checkpoint.keep,
+                check_owner=lock.check,
+                scored_on=scored_on(config, rows),
+            )
         )
         latest, notes = None if overwrite else checkpoints.latest(), []
         if latest is not None:
             meta = checkpoints.meta(latest)
             rows, notes = resume_checks.check_start(meta, config, rows, model, tokenizer, accepted)
             check_steps_done(latest, rows.steps, config)
+            notes += checkpoints.notes_on_scores() if config.checkpoint.best else []
         if latest == rows.steps and from_first(lambda: is_exported(config)):
             if not storage.is_remote(output):  # of which this run would first have to become owner
                 from_first(lambda: clean(config) or checkpoints.tidy())

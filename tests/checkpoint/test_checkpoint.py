@@ -167,3 +167,22 @@ def test_a_state_spread_over_devices_comes_back_spread_otherwise(checkpoints):
         restored = checkpoints.restore(1, like=like)
         assert restored["w"].sharding == like["w"].sharding
         assert bits(restored) == bits(like)
+
+
+def test_metrics_of_other_data_are_not_compared_and_older_ones_without_are(tmp_path):
+    def save(scored_on, step, metric):
+        with Checkpoints(tmp_path / "checkpoints", keep=9, scored_on=scored_on) as opened:
+            opened.save(step, small_state(step), meta={}, metric=metric)
+            opened.wait()
+            return opened.best(), opened.notes_on_scores()
+
+    assert save("", 1, 0.5) == (1, [])  # as versions before wrote it
+    best, (unknown,) = save("a", 2, 0.7)
+    assert best == 1
+    assert unknown.startswith("what the scores of steps 1 were measured on is not known")
+    best, (changed, again) = save("b", 3, 0.6)
+    assert (best, again) == (1, unknown)
+    assert changed.startswith("what scores are measured on changed: those of steps 2 decide")
+    assert save("b", 4, 0.4)[0] == 4
+    assert save("a", 5, 0.45)[0] == 5
+    assert save("", 6, 0.9)[0] == 1

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -16,7 +17,9 @@ from jaxpeft import resume
 from jaxpeft import train as program
 from jaxpeft.errors import InterruptedRunError, UserError
 from jaxpeft.methods import METHODS
+from jaxpeft.models.load import load_config
 from jaxpeft.run import Run
+from jaxpeft.scored_on import scored_on
 from jaxpeft.storage import as_path
 
 README = pathlib.Path(__file__).parents[2] / "configs" / "README.md"
@@ -302,3 +305,60 @@ def test_other_data_give_a_run_of_a_constant_rate_another_number_of_steps(
     program.main([config, "--accept_changes", "data"])
     assert "the run has 6 steps, not the 4 it began with" in capsys.readouterr().err
     assert [line["step"] for line in training_lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "exported"),
+    [pytest.param({}, 2, marks=pytest.mark.slow), ({"evaluation.max_rows": "5"}, 4)],
+    ids=["nothing", "fewer rows"],
+)
+def test_scores_of_other_evaluations_do_not_decide_about_the_best(
+    files, tmp_path, monkeypatch, capsys, change, exported
+):
+    scores = {0: 5.0, 2: 0.1, 4: 2.0, 6: 3.0}
+
+    def evaluate(run):
+        return {"eval_loss": scores[int(run.state.step)]}, []
+
+    monkeypatch.setattr(Run, "evaluate", evaluate)
+    output = tmp_path / "run"
+    checkpoint = {"best": "eval_loss", "every": None, "keep": 1}
+    evaluation, train = {"every": 2}, {"steps": 6}
+    config = write_config(files, output, evaluation=evaluation, checkpoint=checkpoint, train=train)
+    stop_at(monkeypatch, 3)
+    with pytest.raises(InterruptedRunError):
+        program.main([config])
+    kept = json.loads((output / "checkpoints" / "2" / "manifest.json").read_text())
+    assert kept["metric"] == 0.1
+    flags = [part for key, value in change.items() for part in (f"--{key}", value)]
+    program.main([config, *flags])
+    said = capsys.readouterr()
+    assert f"(step {exported})" in said.out
+    assert ("those of steps 2 decide about the best checkpoint no more" in said.err) == bool(change)
+    assert sorted(map(int, os.listdir(output / "checkpoints"))) == [exported, 6]
+
+
+def test_what_scores_are_measured_on_is_what_decides_them(files, tmp_path):
+    other = tmp_path / "eval.jsonl"
+    write_rows(other, [*read_lines(files.eval)[1:], {"prompt": "xyyz=", "completion": "y"}])
+    shutil.copy(files.eval, tmp_path / "moved.jsonl")
+
+    def found(best, **changes):
+        sections = {"checkpoint": {"best": best}, "evaluation": {"exact_match": True}, **changes}
+        config = jp.load_config(write_config(files, tmp_path / "run", **sections))
+        return scored_on(config, program.read_data(config, load_config(files.model)))
+
+    def evaluated(**values):
+        return {"evaluation": {"exact_match": True, **values}}
+
+    loss, exact = found("eval_loss"), found("eval_exact_match")
+    assert loss != exact
+    assert found(None) == ""
+    assert found("eval_perplexity") != loss
+    for best, same in (("eval_loss", loss), ("eval_exact_match", exact)):
+        assert found(best, data={"eval": str(tmp_path / "moved.jsonl")}) == same
+        assert found(best, **evaluated(every=2, batch_size=2)) == same
+        assert found(best, data={"eval": str(other)}) != same
+        assert found(best, **evaluated(max_rows=9)) != same
+        tokens = evaluated(max_new_tokens=2)
+        assert (found(best, **tokens) == same) == (best == "eval_loss")
