@@ -17,7 +17,7 @@ from jaxpeft.model import Model
 Prompt = str | Sequence[dict]
 
 
-def tokenizer_of(base: Model, adapter: Adapter | None = None) -> Any:
+def tokenizer_of(base: Model, adapter: Adapter | Sequence[Adapter] | None = None) -> Any:
     """The tokenizer of a model, with the chat template that an adapter was trained with.
 
     Raises:
@@ -34,7 +34,7 @@ def tokenizer_of(base: Model, adapter: Adapter | None = None) -> Any:
 def encode_prompts(
     base: Model,
     prompts: Sequence[Prompt],
-    adapter: Adapter | None = None,
+    adapter: Adapter | Sequence[Adapter] | None = None,
     *,
     tools: Sequence[dict] | None = None,
     documents: Sequence[dict] | None = None,
@@ -107,7 +107,7 @@ def _conversation(index: int, prompt: Sequence[dict], given: Mapping[str, Any]) 
 
 def stop_ids(
     base: Model,
-    adapter: Adapter | None = None,
+    adapter: Adapter | Sequence[Adapter] | None = None,
     *,
     chat: bool = False,
     tools: Sequence[dict] | None = None,

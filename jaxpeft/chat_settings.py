@@ -6,11 +6,13 @@ and on disk as ``chat`` in ``jaxpeft.json``.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpeft.errors import UserError
 from jaxpeft.methods.base import Adapter, Label
+from jaxpeft.methods.binding import adapters_of
+from jaxpeft.methods.chat_label import joined_chat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class ChatSettings:
         return Label(json.dumps(values, sort_keys=True, ensure_ascii=False) if values else "")
 
 
-def chat_of(adapter: Adapter | None) -> ChatSettings:
-    """The chat settings of an adapter; empty ones where it has none, or there is no adapter."""
-    text = "" if adapter is None else str(adapter.chat)
+def chat_of(adapter: Adapter | Sequence[Adapter] | None) -> ChatSettings:
+    """The chat settings of an adapter, or of several together; empty ones where there are none."""
+    text = "" if adapter is None else str(joined_chat(adapters_of(adapter)))
     return ChatSettings.from_values(json.loads(text), "the adapter") if text else ChatSettings()

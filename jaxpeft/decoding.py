@@ -40,7 +40,7 @@ def generate(
     base: Model,
     prompts: Sequence[str | Sequence[dict]],
     *,
-    adapter: Adapter | None = None,
+    adapter: Adapter | Sequence[Adapter] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -111,7 +111,7 @@ def generate_ids(
     base: Model,
     prompts: Sequence[Sequence[int]],
     *,
-    adapter: Adapter | None = None,
+    adapter: Adapter | Sequence[Adapter] | None = None,
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     key: Key[Array, ""] | None = None,
@@ -186,7 +186,9 @@ def generate_ids(
     return answers
 
 
-def _virtual_of(adapter: Adapter | None, task: int | Sequence[int], count: int) -> np.ndarray:
+def _virtual_of(
+    adapter: Adapter | Sequence[Adapter] | None, task: int | Sequence[int], count: int
+) -> np.ndarray:
     """The virtual ids in front of each of `count` prompts, ``(count, n)``."""
     ids = virtual_ids(adapter, task)
     if ids.ndim > 1 and len(ids) != count:
@@ -245,7 +247,7 @@ def _power_of_two(count: int) -> int:
 @functools.partial(jax.jit, static_argnames=("new_slots", "greedy"))
 def _decode(
     base: Model,
-    adapter: Adapter | None,
+    adapter: Adapter | Sequence[Adapter] | None,
     tokens: Int[Array, "batch width"],
     segments: Int[Array, "batch width"],
     limit: Int[Array, ""],

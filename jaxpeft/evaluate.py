@@ -133,7 +133,7 @@ def exact_match(
     Raises:
         UserError: If no row has a reference.
     """
-    from jaxpeft.data.thinking import thinks_on, without_thinking
+    from jaxpeft.data.thinking import thinks_on
 
     tokenizer = tokenizer_of(base, adapter)
     reading = reading or reading_of(base, adapter)
@@ -160,8 +160,10 @@ def exact_match(
             Sample(
                 question.shown,
                 question.reference,
-                without_thinking(question.text, text),
-                cut=len(ids) == max_new_tokens and thinks_on(question.text, text),
+                question.answer_of(text),
+                cut=question.is_chat
+                and len(ids) == max_new_tokens
+                and thinks_on(question.text, text),
             )
         )
     return sum(sample.correct for sample in samples) / len(samples), samples
@@ -260,7 +262,7 @@ def _evaluate_examples(
     )
     metrics = evaluate_loss(base, batches, adapter)
     tokenizer, reading = tokenizer_of(base, taught), reading_of(base, taught)
-    questions = data.make_questions(examples.rows, tokenizer, reading)
+    questions = data.make_questions(examples.distinct_rows, tokenizer, reading)
     if questions:
         metrics["eval_exact_match"], samples = exact_match(
             base,

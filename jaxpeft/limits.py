@@ -67,6 +67,7 @@ MODEL = {
 """Of the sizes of a model, under our names of them."""
 
 ROW_BYTES = Limit(16 * MIB, "one row of a data file; a token has some 4 bytes")
+ROW_DEPTH = Limit(100, "objects and lists in one another in a row; real rows have some 10")
 DATA_BYTES = Limit(64 << 30, "one data file, all of which is held in memory")
 CONFIG_BYTES = Limit(256 << 10, "a config file")
 WRITTEN_CONFIG_BYTES = Limit(64 * MIB, "the config.yaml of a run, which holds every default")
@@ -78,6 +79,7 @@ GGUF_ITEMS = Limit(2**22, "entries of one array in a GGUF header, and tensors of
 
 FILES = {
     "ROW_BYTES": ROW_BYTES,
+    "ROW_DEPTH": ROW_DEPTH,
     "DATA_BYTES": DATA_BYTES,
     "CONFIG_BYTES": CONFIG_BYTES,
     "WRITTEN_CONFIG_BYTES": WRITTEN_CONFIG_BYTES,

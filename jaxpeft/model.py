@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -56,7 +57,7 @@ class Model:
         self,
         input_ids: Int[Array | np.ndarray, "batch seq"],
         *,
-        adapter: Adapter | None = None,
+        adapter: Adapter | Sequence[Adapter] | None = None,
         segment_ids: Int[Array | np.ndarray, "batch seq"] | None = None,
         positions: Int[Array | np.ndarray, "batch seq"] | None = None,
         task: Any = 0,
@@ -132,7 +133,7 @@ def save_model(
     path: str,
     base: Model,
     *,
-    adapter: Adapter | None = None,
+    adapter: Adapter | Sequence[Adapter] | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> None:

@@ -318,7 +318,7 @@ def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> R
                 "prompt and an answer, or set it to false."
             )
         if config.evaluation.exact_match:
-            questions = data.make_questions(held_out.rows, tokenizer, reading)
+            questions = data.make_questions(held_out.distinct_rows, tokenizer, reading)
         known = {tokens.tobytes() for tokens in examples.tokens}
         shared = sum(tokens.tobytes() in known for tokens in held_out.tokens)
     plan = data.Plan(

@@ -57,7 +57,7 @@ def adapters_with(*settings):
 def test_adapters_made_of_others_stop_where_any_of_them_stops():
     one, other = ChatSettings("t", {"a": 1}, (7,)), ChatSettings("t", {"a": 1}, (2, 9))
     base, several = adapters_with(one, other, ChatSettings())
-    expected = ChatSettings("t", {"a": 1}, (2, 7, 9))
+    expected = ChatSettings("t", {"a": 1}, (7, 2, 9))
     assert chat_of(jp.stack_adapters(several)) == expected
     assert chat_of(jp.combine(several, [1.0, 0.5, 2.0])) == expected
     assert chat_of(jp.to_lora(several[0], base)[0]) == one

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxpeft.limits import ROW_DEPTH
+
 
 def type_name(value: Any) -> str:
     """The JSON name of a value's type."""
@@ -22,6 +24,23 @@ def check_text(field: str, value: Any, *, may_be_empty: bool = False) -> list[st
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         return [f"{field}: half of a surrogate pair at character {error.start}"]
+    return []
+
+
+def check_shape(value: Any) -> list[str]:
+    """Says what makes a value unfit for everything: deep nesting, and halves of characters."""
+    todo = [(value, 0)]
+    while todo:
+        one, depth = todo.pop()
+        if depth > ROW_DEPTH.most:
+            return [f"objects and lists are nested more than {ROW_DEPTH.most} deep"]
+        if isinstance(one, dict):
+            todo += [(inner, depth + 1) for inner in one.values()]
+            keys = [key for key in one if check_text("key", key, may_be_empty=True)]
+            if keys:
+                return [f"the key {keys[0]!a} has half of a surrogate pair"]
+        elif isinstance(one, list):
+            todo += [(inner, depth + 1) for inner in one]
     return []
 
 

@@ -1,7 +1,6 @@
 """From a file of rows to token ids and masks, with everything that is wrong told at once."""
 
 import dataclasses
-import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,6 +42,7 @@ class Examples:
         sha256: Of its bytes, in hex.
         stop_ids: The tokens that end learned turns.
         notes: What was done that the rows do not say, a line each.
+        numbers: Of every example, the place of its row in the file.
 
     A conversation whose template rewrites earlier turns gives several examples, one behind the
     other, with the same line and row.
@@ -58,6 +58,7 @@ class Examples:
     sha256: str
     stop_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
 
     @classmethod
     def of_tokens(cls, tokens: list[np.ndarray], path: str) -> "Examples":
@@ -66,11 +67,12 @@ class Examples:
             tokens=[ids.astype(np.int32) for ids in tokens],
             masks=[np.ones(len(ids), bool) for ids in tokens],
             lines=list(range(1, len(tokens) + 1)),
-            rows=[{} for _ in tokens],
+            rows=[{}] * len(tokens),
             dropped={},
             truncated=0,
             path=path,
             sha256="",
+            numbers=tuple(range(len(tokens))),
         )
 
     def __len__(self) -> int:
@@ -79,24 +81,25 @@ class Examples:
     @property
     def num_rows(self) -> int:
         """How many rows the examples come from."""
-        return sum(self._begins_row())
+        return len(set(self.numbers))
 
-    def _begins_row(self) -> list[bool]:
-        """Of every example, whether it is the first of its row."""
-        pairs = itertools.pairwise([None, *self.rows])
-        return [row is not before for before, row in pairs]
+    @property
+    def distinct_rows(self) -> list[dict[str, Any]]:
+        """The rows that the examples come from, each once."""
+        return list(dict(zip(self.numbers, self.rows, strict=True)).values())
 
     def first(self, count: int | None) -> "Examples":
         """The examples of the first `count` rows; all of them for None."""
         if count is not None:
-            numbers = itertools.accumulate(self._begins_row())
-            count = sum(number <= count for number in numbers)
+            kept = set(list(dict.fromkeys(self.numbers))[:count])
+            count = sum(number in kept for number in self.numbers)
         return dataclasses.replace(
             self,
             tokens=self.tokens[:count],
             masks=self.masks[:count],
             lines=self.lines[:count],
             rows=self.rows[:count],
+            numbers=self.numbers[:count],
         )
 
     def with_prefix(self, ids: np.ndarray) -> "Examples":
@@ -242,11 +245,13 @@ def _encode(
             "raise it, or train fewer of them."
         )
     problems = list(file.problems)
-    tokens, masks, lines, rows = [], [], [], []
+    tokens, masks, lines, rows, numbers = [], [], [], [], []
     truncated = 0
-    long: list[tuple[int, int]] = []
-    tokeniser = Tokeniser(tokenizer, reading)
-    for row, examples in zip(file.rows, tokeniser.encode(file.rows), strict=True):
+    long: list[tuple[int, int, int]] = []
+    tokeniser = Tokeniser(tokenizer, reading, tasks=num_tasks > 0)
+    for number, (row, examples) in enumerate(
+        zip(file.rows, tokeniser.encode(file.rows), strict=True)
+    ):
         if isinstance(examples, RowError):
             problems.append(Problem(row.line, str(examples), "chat template or tokenizer"))
             continue
@@ -254,10 +259,13 @@ def _encode(
             problems.append(Problem(row.line, wrong, "bad task"))
             continue
         for ids, mask in examples:
+            if len(ids) > room:  # what stands behind the last learned token may go
+                end = max(room, int(np.flatnonzero(mask).max(initial=-1)) + 1)
+                ids, mask = ids[:end], mask[:end]
             is_long = len(ids) > room
             problem = _check_tokens(row.line, ids, mask, vocab_size, tokenizer)
             if problem is None and is_long:
-                long.append((row.line, len(ids)))
+                long.append((number, row.line, len(ids)))
                 if on_long != "truncate":
                     continue
                 ids, mask = ids[:room], mask[:room]
@@ -269,9 +277,10 @@ def _encode(
             masks.append(mask)
             lines.append(row.line)
             rows.append(row.value)
+            numbers.append(number)
             truncated += is_long
     if on_long == "error":
-        problems += _long_problems(long, max_length, virtual)
+        problems += _long_problems([pair[1:] for pair in long], max_length, virtual)
     blocking = [
         problem
         for problem in problems
@@ -287,9 +296,10 @@ def _encode(
         if problem.row is not None:
             counted.add(problem.row)
     if long and on_long == "drop":
-        dropped[TOO_LONG] = len(long)
+        dropped[TOO_LONG] = len({number for number, *_ in long})
     if not tokens:
-        raise UserError(f"{file.path}: no row is left: {count_reasons(dropped)}.")
+        why = f"no row is left: {count_reasons(dropped)}" if dropped else "there are no rows"
+        raise UserError(f"{file.path}: {why}.")
     return Examples(
         tokens,
         masks,
@@ -301,6 +311,7 @@ def _encode(
         file.sha256,
         tokeniser.stop_ids(),
         tokeniser.notes(),
+        tuple(numbers),
     )
 
 

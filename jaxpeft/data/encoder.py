@@ -104,7 +104,8 @@ class Encoder:
         front, answer = first + prompt, answer + last
         mask = [False] * len(first) + [row.learn_prompt] * len(prompt) + [True] * len(answer)
         place = (len(front), len(front) + len(answer)) if turn.before else None
-        return [Encoded(front + answer, mask, place, frozenset(last))]
+        stops = frozenset(self.last if answer[-len(self.last) :] == self.last else [])
+        return [Encoded(front + answer, mask, place, stops)]
 
     def _turns(self, row: Texts, known: Ids) -> list[Encoded]:
         """Examples of a conversation: turns whose prompts extend one another share one."""

@@ -113,7 +113,7 @@ def check_keys(renderer: Renderer, unused: Unused) -> None:
     messages, whole = renderer.conversation.messages, None
     for place, message in enumerate(messages):
         for key in (*message.unknown, *HANDED_ON):
-            must = key in HANDED_ON
+            must = key in HANDED_ON and message.values.get(key) not in ("", [], {})
             if key not in message.values or not (must or unused.is_open(f'messages["{key}"]')):
                 continue
             whole = renderer.attempt(renderer.values) if whole is None else whole

@@ -40,7 +40,8 @@ def read_content(
             return None, "", problems
         silent = silent or (role == "assistant" and bool(thoughts))
     may_be_empty = bool(silent) or role in ("system", "developer") or is_tool(role)
-    return content, thoughts, check_text(field, content, may_be_empty=may_be_empty)
+    problems = check_text(field, content, may_be_empty=may_be_empty)
+    return None if problems else content, thoughts, problems
 
 
 def _thinks(given: dict[str, Any]) -> bool:
@@ -137,7 +138,7 @@ def _read_call(where: str, call: Any) -> tuple[dict[str, Any], str]:
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         return {}, f'"{inner}.arguments": expected an object, got {type_name(arguments)}'
-    if problems := check_strings(f'"{inner}.arguments"', arguments):
+    if problems := check_strings(f'"{where}"', call):
         return {}, problems[0]
     rest = {
         key: value

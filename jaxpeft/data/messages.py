@@ -141,7 +141,8 @@ def check_turns(parts: Sequence[tuple[str, Sequence[Message]]]) -> list[str]:
             where = f'"{field}[{index}].role"'
             if message.role in ("system", "developer") and previous not in (None, "system"):
                 return [f"{where}: a {message.role} message must be the first"]
-            if message.role == "assistant" and previous in (None, "system", "developer"):
+            starts = previous in (None, "system", "developer")
+            if message.role == "assistant" and starts and message.weight and field != "prompt":
                 return [f"{where}: the conversation starts with an assistant turn"]
             if is_tool(message.role) and previous in (None, "system", "developer"):
                 return [f"{where}: the conversation starts with the answer of a tool"]

@@ -27,6 +27,8 @@ class Question:
         shown: What was asked, for people: the prompt, or the last message of it.
         reference: The answer of the row, as it was learned, without thinking.
         stop: The token that ends it; None where the tokenizer has none.
+        is_chat: Whether a chat template wrote the prompt; texts have no thinking.
+        thinks: Whether tags of thinking in front of an answer do not count, whatever their name.
         task: The row's task.
     """
 
@@ -36,15 +38,23 @@ class Question:
     reference: str
     stop: int | None = None
     task: int = 0
+    is_chat: bool = True
+    thinks: bool = False
+
+    def answer_of(self, text: str) -> str:
+        """What counts of an answer: it without blocks of thinking, and blanks around it."""
+        if not self.is_chat or (not self.thinks and self.reference.startswith(thinking.THINK)):
+            return text.strip()
+        return thinking.without_thinking(self.text, text, thinks=self.thinks)
 
 
 def make_questions(
     rows: Sequence[Mapping[str, Any]], tokenizer: Any, reading: Reading
 ) -> list[Question]:
-    """The questions of rows, each once and in their order; rows of plain text ask none.
+    """The questions of rows in their order; rows of plain text ask none.
 
     Args:
-        rows: Values of checked rows; a row that stands there several times in a row counts once.
+        rows: Values of checked rows.
         tokenizer: A tokenizer of transformers.
         reading: How the rows are read.
 
@@ -52,10 +62,9 @@ def make_questions(
         UserError: If a row cannot be rendered.
     """
     tokeniser = Tokeniser(tokenizer, reading)
-    distinct = [row for i, row in enumerate(rows) if not i or row is not rows[i - 1]]
-    asked = [row for row in distinct if has_answer(row)]
+    asked = [row for row in rows if has_answer(row)]
     try:
-        texts = [tokeniser.texts_of(row) for row in asked]
+        texts = [tokeniser.texts_of(row, last_only=True) for row in asked]
     except RowError as error:
         raise UserError(f"a row to evaluate on: {error}.") from None
     questions = []
@@ -65,17 +74,19 @@ def make_questions(
         start, end = last.answer
         answer = last.ids[start:end]
         stop = answer.pop() if last.stops and answer[-1] in last.stops else None
-        before = text.turns[-1].before
-        questions.append(
-            Question(
-                prompt=tuple(last.ids[:start]),
-                text=before[-200:],
-                shown=_shown(row, reading),
-                reference=thinking.without_thinking(before, tokenizer.decode(answer)),
-                stop=stop,
-                task=row.get("task", 0),
-            )
+        turn = text.turns[-1]
+        question = Question(
+            prompt=tuple(last.ids[:start]),
+            text=turn.before[-200:],
+            shown=_shown(row, reading),
+            reference="",
+            stop=stop,
+            task=row.get("task", 0),
+            is_chat=text.is_chat,
+            thinks=turn.thinks,
         )
+        reference = question.answer_of(tokenizer.decode(answer))
+        questions.append(dataclasses.replace(question, reference=reference))
     return questions
 
 

@@ -49,7 +49,9 @@ class Renderer:
     def __init__(self, chat: Chat, conversation: Conversation):
         self.chat, self.conversation = chat, conversation
         self.arguments = chat.arguments | dict(conversation.arguments)
-        self.words = [_words(message) for message in conversation.messages]
+        contents = [message.text for message in conversation.messages]
+        thinks = any(map(thinking.lacks_opening, contents)) and self._prompt_thinks()
+        self.words = [_words(message, thinks) for message in conversation.messages]
         self.values = self._choose_form()
 
     def render(
@@ -180,21 +182,29 @@ class Renderer:
         """What helps where the template refuses: shown only where it does."""
         form = [self._form(i, False, False, True) for i in range(len(self.words))]
         if form[0]["role"] == "system" and self.attempt(form[1:]) is not None:
+            if not self.words[0].answer.strip():
+                return "; it renders the conversation without the system message, so remove it"
             return (
                 "; it renders the conversation without the system message, so move its text into "
                 "the first user message"
             )
         roles = [one["role"] for one in form]
-        twice = [i for i in range(1, len(roles)) if roles[i] == roles[i - 1] == "user"]
+        spoken = ("user", "assistant")
+        twice = [i for i in range(1, len(roles)) if roles[i] == roles[i - 1] in spoken]
         single = [one for i, one in enumerate(form) if i not in twice]
         if twice and self.attempt(single) is not None:
-            where = self.conversation.messages[twice[0]].where
-            return f"; join {where}, a second user turn in a row, with the one in front of it"
+            where, role = self.conversation.messages[twice[0]].where, roles[twice[0]]
+            return f"; join {where}, a second {role} turn in a row, with the one in front of it"
         return ""
 
 
-def _words(message: Message) -> Words:
+def _words(message: Message, prompt_thinks: bool) -> Words:
     """What a message says in its own words.
+
+    Args:
+        message: The message.
+        prompt_thinks: Whether the generation prompt opens or closes thinking, so that a content
+            may begin inside of a block.
 
     Raises:
         RowError: If a block of thinking is not closed, or says other than the key beside it.
@@ -202,7 +212,7 @@ def _words(message: Message) -> Words:
     text, names = message.text, tuple(message.tool_names)
     if message.role != "assistant":
         return Words("", text, names)
-    inline = thinking.split_inline(text)
+    inline = thinking.split_inline(text, may_lack_opening=prompt_thinks)
     if inline is None:
         if text.lstrip().startswith(thinking.THINK):
             raise RowError(

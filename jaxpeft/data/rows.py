@@ -14,7 +14,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpeft.data.checks import check_arguments, check_strings, check_text, type_name
+from jaxpeft.data.checks import (
+    check_arguments,
+    check_shape,
+    check_strings,
+    check_text,
+    type_name,
+)
 from jaxpeft.data.files import read_json
 from jaxpeft.data.messages import Message, check_turns, read_messages
 from jaxpeft.data.problems import Problem, report
@@ -152,7 +158,8 @@ def check_rows(values: Sequence[Any], name: str) -> RowFile:
         problems += [Problem(line, text, "bad row", hint="", row=line) for text in found]
         if not found:
             rows.append(Row(line, value))
-    digest = hashlib.sha256(json.dumps(list(values), default=repr).encode()).hexdigest()
+    text = json.dumps([row.value for row in rows], default=repr)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return RowFile(name, digest, rows, problems)
 
 
@@ -185,7 +192,11 @@ def check_row(value: Any) -> list[str]:
     """
     if not isinstance(value, dict):
         return [f"expected an object, got {type_name(value)}"]
-    kinds = tuple(key for key in KINDS if key in value)
+    if problems := check_shape(value):
+        return problems
+    kinds = tuple(key for key in KINDS if value.get(key) is not None)
+    if len(kinds) < 1 or kinds in (("prompt",), ("completion",)):
+        kinds = tuple(key for key in KINDS if key in value)
     refused = [key for key in REFUSED if value.get(key) is not None]
     if refused and (kinds or _is_foreign(value)):
         hints = dict.fromkeys(REFUSED[key] for key in refused)
@@ -225,7 +236,7 @@ def read_conversation(row: Mapping[str, Any]) -> tuple[Conversation, list[str]]:
             problems.append('"system": the row has a system message too; keep one of them')
         parts[0][1].insert(0, Message({"role": "system", "content": system}, where="system"))
     tools, wrong = _read_list('"tools"', row.get("tools"))
-    problems += wrong
+    problems += wrong or [problem for tool in tools or () for problem in _check_tool(tool)]
     documents, wrong = _read_list('"documents"', row.get("documents"))
     problems += wrong
     arguments = row.get("chat_template_kwargs")
@@ -270,9 +281,15 @@ def has_answer(row: Mapping[str, Any]) -> bool:
     return "text" not in row
 
 
-def unused_keys(row: Mapping[str, Any]) -> list[str]:
-    """Keys of a checked row that nothing reads."""
-    return [key for key in row if key not in KNOWN and row[key] is not None]
+def unused_keys(row: Mapping[str, Any], *, tasks: bool = True) -> list[str]:
+    """Keys of a checked row that nothing reads.
+
+    Args:
+        row: The row.
+        tasks: Whether the rows' tasks are read.
+    """
+    known = [key for key in KNOWN if tasks or key != "task"]
+    return [key for key in row if key not in known and row[key] is not None]
 
 
 def _is_foreign(value: Mapping[str, Any]) -> bool:
@@ -292,12 +309,14 @@ def _has_lists(value: Mapping[str, Any]) -> bool:
 
 def _read_list(field: str, value: Any) -> tuple[tuple[Any, ...] | None, list[str]]:
     """A list of objects, or the JSON text of one; None for an empty list."""
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str):
+        if not value.strip():
+            return None, []
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return None, [f"{field}: the text is not JSON; write a list of objects"]
-    if value is None or value in ("", []):
+    if value is None or value == []:
         return None, []
     if not isinstance(value, list):
         return None, [f"{field}: expected a list of objects, got {type_name(value)}"]
@@ -305,6 +324,14 @@ def _read_list(field: str, value: Any) -> tuple[tuple[Any, ...] | None, list[str
     if odd:
         return None, [f"{field}: expected a list of objects, got {type_name(odd[0])} in it"]
     return tuple(value), check_strings(field, value)
+
+
+def _check_tool(tool: Mapping[str, Any]) -> list[str]:
+    """Says what is wrong with the schema of a tool, as "field: why"."""
+    function = tool.get("function", tool)
+    if not isinstance(function, dict):
+        return [f'"tools": function: expected an object, got {type_name(function)}']
+    return check_text('"tools": the name of a tool', function.get("name"))
 
 
 def _check_pair(prompt: Any, completion: Any) -> list[str]:

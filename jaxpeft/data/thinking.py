@@ -19,18 +19,28 @@ _ANY_CLOSE = re.compile(_CLOSE, re.IGNORECASE)
 _LEADING_OPEN = re.compile(rf"\s*{_OPEN}", re.IGNORECASE)
 _EMPTY_BLOCK = re.compile(rf"\s*({_OPEN})(\s*)({_CLOSE})", re.IGNORECASE)
 _EMPTY_AT_END = re.compile(rf"{_OPEN}\s*{_CLOSE}\s*\Z", re.IGNORECASE)
-_INLINE = re.compile(rf"\s*(?:{THINK})?(.*?){END_THINK}(.*)\Z", re.DOTALL)
+_INLINE = re.compile(rf"\s*({THINK})?(.*?){END_THINK}(.*)\Z", re.DOTALL)
 _ANY_OPEN_AT_END = re.compile(r"(<(?![/|])[^<>\s]+>|\[(?!/)[A-Z][A-Z_]*\])\s*\Z")
 _MARKUP = re.compile(r"think|thought|reason|tool", re.IGNORECASE)
 
 
-def split_inline(content: str) -> tuple[str, str] | None:
+def split_inline(content: str, *, may_lack_opening: bool = False) -> tuple[str, str] | None:
     """The thinking and the answer of a text that begins with a block of it; None for another.
 
-    The opening tag may be missing, as in answers to a prompt that ends with it.
+    Args:
+        content: The text.
+        may_lack_opening: Take what stands in front of a closing tag for thinking although the
+            opening tag is missing, as in answers to a prompt that ends with it.
     """
     found = _INLINE.match(content)
-    return (found[1], found[2]) if found else None
+    if not found or not (found[1] or (may_lack_opening and THINK not in found[2])):
+        return None
+    return found[2], found[3]
+
+
+def lacks_opening(content: str) -> bool:
+    """Whether a text has a closing tag without an opening one at its start."""
+    return END_THINK in content and not content.lstrip().startswith(THINK)
 
 
 def open_at_end(text: str) -> tuple[str, str] | None:
@@ -87,18 +97,28 @@ def is_exempt(token: str) -> bool:
     return _MARKUP.search(token) is not None
 
 
-def without_thinking(prompt: str, answer: str) -> str:
+def without_thinking(prompt: str, answer: str, *, thinks: bool = True) -> str:
     """What an answer says behind its thinking, without blanks around it.
 
     Args:
         prompt: The text it answers, whose end may open a block.
         answer: The text of the answer, with its tags.
+        thinks: Whether tags of any name mean thinking; else only ``<think>`` does, and other tags
+            are part of the answer.
     """
     answer = answer.rpartition(FINAL_CHANNEL)[2]
-    if open_at_end(prompt) is None and not opens(answer):
+    tag = _tag_of(prompt, answer)
+    if tag is None or not (thinks or tag.lower() == THINK):
         return answer.strip()
-    close = _ANY_CLOSE.search(answer)
-    return answer[close.end() :].strip() if close else answer.strip()
+    return (answer.partition(closing_of(tag))[2] or answer).strip()
+
+
+def _tag_of(prompt: str, answer: str) -> str | None:
+    """The tag that opens thinking, at the end of a prompt or the start of an answer."""
+    found, leading = open_at_end(prompt), _LEADING_OPEN.match(answer)
+    if found:
+        return found[0]
+    return leading[0].strip() if leading else None
 
 
 def thinks_on(prompt: str, answer: str) -> bool:
@@ -110,4 +130,5 @@ def thinks_on(prompt: str, answer: str) -> bool:
     """
     if "<|channel|>" in prompt[-200:] + answer:
         return FINAL_CHANNEL not in answer
-    return (open_at_end(prompt) is not None or opens(answer)) and not has_close(answer)
+    tag = _tag_of(prompt, answer)
+    return tag is not None and closing_of(tag) not in answer

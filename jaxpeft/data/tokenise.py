@@ -26,10 +26,12 @@ class Tokeniser:
     Args:
         tokenizer: A tokenizer of transformers.
         reading: What is learned of a row, and how its chat template is called.
+        tasks: Whether the rows' tasks are read.
     """
 
-    def __init__(self, tokenizer: Any, reading: Reading):
+    def __init__(self, tokenizer: Any, reading: Reading, *, tasks: bool = True):
         self.reading = reading
+        self._tasks = tasks
         self.chat = Chat(tokenizer, reading.stop_ids, reading.chat_template_kwargs)
         self.encoder = Encoder(tokenizer)
         self._unused = Unused()
@@ -73,17 +75,18 @@ class Tokeniser:
             lines.append(f"not used: {first_few(names)}")
         return tuple(lines)
 
-    def texts_of(self, row: Mapping[str, Any]) -> Texts:
+    def texts_of(self, row: Mapping[str, Any], *, last_only: bool = False) -> Texts:
         """What is learned of a row, as text.
 
         Args:
             row: The value of a checked row.
+            last_only: Of its learned turns, give only the last.
 
         Raises:
             RowError: If the chat template refuses the row or loses something of it.
             UserError: If there is no chat template, or it writes no end behind an answer.
         """
-        self._keys.update(unused_keys(row))
+        self._keys.update(unused_keys(row, tasks=self._tasks))
         if not is_chat(row):
             prompt = row.get("prompt", "")
             turn = Turn(prompt, row["completion"] if prompt else row["text"])
@@ -94,7 +97,7 @@ class Tokeniser:
                 "turns are learned"
             )
         conversation, _ = read_conversation(row)
-        learned = learned_turns(conversation, self.reading.learn)
+        learned = learned_turns(conversation, self.reading.learn)[-1 if last_only else 0 :]
         renderer = Renderer(self.chat, conversation)
         if self.reading.special_tokens_in_content == "error":
             find_markup(renderer)

@@ -36,11 +36,13 @@ class Turn:
         before: What generation is given.
         text: What it is to answer; its end is the token at which it stops.
         note: What was done for it that the row does not say; "" for nothing.
+        thinks: Whether it thinks before it answers, or shows that it does not.
     """
 
     before: str
     text: str
     note: str = ""
+    thinks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +54,19 @@ class Rendered:
         opened: What of the generation prompt the turn itself does not repeat.
         rest: The turn's text behind the prompt.
         marked: The same with its own words replaced by those of `jaxpeft.data.chat`.
+        marks: The words that stand for its text and its calls.
     """
 
     before: str
     opened: str
     rest: str
     marked: str
+    marks: tuple[str, ...] = ()
 
     @property
     def end(self) -> int:
         """Where the own words end in `rest`."""
-        return len(self.rest) - _common_end(self.rest, self.marked)
+        return len(self.rest) - _length_behind(self.rest, self.marked, self.marks)
 
 
 def find_turns(
@@ -92,14 +96,17 @@ def _find_turn(renderer: Renderer, index: int, end_of_turn: EndOfTurn) -> Turn:
     text, note, tag = turn.rest, "", thinking.open_at_end(turn.before)
     if words.thinking:
         text = _with_thinking(renderer, index, turn)
-    elif tag and not thinking.has_close(turn.rest):
+    elif tag and thinking.closing_of(tag[0]) not in turn.rest:
         text, note = _close_block(message, tag, turn.rest), EMPTY_BLOCK
     elif not tag:
         _check_closed(message, turn)
     end = len(text) - (len(turn.rest) - turn.end)
+    thinks = bool(words.thinking or tag) or thinking.opens(turn.marked)
     if end_of_turn == "eos":
-        return Turn(turn.before, _end_with_eos(renderer, text, end), note)
-    return Turn(turn.before, _end_with_stop(renderer, index, text, end), note)
+        text = _end_with_eos(renderer, text, end)
+    else:
+        text = _end_with_stop(renderer, index, text, end)
+    return Turn(turn.before, text, note, thinks)
 
 
 def _split(renderer: Renderer, index: int) -> Rendered:
@@ -134,10 +141,11 @@ def _split(renderer: Renderer, index: int) -> Rendered:
 
     opened, rest = find(values[index])
     try:
-        marked = find(renderer.marked(index)[0])[1]
+        turn, marks = renderer.marked(index)
+        marked = find(turn)[1]
     except RowError:
-        marked = ""
-    return Rendered(before, opened, rest, marked)
+        marked, marks = "", []
+    return Rendered(before, opened, rest, marked, tuple(marks))
 
 
 def _check_opener(renderer: Renderer, index: int, behind: str) -> None:
@@ -162,6 +170,11 @@ def _check_words(message: Message, words: Words, turn: Rendered) -> None:
     if ANSWER not in turn.marked and words.answer.strip() not in turn.rest:
         raise RowError(
             f'"{message.where}": the chat template drops the text {words.answer.strip()!r:.60}'
+        )
+    if thinking.END_THINK in words.answer and words.answer.strip() not in turn.rest:
+        raise RowError(
+            f'"{message.where}.content": the chat template takes {thinking.END_THINK} in it for '
+            "the end of thinking; write it otherwise, or give the thinking as reasoning_content"
         )
     for place, call in enumerate(message.values.get("tool_calls", [])):
         function = call["function"]
@@ -191,7 +204,8 @@ def _with_thinking(renderer: Renderer, index: int, turn: Rendered) -> str:
     if tag is None:
         what = "writes the thinking twice" if count else "drops the thinking"
         raise RowError(f'"{message.where}": the chat template {what} {thought!r:.60}')
-    inline, close = thinking.split_inline(message.text), thinking.closing_of(tag[0])
+    inline = thinking.split_inline(message.text, may_lack_opening=True)
+    close = thinking.closing_of(tag[0])
     if inline and close == thinking.END_THINK:
         said = f"{inline[0].removeprefix(tag[1])}{close}{inline[1]}"
     else:
@@ -199,9 +213,12 @@ def _with_thinking(renderer: Renderer, index: int, turn: Rendered) -> str:
         said = f"{thought}{blank}{close}{blank}{blank}{words.answer}"
     if not words.answer.strip():
         return said.rstrip() + (rest.partition(close)[2] if close in rest else rest)
-    if not rest[: turn.end].endswith(words.answer):  # the template trims contents
-        said = said.rstrip()
-    return said + rest[turn.end :]
+    front = turn.marked.partition(ANSWER)[0]
+    behind = rest[len(front) :] if rest.startswith(front) else rest
+    for answer in (words.answer, words.answer.rstrip(), words.answer.strip()):
+        if behind.startswith(answer):
+            return said.removesuffix(words.answer) + answer + behind[len(answer) :]
+    raise RowError(f'"{message.where}": the chat template drops the thinking {thought!r:.60}')
 
 
 def _check_closed(message: Message, turn: Rendered) -> None:
@@ -228,7 +245,8 @@ def _close_block(message: Message, tag: tuple[str, str], rest: str) -> str:
 def _end_with_stop(renderer: Renderer, index: int, text: str, end: int) -> str:
     """A turn's text up to the token at which generation stops; its own words end at `end`."""
     chat = renderer.chat
-    stops = chat.stops(renderer.conversation.tools)
+    tools = renderer.conversation.tools
+    stops = chat.stops(tools)
     if place := chat.first_stop(text, stops, end):
         return text[: place[1]]
     follow = _follow(renderer, index)
@@ -240,6 +258,8 @@ def _end_with_stop(renderer: Renderer, index: int, text: str, end: int) -> str:
         return written
     if special := chat.specials(follow):
         return text[:end] + follow[: special[0][1]]
+    if chat.end_of_turn(tools) and not follow:  # history shows nothing of the turn
+        return text + chat.end_of_turn(tools)
     raise UserError(
         "the chat template writes no end behind an answer, so generation would not stop: set "
         "data.end_of_turn to eos to learn the tokenizer's end token there, or give another "
@@ -249,7 +269,7 @@ def _end_with_stop(renderer: Renderer, index: int, text: str, end: int) -> str:
 
 def _follow(renderer: Renderer, index: int) -> str:
     """What the template writes between the own words of a turn and the message behind it."""
-    values, marked = renderer.values[: index + 1], renderer.marked(index)[0]
+    values, (marked, marks) = renderer.values[: index + 1], renderer.marked(index)
     answers = [
         {
             "role": renderer.role("tool"),
@@ -264,7 +284,8 @@ def _follow(renderer: Renderer, index: int) -> str:
         other = renderer.attempt([*values[:index], marked, *following]) or ""
         if real is not None and NEXT in real and NEXT in other:
             real, other = real.partition(NEXT)[0], other.partition(NEXT)[0]
-            return real[len(real) - _common_end(real, other) :]
+            if any(mark in other for mark in (*marks, THOUGHT)):
+                return real[len(real) - _length_behind(real, other, marks) :]
     return ""
 
 
@@ -281,9 +302,19 @@ def _end_with_eos(renderer: Renderer, text: str, end: int) -> str:
     return text[:end] + text[end:cut].rstrip() + chat.eos
 
 
-def _common_end(left: str, right: str) -> int:
-    """The length of what two texts end with alike."""
-    pairs = zip(reversed(left), reversed(right), strict=False)
+def _length_behind(text: str, marked: str, marks: Sequence[str]) -> int:
+    """The length of what a template writes behind the own words of a turn.
+
+    Args:
+        text: The rendering with the words, which ends with the turn.
+        marked: The same with marks in their place.
+        marks: The marks.
+    """
+    ends = [marked.rfind(mark) + len(mark) for mark in (*marks, THOUGHT) if mark in marked]
+    tail = marked[max(ends, default=0) :]
+    if text.endswith(tail):
+        return len(tail)
+    pairs = zip(reversed(text), reversed(marked), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 

@@ -35,6 +35,6 @@ def joined_chat(adapters: Sequence[Adapter]) -> Label:
             "which the result keeps none.",
             stacklevel=3,
         )
-    stops = sorted({token for one in known for token in one.get(_STOPS, [])})
+    stops = list(dict.fromkeys(token for one in known for token in one.get(_STOPS, [])))
     values = alike | ({_STOPS: stops} if stops else {})
     return Label(json.dumps(values, sort_keys=True, ensure_ascii=False) if values else "")

@@ -16,7 +16,7 @@ Reference:
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -182,7 +182,7 @@ def extra_axes(adapter: Adapter) -> int | None:
     return next((arrays[name].ndim - axes for name, axes in own.items() if name in arrays), None)
 
 
-def check_index(adapter: Adapter | None, index: Any, rows: int) -> np.ndarray:
+def check_index(adapter: Adapter | Sequence[Adapter] | None, index: Any, rows: int) -> np.ndarray:
     """The adapter of every row as an array, checked on the host.
 
     Args:

@@ -79,6 +79,12 @@ def files_for(base: Any, chat: ChatSettings | None = None) -> SavedFiles:
     if content is not None and added:
         files[GENERATION] = content
         notes.append(_say_stops(added, base.tokenizer))
+    if chat.arguments:
+        shown = ", ".join(f"{name}={value!r}" for name, value in chat.arguments.items())
+        notes.append(
+            f"the adapter was taught with {shown}, which a template is given anew each time: pass "
+            "the same to apply_chat_template"
+        )
     return SavedFiles(files, saved.settings, tuple(notes))
 
 
