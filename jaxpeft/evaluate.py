@@ -133,6 +133,7 @@ def exact_match(
     Raises:
         UserError: If no row has a reference.
     """
+    from jaxpeft.data.questions import without_special
     from jaxpeft.data.thinking import thinks_on
 
     tokenizer = tokenizer_of(base, adapter)
@@ -160,7 +161,7 @@ def exact_match(
             Sample(
                 question.shown,
                 question.reference,
-                question.answer_of(text),
+                without_special(tokenizer, question.answer_of(text)),
                 cut=question.is_chat
                 and len(ids) == max_new_tokens
                 and thinks_on(question.text, text),

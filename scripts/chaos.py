@@ -30,6 +30,7 @@ import time
 import traceback
 from typing import Any, NamedTuple
 
+os.environ.pop("XLA_FLAGS", None)  # one device, whatever the caller simulates
 os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import grain  # noqa: F401

@@ -135,7 +135,7 @@ def test_an_adapter_that_the_section_does_not_describe_is_refused(
     ("method", "part"),
     [
         ({"init_from": "./gone"}, "method.init_from: ./gone: no such folder"),
-        ({"init_from": "{model}"}, "method.init_from: {model}/adapter_config.json: no such file"),
+        ({"init_from": "{model}"}, "method.init_from: {model}: a model, not an adapter"),
         ({"name": "full", "init_from": "{first}"}, "give that as model.path"),
     ],
 )

@@ -85,9 +85,18 @@ def make_questions(
             is_chat=text.is_chat,
             thinks=turn.thinks,
         )
-        reference = question.answer_of(tokenizer.decode(answer))
+        reference = without_special(tokenizer, question.answer_of(tokenizer.decode(answer)))
         questions.append(dataclasses.replace(question, reference=reference))
     return questions
+
+
+def without_special(tokenizer: Any, text: str) -> str:
+    """A text without special tokens, and without blanks around it."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
+    for name in sorted(names, key=len, reverse=True):
+        text = text.replace(name, "")
+    return text.strip()
 
 
 def _shown(row: Mapping[str, Any], reading: Reading) -> str:
