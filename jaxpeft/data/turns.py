@@ -213,7 +213,8 @@ def _with_thinking(renderer: Renderer, index: int, turn: Rendered) -> str:
         said = f"{thought}{blank}{close}{blank}{blank}{words.answer}"
     if not words.answer.strip():
         return said.rstrip() + (rest.partition(close)[2] if close in rest else rest)
-    front = turn.marked.partition(ANSWER)[0]
+    blanks = words.answer[: len(words.answer) - len(words.answer.lstrip())]
+    front = turn.marked.partition(ANSWER)[0].removesuffix(blanks)
     behind = rest[len(front) :] if rest.startswith(front) else rest
     for answer in (words.answer, words.answer.rstrip(), words.answer.strip()):
         if behind.startswith(answer):
