@@ -8,6 +8,7 @@ from jaxpeft import cli
 if __name__ == "__main__":  # before anything heavy is imported: it starts the program anew
     cli.enable_huge_pages()
 
+from jaxpeft import cli_inputs
 from jaxpeft.errors import UserError
 
 
@@ -42,19 +43,19 @@ def main(argv: list[str]) -> None:
     texts = [
         line
         for prompt in args.prompts
-        for line in (cli.read_lines() if prompt == "-" else [prompt])
+        for line in (cli_inputs.read_lines() if prompt == "-" else [prompt])
         if line.strip()
     ]
     named = [(f"prompt {number}", text) for number, text in enumerate(texts, 1)]
     for name, text in [*named, ("--system", args.system or "")]:
-        cli.require_text(name, text)
+        cli_inputs.require_text(name, text)
     if not texts:
         raise UserError("no prompt: every line is empty.")
     beside = {
-        "tools": args.tools and cli.read_objects("--tools", args.tools),
-        "documents": args.documents and cli.read_objects("--documents", args.documents),
+        "tools": args.tools and cli_inputs.read_objects("--tools", args.tools),
+        "documents": args.documents and cli_inputs.read_objects("--documents", args.documents),
         "chat_template_kwargs": args.chat_template_kwargs
-        and cli.parse_object("--chat_template_kwargs", args.chat_template_kwargs),
+        and cli_inputs.parse_object("--chat_template_kwargs", args.chat_template_kwargs),
     }
     import jax
 

@@ -38,8 +38,9 @@ from jaxpeft.plan_memory import (
     tracing_for,
 )
 from jaxpeft.plan_report import print_plan
-from jaxpeft.run import Rows, Run, leaves
+from jaxpeft.run import Run, leaves
 from jaxpeft.run_checks import check_model, start_on_zeros
+from jaxpeft.run_rows import Rows, read_data
 from jaxpeft.run_template import run_tokenizer
 
 SAMPLES = 3
@@ -121,12 +122,7 @@ def make_plan(
         missing = f"{config.model.path} has no tokenizer"
     elif not storage.exists(storage.as_path(os.path.expanduser(config.data.train))):
         missing = f"{config.data.train} is not there"
-    if missing is None:
-        from jaxpeft.train import read_data
-
-        rows = read_data(config, model, tokenizer)
-    else:
-        rows = full_rows(config, model)
+    rows = read_data(config, model, tokenizer) if missing is None else full_rows(config, model)
     say(f"compiling the training step for {describe_place(place)}")
     measured = measure(config, model, rows, place)
     say(measured.line(place))

@@ -24,8 +24,9 @@ from jaxpeft.config import RunConfig
 from jaxpeft.errors import UserError
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.shapes import placed_model
-from jaxpeft.run import Rows, Run
+from jaxpeft.run import Run
 from jaxpeft.run_checks import check_batches, check_model
+from jaxpeft.run_rows import Rows
 
 GIB = 2**30
 

@@ -17,7 +17,6 @@ from jaxpeft.backend import give_back_memory
 from jaxpeft.chat_settings import ChatSettings
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.config import RunConfig
-from jaxpeft.errors import first_few
 from jaxpeft.evaluate import Sample, count_cut, evaluate_loss, exact_match
 from jaxpeft.init_from import load_start
 from jaxpeft.losses import make_lm_loss
@@ -31,45 +30,9 @@ from jaxpeft.peft_format import save_adapter
 from jaxpeft.quant import quantize
 from jaxpeft.run_checks import check_unchanged, starts_dense
 from jaxpeft.run_result import export_path
+from jaxpeft.run_rows import Rows
 from jaxpeft.storage import Place, as_path
 from jaxpeft.train_step import TrainState, init_train_state, make_train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Everything the data files give, checked before the model is loaded.
-
-    Attributes:
-        plan: Training batches by step.
-        steps: Updates of the run.
-        eval_examples: Held-out examples, or None.
-        train_rows: Rows to learn from.
-        dropped: Rows of the training file that were left out.
-        truncated: Examples of it that were cut.
-        shared: Held-out examples that are training examples too.
-        train_examples: Examples that the rows give: a row whose chat template rewrites earlier
-            turns gives several.
-        stop_ids: Tokens that end what is learned.
-        notes: What is to be told about the rows, a line each.
-        questions: What exact match asks.
-    """
-
-    plan: data.Plan
-    steps: int
-    eval_examples: data.Examples | None
-    train_rows: int
-    dropped: int = 0
-    truncated: int = 0
-    shared: int = 0
-    train_examples: int = 0
-    stop_ids: tuple[int, ...] = ()
-    notes: tuple[str, ...] = ()
-    questions: tuple[data.Question, ...] = ()
-
-    def lines_of_step(self, step: int) -> str:
-        """Which lines of the training file the update that makes this step learns from."""
-        lines = [str(line) for line in self.plan.rows_of(step - 1)]
-        return f"lines of its rows: {first_few(lines, 8)}"
 
 
 class Run:

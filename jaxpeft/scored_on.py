@@ -4,7 +4,7 @@ import hashlib
 import json
 
 from jaxpeft.config import RunConfig
-from jaxpeft.run import Rows
+from jaxpeft.run_rows import Rows
 
 
 def scored_on(config: RunConfig, rows: Rows) -> str:

@@ -9,18 +9,13 @@ if __name__ == "__main__":  # before anything heavy is imported: it starts the p
     cli.enable_huge_pages()
 
 import contextlib
-import fractions
 import functools
-import math
 import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import numpy as np
-
 from jaxpeft import config as run_config
-from jaxpeft import data, hosts, limits, report, run_lock, sharding, storage, track
+from jaxpeft import data, hosts, report, run_lock, sharding, storage, track
 from jaxpeft import resume as resume_checks
 from jaxpeft.batches import Batches
 from jaxpeft.chat_template import override_template
@@ -37,7 +32,7 @@ from jaxpeft.models.saved_files import check_copied
 from jaxpeft.models.shapes import without_weights
 from jaxpeft.outcome import require_good
 from jaxpeft.processes import from_first, is_first, require_same, together
-from jaxpeft.run import Rows, Run
+from jaxpeft.run import Run
 from jaxpeft.run_checks import check_batches, check_model, starts_dense
 from jaxpeft.run_folder import (
     CHECKPOINTS,
@@ -52,6 +47,7 @@ from jaxpeft.run_folder import (
 )
 from jaxpeft.run_log import RunLog, evaluations
 from jaxpeft.run_result import begin_result, check_results, end_result, export_path, is_exported
+from jaxpeft.run_rows import read_data
 from jaxpeft.run_saves import (
     after_lost_worker,
     export,
@@ -62,6 +58,7 @@ from jaxpeft.run_saves import (
 from jaxpeft.run_template import check_place, find_template, keep_template, run_tokenizer
 from jaxpeft.scored_on import scored_on
 from jaxpeft.signals import StopRequest
+from jaxpeft.trace import Trace, parse_range
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -287,83 +284,6 @@ def take_folder(
     lock.check()
 
 
-def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> Rows:
-    """Reads and checks the data files; needs the tokenizer, not the weights."""
-    section, batch_size = config.data, config.train.batch_size
-    virtual = config.method.num_virtual_tokens
-    tasks = config.method.num_tasks
-    tokenizer = tokenizer or run_tokenizer(config, find_template(config))
-    reading = section.reading(model.eos_token_ids)
-    prefix = model.vocab_size + np.arange(max(tasks, 1) * virtual, dtype=np.int32)
-    if tasks:
-        prefix = prefix.reshape(tasks, virtual)
-    encode = functools.partial(
-        data.encode_file,
-        tokenizer=tokenizer,
-        max_length=section.max_length,
-        vocab_size=model.vocab_size,
-        on_long=section.on_long,
-        on_bad_row=section.on_bad_row,
-        num_virtual_tokens=virtual,
-        num_tasks=tasks,
-        reading=reading,
-    )
-    examples, held_out, shared = encode(section.train), None, 0
-    questions: list[data.Question] = []
-    if section.eval:
-        held_out = encode(section.eval).first(config.evaluation.max_rows)
-        if config.evaluation.exact_match and not any(map(data.has_answer, held_out.rows)):
-            raise UserError(
-                f"evaluation.exact_match: {section.eval} has plain text only; give rows with a "
-                "prompt and an answer, or set it to false."
-            )
-        if config.evaluation.exact_match:
-            questions = data.make_questions(held_out.distinct_rows, tokenizer, reading)
-        known = {tokens.tobytes() for tokens in examples.tokens}
-        shared = sum(tokens.tobytes() in known for tokens in held_out.tokens)
-    plan = data.Plan(
-        examples.with_prefix(prefix),
-        batch_size=batch_size,
-        max_length=section.max_length,
-        packing=section.packing,
-        seed=config.train.seed,
-        pad_id=model.pad_token_id,
-    )
-    steps = config.train.steps
-    if steps is None:
-        steps = steps_of_epochs(config.train.epochs or 1, plan.num_sequences, batch_size)
-        if text := limits.exceeds("steps", steps):
-            raise UserError(f"train.epochs: {config.train.epochs} epochs make steps, which {text}.")
-    if config.optim.warmup_steps > steps:
-        raise UserError(
-            f"optim.warmup_steps: {config.optim.warmup_steps} are more than the {steps} steps "
-            f"that {config.train.epochs} epochs make; lower it."
-        )
-    return Rows(
-        plan,
-        steps,
-        held_out and held_out.with_prefix(prefix),
-        train_rows=examples.num_rows,
-        train_examples=len(examples),
-        stop_ids=examples.stop_ids,
-        notes=examples.notes,
-        questions=tuple(questions),
-        dropped=sum(examples.dropped.values()),
-        truncated=examples.truncated,
-        shared=shared,
-    )
-
-
-def steps_of_epochs(epochs: float, num_sequences: int, batch_size: int) -> int:
-    """Updates that see as many sequences as `epochs` passes have, or a few more.
-
-    Example:
-        >>> steps_of_epochs(1, 9, 4), steps_of_epochs(0.1, 30, 1)  # 0.1 as it is written
-        (3, 3)
-    """
-    return math.ceil(fractions.Fraction(str(epochs)) * num_sequences / batch_size)
-
-
 def loop(
     run: Run,
     checkpoints: Checkpoints,
@@ -449,46 +369,6 @@ def at_once(work: Callable[[], Any], doing: str) -> Any:
     """Does the work; takes the place of `StopRequest.run_interruptible`."""
     del doing
     return work()
-
-
-def parse_range(text: str | None) -> range:
-    """Steps of ``--profile START:STOP``, both included; empty without it."""
-    if text is None:
-        return range(0)
-    first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-        raise UserError(f"--profile: expected START:STOP, such as 3:5, got {text!r}")
-    return range(int(first), int(last) + 1)
-
-
-class Trace:
-    """Records a profile of some steps; of those that this process makes."""
-
-    def __init__(self, folder: storage.Place, steps: range):
-        self._folder, self._steps, self._on = folder, steps, False
-
-    def before(self, step: int) -> None:
-        """Begins to record at the first of the steps."""
-        if step in self._steps and not self._on:
-            jax.profiler.start_trace(self._folder)
-            self._on = True
-
-    def after(self, step: int, wait: Callable[[], None]) -> None:
-        """Waits for the last of the steps and writes the profile."""
-        if self._on and step == self._steps[-1]:
-            wait()
-            self._stop()
-
-    def _stop(self) -> None:
-        if self._on:
-            self._on = False
-            jax.profiler.stop_trace()
-
-    def __enter__(self) -> "Trace":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stop()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from jaxpeft.methods import Full, LoRA, PromptTuning
 from jaxpeft.models.hf_config import config_from_hf
 from jaxpeft.models.transformer import Transformer
 from jaxpeft.products import product
-from jaxpeft.run import Rows, Run
+from jaxpeft.run import Run
+from jaxpeft.run_rows import Rows
 
 PACKAGES = ("jaxpeft", "jax", "jaxlib", "flax", "optax", "numpy")
 SMOLLM2_135M = {

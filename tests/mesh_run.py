@@ -12,7 +12,8 @@ import jaxpeft as jp
 from jaxpeft import data, sharding
 from jaxpeft.config import ModelSection, RunConfig, TrainSection
 from jaxpeft.quant import quantize
-from jaxpeft.run import Rows, Run
+from jaxpeft.run import Run
+from jaxpeft.run_rows import Rows
 
 SEQ, BATCH, STEPS, LEARNING_RATE = 16, 16, 10, 2e-3
 SIZES = {

@@ -21,7 +21,7 @@ from jaxpeft.errors import UserError
 from jaxpeft.models.load import load_config, load_model, load_tokenizer
 from jaxpeft.models.names import param_shapes
 from jaxpeft.run import Run
-from jaxpeft.train import read_data
+from jaxpeft.run_rows import read_data
 
 ROOT = pathlib.Path(__file__).parents[1]
 PUBLISHED = {

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import cli
+from jaxpeft import cli_inputs
 from jaxpeft.errors import UserError
 from jaxpeft.generate import main as generate_main
 
@@ -22,7 +22,7 @@ def stdin_of(data: bytes) -> io.TextIOWrapper:
 @pytest.mark.parametrize("text", BREAKS, ids=lambda text: f"U+{ord(text):04X}")
 def test_only_a_newline_ends_a_line(text):
     data = f"a{text}b\nc\r\n{text}d".encode()
-    assert cli.read_lines(stdin_of(data)) == [f"a{text}b", "c", f"{text}d"]
+    assert cli_inputs.read_lines(stdin_of(data)) == [f"a{text}b", "c", f"{text}d"]
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,12 @@ def test_only_a_newline_ends_a_line(text):
     ],
 )
 def test_ends_of_lines_are_left_out(data, lines):
-    assert cli.read_lines(stdin_of(data)) == lines
+    assert cli_inputs.read_lines(stdin_of(data)) == lines
 
 
 def test_bytes_that_are_no_text_are_told_with_their_place():
     with pytest.raises(UserError, match=r"^standard input:2: not UTF-8: byte 0xff at byte 3"):
-        cli.read_lines(stdin_of(b"a\nb\xff\n"))
+        cli_inputs.read_lines(stdin_of(b"a\nb\xff\n"))
 
 
 def test_generate_asks_one_prompt_a_line(monkeypatch, capsys):

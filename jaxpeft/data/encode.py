@@ -245,13 +245,12 @@ def _encode(
             "raise it, or train fewer of them."
         )
     problems = list(file.problems)
-    tokens, masks, lines, rows, numbers = [], [], [], [], []
+    tokens, masks, numbers = [], [], []
     truncated = 0
-    long: list[tuple[int, int, int]] = []
+    long: list[tuple[int, int]] = []
     tokeniser = Tokeniser(tokenizer, reading, tasks=num_tasks > 0)
-    for number, (row, examples) in enumerate(
-        zip(file.rows, tokeniser.encode(file.rows), strict=True)
-    ):
+    for number, examples in enumerate(tokeniser.encode(file.rows)):
+        row = file.rows[number]
         if isinstance(examples, RowError):
             problems.append(Problem(row.line, str(examples), "chat template or tokenizer"))
             continue
@@ -259,13 +258,12 @@ def _encode(
             problems.append(Problem(row.line, wrong, "bad task"))
             continue
         for ids, mask in examples:
-            if len(ids) > room:  # what stands behind the last learned token may go
-                end = max(room, int(np.flatnonzero(mask).max(initial=-1)) + 1)
-                ids, mask = ids[:end], mask[:end]
+            end = max(room, _learned_end(mask))  # what stands behind it may go
+            ids, mask = ids[:end], mask[:end]
             is_long = len(ids) > room
             problem = _check_tokens(row.line, ids, mask, vocab_size, tokenizer)
             if problem is None and is_long:
-                long.append((number, row.line, len(ids)))
+                long.append((number, len(ids)))
                 if on_long != "truncate":
                     continue
                 ids, mask = ids[:room], mask[:room]
@@ -275,12 +273,11 @@ def _encode(
                 continue
             tokens.append(ids)
             masks.append(mask)
-            lines.append(row.line)
-            rows.append(row.value)
             numbers.append(number)
             truncated += is_long
     if on_long == "error":
-        problems += _long_problems([pair[1:] for pair in long], max_length, virtual)
+        lengths = [(file.rows[number].line, length) for number, length in long]
+        problems += _long_problems(lengths, max_length, virtual)
     blocking = [
         problem
         for problem in problems
@@ -288,6 +285,34 @@ def _encode(
     ]
     if blocking:
         raise report(file.path, blocking)
+    dropped = _count_dropped(problems)
+    if long and on_long == "drop":
+        dropped[TOO_LONG] = len({number for number, _ in long})
+    if not tokens:
+        why = f"no row is left: {count_reasons(dropped)}" if dropped else "there are no rows"
+        raise UserError(f"{file.path}: {why}.")
+    return Examples(
+        tokens=tokens,
+        masks=masks,
+        lines=[file.rows[number].line for number in numbers],
+        rows=[file.rows[number].value for number in numbers],
+        dropped=dropped,
+        truncated=truncated,
+        path=file.path,
+        sha256=file.sha256,
+        stop_ids=tokeniser.stop_ids(),
+        notes=tokeniser.notes(),
+        numbers=tuple(numbers),
+    )
+
+
+def _learned_end(mask: np.ndarray) -> int:
+    """The place behind the last learned token; 0 where none is learned."""
+    return int(np.flatnonzero(mask).max(initial=-1)) + 1
+
+
+def _count_dropped(problems: Sequence[Problem]) -> dict[str, int]:
+    """How many rows were left out, by the first reason that each has."""
     dropped: dict[str, int] = {}
     counted: set[int] = set()
     for problem in problems:
@@ -295,24 +320,7 @@ def _encode(
             dropped[problem.reason] = dropped.get(problem.reason, 0) + 1
         if problem.row is not None:
             counted.add(problem.row)
-    if long and on_long == "drop":
-        dropped[TOO_LONG] = len({number for number, *_ in long})
-    if not tokens:
-        why = f"no row is left: {count_reasons(dropped)}" if dropped else "there are no rows"
-        raise UserError(f"{file.path}: {why}.")
-    return Examples(
-        tokens,
-        masks,
-        lines,
-        rows,
-        dropped,
-        truncated,
-        file.path,
-        file.sha256,
-        tokeniser.stop_ids(),
-        tokeniser.notes(),
-        tuple(numbers),
-    )
+    return dropped
 
 
 def _check_tokens(

@@ -21,6 +21,7 @@ from jaxpeft import train as program
 from jaxpeft.errors import UserError
 from jaxpeft.models.load import load_config, load_model
 from jaxpeft.run import Run
+from jaxpeft.run_rows import steps_of_epochs
 
 
 def test_held_out_rows_that_are_trained_on_are_counted(files, tmp_path, capsys):
@@ -196,7 +197,7 @@ def test_overwriting_what_the_run_itself_reads_is_refused(files, plain, tmp_path
     ],
 )
 def test_steps_of_epochs_are_rounded_up(epochs, sequences, batch_size, steps):
-    assert program.steps_of_epochs(epochs, sequences, batch_size) == steps
+    assert steps_of_epochs(epochs, sequences, batch_size) == steps
 
 
 def test_one_epoch_sees_every_row(files, tmp_path):
