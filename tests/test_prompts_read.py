@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import cli_inputs
+from jaxpeft import cli, cli_inputs
 from jaxpeft.errors import UserError
 from jaxpeft.generate import main as generate_main
 
