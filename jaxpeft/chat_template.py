@@ -13,7 +13,6 @@ from jaxpeft import storage
 from jaxpeft.chat_settings import chat_of
 from jaxpeft.errors import UserError, nearest
 from jaxpeft.methods.base import Adapter
-from jaxpeft.models.tokenizer import import_transformers
 from jaxpeft.storage import Place
 
 MAX_BYTES = 1_000_000
@@ -93,14 +92,13 @@ def _read(place: Place, name: str) -> bytes:
 
 
 def _check_syntax(text: str, name: str) -> None:
-    """Refuses what transformers could not compile."""
+    """Refuses what cannot be compiled as rendering will compile it."""
     import jinja2
 
-    import_transformers()
-    from transformers.utils import chat_template_utils
+    from jaxpeft.data.template_sandbox import BoundedEnvironment
 
     try:
-        chat_template_utils._compile_jinja_template(text)
+        BoundedEnvironment().from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"{name}:{error.lineno}: not a chat template in Jinja: {error.message}"

@@ -154,7 +154,8 @@ def test_any_json_is_examples_or_a_refusal(row, message):
 def test_null_and_empty_values_are_absent():
     row = {"messages": [HI, HO | {"citations": []}], "prompt": None, "text": None, "tools": "  "}
     assert learned(toy_tokenizer(), *row["messages"]) == ["Ho<|im_end|>"]
-    assert len(encode_rows([row], toy_tokenizer(), max_length=99)) == 1
+    examples = encode_rows([row], toy_tokenizer(), max_length=99)
+    assert (len(examples), examples.notes) == (1, ())
 
 
 def test_greeting_that_is_not_learned_may_open_a_conversation():
@@ -201,3 +202,6 @@ def test_several_adapters_generate_and_are_saved_together(getkey, tmp_path):
     (several,) = jp.generate(base, ["ab"], adapter=adapters, max_new_tokens=6)
     merged = base.replace(params=jp.merge(jp.merge(base.params, adapters[0]), adapters[1]))
     assert jp.generate(merged, ["ab"], max_new_tokens=6) == [several]
+    jp.save_model(str(tmp_path / "merged"), base, adapter=adapters)
+    saved = jp.load_model(str(tmp_path / "merged"))
+    assert jp.generate(saved, ["ab"], max_new_tokens=6) == [several]

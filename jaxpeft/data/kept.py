@@ -110,16 +110,15 @@ def check_keys(renderer: Renderer, unused: Unused) -> None:
     Raises:
         RowError: If it does not read one of `HANDED_ON`.
     """
-    messages, whole = renderer.conversation.messages, None
-    for place, message in enumerate(messages):
-        for key in (*message.unknown, *HANDED_ON):
-            must = key in HANDED_ON and message.values.get(key) not in ("", [], {})
-            if key not in message.values or not (must or unused.is_open(f'messages["{key}"]')):
+    for place, message in enumerate(renderer.conversation.messages):
+        handed = [key for key in HANDED_ON if message.values.get(key)]
+        for key in (*message.unknown, *handed):
+            must = key in HANDED_ON
+            if not (must or unused.is_open(f'messages["{key}"]')):
                 continue
-            whole = renderer.attempt(renderer.values) if whole is None else whole
             values = [dict(one) for one in renderer.values]
             del values[place][key]
-            used = renderer.attempt(values) != whole
+            used = renderer.attempt(values) != renderer.whole
             if must and not used:
                 raise RowError(f'"{message.where}.{key}": the chat template does not render it')
             if not must:

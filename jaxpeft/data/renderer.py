@@ -42,6 +42,10 @@ class Renderer:
         chat: The template.
         conversation: A checked conversation.
 
+    Attributes:
+        values: The messages in their form.
+        whole: The rendering of all of them.
+
     Raises:
         RowError: If the template refuses the conversation in every form.
     """
@@ -52,7 +56,7 @@ class Renderer:
         contents = [message.text for message in conversation.messages]
         thinks = any(map(thinking.lacks_opening, contents)) and self._prompt_thinks()
         self.words = [_words(message, thinks) for message in conversation.messages]
-        self.values = self._choose_form()
+        self.values, self.whole = self._choose_form()
 
     def render(
         self,
@@ -118,7 +122,8 @@ class Renderer:
             marks += [mark for _, found in pairs for mark in found]
         return values, marks
 
-    def _choose_form(self) -> list[dict[str, Any]]:
+    def _choose_form(self) -> tuple[list[dict[str, Any]], str]:
+        """The first form that the template renders, and the rendering."""
         messages, tools = self.conversation.messages, self.conversation.tools
         inline = any(words.inline for words in self.words)
         as_key = inline and self.chat.takes_reasoning(tools, self.arguments)
@@ -137,7 +142,7 @@ class Renderer:
                 continue
             if silent and not empty and self._says_none(form, rendered):
                 continue
-            return form
+            return form, rendered
         raise RowError(f"{problem}{self._way_out()}")
 
     def _prompt_thinks(self) -> bool:

@@ -105,7 +105,7 @@ class Tokeniser:
         check_prompt(renderer, turns[-1].before, learned[-1])
         check_keys(renderer, self._unused)
         self._notes.update(turn.note for turn in turns if turn.note)
-        return Texts(tuple(turns), renderer.attempt(renderer.values) or "")
+        return Texts(tuple(turns), renderer.whole)
 
     def _note_doubled_bos(self, ids: list[int]) -> None:
         bos = self.chat.tokenizer.bos_token_id
