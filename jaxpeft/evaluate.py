@@ -3,10 +3,10 @@
 Command: ``python -m jaxpeft.evaluate --model PATH --data FILE [--adapter DIR ...]``
 """
 
-from jaxpeft import cli
+from jaxpeft.cli import arguments
 
 if __name__ == "__main__":  # before anything heavy is imported: it starts the program anew
-    cli.enable_huge_pages()
+    arguments.enable_huge_pages()
 
 import dataclasses
 import itertools
@@ -18,17 +18,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpeft import data
-from jaxpeft.chat_prompts import stop_ids, tokenizer_of
-from jaxpeft.chat_settings import chat_of
-from jaxpeft.data import Question, Reading
-from jaxpeft.decoding import generate_ids
-from jaxpeft.errors import UserError
-from jaxpeft.losses import make_lm_loss
-from jaxpeft.methods.algebra import pad_rank
-from jaxpeft.methods.base import Adapter
-from jaxpeft.model import Model
-from jaxpeft.prompting import num_tasks, virtual_ids
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.batches import eval_batches
+from jaxpeft.data.encode import Examples, encode_file
+from jaxpeft.data.questions import Question, make_questions
+from jaxpeft.data.settings import Reading
+from jaxpeft.inference.chat_prompts import stop_ids, tokenizer_of
+from jaxpeft.inference.decoding import generate_ids
+from jaxpeft.methods.algebra.stacking import pad_rank
+from jaxpeft.methods.chat_settings import chat_of
+from jaxpeft.methods.family import Adapter
+from jaxpeft.methods.virtual_tokens import num_tasks, virtual_ids
+from jaxpeft.pretrained.model import Model
+from jaxpeft.updates.losses import make_lm_loss
 
 CUT = "eval_answers_cut_in_thinking"
 CUT_HINT = "note: answers were cut inside of their thinking; raise max_new_tokens"
@@ -71,7 +73,7 @@ def evaluate_loss(
 
     Args:
         base: The model.
-        batches: From `jaxpeft.data.eval_batches`.
+        batches: From `jaxpeft.data.batches.eval_batches`.
         adapter: What to put on the base.
         put: Places a batch on devices; default: as it is.
 
@@ -120,7 +122,8 @@ def exact_match(
 
     Args:
         base: The model, with its tokenizer.
-        rows: Rows of data, or questions from `jaxpeft.data.make_questions`; rows of plain text
+        rows: Rows of data, or questions from `jaxpeft.data.questions.make_questions`; rows of plain
+        text
             have no reference and are left out.
         adapter: What to put on the base.
         max_new_tokens: Longest answer.
@@ -133,15 +136,15 @@ def exact_match(
     Raises:
         UserError: If no row has a reference.
     """
+    from jaxpeft.data.chat.thinking import thinks_on
     from jaxpeft.data.questions import without_special
-    from jaxpeft.data.thinking import thinks_on
 
     tokenizer = tokenizer_of(base, adapter)
     reading = reading or reading_of(base, adapter)
     questions: list[Question] = []
     for is_question, group in itertools.groupby(rows, lambda row: isinstance(row, Question)):
         some: list[Any] = list(group)
-        questions += some if is_question else data.make_questions(some, tokenizer, reading)
+        questions += some if is_question else make_questions(some, tokenizer, reading)
     if not questions:
         raise UserError("exact match needs rows with a prompt and an answer, there are none.")
     stops = [question.stop for question in questions if question.stop is not None]
@@ -219,14 +222,14 @@ def evaluate_file(
     loras = [one for one in adapters.values() if one is not None and one.spec.kind == "lora"]
     width = max((one.spec.rank for one in loras), default=0)
     like = next((one for one in adapters.values() if one is not None), None)
-    read: dict[str, data.Examples] = {}
+    read: dict[str, Examples] = {}
     results = {}
     for name, adapter in adapters.items():
         # The base alone is asked what the first adapter is asked.
         taught = like if adapter is None else adapter
         key = str(chat_of(taught).label())
         if key not in read:
-            read[key] = data.encode_file(
+            read[key] = encode_file(
                 path,
                 tokenizer_of(base, taught),
                 max_length=max_length,
@@ -244,7 +247,7 @@ def evaluate_file(
 
 def _evaluate_examples(
     base: Model,
-    examples: data.Examples,
+    examples: Examples,
     adapter: Adapter | None,
     taught: Adapter | None,
     max_length: int,
@@ -254,7 +257,7 @@ def _evaluate_examples(
     """All metrics of one adapter; `taught` says how the examples were read."""
     tasks = num_tasks(adapter)
     virtual = virtual_ids(adapter, np.arange(tasks) if tasks else 0)
-    batches = data.eval_batches(
+    batches = eval_batches(
         examples.with_prefix(virtual),
         batch_size=batch_size,
         max_length=max_length + virtual.shape[-1],
@@ -263,7 +266,7 @@ def _evaluate_examples(
     )
     metrics = evaluate_loss(base, batches, adapter)
     tokenizer, reading = tokenizer_of(base, taught), reading_of(base, taught)
-    questions = data.make_questions(examples.distinct_rows, tokenizer, reading)
+    questions = make_questions(examples.distinct_rows, tokenizer, reading)
     if questions:
         metrics["eval_exact_match"], samples = exact_match(
             base,
@@ -281,7 +284,7 @@ def print_results(results: Mapping[str, Mapping[str, float]], stream: Any) -> No
     from rich import box
     from rich.table import Table
 
-    from jaxpeft.report import make_console
+    from jaxpeft.reports.tables import make_console
 
     names = list(dict.fromkeys(key for metrics in results.values() for key in metrics))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -297,8 +300,10 @@ def print_results(results: Mapping[str, Mapping[str, float]], stream: Any) -> No
 
 def main(argv: list[str]) -> None:
     """Prints a table: one line for the base and one for every adapter."""
-    parser = cli.make_parser("evaluate", "Evaluates a base model and adapters on a file of rows.")
-    cli.add_base(parser)
+    parser = arguments.make_parser(
+        "evaluate", "Evaluates a base model and adapters on a file of rows."
+    )
+    arguments.add_base(parser)
     parser.add_argument("--data", required=True, help="a .jsonl or .json file of rows")
     parser.add_argument(
         "--adapter", action="append", default=[], help="adapter folder or hub id; repeat"
@@ -308,19 +313,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences computed at once")
     parser.add_argument("--no_base", action="store_true", help="leave the bare base out")
-    args, _ = cli.parse_arguments(parser, argv)
+    args, _ = arguments.parse_arguments(parser, argv)
     if args.no_base and not args.adapter:
         raise UserError("--no_base leaves nothing to evaluate; give an --adapter too.")
     for name in ("max_length", "max_rows", "max_new_tokens", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}.")
-    from jaxpeft.data import read_rows
+    from jaxpeft.data.rows.kinds import read_rows
 
     read_rows(args.data)  # its problems are told before the model takes its time
-    base = cli.load_base(args)
+    base = arguments.load_base(args)
     adapters: dict[str, Adapter | None] = {} if args.no_base else {"base": None}
-    adapters |= {path: cli.load_adapter(args, path, base) for path in args.adapter}
+    adapters |= {path: arguments.load_adapter(args, path, base) for path in args.adapter}
     results = evaluate_file(
         base,
         args.data,
@@ -334,4 +339,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    arguments.run(main)

@@ -3,20 +3,20 @@
 Command: ``python -m jaxpeft.generate --model PATH [--adapter DIR] PROMPT [PROMPT ...]``
 """
 
-from jaxpeft import cli
+from jaxpeft.cli import arguments
 
 if __name__ == "__main__":  # before anything heavy is imported: it starts the program anew
-    cli.enable_huge_pages()
+    arguments.enable_huge_pages()
 
-from jaxpeft import cli_inputs
-from jaxpeft.errors import UserError
+from jaxpeft.cli import inputs
+from jaxpeft.core.errors import UserError
 
 
 def main(argv: list[str]) -> None:
     """Prints the answer to every prompt, in order."""
-    parser = cli.make_parser("generate", "Answers prompts with a base model and an adapter.")
+    parser = arguments.make_parser("generate", "Answers prompts with a base model and an adapter.")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text; - reads lines")
-    cli.add_base(parser)
+    arguments.add_base(parser)
     parser.add_argument("--adapter", help="adapter folder or hub id")
     parser.add_argument("--system", help="system message in front of every prompt")
     parser.add_argument("--tools", metavar="FILE", help="JSON list of tools that may be called")
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="1 is off")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts answered at once")
-    args, _ = cli.parse_arguments(parser, argv)
+    args, _ = arguments.parse_arguments(parser, argv)
     for name in ("system", "tools", "documents", "chat_template", "chat_template_kwargs"):
         if args.raw and getattr(args, name) is not None:
             raise UserError(f"--{name} needs the chat template; leave out --raw or --{name}.")
@@ -43,27 +43,27 @@ def main(argv: list[str]) -> None:
     texts = [
         line
         for prompt in args.prompts
-        for line in (cli_inputs.read_lines() if prompt == "-" else [prompt])
+        for line in (inputs.read_lines() if prompt == "-" else [prompt])
         if line.strip()
     ]
     named = [(f"prompt {number}", text) for number, text in enumerate(texts, 1)]
     for name, text in [*named, ("--system", args.system or "")]:
-        cli_inputs.require_text(name, text)
+        inputs.require_text(name, text)
     if not texts:
         raise UserError("no prompt: every line is empty.")
     beside = {
-        "tools": args.tools and cli_inputs.read_objects("--tools", args.tools),
-        "documents": args.documents and cli_inputs.read_objects("--documents", args.documents),
+        "tools": args.tools and inputs.read_objects("--tools", args.tools),
+        "documents": args.documents and inputs.read_objects("--documents", args.documents),
         "chat_template_kwargs": args.chat_template_kwargs
-        and cli_inputs.parse_object("--chat_template_kwargs", args.chat_template_kwargs),
+        and inputs.parse_object("--chat_template_kwargs", args.chat_template_kwargs),
     }
     import jax
 
     import jaxpeft as jp
-    from jaxpeft.chat_prompts import tokenizer_of
+    from jaxpeft.inference.chat_prompts import tokenizer_of
 
-    base = cli.load_base(args)
-    adapter = cli.load_adapter(args, args.adapter, base) if args.adapter else None
+    base = arguments.load_base(args)
+    adapter = arguments.load_adapter(args, args.adapter, base) if args.adapter else None
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     if not args.raw and not tokenizer_of(base, adapter).chat_template:
         raise UserError(f"{args.model}: has no chat template; add --raw to continue the text.")
@@ -85,4 +85,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    arguments.run(main)

@@ -3,32 +3,32 @@
 Command: ``python -m jaxpeft.merge --model PATH --adapter DIR --output DIR``
 """
 
-from jaxpeft import cli
+from jaxpeft.cli import arguments
 
 
 def main(argv: list[str]) -> None:
     """Writes the merged model and says where."""
-    parser = cli.make_parser("merge", "Writes base and adapter as one Hugging Face model.")
+    parser = arguments.make_parser("merge", "Writes base and adapter as one Hugging Face model.")
     parser.add_argument("--model", required=True, help="HF folder, hub id or GGUF file")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--adapter", required=True, help="adapter folder or hub id")
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder there")
     parser.add_argument("--dtype", help="dtype of the merged weights; default: as stored")
-    cli.add_chat_template(parser)
-    args, _ = cli.parse_arguments(parser, argv)
+    arguments.add_chat_template(parser)
+    args, _ = arguments.parse_arguments(parser, argv)
     import jaxpeft as jp
-    from jaxpeft.models.hf_save import require_place
+    from jaxpeft.pretrained.save import require_place
 
     require_place(args.output, overwrite=args.overwrite, source=args.model)
     # Sums are rounded once either way: `merge` computes in float32.
     read_as = None if args.dtype is None else "float32"
-    cli.chat_template(args)  # its problems are told before the model takes its time
+    arguments.chat_template(args)  # its problems are told before the model takes its time
     base = jp.load_model(args.model, revision=args.revision, dtype=read_as)
-    adapter = cli.load_adapter(args, args.adapter, base)
+    adapter = arguments.load_adapter(args, args.adapter, base)
     jp.save_model(args.output, base, adapter=adapter, dtype=args.dtype, overwrite=args.overwrite)
     print(f"{args.output}: the merged model is ready.")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    arguments.run(main)

@@ -2,7 +2,7 @@
 
 From ``config.json`` and shapes alone: what is trained, what the data give, what a step costs, and
 what every device must hold, by compiling the real training step for this machine or for TPUs that
-need not be there (`jaxpeft.plan_memory`).
+need not be there (`jaxpeft.planning.memory`).
 
 Command: ``python -m jaxpeft.plan CONFIG [--topology v5e:4x4] [--json] [--section.key value ...]``
 """
@@ -18,30 +18,29 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpeft import checkpoint_leaves, cli, data, paths, report, storage
-from jaxpeft import config as run_config
-from jaxpeft.activations import traced_on
-from jaxpeft.chat_template import read_template
-from jaxpeft.config import RunConfig
-from jaxpeft.flops import count_flops
-from jaxpeft.methods import Adapter
+from jaxpeft.checkpoints import leaves as checkpoint_leaves
+from jaxpeft.cli import arguments
+from jaxpeft.config import run_config
+from jaxpeft.config.run_config import RunConfig
+from jaxpeft.core import paths
+from jaxpeft.core.flops import count_flops
+from jaxpeft.data.batches import Plan
+from jaxpeft.data.encode import Examples
+from jaxpeft.files import storage
+from jaxpeft.files.locate import locate
+from jaxpeft.mesh.constraints import traced_on
+from jaxpeft.methods.family import Adapter
 from jaxpeft.models.config import ModelConfig
-from jaxpeft.models.load import load_config
-from jaxpeft.models.locate import locate
-from jaxpeft.models.tokenizer import has_tokenizer
-from jaxpeft.plan_memory import (
-    Measured,
-    Place,
-    find_fitting,
-    find_place,
-    measure,
-    tracing_for,
-)
-from jaxpeft.plan_report import print_plan
-from jaxpeft.run import Run, leaves
-from jaxpeft.run_checks import check_model, start_on_zeros
-from jaxpeft.run_rows import Rows, read_data
-from jaxpeft.run_template import run_tokenizer
+from jaxpeft.planning.memory import Measured, Place, find_fitting, find_place, measure, tracing_for
+from jaxpeft.planning.report import print_plan
+from jaxpeft.pretrained.chat_template import read_template
+from jaxpeft.pretrained.load import load_config
+from jaxpeft.pretrained.tokenizer import has_tokenizer
+from jaxpeft.reports import tables
+from jaxpeft.training.checks import check_model, start_on_zeros
+from jaxpeft.training.output.template import run_tokenizer
+from jaxpeft.training.rows import Rows, read_data
+from jaxpeft.training.run import Run, leaves
 
 SAMPLES = 3
 EXAMPLE = "python -m jaxpeft.plan configs/quickstart.yaml"
@@ -51,7 +50,7 @@ DOES_NOT_FIT = 5
 
 def main(argv: list[str]) -> int:
     """Prints the plan of a run; the exit code is 5 if it does not fit."""
-    parser = cli.make_parser(
+    parser = arguments.make_parser(
         "plan",
         "Says what a run will do and need, without loading weights. Exit code 5: it does not fit.",
         run_config.SCHEMA,
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> int:
         "--topology", help="TPUs to plan for, such as v5e:2x4; needs no TPU, but jaxpeft[plan]"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args, overrides = cli.parse_arguments(parser, argv, run_config.SCHEMA)
+    args, overrides = arguments.parse_arguments(parser, argv, run_config.SCHEMA)
     config = run_config.load_config(args.config, overrides, EXAMPLE)
     if args.topology is not None:
         compile_only()
@@ -149,8 +148,8 @@ def make_plan(
 def full_rows(config: RunConfig, model: ModelConfig) -> Rows:
     """Stands for data that are not there: every row is full."""
     length, count = config.data.max_length, config.train.batch_size
-    examples = data.Examples.of_tokens([np.zeros(length, np.int32)] * count, config.data.train)
-    plan = data.Plan(
+    examples = Examples.of_tokens([np.zeros(length, np.int32)] * count, config.data.train)
+    plan = Plan(
         examples, batch_size=count, max_length=length, packing=config.data.packing, pad_id=0
     )
     return Rows(plan, config.train.steps or 1, None, train_rows=0)
@@ -167,10 +166,10 @@ def describe(run: Run, model: ModelConfig, tokenizer: Any) -> dict[str, Any]:
         "model": config.model.path,
         "model_type": model.model_type,
         "method": str(config.method),
-        "base_parameters": report.count_parameters(run.base_shapes),
-        "trainable_parameters": report.count_trainable(ranked, trained) + extra,
+        "base_parameters": tables.count_parameters(run.base_shapes),
+        "trainable_parameters": tables.count_trainable(ranked, trained) + extra,
         "modules": [
-            row._asdict() for row in report.describe_adapter(run.base_shapes, ranked, trained)
+            row._asdict() for row in tables.describe_adapter(run.base_shapes, ranked, trained)
         ],
         "base_leaves_trained": list(config.optim.trainable),
         "dtypes": {
@@ -227,7 +226,7 @@ def describe_data(
 
 
 def sample_rows(
-    plan: data.Plan, tokenizer: Any, vocab_size: int, count: int = SAMPLES
+    plan: Plan, tokenizer: Any, vocab_size: int, count: int = SAMPLES
 ) -> list[dict[str, Any]]:
     """The first rows that training sees, decoded from the arrays of its batches.
 
@@ -283,4 +282,4 @@ def describe_place(place: Place) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    arguments.run(main)

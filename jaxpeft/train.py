@@ -3,10 +3,10 @@
 Command: ``python -m jaxpeft.train CONFIG [--section.key value ...]``
 """
 
-from jaxpeft import cli
+from jaxpeft.cli import arguments
 
 if __name__ == "__main__":  # before anything heavy is imported: it starts the program anew
-    cli.enable_huge_pages()
+    arguments.enable_huge_pages()
 
 import contextlib
 import functools
@@ -14,27 +14,33 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jaxpeft import config as run_config
-from jaxpeft import data, hosts, report, run_lock, sharding, storage, track
-from jaxpeft import resume as resume_checks
-from jaxpeft.batches import Batches
-from jaxpeft.chat_template import override_template
-from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.config import RunConfig
-from jaxpeft.errors import InterruptedRunError, LostWorkerError, UserError
-from jaxpeft.init_from import check_init_from
-from jaxpeft.log_files import survive_full_disks
-from jaxpeft.memory_errors import memory_explained
-from jaxpeft.model import Model
+from jaxpeft.checkpoints.checkpoints import Checkpoints
+from jaxpeft.cli import hosts
+from jaxpeft.cli.log_files import survive_full_disks
+from jaxpeft.cli.signals import StopRequest
+from jaxpeft.config import run_config
+from jaxpeft.config.run_config import RunConfig
+from jaxpeft.core.errors import InterruptedRunError, LostWorkerError, UserError
+from jaxpeft.data.batches import iterate
+from jaxpeft.files import storage
+from jaxpeft.mesh import layout as sharding
+from jaxpeft.mesh.processes import from_first, is_first, require_same, together
 from jaxpeft.models.config import ModelConfig
-from jaxpeft.models.load import check_weights, load_config, load_model
-from jaxpeft.models.saved_files import check_copied
-from jaxpeft.models.shapes import without_weights
-from jaxpeft.outcome import require_good
-from jaxpeft.processes import from_first, is_first, require_same, together
-from jaxpeft.run import Run
-from jaxpeft.run_checks import check_batches, check_model, starts_dense
-from jaxpeft.run_folder import (
+from jaxpeft.planning.memory_errors import memory_explained
+from jaxpeft.pretrained.chat_template import override_template
+from jaxpeft.pretrained.load import check_weights, load_config, load_model
+from jaxpeft.pretrained.model import Model
+from jaxpeft.pretrained.saved_files import check_copied
+from jaxpeft.pretrained.shapes import without_weights
+from jaxpeft.reports import tables, trackers
+from jaxpeft.training.checks import check_batches, check_model, starts_dense
+from jaxpeft.training.feed import Batches
+from jaxpeft.training.init_from import check_init_from
+from jaxpeft.training.log import RunLog, evaluations
+from jaxpeft.training.outcome import require_good
+from jaxpeft.training.output import lock as run_lock
+from jaxpeft.training.output import resume as resume_checks
+from jaxpeft.training.output.folder import (
     CHECKPOINTS,
     PROFILE,
     check_folder,
@@ -45,27 +51,39 @@ from jaxpeft.run_folder import (
     remove_empty,
     write_config,
 )
-from jaxpeft.run_log import RunLog, evaluations
-from jaxpeft.run_result import begin_result, check_results, end_result, export_path, is_exported
-from jaxpeft.run_rows import read_data
-from jaxpeft.run_saves import (
+from jaxpeft.training.output.result import (
+    begin_result,
+    check_results,
+    end_result,
+    export_path,
+    is_exported,
+)
+from jaxpeft.training.output.template import (
+    check_place,
+    find_template,
+    keep_template,
+    run_tokenizer,
+)
+from jaxpeft.training.rows import read_data
+from jaxpeft.training.run import Run
+from jaxpeft.training.saves import (
     after_lost_worker,
     export,
     interrupted_at,
     save_state,
     stop_diverged,
 )
-from jaxpeft.run_template import check_place, find_template, keep_template, run_tokenizer
-from jaxpeft.scored_on import scored_on
-from jaxpeft.signals import StopRequest
-from jaxpeft.trace import Trace, parse_range
+from jaxpeft.training.scored_on import scored_on
+from jaxpeft.training.trace import Trace, parse_range
 
 MAX_SKIPPED_IN_A_ROW = 5
 
 
 def main(argv: list[str]) -> None:
     """Trains as a config file says."""
-    parser = cli.make_parser("train", "Trains an adapter as a config says.", run_config.SCHEMA)
+    parser = arguments.make_parser(
+        "train", "Trains an adapter as a config says.", run_config.SCHEMA
+    )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file")
     parser.add_argument(
         "--resume",
@@ -81,16 +99,16 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--print_config", action="store_true", help="print all keys and stop")
     parser.add_argument("--profile", metavar="START:STOP", help="trace these steps (XProf)")
-    cli.add_compilation_cache(parser)
+    arguments.add_compilation_cache(parser)
     hosts.add_flags(parser)
-    args, overrides = cli.parse_arguments(parser, argv, run_config.SCHEMA)
+    args, overrides = arguments.parse_arguments(parser, argv, run_config.SCHEMA)
     config = run_config.load_config(args.config, overrides)
     if args.print_config:
         print(run_config.to_yaml(config), end="")
         return
     profile = parse_range(args.profile)
     accepted = resume_checks.parse_accepted(args.accept_changes)
-    cli.keep_compiled(args)
+    arguments.keep_compiled(args)
     with hosts.joined(hosts.find_hosts(args)):
         train(
             config,
@@ -115,7 +133,7 @@ def train(
         config: The run.
         resume: Go on from the newest checkpoint of the same run in ``output_dir``.
         overwrite: Discard the run that is there.
-        accepted: Keys that may have changed since it began, see `jaxpeft.resume`.
+        accepted: Keys that may have changed since it began, see `jaxpeft.training.output.resume`.
         profile: Steps to trace into ``output_dir/profile``.
 
     Raises:
@@ -127,7 +145,7 @@ def train(
         raise UserError(f"--profile: needs an output_dir on a disk, not {output}.")
     from_first(lambda: check_folder(config, resume=resume, overwrite=overwrite, accepted=accepted))
     if config.track.wandb is not None:
-        track.import_wandb()
+        trackers.import_wandb()
     mesh = sharding.make_mesh(**config.mesh.sizes)
     layout = sharding.Layout(mesh, sharding.parse_rules(config.mesh.rules))
     check_batches(config, mesh)
@@ -182,7 +200,7 @@ def train(
             lambda: take_folder(config, template, checkpoints, latest, lock, overwrite=overwrite)
         )
         if speaks:
-            report.print_run_table(*run.describe())
+            tables.print_run_table(*run.describe())
         loop(run, checkpoints, stop, profile if speaks else range(0), lock.check)
         from_first(lock.check)
         place = export(run, checkpoints)
@@ -190,7 +208,7 @@ def train(
         if speaks:
             scores, exported = evaluations(output), int(run.state.step)
             result = [(place.name, f"{place} (step {exported})")]
-            report.print_final_table(scores.get(0), scores.get(exported), result)
+            tables.print_final_table(scores.get(0), scores.get(exported), result)
 
 
 def check_sources(
@@ -316,7 +334,7 @@ def loop(
             step_fn = run.compile_step(stop.run_interruptible)
         rows = sharding.process_rows(run.mesh, run.batch_size)
         workers = config.data.workers
-        read = data.iterate(run.rows.plan, first, last, workers=workers, rows=rows)
+        read = iterate(run.rows.plan, first, last, workers=workers, rows=rows)
         batches = stack.enter_context(
             Batches(read, tell=log.warn, stop=lambda: stop.requested, workers=workers)
         )
@@ -373,4 +391,4 @@ def at_once(work: Callable[[], Any], doing: str) -> Any:
 
 if __name__ == "__main__":
     survive_full_disks()
-    cli.run(main)
+    arguments.run(main)

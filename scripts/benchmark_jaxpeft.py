@@ -18,15 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpeft as jp
-from jaxpeft import cli, data, sharding
-from jaxpeft.config import ModelSection, RunConfig, TrainSection
-from jaxpeft.decoding import generate_ids
-from jaxpeft.methods import Full, LoRA, PromptTuning
-from jaxpeft.models.hf_config import config_from_hf
+from jaxpeft.cli import arguments
+from jaxpeft.config.run_config import ModelSection, RunConfig, TrainSection
+from jaxpeft.data.batches import Plan, iterate
+from jaxpeft.data.encode import Examples
+from jaxpeft.data.settings import DataConfig
+from jaxpeft.inference.decoding import generate_ids
+from jaxpeft.mesh import layout
+from jaxpeft.methods.leaves.full import Full
+from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.prompts.prompt import PromptTuning
 from jaxpeft.models.transformer import Transformer
-from jaxpeft.products import product
-from jaxpeft.run import Run
-from jaxpeft.run_rows import Rows
+from jaxpeft.ops.products import product
+from jaxpeft.pretrained.hf.config import config_from_hf
+from jaxpeft.training.rows import Rows
+from jaxpeft.training.run import Run
 
 PACKAGES = ("jaxpeft", "jax", "jaxlib", "flax", "optax", "numpy")
 SMOLLM2_135M = {
@@ -47,7 +53,7 @@ SMOLLM2_135M = {
 
 def measure(work: side.Work) -> dict[str, Any]:
     """Does one piece of work."""
-    cli.keep_compiled(argparse.Namespace(no_compilation_cache=False))
+    arguments.keep_compiled(argparse.Namespace(no_compilation_cache=False))
     if work.dtype == "float32" and jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", "highest")  # as torch by default
     jobs = {"gemm": gemm, "generate": generate, "train": train, "prepare": prepare}
@@ -111,23 +117,21 @@ def make_run(work: side.Work) -> Run:
             double_quantization=coded,
         ),
         method=method,
-        data=data.DataConfig(
-            train="random tokens", max_length=work.seq_len + method.num_virtual_tokens
-        ),
+        data=DataConfig(train="random tokens", max_length=work.seq_len + method.num_virtual_tokens),
         optim=jp.OptimConfig(
             learning_rate=side.LEARNING_RATE, schedule="constant", clip_norm=side.CLIP_NORM
         ),
         train=TrainSection(steps=steps, batch_size=work.batch_size, remat=work.remat),  # pyright: ignore[reportArgumentType]
         output_dir="nowhere",
     )
-    mesh = sharding.make_mesh(**config.mesh.sizes)
+    mesh = layout.make_mesh(**config.mesh.sizes)
     base = load(config.model, mesh)
     length, vocab_size = work.segment or work.seq_len, base.config.vocab_size
     count = steps * work.batch_size * (work.seq_len // length)
     tokens = np.random.default_rng(0).integers(vocab_size, size=(count, length))
-    examples = data.Examples.of_tokens(list(tokens), config.data.train)
+    examples = Examples.of_tokens(list(tokens), config.data.train)
     prefix = vocab_size + np.arange(method.num_virtual_tokens, dtype=np.int32)
-    plan = data.Plan(
+    plan = Plan(
         examples.with_prefix(prefix),
         batch_size=work.batch_size,
         max_length=config.data.max_length,
@@ -140,7 +144,7 @@ def train(work: side.Work) -> dict[str, Any]:
     """Steps of training."""
     run = make_run(work)
     step = run.compile_step()
-    batches: Any = data.iterate(run.rows.plan, 0, run.rows.steps)
+    batches: Any = iterate(run.rows.plan, 0, run.rows.steps)
 
     def call() -> float:
         run.state, metrics = step(run.state, run.base.params, run.put(next(batches)))

@@ -40,10 +40,11 @@ import yaml
 from orbax.checkpoint import v1 as orbax  # noqa: F401
 from safetensors.numpy import save_file
 
-from jaxpeft import config as run_config
-from jaxpeft import patience, train
-from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.errors import UserError
+from jaxpeft import train
+from jaxpeft.checkpoints.checkpoints import Checkpoints
+from jaxpeft.config import run_config
+from jaxpeft.core.errors import UserError
+from jaxpeft.files import patience
 
 STEPS, EVERY, KEEP = 6, 2, 2
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8, "vocab_size": 64}

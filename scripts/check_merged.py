@@ -323,8 +323,8 @@ def merge_case(case: Case, root: pathlib.Path) -> dict[str, Any]:
     from toy_model import toy_adapter
 
     import jaxpeft as jp
-    from jaxpeft.chat_settings import ChatSettings
-    from jaxpeft.decoding import generate_ids
+    from jaxpeft.inference.decoding import generate_ids
+    from jaxpeft.methods.chat_settings import ChatSettings
 
     base: Any = jp.load_model(case.base) if case.base else made_model(case, root)
     end = base.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -358,7 +358,7 @@ def made_model(case: Case, root: pathlib.Path) -> Any:
     )
     from toy_model import toy_model
 
-    from jaxpeft.models.load import load_tokenizer
+    from jaxpeft.pretrained.load import load_tokenizer
 
     kind = case.name.removeprefix("gguf-")
     if kind == "sentencepiece":

@@ -36,10 +36,10 @@ def write(adapter_folder: Path, base_path: Path, file: Path, merged: Path) -> No
     import jax.numpy as jnp
     from safetensors.numpy import save_file
 
-    from jaxpeft.methods import KINDS
-    from jaxpeft.model import save_model
-    from jaxpeft.models.load import load_model
-    from jaxpeft.peft_format import load_adapter
+    from jaxpeft.methods.registry import KINDS
+    from jaxpeft.pretrained.adapters import load_adapter
+    from jaxpeft.pretrained.load import load_model
+    from jaxpeft.pretrained.model import save_model
 
     base = load_model(base_path, dtype="float32", compute_dtype="float32")
     if base.tokenizer is None:

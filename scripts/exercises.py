@@ -150,7 +150,7 @@ def measure(run: Path) -> dict[str, Any]:
     """What has to be computed of a finished run: sizes, and perplexity on general text."""
     import jaxpeft as jp
     from jaxpeft.evaluate import evaluate_file
-    from jaxpeft.report import count_parameters, count_trainable
+    from jaxpeft.reports.tables import count_parameters, count_trainable
 
     rows = run / "general.jsonl"
     lines = GENERAL.read_text(encoding="utf-8").splitlines()

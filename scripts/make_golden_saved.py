@@ -83,7 +83,7 @@ def build(name: str, base: Any) -> Any:
     import jax.numpy as jnp
 
     import jaxpeft as jp
-    from jaxpeft import paths
+    from jaxpeft.core import paths
 
     _, method, settings = ADAPTERS[name]
     adapter = jp.init_adapter(getattr(jp, method)(**settings), base, jax.random.key(0))

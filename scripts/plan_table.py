@@ -10,9 +10,9 @@ import argparse
 import sys
 from typing import Any
 
-from jaxpeft.config import load_config
+from jaxpeft.config.run_config import load_config
 from jaxpeft.plan import compile_only, make_plan, say
-from jaxpeft.plan_memory import GIB
+from jaxpeft.planning.memory import GIB
 
 Case = tuple[str, str, list[str]]
 CASES: list[Case] = [

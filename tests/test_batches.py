@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxpeft import batches as module
-from jaxpeft import data, signals
-from jaxpeft.batches import Batches
-from jaxpeft.errors import LostWorkerError
+from jaxpeft.cli import signals
+from jaxpeft.core.errors import LostWorkerError
+from jaxpeft.data.batches import Plan, iterate
+from jaxpeft.training import feed as module
+from jaxpeft.training.feed import Batches
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,7 +92,7 @@ def test_a_signal_ends_a_wait_but_not_a_batch_that_comes(monkeypatch):
     left.join(10)
 
 
-class Plan(data.Plan):
+class Plan(Plan):
     """Stands for a plan, one of whose batches never comes."""
 
     def __init__(self, how: str):
@@ -108,7 +109,7 @@ class Plan(data.Plan):
 
 def test_a_killed_worker_is_named_with_its_exit_code():
     def read_all():
-        read = data.iterate(Plan("killed"), 0, 9, workers=1)
+        read = iterate(Plan("killed"), 0, 9, workers=1)
         with Batches(read, tell=print, stop=never) as batches:
             for step in range(9):
                 batches.next(step)
@@ -134,7 +135,7 @@ def end_while_data_stall(_) -> int:
     workers = int(sys.argv[1])
     module.PATIENCE_SECONDS = module._LEAVE_SECONDS = 0.5
     asked = []
-    read = data.iterate(Plan("stalls"), 0, 9, workers=workers)
+    read = iterate(Plan("stalls"), 0, 9, workers=workers)
     with Batches(
         read, tell=print, stop=lambda: "SIGTERM" if asked else None, workers=workers
     ) as batches:
@@ -147,6 +148,6 @@ def end_while_data_stall(_) -> int:
 
 
 if __name__ == "__main__":
-    from jaxpeft import cli
+    from jaxpeft.cli import arguments
 
-    cli.run(end_while_data_stall)
+    arguments.run(end_while_data_stall)

@@ -8,10 +8,11 @@ import pytest
 from tiny_decoder import CONFIG, decoder
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.methods import BitFit, bind
+from jaxpeft.core import paths
+from jaxpeft.methods.binding import bind
+from jaxpeft.methods.leaves.bitfit import BitFit
 from jaxpeft.models.config import ModelConfig
-from jaxpeft.run_result import export_path
+from jaxpeft.training.output.result import export_path
 
 BIASED = ModelConfig(**{**dataclasses.asdict(CONFIG), "model_type": "qwen2", "qkv_bias": True})
 

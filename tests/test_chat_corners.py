@@ -11,8 +11,10 @@ from toy_model import toy_model
 from toy_tokenizer import CHATML, toy_tokenizer
 
 import jaxpeft as jp
-from jaxpeft.data import Reading, encode_rows, make_questions
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.encode import encode_rows
+from jaxpeft.data.questions import make_questions
+from jaxpeft.data.settings import Reading
 
 THINKS_AND_CALLS = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"

@@ -10,13 +10,13 @@ from toy_model import toy_adapter, toy_model
 from toy_tokenizer import CHATML, shown, toy_tokenizer
 
 import jaxpeft as jp
-from jaxpeft import data
-from jaxpeft.chat_prompts import encode_prompts, stop_ids
-from jaxpeft.chat_settings import ChatSettings
-from jaxpeft.decoding import generate_ids
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.encode import encode_rows
 from jaxpeft.evaluate import exact_match
 from jaxpeft.generate import main as generate_main
+from jaxpeft.inference.chat_prompts import encode_prompts, stop_ids
+from jaxpeft.inference.decoding import generate_ids
+from jaxpeft.methods.chat_settings import ChatSettings
 
 USER = {"role": "user", "content": "Hi"}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
@@ -36,7 +36,7 @@ def test_prompts_with_tools_documents_and_variables_are_those_of_training(getkey
     base = toy_model(getkey(), tokenizer=toy_tokenizer(TEMPLATE))
     beside = {"tools": TOOLS, "documents": DOCUMENTS, "chat_template_kwargs": {"style": "dry"}}
     row = {"messages": [USER, {"role": "assistant", "content": "Ho"}], **beside}
-    examples = data.encode_rows([row], base.tokenizer, max_length=200)
+    examples = encode_rows([row], base.tokenizer, max_length=200)
     (ids,) = encode_prompts(base, [[USER]], **beside)
     assert shown(ids).startswith("T:add;D:Bo is a dog.;S:dry;<|im_start|>system")
     assert ids == examples.tokens[0][: int(np.argmax(examples.masks[0]))].tolist()

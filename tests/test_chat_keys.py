@@ -7,8 +7,8 @@ import pytest
 from chat_rows import TOOLS, answer, call, result, system, user
 from chat_templates import ZOO, shown, tokenizer_of
 
-from jaxpeft.data import encode_rows
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.encode import encode_rows
 
 HI, HELLO = user("Hi"), answer("Hello")
 PLAIN = {"messages": [HI, HELLO]}

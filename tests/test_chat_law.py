@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from toy_model import CONFIG
 
 import jaxpeft as jp
-from jaxpeft.data import encode_rows
-from jaxpeft.decoding import encode_prompts
+from jaxpeft.data.encode import encode_rows
+from jaxpeft.inference.decoding import encode_prompts
 
 LENGTH = 4096
 TRICKY = (

@@ -6,8 +6,8 @@ import pytest
 from chat_rows import TOOLS, answer, call, result, system, user
 from chat_templates import ALL, ZOO, shown, tokenizer_of
 
-from jaxpeft.data import encode_rows
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.encode import encode_rows
 
 A, B, C, D = (user(text) for text in "abcd")
 W, X, Y, Z = (answer(text) for text in "wxyz")

@@ -7,8 +7,8 @@ import pytest
 from chat_rows import DOCUMENTS, TOOLS, answer, call, result, system, user
 from chat_templates import ALL, ZOO, Kind, shown, tokenizer_of
 
-from jaxpeft.data import encode_rows
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.encode import encode_rows
 
 HI, HELLO = user("Hi"), answer("Hello")
 THINKS = answer("Hello", reasoning_content="A greeting.")

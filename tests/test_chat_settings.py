@@ -4,12 +4,13 @@ from tiny_models import hf_tensors, write_hf
 from toy_model import toy_adapter, toy_model
 
 import jaxpeft as jp
-from jaxpeft.chat_settings import ChatSettings, chat_of
-from jaxpeft.errors import UserError
-from jaxpeft.methods import LoRA, init_adapter
-from jaxpeft.methods.base import Label
-from jaxpeft.models.load import load_model
-from jaxpeft.peft_format import load_adapter, save_adapter
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.binding import init_adapter
+from jaxpeft.methods.chat_settings import ChatSettings, chat_of
+from jaxpeft.methods.family import Label
+from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.pretrained.adapters import load_adapter, save_adapter
+from jaxpeft.pretrained.load import load_model
 
 SETTINGS = ChatSettings("{{ 1 }}", {"enable_thinking": False, "größe": [1, None]}, (7, 2))
 

@@ -8,12 +8,17 @@ from toy_model import toy_adapter, toy_model
 from toy_tokenizer import CHATML, toy_tokenizer
 
 import jaxpeft as jp
-from jaxpeft.chat_settings import ChatSettings, chat_of
-from jaxpeft.chat_template import MAX_BYTES, override_in_adapter, override_template, read_template
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
 from jaxpeft.evaluate import main as evaluate_main
 from jaxpeft.generate import main as generate_main
 from jaxpeft.merge import main as merge_main
+from jaxpeft.methods.chat_settings import ChatSettings, chat_of
+from jaxpeft.pretrained.chat_template import (
+    MAX_BYTES,
+    override_in_adapter,
+    override_template,
+    read_template,
+)
 
 OTHER = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from jaxpeft import cli
-from jaxpeft.config_keys import Schema
-from jaxpeft.errors import UserError
-from jaxpeft.foreign_names import FOREIGN
+from jaxpeft.cli import arguments
+from jaxpeft.config.schema import Schema
+from jaxpeft.core.errors import UserError
+from jaxpeft.core.foreign_names import FOREIGN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +105,11 @@ def test_a_closed_pipe_is_quiet(command):
 
 
 def test_overrides_are_kept_apart_from_a_commands_own_options():
-    parser = cli.make_parser("train", "Trains.", SCHEMA)
+    parser = arguments.make_parser("train", "Trains.", SCHEMA)
     parser.add_argument("config")
     parser.add_argument("--resume")
     line = "--optim.learning_rate -1 c.yaml --resume never --output_dir=o --optim {learning_rate:3}"
-    args, overrides = cli.parse_arguments(parser, line.split(), SCHEMA)
+    args, overrides = arguments.parse_arguments(parser, line.split(), SCHEMA)
     assert (args.config, args.resume) == ("c.yaml", "never")
     assert overrides == [
         *("--optim.learning_rate", "-1", "--output_dir=o", "--optim", "{learning_rate:3}")
@@ -130,16 +130,16 @@ def test_overrides_are_kept_apart_from_a_commands_own_options():
     ],
 )
 def test_unknown_option_is_answered_with_the_nearest(flag, message):
-    parser = cli.make_parser("train", "Trains.")
+    parser = arguments.make_parser("train", "Trains.")
     parser.add_argument("--resume")
     with pytest.raises(UserError) as caught:
-        cli.parse_arguments(parser, [flag], SCHEMA)
+        arguments.parse_arguments(parser, [flag], SCHEMA)
     assert str(caught.value).startswith(message)
 
 
 def test_without_a_schema_there_are_no_overrides():
     with pytest.raises(UserError, match=r"--optim\.learning_rate: unknown option"):
-        cli.parse_arguments(cli.make_parser("merge", ""), ["--optim.learning_rate=3"])
+        arguments.parse_arguments(arguments.make_parser("merge", ""), ["--optim.learning_rate=3"])
 
 
 SHOW = "print(argv, os.environ.get('GLIBC_TUNABLES'), *open('starts').read().split())"

@@ -14,7 +14,7 @@ import pytest
 from toy_model import toy_adapter, toy_model
 
 import jaxpeft as jp
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
 from jaxpeft.evaluate import evaluate_file
 from jaxpeft.evaluate import main as evaluate_main
 from jaxpeft.generate import main as generate_main

@@ -6,8 +6,9 @@ import pytest
 from tiny_decoder import decoder, make_adapter, make_batch
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.methods import KINDS, METHODS, bind, merge
+from jaxpeft.core import paths
+from jaxpeft.methods.binding import bind, merge
+from jaxpeft.methods.registry import KINDS, METHODS
 
 LORA = {"rank": 2, "alpha": 4.0}
 LOSSY = {

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from toy_tokenizer import CHATML, VOCAB_SIZE, shown, toy_tokenizer
 
-from jaxpeft.data import Reading, encode_file, render_messages
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.chat.template import render_messages
+from jaxpeft.data.encode import encode_file
+from jaxpeft.data.settings import Reading
 
 PAIR = {"prompt": "ab", "completion": "cd"}
 

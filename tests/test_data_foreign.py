@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from jaxpeft.data import read_rows
-from jaxpeft.data.files import read_json
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.rows.json_rows import read_json
+from jaxpeft.data.rows.kinds import read_rows
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]

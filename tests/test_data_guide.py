@@ -7,12 +7,12 @@ import re
 
 import pytest
 
-from jaxpeft.chat_template import override_template
-from jaxpeft.data import encode_rows
-from jaxpeft.errors import UserError
-from jaxpeft.models.load import load_tokenizer
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.encode import encode_rows
 from jaxpeft.plan import decode_parts
-from jaxpeft.plan_report import mark_learned
+from jaxpeft.planning.report import mark_learned
+from jaxpeft.pretrained.chat_template import override_template
+from jaxpeft.pretrained.load import load_tokenizer
 
 GUIDE = pathlib.Path(__file__).parent.parent / "configs" / "guides"
 TEXT = (GUIDE / "data.md").read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from toy_tokenizer import toy_tokenizer
 
-from jaxpeft.data import encode_file, encode_rows
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.encode import encode_file, encode_rows
 
 ROWS = [{"prompt": "ab", "completion": "c"}, {"text": "abc"}]
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxpeft.data import pack
+from jaxpeft.data.packing import pack
 
 cases = st.integers(1, 80).flatmap(
     lambda room: st.tuples(st.lists(st.integers(1, room), max_size=60), st.just(room))

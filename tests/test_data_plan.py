@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxpeft.data import DataConfig, Examples, Plan, eval_batches, iterate
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.batches import Plan, eval_batches, iterate
+from jaxpeft.data.encode import Examples
+from jaxpeft.data.settings import DataConfig
 
 
 def examples_of(*pairs):

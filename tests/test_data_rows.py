@@ -3,8 +3,10 @@ import json
 import pytest
 from toy_tokenizer import shown, toy_tokenizer
 
-from jaxpeft.data import Reading, Row, has_answer, make_questions, read_rows
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.questions import make_questions
+from jaxpeft.data.rows.kinds import Row, has_answer, read_rows
+from jaxpeft.data.settings import Reading
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 PAIR = {"prompt": "1+1=", "completion": "2"}

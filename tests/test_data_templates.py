@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from ordinary_templates import CHATML, LLAMA3, TEMPLATES
 from toy_tokenizer import toy_tokenizer
 
-from jaxpeft.data import template_limits
+from jaxpeft.core.errors import UserError
 from jaxpeft.data.encode import encode_file
-from jaxpeft.data.template_date import strftime_now
-from jaxpeft.data.template_sandbox import BoundedEnvironment
-from jaxpeft.data.templates import TemplateError, render_template
-from jaxpeft.errors import UserError
+from jaxpeft.data.templates import limits
+from jaxpeft.data.templates.date import strftime_now
+from jaxpeft.data.templates.render import TemplateError, render_template
+from jaxpeft.data.templates.sandbox import BoundedEnvironment
 
 USER = {"role": "user", "content": "What is <b>4</b> & 5?\n"}
 CALL = {"function": {"name": "add", "arguments": {"a": 4, "b": [5.5, None, True, "\u00fc"]}}}
@@ -151,8 +151,8 @@ def render(tokenizer, monkeypatch):
 @pytest.mark.parametrize("name", HUGE)
 def test_a_template_that_asks_for_too_much_ends_in_one_line(render, monkeypatch, name):
     """With fewer steps than there are, since types are checked at each of them in tests."""
-    monkeypatch.setattr(template_limits, "MAX_STEPS", 4000)
-    monkeypatch.setattr(template_limits, "MAX_TOTAL_CHARS", template_limits.MAX_TOTAL_CHARS // 10)
+    monkeypatch.setattr(limits, "MAX_STEPS", 4000)
+    monkeypatch.setattr(limits, "MAX_TOTAL_CHARS", limits.MAX_TOTAL_CHARS // 10)
     tracemalloc.start()
     try:
         with pytest.raises(TemplateError) as caught:
@@ -287,7 +287,7 @@ def test_a_long_message_passes(rendered):
 
 
 def test_threads_count_for_themselves(render, tokenizer, monkeypatch):
-    monkeypatch.setattr(template_limits, "MAX_STEPS", 3000)
+    monkeypatch.setattr(limits, "MAX_STEPS", 3000)
     text = render("{% for i in range(2000) %}{{ i % 10 }}{% endfor %}")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         jobs = [pool.submit(render_template, tokenizer, [USER]) for _ in range(40)]
@@ -311,8 +311,8 @@ def test_a_template_is_compiled_once(render, monkeypatch):
 
 def test_a_template_that_passes_the_limits_is_soon_done_with_many_rows(render, monkeypatch):
     """The n-th failure takes a part of the steps, but every rendering has some."""
-    monkeypatch.setattr(template_limits, "MAX_STEPS", 20_000)
-    monkeypatch.setattr(template_limits, "MIN_STEPS", 4_000)
+    monkeypatch.setattr(limits, "MAX_STEPS", 20_000)
+    monkeypatch.setattr(limits, "MIN_STEPS", 4_000)
     taken = []
     for _ in range(7):
         with pytest.raises(TemplateError) as caught:
@@ -362,7 +362,7 @@ def test_a_template_that_fails_names_the_row(tmp_path, tokenizer, monkeypatch, t
 
 
 def test_nested_loops_end_a_file(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(template_limits, "MAX_STEPS", 4000)
+    monkeypatch.setattr(limits, "MAX_STEPS", 4000)
     test_a_template_that_fails_names_the_row(tmp_path, tokenizer, monkeypatch, HUGE["nested loops"])
 
 

@@ -15,14 +15,15 @@ from toy_model import toy_adapter, toy_model
 from toy_tokenizer import VOCAB_SIZE, toy_tokenizer
 
 import jaxpeft as jp
-from jaxpeft import data, decoding
-from jaxpeft.backend import traced_for
-from jaxpeft.decoding import encode_prompts, generate, generate_ids
-from jaxpeft.errors import UserError
-from jaxpeft.methods import bind
+from jaxpeft.core.backend import traced_for
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.encode import encode_rows
+from jaxpeft.inference import decoding
+from jaxpeft.inference.decoding import encode_prompts, generate, generate_ids
+from jaxpeft.inference.sampling import Sampling, filter_logits
+from jaxpeft.methods.binding import bind
 from jaxpeft.models import unstack
 from jaxpeft.models.cache import init_cache
-from jaxpeft.sampling import Sampling, filter_logits
 
 VARIANTS = {
     "llama": {},
@@ -350,7 +351,7 @@ def test_chat_messages_are_rendered_up_to_the_assistants_turn(getkey):
 )
 def test_prompts_are_the_tokens_that_training_puts_before_the_answer(getkey, bos, row, prompt):
     base = toy_model(getkey(), tokenizer=toy_tokenizer(bos=bos))
-    examples = data.encode_rows([row], base.tokenizer, max_length=100)
+    examples = encode_rows([row], base.tokenizer, max_length=100)
     (ids,) = encode_prompts(base, [prompt])
     first_learned = int(np.argmax(examples.masks[0]))
     assert ids == examples.tokens[0][:first_learned].tolist()

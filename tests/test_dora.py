@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from tiny_decoder import decoder, draw
 
-from jaxpeft import paths
-from jaxpeft.errors import UserError
-from jaxpeft.methods import LoRA, bind, init_adapter, merge
-from jaxpeft.methods.dora import DoRAKernel, base_norm
-from jaxpeft.methods.lora_nodes import drop
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.binding import bind, init_adapter, merge
+from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.lora.dora import DoRAKernel, base_norm
+from jaxpeft.methods.lora.nodes import drop
 
 IDS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 MODULE, PARAMS = decoder()

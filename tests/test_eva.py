@@ -16,15 +16,17 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_decoder import CONFIG, decoder, make_batch
 
-from jaxpeft import paths
-from jaxpeft.errors import UserError
-from jaxpeft.methods import LoRA, eva, init_adapter
-from jaxpeft.methods.base import Context
-from jaxpeft.methods.principal import Components, update
-from jaxpeft.model import Model
-from jaxpeft.models.load import load_params
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.binding import init_adapter
+from jaxpeft.methods.family import Context
+from jaxpeft.methods.lora import eva
+from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.lora.principal import Components, update
 from jaxpeft.models.transformer import Transformer
-from jaxpeft.peft_format import load_adapter
+from jaxpeft.pretrained.adapters import load_adapter
+from jaxpeft.pretrained.load import load_params
+from jaxpeft.pretrained.model import Model
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

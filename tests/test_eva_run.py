@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from tiny_run import evaluation_lines, make_files, training_lines, write_config
 
 from jaxpeft import train as program
-from jaxpeft.methods import eva
+from jaxpeft.methods.lora import eva
 
 METHOD = {"name": "lora", "rank": 3, "alpha": 6, "init_weights": "eva", "eva_rho": 3.0}
 pytestmark = pytest.mark.usefixtures("one_device")

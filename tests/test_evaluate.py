@@ -10,8 +10,10 @@ import pytest
 from toy_model import toy_adapter, toy_model
 
 import jaxpeft as jp
-from jaxpeft import data, evaluate
-from jaxpeft.errors import UserError
+from jaxpeft import evaluate
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.batches import eval_batches
+from jaxpeft.data.encode import encode_rows
 from jaxpeft.evaluate import Sample, evaluate_file, evaluate_loss, exact_match
 
 ROWS = [
@@ -25,11 +27,11 @@ LONGEST = 96
 
 
 def encode(base, rows=ROWS):
-    return data.encode_rows(rows, base.tokenizer, max_length=LONGEST)
+    return encode_rows(rows, base.tokenizer, max_length=LONGEST)
 
 
 def batches(base, examples, batch_size=2, packing=True):
-    return data.eval_batches(
+    return eval_batches(
         examples,
         batch_size=batch_size,
         max_length=LONGEST,

@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from jaxpeft.event_file import EventFile, crc32c, encode_event, encode_record
+from jaxpeft.reports.event_file import EventFile, crc32c, encode_event, encode_record
 
 
 @pytest.mark.parametrize(

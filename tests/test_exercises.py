@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from toy_model import CONFIG, toy_adapter, toy_model
 
 import jaxpeft as jp
-from jaxpeft.config import load_config
+from jaxpeft.config.run_config import load_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 

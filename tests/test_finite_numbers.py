@@ -13,12 +13,13 @@ from tiny_decoder import make_adapter
 from tiny_run import Files, settings
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.config_keys import fields_of
-from jaxpeft.errors import UserError
-from jaxpeft.methods import METHODS, LoRA
-from jaxpeft.optim import OptimConfig, masked
-from jaxpeft.train_step import adapter_only, init_train_state, make_train_step
+from jaxpeft.config.schema import fields_of
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.registry import METHODS
+from jaxpeft.updates.optimizers import OptimConfig, masked
+from jaxpeft.updates.step import adapter_only, init_train_state, make_train_step
 
 FEW = LoRA(rank=2, targets=("v_proj", "down_proj"))
 

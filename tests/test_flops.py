@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_decoder import CONFIG
 
-from jaxpeft.flops import at_most, count_flops
+from jaxpeft.core.flops import at_most, count_flops
 from jaxpeft.models.transformer import Transformer
 
 IDS = jax.ShapeDtypeStruct((3, 32), jnp.int32)

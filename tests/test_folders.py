@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from jaxpeft.errors import ResourceError, UserError
-from jaxpeft.folders import new_folder, remove_leftovers, write_folder
+from jaxpeft.core.errors import ResourceError, UserError
+from jaxpeft.files.folders import new_folder, remove_leftovers, write_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 

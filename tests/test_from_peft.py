@@ -10,14 +10,22 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpeft import paths
-from jaxpeft.errors import UserError
-from jaxpeft.methods import IA3, KINDS, OFT, LNTuning, LoHa, LoRA, Method, VeRA, init_adapter
-from jaxpeft.methods.exchange import Selection
-from jaxpeft.model import Model
-from jaxpeft.models.load import load_params
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.binding import init_adapter
+from jaxpeft.methods.family import Method
+from jaxpeft.methods.kernels.ia3 import IA3
+from jaxpeft.methods.kernels.loha import LoHa
+from jaxpeft.methods.kernels.oft import OFT
+from jaxpeft.methods.kernels.vera import VeRA
+from jaxpeft.methods.leaves.ln_tuning import LNTuning
+from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.peft.values import Selection
+from jaxpeft.methods.registry import KINDS
 from jaxpeft.models.transformer import Transformer
-from jaxpeft.peft_format import load_adapter
+from jaxpeft.pretrained.adapters import load_adapter
+from jaxpeft.pretrained.load import load_params
+from jaxpeft.pretrained.model import Model
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FOLDERS = [

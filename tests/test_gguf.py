@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from tiny_models import CONFIGS, expected_params, hf_tensors
 
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
+from jaxpeft.core.paths import flatten
 from jaxpeft.models.config import RopeScaling
-from jaxpeft.models.gguf import open_gguf, read_gguf_config
-from jaxpeft.models.gguf_file import read_gguf
-from jaxpeft.models.hf_config import config_from_hf
-from jaxpeft.models.load import load_tokenizer
-from jaxpeft.models.source import TensorInfo, decode
-from jaxpeft.models.weights import read_params
-from jaxpeft.paths import flatten
+from jaxpeft.pretrained.gguf.file import read_gguf
+from jaxpeft.pretrained.gguf.reader import open_gguf, read_gguf_config
+from jaxpeft.pretrained.hf.config import config_from_hf
+from jaxpeft.pretrained.load import load_tokenizer
+from jaxpeft.pretrained.weights.params import read_params
+from jaxpeft.pretrained.weights.source import TensorInfo, decode
 
 Type = gguf.GGMLQuantizationType
 NAMES = {  # llama.cpp's names, as its converter writes them
@@ -166,7 +166,7 @@ def wide(monkeypatch):
 @pytest.mark.parametrize("slab", [1, 100, 1 << 20])
 @pytest.mark.usefixtures("wide")
 def test_quantised_models_load_with_rows_in_order(tmp_path, monkeypatch, quant, slab):
-    monkeypatch.setattr("jaxpeft.models.stacks.SLAB_VALUES", slab)
+    monkeypatch.setattr("jaxpeft.pretrained.weights.stacks.SLAB_VALUES", slab)
     tensors = hf_tensors("llama")
     actual = load(write_gguf(tmp_path / "m.gguf", "llama", tensors, quant))
     rounded = {

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxpeft.methods import KINDS, merge
-from jaxpeft.model import Model
-from jaxpeft.models.load import load_params
+from jaxpeft.methods.binding import merge
+from jaxpeft.methods.registry import KINDS
 from jaxpeft.models.transformer import Transformer
-from jaxpeft.peft_format import load_adapter, save_adapter
+from jaxpeft.pretrained.adapters import load_adapter, save_adapter
+from jaxpeft.pretrained.load import load_params
+from jaxpeft.pretrained.model import Model
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = sorted(file.stem for file in (GOLDEN / "methods").glob("*.safetensors"))

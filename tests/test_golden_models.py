@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxpeft.models.load import load_params
 from jaxpeft.models.transformer import Transformer
+from jaxpeft.pretrained.load import load_params
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MODELS = sorted(folder.name for folder in (GOLDEN / "models").iterdir())

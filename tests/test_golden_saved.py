@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxpeft.model import Model
-from jaxpeft.models.load import load_params
 from jaxpeft.models.transformer import Transformer
-from jaxpeft.peft_format import load_adapter, save_adapter
+from jaxpeft.pretrained.adapters import load_adapter, save_adapter
+from jaxpeft.pretrained.load import load_params
+from jaxpeft.pretrained.model import Model
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "scripts"))
 from make_golden_saved import ADAPTERS, build

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import BASE, CONFIGS
 
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
 from jaxpeft.models.config import ModelConfig, RopeScaling
-from jaxpeft.models.hf_config import config_from_hf, config_to_hf
-from jaxpeft.models.names import param_shapes
+from jaxpeft.pretrained.hf.config import config_from_hf, config_to_hf
+from jaxpeft.pretrained.weights.names import param_shapes
 
 LLAMA3 = {
     "rope_type": "llama3",

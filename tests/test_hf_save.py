@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from tiny_models import BF16, CONFIGS, hf_tensors, write_hf
 
-from jaxpeft.errors import UserError
-from jaxpeft.models.hf_save import save_hf
-from jaxpeft.models.load import load_params
+from jaxpeft.core.errors import UserError
+from jaxpeft.core.paths import HEAD, flatten, put
 from jaxpeft.models.transformer import Transformer
-from jaxpeft.paths import HEAD, flatten, put
+from jaxpeft.pretrained.load import load_params
+from jaxpeft.pretrained.save import save_hf
 
 
 def load_tiny(folder: pathlib.Path, kind: str, dtype: str | None = None):

@@ -5,8 +5,8 @@ import errno
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import cli
-from jaxpeft.errors import UserError
+from jaxpeft.cli import arguments
+from jaxpeft.core.errors import UserError
 
 CONFIG_KEYS = ("train.microbatch_size", "data.max_length", "checkpoint.keep", "output_dir")
 
@@ -14,11 +14,11 @@ CONFIG_KEYS = ("train.microbatch_size", "data.max_length", "checkpoint.keep", "o
 @pytest.mark.parametrize("verb", ["generate", "evaluate", "merge"])
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOSPC, "No space left")])
 def test_commands_without_a_config_name_no_key_of_one(monkeypatch, capsys, verb, error):
-    monkeypatch.setattr(cli, "_running", [])
-    parser = cli.make_parser(verb, "")
+    monkeypatch.setattr(arguments, "_running", [])
+    parser = arguments.make_parser(verb, "")
     if verb != "merge":
-        cli.add_base(parser)
-    assert cli.report(error) == 5
+        arguments.add_base(parser)
+    assert arguments.report(error) == 5
     text = capsys.readouterr().err
     assert not [key for key in CONFIG_KEYS if key in text]
     known = {"--batch_size", "--dtype", "--quantization"}
@@ -28,9 +28,9 @@ def test_commands_without_a_config_name_no_key_of_one(monkeypatch, capsys, verb,
 
 @pytest.mark.parametrize("verb", ["train", "plan"])
 def test_commands_with_a_config_name_its_keys(monkeypatch, capsys, verb):
-    monkeypatch.setattr(cli, "_running", [])
-    cli.make_parser(verb, "")
-    assert cli.report(MemoryError()) == 5
+    monkeypatch.setattr(arguments, "_running", [])
+    arguments.make_parser(verb, "")
+    assert arguments.report(MemoryError()) == 5
     assert "lower train.microbatch_size" in capsys.readouterr().err
 
 

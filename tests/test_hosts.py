@@ -17,9 +17,11 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import evaluation_lines, make_files, training_lines, write_config
 
-from jaxpeft import host_errors, hosts, processes, run_folder, sharding
 from jaxpeft import train as program
-from jaxpeft.errors import ResourceError, UserError
+from jaxpeft.cli import host_errors, hosts
+from jaxpeft.core.errors import ResourceError, UserError
+from jaxpeft.mesh import layout, processes
+from jaxpeft.training.output import folder
 
 HERE = pathlib.Path(__file__).parent
 STEPS = 10
@@ -46,8 +48,8 @@ def one_process(files, tmp_path_factory):
 
 def run_in_one(files, output, **changes):
     with pytest.MonkeyPatch.context() as patch:
-        make_mesh, devices = sharding.make_mesh, jax.devices()[:4]
-        patch.setattr(sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=devices))
+        make_mesh, devices = layout.make_mesh, jax.devices()[:4]
+        patch.setattr(layout, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=devices))
         program.main([write_config(files, output, **SETTINGS | changes)])
     return output
 
@@ -406,17 +408,17 @@ def test_without_signs_of_a_cluster_or_with_another_jax_a_run_is_alone(monkeypat
 
 
 def test_a_folder_that_only_the_first_process_sees_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "_SEEN_SECONDS", 0.1)
+    monkeypatch.setattr(folder, "_SEEN_SECONDS", 0.1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(run_folder, "together", lambda act: act())
-    monkeypatch.setattr(run_folder, "from_first", lambda find: find())
+    monkeypatch.setattr(folder, "together", lambda act: act())
+    monkeypatch.setattr(folder, "from_first", lambda find: find())
     output = tmp_path / "mine"
     output.mkdir()
-    run_folder.check_shared(output)
+    folder.check_shared(output)
     assert not list(output.iterdir())
-    monkeypatch.setattr(run_folder, "from_first", lambda find: "of another folder")
+    monkeypatch.setattr(folder, "from_first", lambda find: "of another folder")
     with pytest.raises(UserError, match=r"output_dir: .* does not see .*/mine; give all processes"):
-        run_folder.check_shared(output)
+        folder.check_shared(output)
 
 
 def test_any_error_fits_into_what_the_others_are_told():

@@ -13,9 +13,9 @@ from huggingface_hub import constants
 from tiny_models import hf_tensors, write_hf
 
 import jaxpeft as jp
-from jaxpeft.errors import UserError
-from jaxpeft.models.load import load_config
-from jaxpeft.models.locate import locate
+from jaxpeft.core.errors import UserError
+from jaxpeft.files.locate import locate
+from jaxpeft.pretrained.load import load_config
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 NAME = "org/name"

@@ -9,10 +9,10 @@ import pytest
 from tiny_decoder import CONFIG, decoder
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.linear import materialise
-from jaxpeft.methods import IA3, bind, check_fit
-from jaxpeft.methods.ia3 import IA3Kernel, feedforward_paths, write
+from jaxpeft.core import paths
+from jaxpeft.methods.binding import bind, check_fit
+from jaxpeft.methods.kernels.ia3 import IA3, IA3Kernel, feedforward_paths, write
+from jaxpeft.ops.linear import materialise
 
 RNG = np.random.default_rng(0)
 X, W = RNG.normal(size=(2, 5, 6)), RNG.normal(size=(6, 4))

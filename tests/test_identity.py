@@ -15,10 +15,10 @@ from toy_tokenizer import toy_tokenizer
 
 import jaxpeft as jp
 from jaxpeft import train as program
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
 from jaxpeft.models.config import ModelConfig, RopeScaling
-from jaxpeft.models.identity import Identity, config_changes, identity_of, tokenizer_hash
-from jaxpeft.peft_format import notes_of
+from jaxpeft.pretrained.adapters import notes_of
+from jaxpeft.pretrained.identity import Identity, config_changes, identity_of, tokenizer_hash
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -10,11 +10,12 @@ import pytest
 from tiny_run import evaluation_lines, make_files, training_lines, write_config
 
 import jaxpeft as jp
-from jaxpeft import data, peft_format
 from jaxpeft import train as program
-from jaxpeft.errors import UserError
-from jaxpeft.losses import make_lm_loss
-from jaxpeft.train_step import init_train_state, make_train_step
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.encode import encode_file
+from jaxpeft.pretrained import adapters
+from jaxpeft.updates.losses import make_lm_loss
+from jaxpeft.updates.step import init_train_state, make_train_step
 
 METHOD = {"name": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "down_proj"]}
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -54,7 +55,7 @@ def test_going_on_is_training_the_saved_adapter_with_a_fresh_optimizer(files, fi
     optim = {"learning_rate": 0.01, "schedule": "constant", "clip_norm": None}
     train(files, tmp_path / "run", method, train={"steps": steps}, optim=optim)
     base = jp.load_model(files.model)
-    examples = data.encode_file(
+    examples = encode_file(
         str(files.train), base.tokenizer, max_length=32, vocab_size=base.config.vocab_size
     )
     plan = jp.Plan(examples, batch_size=8, max_length=32, pad_id=base.config.pad_token_id)
@@ -205,6 +206,6 @@ def test_a_hub_id_may_name_a_revision(files, first, tmp_path, monkeypatch):
         asked.append((str(path), revision))
         return first / "adapter"
 
-    monkeypatch.setattr(peft_format, "locate_adapter", locate)
+    monkeypatch.setattr(adapters, "locate_adapter", locate)
     train(files, tmp_path / "run", {"init_from": "some/adapter@v1"}, train={"steps": 1})
     assert set(asked) == {("some/adapter", "v1")}

@@ -14,12 +14,12 @@ from tiny_models import CONFIGS, hf_tensors, write_hf
 from tiny_run import make_files, settings
 
 import jaxpeft as jp
-from jaxpeft import limits
-from jaxpeft.data.files import read_json
-from jaxpeft.errors import UserError
-from jaxpeft.models.gguf_file import read_gguf
-from jaxpeft.models.hf import open_folder
-from jaxpeft.models.load import load_config, load_tokenizer
+from jaxpeft.core import limits
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.rows.json_rows import read_json
+from jaxpeft.pretrained.gguf.file import read_gguf
+from jaxpeft.pretrained.hf.folder import open_folder
+from jaxpeft.pretrained.load import load_config, load_tokenizer
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "llama"])

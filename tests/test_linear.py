@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxpeft.linear import attend, dtype_of, embed, linear, materialise, shape_of
-from jaxpeft.methods.lora_nodes import LoRAKernel
+from jaxpeft.methods.lora.nodes import LoRAKernel
 from jaxpeft.models.transformer import weight
+from jaxpeft.ops.linear import attend, dtype_of, embed, linear, materialise, shape_of
 
 LAYERS, D_IN, D_OUT, RANK = 8, 16, 24, 3
 

@@ -7,8 +7,9 @@ import pytest
 from tiny_decoder import CONFIG, decoder
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.methods import LNTuning, bind, merge
+from jaxpeft.core import paths
+from jaxpeft.methods.binding import bind, merge
+from jaxpeft.methods.leaves.ln_tuning import LNTuning
 
 PARAMS = decoder(CONFIG)[1]
 

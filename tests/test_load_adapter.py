@@ -13,9 +13,9 @@ import pytest
 from huggingface_hub import constants
 
 import jaxpeft as jp
-from jaxpeft.errors import UserError
-from jaxpeft.models.shapes import Weightless
-from jaxpeft.peft_format import load_adapter, peek_kind, save_adapter
+from jaxpeft.core.errors import UserError
+from jaxpeft.pretrained.adapters import load_adapter, peek_kind, save_adapter
+from jaxpeft.pretrained.shapes import Weightless
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from shared_loading import run_pair
 from tiny_models import BF16, hf_tensors, write_hf
 
-from jaxpeft.models.load import load_params
-from jaxpeft.paths import flatten
+from jaxpeft.core.paths import flatten
+from jaxpeft.pretrained.load import load_params
 
 MB = 2**20
 WIDE = {

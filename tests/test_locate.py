@@ -8,9 +8,9 @@ from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 from tiny_models import VOCAB, hf_tensors, write_hf
 
-from jaxpeft.errors import UserError
-from jaxpeft.models.load import load_config, load_params
-from jaxpeft.models.locate import locate, looks_local
+from jaxpeft.core.errors import UserError
+from jaxpeft.files.locate import locate, looks_local
+from jaxpeft.pretrained.load import load_config, load_params
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from full_disk import files_no_larger_than
 
-from jaxpeft.log_files import open_lossy
+from jaxpeft.cli.log_files import open_lossy
 
 ROOT = Path(__file__).parents[1]
 

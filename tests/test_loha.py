@@ -7,11 +7,11 @@ import pytest
 from tiny_decoder import CONFIG, decoder
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.methods import KINDS, LoHa
-from jaxpeft.methods.algebra import weigh_scales
-from jaxpeft.methods.loha import LoHaKernel
-from jaxpeft.methods.lycoris import ranks_values
+from jaxpeft.core import paths
+from jaxpeft.methods.algebra.stacking import weigh_scales
+from jaxpeft.methods.kernels.loha import LoHa, LoHaKernel
+from jaxpeft.methods.kernels.lycoris import ranks_values
+from jaxpeft.methods.registry import KINDS
 
 RNG = np.random.default_rng(0)
 

@@ -7,11 +7,10 @@ import pytest
 from tiny_decoder import CONFIG, decoder
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.methods import LoKr
-from jaxpeft.methods.algebra import weigh_scales
-from jaxpeft.methods.exchange import Tensors, Values
-from jaxpeft.methods.lokr import PEFT, LoKrKernel, factor_shapes, read, split
+from jaxpeft.core import paths
+from jaxpeft.methods.algebra.stacking import weigh_scales
+from jaxpeft.methods.kernels.lokr import PEFT, LoKr, LoKrKernel, factor_shapes, read, split
+from jaxpeft.methods.peft.values import Tensors, Values
 
 RNG = np.random.default_rng(0)
 

@@ -11,12 +11,12 @@ import optax
 import pytest
 from tiny_decoder import CONFIG, decoder, make_adapter
 
-from jaxpeft import paths
-from jaxpeft.errors import UserError
-from jaxpeft.methods import LoRA, bind, init_adapter, merge
-from jaxpeft.methods.lora import config_of
-from jaxpeft.methods.lora_nodes import LoRAKernel, drop
-from jaxpeft.methods.modules import shortest_decimal
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.binding import bind, init_adapter, merge
+from jaxpeft.methods.lora.config import LoRA, config_of
+from jaxpeft.methods.lora.nodes import LoRAKernel, drop
+from jaxpeft.methods.peft.modules import shortest_decimal
 
 BF16 = ml_dtypes.bfloat16
 IDS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])

@@ -15,19 +15,19 @@ from tiny_decoder import CONFIG, decoder, draw
 from tiny_run import make_files, settings, training_lines
 
 import jaxpeft as jp
-from jaxpeft import paths, sharding
 from jaxpeft import train as program
-from jaxpeft.config import load_config
-from jaxpeft.errors import UserError
-from jaxpeft.methods import LoRA, bind, init_adapter, merge
-from jaxpeft.methods.binding import head_is_frozen
-from jaxpeft.methods.lora import config_of
-from jaxpeft.methods.modules import modules_of
-from jaxpeft.model import Model
-from jaxpeft.models.load import load_params
+from jaxpeft.config.run_config import load_config
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.mesh import layout
+from jaxpeft.methods.binding import bind, head_is_frozen, init_adapter, merge
+from jaxpeft.methods.lora.config import LoRA, config_of
+from jaxpeft.methods.peft.modules import modules_of
 from jaxpeft.models.transformer import Transformer
-from jaxpeft.optim_lora import lora_plus_groups
-from jaxpeft.peft_format import load_adapter, save_adapter
+from jaxpeft.pretrained.adapters import load_adapter, save_adapter
+from jaxpeft.pretrained.load import load_params
+from jaxpeft.pretrained.model import Model
+from jaxpeft.updates.lora_rules import lora_plus_groups
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 IDS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -404,8 +404,8 @@ def test_a_run_from_yaml_trains_and_saves_all_of_it(tmp_path):
     place = tmp_path / "run.yaml"
     place.write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        patch.setattr(sharding, "make_mesh", lambda **sizes: mesh)
+        mesh = layout.make_mesh(devices=jax.devices()[:1])
+        patch.setattr(layout, "make_mesh", lambda **sizes: mesh)
         program.main([str(place)])
     assert load_config(str(tmp_path / "run" / "config.yaml")).method.rank_pattern == {"q_proj": 2}
     assert len(training_lines(tmp_path / "run")) == 2

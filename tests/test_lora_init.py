@@ -7,13 +7,14 @@ import pytest
 from nf4_levels import normal_levels
 from tiny_decoder import decoder, draw
 
-from jaxpeft import paths
-from jaxpeft.errors import UserError
-from jaxpeft.methods import LoRA, bind, init_adapter, lora_init, merge
-from jaxpeft.methods.lora import config_of
-from jaxpeft.model import Model
-from jaxpeft.peft_format import load_adapter, save_adapter
-from jaxpeft.quant import nf4_round_trip
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.binding import bind, init_adapter, merge
+from jaxpeft.methods.lora import starts
+from jaxpeft.methods.lora.config import LoRA, config_of
+from jaxpeft.ops.quant import nf4_round_trip
+from jaxpeft.pretrained.adapters import load_adapter, save_adapter
+from jaxpeft.pretrained.model import Model
 
 IDS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 MODULE, PARAMS = decoder()
@@ -46,7 +47,7 @@ def truncated(matrix, rank):
 
 
 def test_gaussian_has_the_standard_deviation_of_one_over_the_rank():
-    a, b = lora_init.gaussian(jax.random.key(0), jnp.zeros((2000, 50)), 8, 1.0)
+    a, b = starts.gaussian(jax.random.key(0), jnp.zeros((2000, 50)), 8, 1.0)
     assert a.shape == (2000, 8)
     assert not np.asarray(b).any()
     # The standard error of a deviation from n numbers is sd / sqrt(2 n); the mean's sd / sqrt(n).
@@ -55,7 +56,7 @@ def test_gaussian_has_the_standard_deviation_of_one_over_the_rank():
 
 
 def test_orthogonal_factors_are_random_and_their_product_is_zero():
-    a, b = lora_init.orthogonal(jax.random.key(0), jnp.zeros((300, 200)), 8, 1.0)
+    a, b = starts.orthogonal(jax.random.key(0), jnp.zeros((300, 200)), 8, 1.0)
     np.testing.assert_allclose(a @ b, np.zeros((300, 200)), atol=1e-6)
     # Half as many independent normal numbers of deviation 0.1 as there are rows times rank.
     for factor, side in ((a, 300), (b, 200)):
@@ -168,7 +169,7 @@ def test_loftq_approximates_what_the_quantised_kernel_lacks_and_more_steps_do_be
             quantised = nf4_by_hand(rest.astype(np.float32))
             low = truncated(w - quantised, 8)
             rest = w - low
-        a, b = lora_init.loftq(jax.random.key(0), jnp.asarray(w), 8, 1.0, steps=steps)
+        a, b = starts.loftq(jax.random.key(0), jnp.asarray(w), 8, 1.0, steps=steps)
         errors.append(np.linalg.norm(w - quantised - low))
         if steps == 1:
             np.testing.assert_allclose(a @ b, low, rtol=1e-3, atol=1e-4)

@@ -12,12 +12,15 @@ import pytest
 from tiny_decoder import CONFIG, decoder, draw, make_batch
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.linear import attend, embed, materialise
-from jaxpeft.methods import KINDS, LoRA, PromptTuning, TrainableTokens, bind, merge
-from jaxpeft.methods.algebra import pad_rank, stack_adapters
-from jaxpeft.methods.binding import head_is_frozen
-from jaxpeft.methods.lora_table import DoRATable, LoRATable
+from jaxpeft.core import paths
+from jaxpeft.methods.algebra.stacking import pad_rank, stack_adapters
+from jaxpeft.methods.binding import bind, head_is_frozen, merge
+from jaxpeft.methods.leaves.trainable_tokens import TrainableTokens
+from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.lora.table import DoRATable, LoRATable
+from jaxpeft.methods.prompts.prompt import PromptTuning
+from jaxpeft.methods.registry import KINDS
+from jaxpeft.ops.linear import attend, embed, materialise
 
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
 EMBED, HEAD = "embed_tokens", "lm_head"

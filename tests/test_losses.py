@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny_decoder import CONFIG, decoder, make_adapter, make_batch
 
-from jaxpeft import backend
-from jaxpeft.linear import attend
-from jaxpeft.losses import cross_entropy, make_lm_loss
-from jaxpeft.methods import bind
+from jaxpeft.core import backend
+from jaxpeft.methods.binding import bind
+from jaxpeft.ops.linear import attend
+from jaxpeft.updates.losses import cross_entropy, make_lm_loss
 
 D, VOCAB = 8, 20
 

@@ -11,8 +11,8 @@ import pytest
 from tiny_decoder import CONFIG, decoder, make_batch
 
 import jaxpeft as jp
-from jaxpeft.methods import LoRA
-from jaxpeft.methods.algebra import pad_rank
+from jaxpeft.methods.algebra.stacking import pad_rank
+from jaxpeft.methods.lora.config import LoRA
 
 RATES, RANKS = (1e-2, 3e-3, 2e-2), (1, 3, 2)
 

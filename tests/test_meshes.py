@@ -13,10 +13,10 @@ from mesh_run import LEARNING_RATE, METHODS, STEPS, base_of, make_run, mesh_of, 
 from rounding import UNIT, most_roundings
 
 import jaxpeft as jp
-from jaxpeft import sharding
-from jaxpeft.activations import traced_on
-from jaxpeft.config import MeshSection
-from jaxpeft.decoding import generate_ids
+from jaxpeft.config.run_config import MeshSection
+from jaxpeft.inference.decoding import generate_ids
+from jaxpeft.mesh import layout as sharding
+from jaxpeft.mesh.constraints import traced_on
 
 SHAPES = [
     sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes, dtype=int) == 8

@@ -14,10 +14,13 @@ import pytest
 from tiny_decoder import CONFIG, decoder, draw, make_batch
 
 import jaxpeft as jp
-from jaxpeft import paths, sharding
-from jaxpeft.linear import SHARED, Node
-from jaxpeft.methods import KINDS, METHODS, Context, bind, merge
+from jaxpeft.core import paths
+from jaxpeft.mesh import layout
+from jaxpeft.methods.binding import bind, merge
+from jaxpeft.methods.family import Context
+from jaxpeft.methods.registry import KINDS, METHODS
 from jaxpeft.models.config import ModelConfig
+from jaxpeft.ops.linear import SHARED, Node
 
 SMALL = {"rank": 2, "alpha": 4.0, "num_tokens": 3, "block_size": 4, "hidden_size": 8, "steps": 4}
 TOKENS = {"token_ids": (3, 7, 40)}
@@ -177,9 +180,9 @@ def test_several_adapters_under_vmap_share_the_base(method):
 
 @every_method
 def test_a_base_sharded_over_eight_devices_gives_the_same(method):
-    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+    mesh = layout.make_mesh(data=1, fsdp=2, tensor=4)
     adapter, base = trained(method), decoder(BIASED)[1]
-    placed = sharding.shard_params(base, mesh)
+    placed = layout.shard_params(base, mesh)
     assert_close(run_gradients(adapter, placed), run_gradients(adapter, base))
 
 

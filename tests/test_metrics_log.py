@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from full_disk import files_no_larger_than
 
-from jaxpeft.errors import ResourceError
-from jaxpeft.metrics_log import MetricsLog
+from jaxpeft.core.errors import ResourceError
+from jaxpeft.reports.metrics_log import MetricsLog
 
 
 @pytest.fixture

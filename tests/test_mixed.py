@@ -10,9 +10,12 @@ from tiny_decoder import CONFIG, decoder, draw, make_adapter, make_batch
 from toy_model import toy_adapter, toy_model
 
 import jaxpeft as jp
-from jaxpeft import decoding, paths
-from jaxpeft.methods import Adapter, LoRA, bind
-from jaxpeft.methods.algebra import stack_adapters
+from jaxpeft.core import paths
+from jaxpeft.inference import decoding
+from jaxpeft.methods.algebra.stacking import stack_adapters
+from jaxpeft.methods.binding import bind
+from jaxpeft.methods.family import Adapter
+from jaxpeft.methods.lora.config import LoRA
 
 ROWS = (1, -1, 0, 2, 1)
 
@@ -165,7 +168,7 @@ def test_a_kind_that_changes_more_than_one_weight_at_a_place_is_refused_by_name(
 
 @pytest.mark.slow
 def test_soft_prompts_of_a_mixed_batch_stand_in_front_of_their_own_rows():
-    from jaxpeft.methods.prompt import PromptTuning
+    from jaxpeft.methods.prompts.prompt import PromptTuning
 
     base = toy_model(jax.random.key(1))
     made = [jp.init_adapter(PromptTuning(num_tokens=3), base, jax.random.key(i)) for i in range(2)]
@@ -195,7 +198,7 @@ def test_soft_prompts_of_a_mixed_batch_stand_in_front_of_their_own_rows():
 def test_switching_adapters_of_other_alpha_dropout_rank_rslora_and_base_never_recompiles():
     import chex
 
-    from jaxpeft.methods.algebra import pad_rank
+    from jaxpeft.methods.algebra.stacking import pad_rank
 
     @jax.jit
     @chex.assert_max_traces(n=1)

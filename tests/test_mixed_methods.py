@@ -9,11 +9,13 @@ import pytest
 from tiny_decoder import CONFIG, decoder, draw, make_batch
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.decoding import generate_ids
-from jaxpeft.methods import METHODS, Context, bind
+from jaxpeft.core import paths
+from jaxpeft.inference.decoding import generate_ids
+from jaxpeft.methods.binding import bind
+from jaxpeft.methods.family import Context
 from jaxpeft.methods.mixed import check_index
-from jaxpeft.model import Model
+from jaxpeft.methods.registry import METHODS
+from jaxpeft.pretrained.model import Model
 
 ROWS = (1, -1, 0, 1)
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0]] * len(ROWS), np.int32)

@@ -10,9 +10,9 @@ import pytest
 from toy_model import toy_adapter, toy_model
 
 import jaxpeft as jp
-from jaxpeft import model as model_file
-from jaxpeft import paths
-from jaxpeft.errors import UserError
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.pretrained import model as model_file
 
 IDS = np.array([[5, 9, 40, 7, 3, 3, 80, 12]])
 

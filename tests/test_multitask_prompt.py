@@ -13,11 +13,11 @@ from toy_tokenizer import toy_tokenizer
 import jaxpeft as jp
 from jaxpeft import evaluate
 from jaxpeft import train as program
-from jaxpeft.decoding import generate_ids
-from jaxpeft.methods import MultitaskPromptTuning
-from jaxpeft.methods.prompt import arrays_of, prompt_adapter
-from jaxpeft.model import Model
-from jaxpeft.prompting import virtual_ids
+from jaxpeft.inference.decoding import generate_ids
+from jaxpeft.methods.prompts.multitask_prompt import MultitaskPromptTuning
+from jaxpeft.methods.prompts.prompt import arrays_of, prompt_adapter
+from jaxpeft.methods.virtual_tokens import virtual_ids
+from jaxpeft.pretrained.model import Model
 
 N, TASKS = 3, 2
 

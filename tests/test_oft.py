@@ -12,8 +12,8 @@ import pytest
 from tiny_decoder import CONFIG, decoder
 
 import jaxpeft as jp
-from jaxpeft.methods import OFT, bind, check_fit
-from jaxpeft.methods.oft import OFTKernel, cayley, size_in_peft
+from jaxpeft.methods.binding import bind, check_fit
+from jaxpeft.methods.kernels.oft import OFT, OFTKernel, cayley, size_in_peft
 from jaxpeft.models.config import ModelConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

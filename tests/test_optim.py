@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpeft.optim import OptimConfig, make_optimizer, make_schedule, masked
+from jaxpeft.updates.optimizers import OptimConfig, make_optimizer, make_schedule, masked
 
 PARAMS = {"w": np.float32([[1.0, -2.0, 3.0], [0.5, 0.0, -1.0]]), "v": np.float32([2.0])}
 GRADS = [

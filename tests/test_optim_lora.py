@@ -8,11 +8,12 @@ import pytest
 from tiny_decoder import CONFIG, decoder, draw, make_adapter, make_batch
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.losses import make_lm_loss
-from jaxpeft.methods import METHODS, LoRA
-from jaxpeft.optim import OptimConfig, make_optimizer, masked
-from jaxpeft.optim_lora import check_factors, lora_plus_groups, projected, without_a
+from jaxpeft.core import paths
+from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.registry import METHODS
+from jaxpeft.updates.lora_rules import check_factors, lora_plus_groups, projected, without_a
+from jaxpeft.updates.losses import make_lm_loss
+from jaxpeft.updates.optimizers import OptimConfig, make_optimizer, masked
 
 PARAMS = decoder(CONFIG)[1]
 KERNEL = "layers/self_attn/q_proj/kernel"

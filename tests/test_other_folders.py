@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 from tiny_models import hf_tensors, write_hf
 
 import jaxpeft as jp
-from jaxpeft.errors import UserError
-from jaxpeft.models.hf import open_folder
-from jaxpeft.models.load import load_config
+from jaxpeft.core.errors import UserError
+from jaxpeft.pretrained.hf.folder import open_folder
+from jaxpeft.pretrained.load import load_config
 
 HASH = "0123456789abcdef0123456789abcdef01234567"
 MLX = {

@@ -8,11 +8,10 @@ import pytest
 from tiny_decoder import CONFIG, decoder, draw, make_batch
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.methods import PTuning
-from jaxpeft.methods.p_tuning import encode
-from jaxpeft.methods.prompt import arrays_of
-from jaxpeft.model import Model
+from jaxpeft.core import paths
+from jaxpeft.methods.prompts.p_tuning import PTuning, encode
+from jaxpeft.methods.prompts.prompt import arrays_of
+from jaxpeft.pretrained.model import Model
 
 N, HIDDEN = 3, 5
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpeft import paths
-from jaxpeft.errors import UserError
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
 
 SHAPE = jax.ShapeDtypeStruct((2, 3, 3), jnp.float32)
 PARAMS = {

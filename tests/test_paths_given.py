@@ -11,18 +11,19 @@ from tiny_models import hf_tensors, write_hf
 from toy_model import toy_adapter, toy_model
 
 import jaxpeft as jp
-from jaxpeft import cli, storage
-from jaxpeft.data import read_rows
-from jaxpeft.errors import UserError
+from jaxpeft.cli import arguments
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.rows.kinds import read_rows
 from jaxpeft.evaluate import main as evaluate_main
+from jaxpeft.files import storage
 from jaxpeft.generate import main as generate_main
-from jaxpeft.init_from import check_init_from
 from jaxpeft.merge import main as merge_main
-from jaxpeft.models.hf import open_folder
-from jaxpeft.models.load import load_config, load_tokenizer
-from jaxpeft.peft_format import peek_kind
 from jaxpeft.plan import main as plan_main
+from jaxpeft.pretrained.adapters import peek_kind
+from jaxpeft.pretrained.hf.folder import open_folder
+from jaxpeft.pretrained.load import load_config, load_tokenizer
 from jaxpeft.train import main as train_main
+from jaxpeft.training.init_from import check_init_from
 
 BAD = {
     "NUL": ("a\0b", "a path cannot hold a NUL character"),
@@ -147,7 +148,7 @@ def test_an_index_names_no_such_file(name, tmp_path_factory):
 
 
 def test_a_file_system_with_shorter_names_is_no_bug(capsys):
-    assert cli.report(OSError(errno.ENAMETOOLONG, "File name too long", "a/b")) == 2
+    assert arguments.report(OSError(errno.ENAMETOOLONG, "File name too long", "a/b")) == 2
     assert capsys.readouterr().err == "error: a/b: File name too long; choose another path\n"
 
 

@@ -4,9 +4,9 @@ import errno
 
 import pytest
 
-from jaxpeft import patience
-from jaxpeft.errors import CheckpointError, ResourceError, StoreError, UserError
-from jaxpeft.patience import DELAYS, persist
+from jaxpeft.core.errors import CheckpointError, ResourceError, StoreError, UserError
+from jaxpeft.files import patience
+from jaxpeft.files.patience import DELAYS, persist
 
 
 @pytest.fixture

@@ -13,15 +13,15 @@ import jax
 import pytest
 from tiny_run import Files, make_files, write_config
 
-from jaxpeft import config as run_config
 from jaxpeft import plan as program
-from jaxpeft import plan_memory
-from jaxpeft.activations import traced_on
-from jaxpeft.errors import UserError
-from jaxpeft.models.load import load_config, load_model, load_tokenizer
-from jaxpeft.models.names import param_shapes
-from jaxpeft.run import Run
-from jaxpeft.run_rows import read_data
+from jaxpeft.config import run_config
+from jaxpeft.core.errors import UserError
+from jaxpeft.mesh.constraints import traced_on
+from jaxpeft.planning import memory
+from jaxpeft.pretrained.load import load_config, load_model, load_tokenizer
+from jaxpeft.pretrained.weights.names import param_shapes
+from jaxpeft.training.rows import read_data
+from jaxpeft.training.run import Run
 
 ROOT = pathlib.Path(__file__).parents[1]
 PUBLISHED = {
@@ -51,8 +51,8 @@ def test_the_planned_step_is_the_step_of_a_run(files, tmp_path, quantization):
     config = config_of(files, tmp_path, model={"quantization": quantization}, mesh=mesh)
     model = load_config(config.model.path)
     rows = read_data(config, model, load_tokenizer(config.model.path))
-    place = plan_memory.find_place(None)
-    planned = plan_memory.make_run(config, model, rows, place)
+    place = memory.find_place(None)
+    planned = memory.make_run(config, model, rows, place)
     base = load_model(config.model.path, mesh=planned.layout, quantization=quantization)
     real = Run(config, base, rows, planned.layout)
     like = [(run.state, run.base.params) for run in (planned, real)]
@@ -98,7 +98,7 @@ def test_flops_of_the_layers_double_with_the_depth(files, tmp_path):
 
     def cost(layers):
         deep = dataclasses.replace(model, num_layers=layers)
-        run = plan_memory.make_run(config, deep, rows, plan_memory.find_place(None))
+        run = memory.make_run(config, deep, rows, memory.find_place(None))
         return program.count_flops(run.make_step(), *run.step_arguments())
 
     one, two, four = cost(1), cost(2), cost(4)
@@ -110,14 +110,14 @@ def test_what_does_not_fit_is_compiled_with_other_settings(files, tmp_path):
     config = config_of(files, tmp_path, train={"remat": "none"}, data={"max_length": 128})
     model = load_config(config.model.path)
     rows = program.full_rows(config, model)
-    place = plan_memory.find_place(None)._replace(devices=jax.devices()[:1], count=1)
-    needed = plan_memory.measure(config, model, rows, place).device_bytes
-    found = plan_memory.find_fitting(config, model, rows, small(place, 0.7 * needed))
+    place = memory.find_place(None)._replace(devices=jax.devices()[:1], count=1)
+    needed = memory.measure(config, model, rows, place).device_bytes
+    found = memory.find_fitting(config, model, rows, small(place, 0.7 * needed))
     assert any(one.fits for one in found)
     assert [one.fits for one in found] == [one.device_bytes <= int(0.7 * needed) for one in found]
     assert any("train.microbatch_size" in one.changes for one in found)
-    other = plan_memory.changed(config, found[-1].changes)
-    assert plan_memory.measure(other, model, rows, place).device_bytes == found[-1].device_bytes
+    other = memory.changed(config, found[-1].changes)
+    assert memory.measure(other, model, rows, place).device_bytes == found[-1].device_bytes
 
 
 @pytest.mark.slow
@@ -125,8 +125,8 @@ def test_where_no_setting_alone_fits_several_are_tried_together(files, tmp_path)
     config = config_of(files, tmp_path, train={"remat": "none"})
     model = load_config(config.model.path)
     rows = program.full_rows(config, model)
-    place = plan_memory.find_place(None)._replace(devices=jax.devices()[:1], count=1)
-    nothing = plan_memory.find_fitting(config, model, rows, small(place, 0))
+    place = memory.find_place(None)._replace(devices=jax.devices()[:1], count=1)
+    nothing = memory.find_fitting(config, model, rows, small(place, 0))
     assert not any(one.fits for one in nothing)
     assert set(nothing[-1].changes) == {
         "train.remat",
@@ -139,11 +139,11 @@ def test_a_base_that_is_too_large_for_a_device_is_spread_over_all(files, tmp_pat
     config = config_of(files, tmp_path)
     model = load_config(config.model.path)
     rows = program.full_rows(config, model)
-    place = plan_memory.find_place(None)
-    whole = plan_memory.measure(config, model, rows, place)
+    place = memory.find_place(None)
+    whole = memory.measure(config, model, rows, place)
     changes = {"mesh.data": 1, "mesh.fsdp": 8}
-    assert [changes] in plan_memory.levers(config, place)
-    spread = plan_memory.measure(plan_memory.changed(config, changes), model, rows, place)
+    assert [changes] in memory.levers(config, place)
+    spread = memory.measure(memory.changed(config, changes), model, rows, place)
     base = 4 * sum(map(math.prod, param_shapes(model).values()))
     assert whole.memory
     assert spread.memory
@@ -161,7 +161,7 @@ def test_a_base_that_is_too_large_for_a_device_is_spread_over_all(files, tmp_pat
 )
 def test_settings_are_tried_for_the_sizes_that_the_mesh_has(files, tmp_path, mesh, shards, spread):
     config = config_of(files, tmp_path, mesh=mesh, train={"batch_size": 16})
-    found = plan_memory.levers(config, plan_memory.find_place(None))
+    found = memory.levers(config, memory.find_place(None))
     sizes = [change["train.microbatch_size"] for change in found[0]]
     assert sizes == [n for n in (8, 4, 2) if n % shards == 0]
     assert ([{"mesh.data": 1, "mesh.fsdp": shards}] in found) == spread
@@ -195,21 +195,21 @@ def test_architectures_have_the_published_number_of_parameters(name):
 )
 def test_topologies_that_are_none_are_refused(topology, text):
     with pytest.raises(UserError, match=text):
-        plan_memory.find_place(topology)
+        memory.find_place(topology)
 
 
 def test_without_libtpu_the_way_to_get_it_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"jaxpeft\[plan\]"):
-        plan_memory.find_place("v5e:1x1")
+        memory.find_place("v5e:1x1")
 
 
 def test_the_size_of_a_refused_program_is_read_from_xla():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 1.50G of 15.75G hbm."
-    assert plan_memory.needed_bytes(text) == 3 * 2**29
+    assert memory.needed_bytes(text) == 3 * 2**29
     text = "memory required for HLO temporaries (18.65G) exceeds available HBM (15.75G)."
-    assert plan_memory.needed_bytes(text) == round(18.65 * 2**30)
-    assert plan_memory.needed_bytes("INTERNAL: something else") is None
+    assert memory.needed_bytes(text) == round(18.65 * 2**30)
+    assert memory.needed_bytes("INTERNAL: something else") is None
 
 
 def test_the_command_prints_one_json_object(files, tmp_path):

@@ -21,14 +21,15 @@ from toy_tokenizer import VOCAB_SIZE, toy_tokenizer
 
 import jaxpeft as jp
 from jaxpeft import train as program
-from jaxpeft.decoding import generate_ids
-from jaxpeft.losses import make_lm_loss
-from jaxpeft.methods import Context, PrefixTuning, bind, prefix_from_prompt
-from jaxpeft.methods.prefix import project
-from jaxpeft.model import Model
+from jaxpeft.inference.decoding import generate_ids
+from jaxpeft.methods.binding import bind
+from jaxpeft.methods.family import Context
+from jaxpeft.methods.prompts.prefix import PrefixTuning, prefix_from_prompt, project
 from jaxpeft.models.attention import Prefix, attention
 from jaxpeft.models.cache import init_cache
-from jaxpeft.models.load import load_model
+from jaxpeft.pretrained.load import load_model
+from jaxpeft.pretrained.model import Model
+from jaxpeft.updates.losses import make_lm_loss
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 RICH = dataclasses.replace(

@@ -11,13 +11,13 @@ import pytest
 from tiny_decoder import CONFIG, draw
 
 import jaxpeft as jp
-from jaxpeft import backend
-from jaxpeft.flops import count_flops
-from jaxpeft.losses import make_lm_loss
-from jaxpeft.methods import Full
+from jaxpeft.core import backend
+from jaxpeft.core.flops import count_flops
+from jaxpeft.methods.leaves.full import Full
 from jaxpeft.models.transformer import Transformer
-from jaxpeft.products import chain_dtype, kept, product, scores
-from jaxpeft.train_step import adapter_only, init_train_state, make_train_step
+from jaxpeft.ops.products import chain_dtype, kept, product, scores
+from jaxpeft.updates.losses import make_lm_loss
+from jaxpeft.updates.step import adapter_only, init_train_state, make_train_step
 
 LORA = jp.LoRA(rank=2, alpha=4.0)
 RNG = np.random.default_rng(0)

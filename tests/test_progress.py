@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 
-from jaxpeft.progress import Progress, StepTimer, duration
+from jaxpeft.reports.progress import Progress, StepTimer, duration
 
 ESCAPE = "\x1b"
 

@@ -21,17 +21,19 @@ from tiny_run import evaluation_lines, make_files, training_lines, write_config
 from toy_tokenizer import toy_tokenizer
 
 import jaxpeft as jp
-from jaxpeft import data, paths
 from jaxpeft import train as program
-from jaxpeft.decoding import generate_ids
-from jaxpeft.linear import embed
-from jaxpeft.losses import make_lm_loss
-from jaxpeft.methods import Context, PromptTuning
+from jaxpeft.core import paths
+from jaxpeft.data.batches import Plan
+from jaxpeft.data.encode import Examples
+from jaxpeft.inference.decoding import generate_ids
 from jaxpeft.methods.binding import head_is_frozen
-from jaxpeft.methods.prompt import prompt_adapter
-from jaxpeft.model import Model
+from jaxpeft.methods.family import Context
+from jaxpeft.methods.prompts.prompt import PromptTuning, prompt_adapter
 from jaxpeft.models.config import ModelConfig
-from jaxpeft.models.load import load_config, load_model
+from jaxpeft.ops.linear import embed
+from jaxpeft.pretrained.load import load_config, load_model
+from jaxpeft.pretrained.model import Model
+from jaxpeft.updates.losses import make_lm_loss
 
 N = 3
 UNTIED = ModelConfig(**{**dataclasses.asdict(CONFIG), "tie_embeddings": False})
@@ -232,7 +234,7 @@ def loss_and_grad(adapter, batch, remat="none", frozen=True):
 
 def examples(lengths, seed=0):
     rng = np.random.default_rng(seed)
-    return data.Examples(
+    return Examples(
         [rng.integers(3, CONFIG.vocab_size, n).astype(np.int32) for n in lengths],
         [np.arange(n) >= n // 2 for n in lengths],
         list(range(1, len(lengths) + 1)),
@@ -255,7 +257,7 @@ def prefix(count=N):
 
 
 def plan(rows, packing, batch_size):
-    return data.Plan(rows, batch_size=batch_size, max_length=20, packing=packing)
+    return Plan(rows, batch_size=batch_size, max_length=20, packing=packing)
 
 
 def test_packed_loss_and_gradient_equal_unpacked_ones():
@@ -393,7 +395,7 @@ def test_prompts_of_equal_length_share_one_compilation():
     base = model()
     tokens = np.asarray(make_batch(2, 6)["tokens"])
     base(tokens, adapter=drawn(1))
-    from jaxpeft.model import _logits
+    from jaxpeft.pretrained.model import _logits
 
     before = _logits._cache_size()
     base(tokens, adapter=drawn(2))

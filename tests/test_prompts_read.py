@@ -7,8 +7,8 @@ import unicodedata
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import cli, cli_inputs
-from jaxpeft.errors import UserError
+from jaxpeft.cli import arguments, inputs
+from jaxpeft.core.errors import UserError
 from jaxpeft.generate import main as generate_main
 
 # What str.splitlines breaks at, by the table in Python's documentation of it.
@@ -22,7 +22,7 @@ def stdin_of(data: bytes) -> io.TextIOWrapper:
 @pytest.mark.parametrize("text", BREAKS, ids=lambda text: f"U+{ord(text):04X}")
 def test_only_a_newline_ends_a_line(text):
     data = f"a{text}b\nc\r\n{text}d".encode()
-    assert cli_inputs.read_lines(stdin_of(data)) == [f"a{text}b", "c", f"{text}d"]
+    assert inputs.read_lines(stdin_of(data)) == [f"a{text}b", "c", f"{text}d"]
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,12 @@ def test_only_a_newline_ends_a_line(text):
     ],
 )
 def test_ends_of_lines_are_left_out(data, lines):
-    assert cli_inputs.read_lines(stdin_of(data)) == lines
+    assert inputs.read_lines(stdin_of(data)) == lines
 
 
 def test_bytes_that_are_no_text_are_told_with_their_place():
     with pytest.raises(UserError, match=r"^standard input:2: not UTF-8: byte 0xff at byte 3"):
-        cli_inputs.read_lines(stdin_of(b"a\nb\xff\n"))
+        inputs.read_lines(stdin_of(b"a\nb\xff\n"))
 
 
 def test_generate_asks_one_prompt_a_line(monkeypatch, capsys):
@@ -51,7 +51,7 @@ def test_generate_asks_one_prompt_a_line(monkeypatch, capsys):
     class Base:
         tokenizer = None
 
-    monkeypatch.setattr(cli, "load_base", lambda args: Base())
+    monkeypatch.setattr(arguments, "load_base", lambda args: Base())
     monkeypatch.setattr(jp, "generate", lambda base, texts, **_: asked.extend(texts) or texts)
     monkeypatch.setattr(sys, "stdin", stdin_of("a\u2028b\fc\n\x1cd\x85\n \n".encode()))
     generate_main(["--model", "m", "--raw", "-"])
@@ -59,7 +59,7 @@ def test_generate_asks_one_prompt_a_line(monkeypatch, capsys):
 
 
 def test_generate_refuses_a_prompt_that_is_no_text(monkeypatch):
-    monkeypatch.setattr(cli, "load_base", lambda args: 1 / 0)
+    monkeypatch.setattr(arguments, "load_base", lambda args: 1 / 0)
     with pytest.raises(UserError, match=r"^prompt 2: not UTF-8"):
         generate_main(["--model", "m", "--raw", "a", "b\udcff"])
     with pytest.raises(UserError, match=r"^--system: not UTF-8"):
@@ -69,7 +69,7 @@ def test_generate_refuses_a_prompt_that_is_no_text(monkeypatch):
 def test_an_error_is_one_line_for_every_newline_in_it(capsys):
     text = "model\u2028x: not there\nsecond"
     assert unicodedata.category("\u2028") == "Zl"
-    assert cli.report(UserError(text)) == 2
+    assert arguments.report(UserError(text)) == 2
     assert capsys.readouterr().err.split("\n") == [
         "error: model\u2028x: not there", "error: second", "",
     ]  # fmt: skip

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.methods import METHODS
+from jaxpeft.methods.registry import METHODS
 
 HEAVY = (
     "jax",
@@ -114,7 +114,10 @@ from jaxpeft.merge import main as merge_command
 assert generate is jp.generate and merge is jp.merge
 print(generate.__module__, merge.__module__, generate_command.__module__, merge_command.__module__)
 """
-    assert run(code) == "jaxpeft.decoding jaxpeft.methods.binding jaxpeft.generate jaxpeft.merge\n"
+    assert (
+        run(code)
+        == "jaxpeft.inference.decoding jaxpeft.methods.binding jaxpeft.generate jaxpeft.merge\n"
+    )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -13,11 +13,13 @@ from tiny_decoder import CONFIG, decoder, make_adapter, make_batch
 from tiny_run import make_files, training_lines, write_config
 
 import jaxpeft as jp
-from jaxpeft import paths, sharding
 from jaxpeft import train as program
-from jaxpeft.linear import linear
-from jaxpeft.methods import bind, merge, merge_quantized
-from jaxpeft.quant import QuantTensor, quantize, quantize_kernel
+from jaxpeft.core import paths
+from jaxpeft.mesh import layout
+from jaxpeft.methods.algebra import merge_quantized
+from jaxpeft.methods.binding import bind, merge
+from jaxpeft.ops.linear import linear
+from jaxpeft.ops.quant import QuantTensor, quantize, quantize_kernel
 
 KINDS = ("nf4", "int4", "int8")
 LEVELS = {
@@ -255,7 +257,7 @@ def test_merging_on_purpose_rounds_again_and_says_what_it_costs(kind):
 
 @single_or_double
 def test_whole_blocks_are_spread_and_products_stay_the_same(double):
-    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+    mesh = layout.make_mesh(data=1, fsdp=2, tensor=4)
     kernel = jnp.asarray(normal((2, 256, 128)))
     params = {"layers": {"self_attn": {"q_proj": {"kernel": kernel}}}}
     whole = jp.quantize(params, "nf4", double=double)
@@ -269,9 +271,9 @@ def test_whole_blocks_are_spread_and_products_stay_the_same(double):
 
 
 def test_blocks_that_do_not_divide_are_named():
-    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+    mesh = layout.make_mesh(data=1, fsdp=2, tensor=4)
     params = {"layers": {"self_attn": {"q_proj": {"kernel": jnp.ones((2, 64, 128))}}}}
-    notes = sharding.unsharded(quantize(params), mesh)
+    notes = layout.unsharded(quantize(params), mesh)
     assert notes == ["layers/self_attn/q_proj/kernel: 1 blocks of 64 do not divide by fsdp 2"]
 
 
@@ -295,7 +297,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("mesh", [None, {"data": 1, "fsdp": 2, "tensor": 4}], ids=["one", "mesh"])
 @single_or_double
 def test_a_model_loads_as_it_would_be_quantised(files, mesh, double):
-    mesh = mesh and sharding.make_mesh(**mesh)
+    mesh = mesh and layout.make_mesh(**mesh)
     dense = jp.load_model(files.model)
     loaded = jp.load_model(files.model, quantization="nf4", double_quantization=double, mesh=mesh)
     expected = quantize(dense.params, "nf4", double=double)

@@ -95,7 +95,7 @@ def test_commands_that_come_next_understand_their_arguments(monkeypatch):
         raise ArgumentsUnderstood
 
     monkeypatch.setattr(jaxpeft, "load_model", load_model)
-    monkeypatch.setattr("jaxpeft.data.read_rows", lambda path: [])
+    monkeypatch.setattr("jaxpeft.data.rows.kinds.read_rows", lambda path: [])
     for _, command in qr.next_commands("runs/quickstart"):
         _, _, module, *arguments = shlex.split(command)
         with pytest.raises(ArgumentsUnderstood):

@@ -9,10 +9,10 @@ from mesh_run import make_run, mesh_of
 from tiny_decoder import decoder, make_adapter
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.optim import masked
-from jaxpeft.reached import Reached
-from jaxpeft.train_step import adapter_only, init_train_state, make_train_step
+from jaxpeft.core import paths
+from jaxpeft.updates.optimizers import masked
+from jaxpeft.updates.reached import Reached
+from jaxpeft.updates.step import adapter_only, init_train_state, make_train_step
 
 LORA = jp.LoRA(rank=2, targets=("v_proj", "layers.1.mlp.down_proj"))
 V, DOWN = "layers/self_attn/v_proj/kernel", "layers/mlp/down_proj/kernel"

@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxpeft import paths
-from jaxpeft.methods import Full, LoRA, init_adapter
-from jaxpeft.methods.base import Adapter, Spec
-from jaxpeft.report import (
+from jaxpeft.core import paths
+from jaxpeft.methods.binding import init_adapter
+from jaxpeft.methods.family import Adapter, Spec
+from jaxpeft.methods.leaves.full import Full
+from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.reports.tables import (
     count_parameters,
     count_trainable,
     describe_adapter,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxpeft.errors import ResourceError, UserError
-from jaxpeft.run_lock import RunLock
+from jaxpeft.core.errors import ResourceError, UserError
+from jaxpeft.training.output.lock import RunLock
 
 ROOT = Path(__file__).parents[1]
 HOLD = """

@@ -11,11 +11,11 @@ from toy_model import toy_adapter, toy_model
 from transformers import AutoTokenizer
 
 import jaxpeft as jp
-from jaxpeft.chat_settings import ChatSettings
-from jaxpeft.errors import UserError
-from jaxpeft.models.companions import find_companions
-from jaxpeft.models.hf_config import config_from_hf
-from jaxpeft.models.locate import locate_again
+from jaxpeft.core.errors import UserError
+from jaxpeft.files.companions import find_companions
+from jaxpeft.files.locate import locate_again
+from jaxpeft.methods.chat_settings import ChatSettings
+from jaxpeft.pretrained.hf.config import config_from_hf
 
 # What a saved model of `write_rich` holds beside the bytes of the base, by hand.
 WRITTEN = {"config.json", "model.safetensors"}

@@ -23,15 +23,16 @@ from shared_loading import (
 from test_gguf import Type, write_gguf
 from tiny_models import hf_tensors
 
-from jaxpeft import paths, sharding
-from jaxpeft.models.fingerprint import Fingerprint, num_parts, part_rows
-from jaxpeft.models.gguf import open_gguf
-from jaxpeft.models.hf import open_folder
-from jaxpeft.models.names import Entry, name_table
-from jaxpeft.models.reading import Form, Reader
-from jaxpeft.models.shares import cut_rows, mover
-from jaxpeft.models.weights import cut_entry, place_pieces, read_params, read_pieces
-from jaxpeft.sharding import as_layout, leaf_sharding
+from jaxpeft.core import paths
+from jaxpeft.mesh import layout as sharding
+from jaxpeft.mesh.layout import as_layout, leaf_sharding
+from jaxpeft.pretrained.gguf.reader import open_gguf
+from jaxpeft.pretrained.hf.folder import open_folder
+from jaxpeft.pretrained.weights.fingerprint import Fingerprint, num_parts, part_rows
+from jaxpeft.pretrained.weights.names import Entry, name_table
+from jaxpeft.pretrained.weights.params import cut_entry, place_pieces, read_params, read_pieces
+from jaxpeft.pretrained.weights.reading import Form, Reader
+from jaxpeft.pretrained.weights.shares import cut_rows, mover
 
 SIZES = {"fsdp": {"fsdp": 8}, "all": {"data": 2, "fsdp": 2, "tensor": 2}, "data": {"data": 8}}
 
@@ -150,7 +151,7 @@ def test_rows_of_gguf_files_are_shared_and_put_in_order(tmp_path, monkeypatch, q
 
 
 def test_a_stored_copy_of_a_tied_head_is_compared_by_rows(tmp_path):
-    from jaxpeft.errors import UserError
+    from jaxpeft.core.errors import UserError
 
     folder = write_model(tmp_path, tie_word_embeddings=True)
     tensors = load_file(folder / "model.safetensors")

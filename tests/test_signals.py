@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxpeft.errors import InterruptedRunError
-from jaxpeft.signals import StopRequest
+from jaxpeft.cli.signals import StopRequest
+from jaxpeft.core.errors import InterruptedRunError
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +84,8 @@ def test_a_stop_is_noticed_while_the_call_still_runs():
 
 def run_child(body: str) -> subprocess.CompletedProcess:
     code = (
-        "import os, signal, sys, threading, time\nfrom jaxpeft.signals import StopRequest\n" + body
+        "import os, signal, sys, threading, time\nfrom jaxpeft.cli.signals import StopRequest\n"
+        + body
     )
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import D, hf_tensors, write_hf
 
 import jaxpeft as jp
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
 
 TOKENS = 3
 

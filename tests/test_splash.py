@@ -14,9 +14,10 @@ from jax.extend import core as jex_core
 from jax.sharding import NamedSharding, PartitionSpec
 from mesh_run import make_run, mesh_of, train
 
-from jaxpeft import backend, sharding
-from jaxpeft.activations import traced_on
-from jaxpeft.flops import count_flops
+from jaxpeft.core import backend
+from jaxpeft.core.flops import count_flops
+from jaxpeft.mesh import layout as sharding
+from jaxpeft.mesh.constraints import traced_on
 from jaxpeft.models.attention import Prefix, attention
 from jaxpeft.models.splash import splash_attention
 

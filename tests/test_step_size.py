@@ -14,12 +14,12 @@ import pytest
 from tiny_decoder import CONFIG
 
 import jaxpeft as jp
-from jaxpeft import backend
-from jaxpeft.flops import count_flops
-from jaxpeft.losses import make_lm_loss
-from jaxpeft.methods import Full
+from jaxpeft.core import backend
+from jaxpeft.core.flops import count_flops
+from jaxpeft.methods.leaves.full import Full
 from jaxpeft.models.transformer import Transformer
-from jaxpeft.train_step import adapter_only, init_train_state, make_train_step
+from jaxpeft.updates.losses import make_lm_loss
+from jaxpeft.updates.step import adapter_only, init_train_state, make_train_step
 
 LORA = jp.LoRA(rank=4, alpha=8.0)
 WIDE = dataclasses.replace(CONFIG, d_model=64, d_ff=128, head_dim=16, num_layers=2)

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpeft import backend
-from jaxpeft.flops import count_flops
+from jaxpeft.core import backend
+from jaxpeft.core.flops import count_flops
+from jaxpeft.mesh.layout import make_mesh
 from jaxpeft.models.attention import Prefix, attention
-from jaxpeft.sharding import make_mesh
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 BLOCK = backend.CPU.tile

@@ -9,8 +9,8 @@ import pytest
 from tiny_models import CONFIGS, hf_tensors, write_hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxpeft.errors import UserError
-from jaxpeft.models.load import load_params, load_tokenizer
+from jaxpeft.core.errors import UserError
+from jaxpeft.pretrained.load import load_params, load_tokenizer
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog 2024, isn't it? naïve café",

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpeft.errors import UserError
-from jaxpeft.track import make_trackers, without_secrets
+from jaxpeft.core.errors import UserError
+from jaxpeft.reports.trackers import make_trackers, without_secrets
 
 
 class FakeServer:
@@ -222,7 +222,7 @@ def test_plain_settings_are_not_hidden():
 
 def test_tracking_imports_neither_torch_nor_tensorflow(tmp_path):
     code = (
-        "import sys; from jaxpeft.track import make_trackers as m; "
+        "import sys; from jaxpeft.reports.trackers import make_trackers as m; "
         f"m(True, None, {str(tmp_path)!r}, {{}}).close(); "
         "print({'torch', 'tensorflow', 'tensorboard', 'tensorboardX', 'wandb'} & {*sys.modules})"
     )

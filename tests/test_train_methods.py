@@ -14,8 +14,8 @@ from toy_model import toy_model
 
 import jaxpeft as jp
 from jaxpeft import train as program
-from jaxpeft.methods import METHODS
-from jaxpeft.models.load import load_model
+from jaxpeft.methods.registry import METHODS
+from jaxpeft.pretrained.load import load_model
 
 LORA = {"name": "lora", "rank": 2, "alpha": 4, "targets": ["q_proj", "layers.1.mlp.up_proj"]}
 KERNELS = {"targets": LORA["targets"]}

@@ -15,14 +15,16 @@ import pytest
 from rounding import UNIT, most_roundings
 from tiny_decoder import CONFIG, decoder, make_adapter, make_batch
 
-from jaxpeft import paths
-from jaxpeft.flops import count_flops
-from jaxpeft.losses import make_lm_loss
-from jaxpeft.methods import Full, LoRA, bind, init_adapter
+from jaxpeft.core import paths
+from jaxpeft.core.flops import count_flops
+from jaxpeft.methods.binding import bind, init_adapter
+from jaxpeft.methods.leaves.full import Full
+from jaxpeft.methods.lora.config import LoRA
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.transformer import Transformer
-from jaxpeft.optim import MaskedTransformation, masked
-from jaxpeft.train_step import adapter_only, check_masked, init_train_state, make_train_step
+from jaxpeft.updates.losses import make_lm_loss
+from jaxpeft.updates.optimizers import MaskedTransformation, masked
+from jaxpeft.updates.step import adapter_only, check_masked, init_train_state, make_train_step
 
 SMOLLM2_135M = ModelConfig(
     model_type="llama",

@@ -10,14 +10,13 @@ import pytest
 from tiny_decoder import CONFIG, decoder, draw, make_batch
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.linear import attend, embed, linear, materialise
-from jaxpeft.methods import TrainableTokens, bind, merge
-from jaxpeft.methods.algebra import stack_adapters
-from jaxpeft.methods.binding import head_is_frozen
-from jaxpeft.methods.exchange import Tensors, Values
-from jaxpeft.methods.token_rows import TokenHead, TokenTable
-from jaxpeft.methods.trainable_tokens import PEFT, read, write
+from jaxpeft.core import paths
+from jaxpeft.methods.algebra.stacking import stack_adapters
+from jaxpeft.methods.binding import bind, head_is_frozen, merge
+from jaxpeft.methods.leaves.token_rows import TokenHead, TokenTable
+from jaxpeft.methods.leaves.trainable_tokens import PEFT, TrainableTokens, read, write
+from jaxpeft.methods.peft.values import Tensors, Values
+from jaxpeft.ops.linear import attend, embed, linear, materialise
 
 IDS = (5, 2, 9)
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)

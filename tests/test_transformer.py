@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tiny_decoder import CONFIG, decoder, make_adapter
 
-from jaxpeft import paths
-from jaxpeft.methods import LoRA, bind, merge
+from jaxpeft.core import paths
+from jaxpeft.methods.binding import bind, merge
+from jaxpeft.methods.lora.config import LoRA
 from jaxpeft.models.cache import init_cache
 
 RICH = dataclasses.replace(

@@ -9,11 +9,11 @@ import pytest
 from tiny_decoder import CONFIG, decoder
 
 import jaxpeft as jp
-from jaxpeft import paths
-from jaxpeft.linear import SHARED
-from jaxpeft.methods import VeRA, bind, check_fit
-from jaxpeft.methods.exchange import Tensors, Values
-from jaxpeft.methods.vera import PEFT, VeRAKernel, read, weigh, write
+from jaxpeft.core import paths
+from jaxpeft.methods.binding import bind, check_fit
+from jaxpeft.methods.kernels.vera import PEFT, VeRA, VeRAKernel, read, weigh, write
+from jaxpeft.methods.peft.values import Tensors, Values
+from jaxpeft.ops.linear import SHARED
 
 RNG = np.random.default_rng(0)
 QUERY, DOWN = "layers/self_attn/q_proj/kernel", "layers/mlp/down_proj/kernel"

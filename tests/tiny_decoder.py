@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import paths
-from jaxpeft.methods import Adapter, LoRA, init_adapter
+from jaxpeft.core import paths
+from jaxpeft.methods.binding import init_adapter
+from jaxpeft.methods.family import Adapter
+from jaxpeft.methods.lora.config import LoRA
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.transformer import Transformer
 

@@ -8,7 +8,7 @@ import numpy as np
 from toy_tokenizer import VOCAB_SIZE, toy_tokenizer
 
 import jaxpeft as jp
-from jaxpeft import paths
+from jaxpeft.core import paths
 from jaxpeft.models.transformer import Transformer
 
 CONFIG = {

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.data.chat import RowError
-from jaxpeft.data.problems import DROP_HINT, Problem, count_reasons, report
-from jaxpeft.data.rows import RowFile, check_rows, check_task, scan_rows
+from jaxpeft.core.errors import UserError
+from jaxpeft.core.frozen_map import FrozenMap
+from jaxpeft.data.chat.template import RowError
+from jaxpeft.data.rows.kinds import RowFile, check_rows, check_task, scan_rows
+from jaxpeft.data.rows.problems import DROP_HINT, Problem, count_reasons, report
 from jaxpeft.data.settings import (
     EndOfTurn,
     Learn,
@@ -19,8 +21,6 @@ from jaxpeft.data.settings import (
     SpecialTokens,
 )
 from jaxpeft.data.tokenise import Tokeniser
-from jaxpeft.errors import UserError
-from jaxpeft.methods.frozen_map import FrozenMap
 
 TOO_LONG = "too long"
 NO_ARGUMENTS: Mapping[str, Any] = FrozenMap()
@@ -194,7 +194,7 @@ def encode_rows(
         max_length: The longest example allowed, in tokens.
         vocab_size: Rows of the model's embedding table; None trusts the tokenizer.
         on_long: What to do with longer ones.
-        learn: Which turns are learned, see `jaxpeft.data.DataConfig`; as the next three.
+        learn: Which turns are learned, see `jaxpeft.data.settings.DataConfig`; as the next three.
         end_of_turn: What ends a learned turn.
         special_tokens_in_content: Whether contents may hold special tokens.
         chat_template_kwargs: Variables of the chat template for all rows.

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpeft.data.turns import Turn
+from jaxpeft.data.chat.turns import Turn
 
 _ANCHORS = ("\n", "a", ".", " ")
 Ids = Mapping[str, list[int]]

@@ -9,12 +9,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpeft.data import thinking
-from jaxpeft.data.chat import RowError
-from jaxpeft.data.rows import has_answer, is_chat, read_conversation
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.chat import thinking
+from jaxpeft.data.chat.template import RowError
+from jaxpeft.data.rows.kinds import has_answer, is_chat, read_conversation
 from jaxpeft.data.settings import Reading
 from jaxpeft.data.tokenise import Tokeniser, learned_turns
-from jaxpeft.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jaxpeft.data.checks import check_arguments
-from jaxpeft.methods.frozen_map import FrozenMap
-from jaxpeft.records import Record
+from jaxpeft.core.frozen_map import FrozenMap
+from jaxpeft.core.records import Record
+from jaxpeft.data.rows.checks import check_arguments
 
 OnLong = Literal["error", "drop", "truncate"]
 OnBadRow = Literal["error", "drop"]

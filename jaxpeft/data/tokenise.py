@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.data.chat import Chat, RowError
+from jaxpeft.core.errors import first_few
+from jaxpeft.data.chat.kept import Unused, check_keys, check_prompt, find_markup
+from jaxpeft.data.chat.renderer import Renderer
+from jaxpeft.data.chat.template import Chat, RowError
+from jaxpeft.data.chat.turns import Turn, find_turns
 from jaxpeft.data.encoder import Encoder, Texts
-from jaxpeft.data.kept import Unused, check_keys, check_prompt, find_markup
-from jaxpeft.data.renderer import Renderer
-from jaxpeft.data.rows import Conversation, Row, is_chat, read_conversation, unused_keys
+from jaxpeft.data.rows.kinds import Conversation, Row, is_chat, read_conversation, unused_keys
 from jaxpeft.data.settings import Learn, Reading
-from jaxpeft.data.turns import Turn, find_turns
-from jaxpeft.errors import first_few
 
 Arrays = tuple[np.ndarray, np.ndarray]
 _ROWS_PER_CALL = 1000

@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 
-from jaxpeft import paths
-from jaxpeft.errors import UserError, first_few
-from jaxpeft.linear import SHARED, dtype_of, shape_of, take_shared
-from jaxpeft.methods.base import Adapter, Context, Label, Leaf, Method, weight_at
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.methods.family import Adapter, Context, Label, Leaf, Method, weight_at
 from jaxpeft.methods.mixed import NOT_STACKED, extra_axes, first_of, mixed_leaf
 from jaxpeft.methods.registry import KINDS
-from jaxpeft.quant import QuantTensor
+from jaxpeft.ops.linear import SHARED, dtype_of, shape_of, take_shared
+from jaxpeft.ops.quant import QuantTensor
 
 
 def init_adapter(method: Method, base: Any, key: jax.Array, *, batches: Any = None) -> Adapter:
@@ -66,7 +66,7 @@ def bind(
         dropout_key: Typed PRNG key of this step; None drops nothing, as at inference.
 
     Returns:
-        ``{"params": tree}``, where the adapted leaves are nodes (see `jaxpeft.linear`), and
+        ``{"params": tree}``, where the adapted leaves are nodes (see `jaxpeft.ops.linear`), and
         ``"shared"`` beside it where nodes have what all layers share.
 
     Raises:
@@ -235,7 +235,7 @@ def _require_unquantised(params: dict, adapter: Adapter) -> None:
         raise UserError(
             f"merge: {len(coded)} kernels of this base are quantised: {first_few(coded)}; merge "
             "into the weights it was made from (load_model without quantization), or round the "
-            "sum to codes again with jaxpeft.methods.merge_quantized."
+            "sum to codes again with jaxpeft.methods.algebra.merge_quantized."
         )
 
 

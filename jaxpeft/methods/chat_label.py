@@ -1,11 +1,11 @@
-"""The chat settings of an adapter that is made of several, see `jaxpeft.chat_settings`."""
+"""The chat settings of an adapter that is made of several, see `jaxpeft.methods.chat_settings`."""
 
 import json
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from jaxpeft.methods.base import Adapter, Label
+from jaxpeft.methods.family import Adapter, Label
 
 _STOPS = "stop_ids"
 

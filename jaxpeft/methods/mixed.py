@@ -7,7 +7,7 @@ own node then runs under ``jax.vmap`` over the rows with the base unbatched. For
     y[i] = x[i] W + scale[index[i]] * (x[i] A[index[i]]) B[index[i]],
 
 one product with the base and two batched products for all rows: the work does not grow with the
-number of adapters. Row index -1 is no adapter: zeros, the identity of `jaxpeft.methods.base`.
+number of adapters. Row index -1 is no adapter: zeros, the identity of `jaxpeft.methods.family`.
 A prefix is picked for every row before the layers run, and rows without one attend to none.
 
 Reference:
@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxpeft import paths
-from jaxpeft.errors import UserError
-from jaxpeft.linear import Node, OnBase, Transposed, attend, embed, linear
-from jaxpeft.methods.base import Adapter, Leaf
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.family import Adapter, Leaf
 from jaxpeft.methods.registry import KINDS
+from jaxpeft.ops.linear import Node, OnBase, Transposed, attend, embed, linear
 
 NOT_STACKED = "index: the adapters are not stacked; use jaxpeft.stack_adapters([...])."
 

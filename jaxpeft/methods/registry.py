@@ -2,24 +2,12 @@
 
 from typing import Any
 
-from jaxpeft.methods import (
-    adalora,
-    bitfit,
-    full,
-    ia3,
-    ln_tuning,
-    loha,
-    lokr,
-    lora,
-    multitask_prompt,
-    oft,
-    p_tuning,
-    prefix,
-    prompt,
-    trainable_tokens,
-    vera,
-)
-from jaxpeft.methods.base import Kind
+from jaxpeft.methods.adalora import config
+from jaxpeft.methods.family import Kind
+from jaxpeft.methods.kernels import ia3, loha, lokr, oft, vera
+from jaxpeft.methods.leaves import bitfit, full, ln_tuning, trainable_tokens
+from jaxpeft.methods.lora import config as lora
+from jaxpeft.methods.prompts import multitask_prompt, p_tuning, prefix, prompt
 
 _ALL = (
     lora.KIND,
@@ -28,7 +16,7 @@ _ALL = (
     p_tuning.KIND,
     multitask_prompt.KIND,
     prefix.KIND,
-    adalora.KIND,
+    config.KIND,
     oft.KIND,
     ln_tuning.KIND,
     bitfit.KIND,

@@ -1,1 +1,1 @@
-"""Decoders: their config, their code, and their weights in and out."""
+"""Decoders: their config and their code."""

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpeft.activations import keep_heads, knows_devices, on_mesh
-from jaxpeft.backend import choices, platform
-from jaxpeft.errors import UserError
+from jaxpeft.core.backend import choices, platform
+from jaxpeft.core.errors import UserError
+from jaxpeft.mesh.constraints import keep_heads, knows_devices, on_mesh
 from jaxpeft.models.tiles import EVERYONE, Places, earlier, tiled_attention, visible
-from jaxpeft.products import wide_dtype
+from jaxpeft.ops.products import wide_dtype
 
 
 @flax.struct.dataclass

@@ -4,10 +4,10 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from jaxpeft import paths
-from jaxpeft.activations import gathered, keep_vocab, rows_of_peers
-from jaxpeft.linear import SHARED, Transposed, attend, give_shared, linear
-from jaxpeft.products import wide_dtype
+from jaxpeft.core import paths
+from jaxpeft.mesh.constraints import gathered, keep_vocab, rows_of_peers
+from jaxpeft.ops.linear import SHARED, Transposed, attend, give_shared, linear
+from jaxpeft.ops.products import wide_dtype
 
 
 def head_weight(variables: dict) -> Any:

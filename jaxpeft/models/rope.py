@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.models.config import ModelConfig, RopeScaling
-from jaxpeft.products import chain_dtype
+from jaxpeft.ops.products import chain_dtype
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:

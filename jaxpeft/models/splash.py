@@ -24,8 +24,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
-from jaxpeft import flops
-from jaxpeft.activations import on_own_heads
+from jaxpeft.core import flops
+from jaxpeft.mesh.constraints import on_own_heads
 from jaxpeft.models.tiles import KEPT, even_block
 
 LANES = 128

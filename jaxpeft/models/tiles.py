@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpeft import flops
-from jaxpeft.products import kept_by_rule, wide_dtype
+from jaxpeft.core import flops
+from jaxpeft.ops.products import kept_by_rule, wide_dtype
 
 EVERYONE = -(2**30)
 """The segment of keys that every token sees; segments of data lie between it and ``2**30``."""

@@ -3,7 +3,7 @@
 Layers are stacked on a leading axis and run under ``nn.scan(nn.remat(Block))``, so compile time
 does not grow with depth. What differs by layer (the window) is an array that is scanned along.
 Parameters are named like Hugging Face's modules; a parameter may be an array or a node (see
-`jaxpeft.linear`).
+`jaxpeft.ops.linear`).
 
 Reference:
     Touvron et al., "Llama 2: Open Foundation and Fine-Tuned Chat Models", 2023,
@@ -20,34 +20,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxpeft import paths
-from jaxpeft.activations import (
-    GATHERED,
-    gathered,
-    keep_rows,
-    look_up,
-    on_mesh,
-)
-from jaxpeft.linear import (
-    CAPTURE,
-    PRODUCT,
-    SHARED,
-    Transposed,
-    give_shared,
-    linear,
-    shape_of,
-)
+from jaxpeft.core import paths
+from jaxpeft.mesh.constraints import GATHERED, gathered, keep_rows, look_up, on_mesh
 from jaxpeft.models import rope
 from jaxpeft.models.attention import Prefix, attention, positions_of
 from jaxpeft.models.cache import Cache, append, append_slots, merge_heads
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.head import head_logits
 from jaxpeft.models.tiles import KEPT
-from jaxpeft.products import chain_dtype, kept_input, wide_dtype
+from jaxpeft.ops.linear import CAPTURE, PRODUCT, SHARED, Transposed, give_shared, linear, shape_of
+from jaxpeft.ops.products import chain_dtype, kept_input, wide_dtype
 
 _POLICIES = jax.checkpoint_policies
 STREAM = "stream"
-"""Name of a layer's input where it is kept as bits, see `jaxpeft.products.kept_input`."""
+"""Name of a layer's input where it is kept as bits, see `jaxpeft.ops.products.kept_input`."""
 
 _KEEP_ATTENTION = _POLICIES.save_only_these_names(KEPT, STREAM)
 REMAT_POLICIES: dict[str, Any] = {
@@ -78,7 +64,7 @@ def weight(
         name: The parameter's name.
         shape: Its logical shape, without the layer axis.
         init: Linen initialiser.
-        gather: Take it as it is used, see `jaxpeft.activations.gathered`; else as it lives.
+        gather: Take it as it is used, see `jaxpeft.mesh.constraints.gathered`; else as it lives.
 
     Returns:
         An array or a node.

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpeft.backend import choices
+from jaxpeft.core.backend import choices
 
 LAYERS = "layers"
 

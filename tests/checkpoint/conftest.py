@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from checkpoint_states import small_state
 
-from jaxpeft.checkpoint import Checkpoints
+from jaxpeft.checkpoints.checkpoints import Checkpoints
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from checkpoint_states import bits, bytes_on_disk, contents, small_state
 
-from jaxpeft import manifest
-from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.errors import CheckpointError
+from jaxpeft.checkpoints import manifest
+from jaxpeft.checkpoints.checkpoints import Checkpoints
+from jaxpeft.core.errors import CheckpointError
 
 
 def test_every_kind_of_leaf_comes_back_bit_for_bit(checkpoints):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 from checkpoint_states import bits, contents, small_state
 
-from jaxpeft import manifest
-from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.errors import CheckpointError, UserError
+from jaxpeft.checkpoints import manifest
+from jaxpeft.checkpoints.checkpoints import Checkpoints
+from jaxpeft.core.errors import CheckpointError, UserError
 
 
 def flip(path: Path, where: float) -> None:

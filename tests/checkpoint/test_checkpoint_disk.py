@@ -17,9 +17,11 @@ import pytest
 from checkpoint_states import bits, contents, save_and_wait, small_state
 from full_disk import files_no_larger_than
 
-from jaxpeft import checkpoint_folder, manifest, patience
-from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.errors import ResourceError
+from jaxpeft.checkpoints import folder as checkpoint_folder
+from jaxpeft.checkpoints import manifest
+from jaxpeft.checkpoints.checkpoints import Checkpoints
+from jaxpeft.core.errors import ResourceError
+from jaxpeft.files import patience
 
 ROOT = Path(__file__).parents[2]
 

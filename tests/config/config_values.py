@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
-from jaxpeft.config_keys import Schema
-from jaxpeft.methods.frozen_map import FrozenMap
-from jaxpeft.yaml_config import loads
+from jaxpeft.config.schema import Schema
+from jaxpeft.config.yaml_reader import loads
+from jaxpeft.core.frozen_map import FrozenMap
 
 SMALL = """\
 model: {path: base}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxpeft import config as cfg
-from jaxpeft.errors import UserError
+from jaxpeft.config import run_config as cfg
+from jaxpeft.core.errors import UserError
 
 
 @pytest.fixture

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 from config_values import SMALL, value
 
-from jaxpeft import config as cfg
-from jaxpeft.config_keys import fields_of, is_section
-from jaxpeft.data import DataConfig
-from jaxpeft.errors import UserError
-from jaxpeft.foreign_names import FOREIGN
-from jaxpeft.methods import METHODS, Full, LoRA
-from jaxpeft.optim import OptimConfig
+from jaxpeft.config import run_config as cfg
+from jaxpeft.config.schema import fields_of, is_section
+from jaxpeft.core.errors import UserError
+from jaxpeft.core.foreign_names import FOREIGN
+from jaxpeft.data.settings import DataConfig
+from jaxpeft.methods.leaves.full import Full
+from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.registry import METHODS
+from jaxpeft.updates.optimizers import OptimConfig
 
 
 def test_the_design_page_config_becomes_dataclasses(load):

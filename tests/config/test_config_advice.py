@@ -6,8 +6,8 @@ import pytest
 from config_values import SMALL, value
 
 import jaxpeft as jp
-from jaxpeft.errors import UserError
-from jaxpeft.quant import check_kind
+from jaxpeft.core.errors import UserError
+from jaxpeft.ops.quant import check_kind
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,16 @@ from config_values import SMALL, Values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpeft import config as cfg
-from jaxpeft.config_keys import Schema, describe, flatten
-from jaxpeft.data import DataConfig
-from jaxpeft.errors import UserError
-from jaxpeft.methods import METHODS, Full, LoRA
-from jaxpeft.methods.frozen_map import FrozenMap
-from jaxpeft.optim import OptimConfig
-from jaxpeft.yaml_config import dumps, loads
+from jaxpeft.config import run_config as cfg
+from jaxpeft.config.schema import Schema, describe, flatten
+from jaxpeft.config.yaml_reader import dumps, loads
+from jaxpeft.core.errors import UserError
+from jaxpeft.core.frozen_map import FrozenMap
+from jaxpeft.data.settings import DataConfig
+from jaxpeft.methods.leaves.full import Full
+from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.registry import METHODS
+from jaxpeft.updates.optimizers import OptimConfig
 
 
 def record(cls, **fields):

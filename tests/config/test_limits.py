@@ -9,13 +9,13 @@ import pytest
 from config_values import SMALL
 
 import jaxpeft as jp
-from jaxpeft import config as cfg
-from jaxpeft import float32, limits
-from jaxpeft.data import DataConfig
-from jaxpeft.errors import UserError
-from jaxpeft.methods import METHODS
-from jaxpeft.optim import OptimConfig
-from jaxpeft.run_folder import check_folder, write_config
+from jaxpeft.config import run_config as cfg
+from jaxpeft.core import float32, limits
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.settings import DataConfig
+from jaxpeft.methods.registry import METHODS
+from jaxpeft.training.output.folder import check_folder, write_config
+from jaxpeft.updates.optimizers import OptimConfig
 
 README = pathlib.Path(__file__).parents[2] / "configs" / "README.md"
 HUGE = 10**12

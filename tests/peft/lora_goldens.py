@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from jaxpeft.model import Model
-from jaxpeft.models.load import load_params
 from jaxpeft.models.transformer import Transformer
+from jaxpeft.pretrained.load import load_params
+from jaxpeft.pretrained.model import Model
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 BASES = {

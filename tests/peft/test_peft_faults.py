@@ -14,9 +14,9 @@ from lora_goldens import (
     golden,
 )
 
-from jaxpeft.errors import UserError
-from jaxpeft.methods.selection import Selection
-from jaxpeft.peft_format import load_adapter, save_adapter
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.peft.patterns import Selection
+from jaxpeft.pretrained.adapters import load_adapter, save_adapter
 
 
 def saved(tmp_path, name="qv"):

@@ -25,13 +25,15 @@ from lora_goldens import (
 )
 from safetensors.numpy import load_file
 
-from jaxpeft import paths
-from jaxpeft.errors import ResourceError, UserError
-from jaxpeft.methods import Full, LoRA, init_adapter, lora_peft_config, merge
-from jaxpeft.methods.exchange import Values
-from jaxpeft.methods.lora import config_of
-from jaxpeft.methods.lora_nodes import LoRAKernel
-from jaxpeft.peft_format import load_adapter, save_adapter
+from jaxpeft.core import paths
+from jaxpeft.core.errors import ResourceError, UserError
+from jaxpeft.methods.binding import init_adapter, merge
+from jaxpeft.methods.leaves.full import Full
+from jaxpeft.methods.lora.config import LoRA, config_of
+from jaxpeft.methods.lora.nodes import LoRAKernel
+from jaxpeft.methods.lora.peft import config as lora_peft_config
+from jaxpeft.methods.peft.values import Values
+from jaxpeft.pretrained.adapters import load_adapter, save_adapter
 
 
 @pytest.mark.parametrize("name", BASES)

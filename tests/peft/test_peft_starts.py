@@ -15,8 +15,8 @@ from lora_goldens import (
 )
 
 import jaxpeft as jp
-from jaxpeft.errors import UserError
-from jaxpeft.peft_format import load_adapter
+from jaxpeft.core.errors import UserError
+from jaxpeft.pretrained.adapters import load_adapter
 
 
 @pytest.mark.parametrize("init", [None, False, "Gaussian", "orthogonal", "eva", "mica"])

@@ -18,12 +18,13 @@ from tiny_run import (
 from train_runs import NO_EVAL, curve, output_of, steps_of
 
 import jaxpeft as jp
-from jaxpeft import data
 from jaxpeft import train as program
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.batches import eval_batches
+from jaxpeft.data.encode import encode_file
 from jaxpeft.evaluate import evaluate_loss
-from jaxpeft.models.load import load_model
-from jaxpeft.run_checks import check_unchanged
+from jaxpeft.pretrained.load import load_model
+from jaxpeft.training.checks import check_unchanged
 
 
 def test_loss_falls_and_the_metrics_have_their_fields(finished):
@@ -97,12 +98,10 @@ def test_the_folder_holds_the_documented_files(finished):
 def test_the_exported_adapter_gives_the_last_evaluation(finished, files):
     base = load_model(files.model)
     adapter = jp.load_adapter(str(output_of(finished)), base)
-    examples = data.encode_file(
+    examples = encode_file(
         files.eval, base.tokenizer, max_length=32, vocab_size=base.config.vocab_size
     )
-    batches = list(
-        data.eval_batches(examples, batch_size=8, max_length=32, packing=True, pad_id=None)
-    )
+    batches = list(eval_batches(examples, batch_size=8, max_length=32, packing=True, pad_id=None))
     after = evaluate_loss(base, batches, adapter)
     before = evaluate_loss(base, batches)
     lines = evaluation_lines(output_of(finished))

@@ -12,15 +12,15 @@ from tiny_run import read_lines, training_lines, write_config, write_rows
 from train_runs import NO_EVAL, adapter_bytes, stop_at
 
 import jaxpeft as jp
-from jaxpeft import config as run_config
-from jaxpeft import resume
 from jaxpeft import train as program
-from jaxpeft.errors import InterruptedRunError, UserError
-from jaxpeft.methods import METHODS
-from jaxpeft.models.load import load_config
-from jaxpeft.run import Run
-from jaxpeft.scored_on import scored_on
-from jaxpeft.storage import as_path
+from jaxpeft.config import run_config
+from jaxpeft.core.errors import InterruptedRunError, UserError
+from jaxpeft.files.storage import as_path
+from jaxpeft.methods.registry import METHODS
+from jaxpeft.pretrained.load import load_config
+from jaxpeft.training.output import resume
+from jaxpeft.training.run import Run
+from jaxpeft.training.scored_on import scored_on
 
 README = pathlib.Path(__file__).parents[2] / "configs" / "README.md"
 CONSTANT = {"learning_rate": 0.01, "schedule": "constant"}

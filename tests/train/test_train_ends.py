@@ -12,9 +12,9 @@ from train_runs import NO_EVAL, poison
 
 import jaxpeft as jp
 from jaxpeft import train as program
-from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.errors import DivergedError, UserError
-from jaxpeft.run import Run
+from jaxpeft.checkpoints.checkpoints import Checkpoints
+from jaxpeft.core.errors import DivergedError, UserError
+from jaxpeft.training.run import Run
 
 
 def require_no_success(config, output, monkeypatch, words):

@@ -7,7 +7,7 @@ from tiny_run import read_lines
 from toy_tokenizer import toy_tokenizer
 from train_runs import losses, poison
 
-from jaxpeft.reached import Reached
+from jaxpeft.updates.reached import Reached
 
 LINE = {
     "step",

@@ -10,10 +10,13 @@ import pytest
 from tiny_run import training_lines, write_config
 from train_runs import NO_EVAL, adapter_bytes, curve, steps_of
 
-from jaxpeft import batches, data, folders, manifest, patience, signals
 from jaxpeft import train as program
-from jaxpeft.errors import InterruptedRunError, LostWorkerError, ResourceError
-from jaxpeft.run import Run
+from jaxpeft.checkpoints import manifest
+from jaxpeft.cli import signals
+from jaxpeft.core.errors import InterruptedRunError, LostWorkerError, ResourceError
+from jaxpeft.files import folders, patience
+from jaxpeft.training import feed
+from jaxpeft.training.run import Run
 
 FAULTS = {"full": errno.ENOSPC, "failing": errno.EIO, "denied": errno.EACCES}
 
@@ -84,7 +87,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_the_same_command_goes_on(
 
 def end_at(monkeypatch, step, act) -> None:
     """Lets something happen instead of the batch of a step."""
-    iterate = data.iterate
+    iterate = program.iterate
 
     def ending(plan, first, last, **options):
         for number, batch in enumerate(iterate(plan, first, last, **options), first + 1):
@@ -92,7 +95,7 @@ def end_at(monkeypatch, step, act) -> None:
                 act()
             yield batch
 
-    monkeypatch.setattr(data, "iterate", ending)
+    monkeypatch.setattr(program, "iterate", ending)
 
 
 def test_a_lost_data_worker_ends_the_run_after_saving(files, plain, tmp_path, monkeypatch):
@@ -111,8 +114,8 @@ def test_a_lost_data_worker_ends_the_run_after_saving(files, plain, tmp_path, mo
 
 
 def test_a_stall_is_told_and_a_signal_saves_and_leaves(files, plain, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(batches, "WATCH_SECONDS", 0.2)
-    monkeypatch.setattr(batches, "_LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(feed, "WATCH_SECONDS", 0.2)
+    monkeypatch.setattr(feed, "_LEAVE_SECONDS", 0.1)
     monkeypatch.setattr(signals, "_left_behind", [])
     go_on = threading.Event()
 

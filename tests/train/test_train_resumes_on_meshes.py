@@ -8,12 +8,12 @@ import pytest
 from tiny_run import STEPS, training_lines, write_config
 from train_runs import NO_EVAL, curve, record_runs, stop_at
 
-from jaxpeft import sharding
 from jaxpeft import train as program
-from jaxpeft.errors import InterruptedRunError
-from jaxpeft.run import Run, leaves
+from jaxpeft.core.errors import InterruptedRunError
+from jaxpeft.mesh import layout
+from jaxpeft.training.run import Run, leaves
 
-MAKE_MESH = sharding.make_mesh
+MAKE_MESH = layout.make_mesh
 
 PARTS = [
     (3, {"data": 8}),
@@ -43,7 +43,7 @@ def test_other_meshes_go_on_from_equal_bits_with_the_same_rows(files, plain, tmp
     runs, saved = record_runs(monkeypatch), []
     for stop, sizes in PARTS:
         devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-        monkeypatch.setattr(sharding, "make_mesh", functools.partial(MAKE_MESH, devices=devices))
+        monkeypatch.setattr(layout, "make_mesh", functools.partial(MAKE_MESH, devices=devices))
         config = write_config(files, tmp_path / "run", **NO_EVAL, checkpoint=None, mesh=sizes)
         if stop is None:
             program.main([config])

@@ -8,7 +8,7 @@ import pytest
 from tiny_run import write_config
 
 from jaxpeft import train as program
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
 
 SECRET = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")

@@ -30,13 +30,13 @@ from train_runs import (
 )
 
 import jaxpeft as jp
-from jaxpeft import sharding
 from jaxpeft import train as program
-from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.checkpoint_folder import CheckpointFolder
-from jaxpeft.errors import DivergedError, InterruptedRunError, UserError
-from jaxpeft.models.load import load_config
-from jaxpeft.run import Run
+from jaxpeft.checkpoints.checkpoints import Checkpoints
+from jaxpeft.checkpoints.folder import CheckpointFolder
+from jaxpeft.core.errors import DivergedError, InterruptedRunError, UserError
+from jaxpeft.mesh import layout
+from jaxpeft.pretrained.load import load_config
+from jaxpeft.training.run import Run
 
 
 def test_a_poisoned_batch_is_skipped_and_counted(files, plain, tmp_path, monkeypatch, capsys):
@@ -208,7 +208,7 @@ def test_checkpoint_is_hardly_larger_than_adapter_and_moments(files, tmp_path, g
         write_config(files, tmp_path / "run"), ["--method.rank=16", "--method.targets=all-linear"]
     )
     base = toy_model(getkey(), d_model=256, d_ff=768, num_layers=6, head_dim=64)
-    mesh = sharding.make_mesh()
+    mesh = layout.make_mesh()
     run = Run(config, base, program.read_data(config, load_config(files.model)), mesh)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(run.state.adapter.params))
     draw = np.random.default_rng(0)  # what has been trained does not compress

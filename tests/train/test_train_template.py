@@ -13,12 +13,12 @@ from toy_tokenizer import CHATML, shown
 
 import jaxpeft as jp
 from jaxpeft import train as program
-from jaxpeft.config import RunConfig
-from jaxpeft.errors import UserError
-from jaxpeft.models.load import load_config
+from jaxpeft.config.run_config import RunConfig
+from jaxpeft.core.errors import UserError
 from jaxpeft.plan import describe_data
-from jaxpeft.run import Run
-from jaxpeft.run_template import find_template, run_tokenizer
+from jaxpeft.pretrained.load import load_config
+from jaxpeft.training.output.template import find_template, run_tokenizer
+from jaxpeft.training.run import Run
 
 OTHER = (
     "{% for m in messages %}<s>{{ m['role'] }}={{ m['content'] }}<|im_end|>{% endfor %}"

@@ -14,11 +14,12 @@ from tiny_run import (
 from train_runs import adapter_bytes, curve, losses, record_runs
 
 import jaxpeft as jp
-from jaxpeft import paths, sharding
 from jaxpeft import train as program
-from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.models.load import load_config, load_model
-from jaxpeft.run import Run
+from jaxpeft.checkpoints.checkpoints import Checkpoints
+from jaxpeft.core import paths
+from jaxpeft.mesh import layout
+from jaxpeft.pretrained.load import load_config, load_model
+from jaxpeft.training.run import Run
 
 
 def test_accumulation_gives_the_losses_of_the_whole_batch(files, plain, tmp_path):
@@ -149,7 +150,7 @@ def test_best_step_is_exported(files, tmp_path, monkeypatch, capsys):
 def test_best_is_the_least_loss_or_the_largest_accuracy(files, tmp_path, metric, best):
     config = jp.load_config(write_config(files, tmp_path / "run", checkpoint={"best": metric}))
     rows = program.read_data(config, load_config(files.model))
-    run = Run(config, load_model(files.model), rows, sharding.make_mesh())
+    run = Run(config, load_model(files.model), rows, layout.make_mesh())
     scores = [(0.5, 0.5), (0.7, 0.9), (0.9, 0.7)]  # at steps 1, 2, 3
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
         for loss, accuracy in scores:

@@ -11,11 +11,11 @@ from safetensors.numpy import load_file
 from tiny_run import training_lines
 
 import jaxpeft as jp
-from jaxpeft import config as run_config
 from jaxpeft import train as program
-from jaxpeft.config_keys import fields_of
-from jaxpeft.errors import UserError
-from jaxpeft.peft_format import notes_of
+from jaxpeft.config import run_config
+from jaxpeft.config.schema import fields_of
+from jaxpeft.core.errors import UserError
+from jaxpeft.pretrained.adapters import notes_of
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "versions" / "before_identity"
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_run import write_config
 
 from jaxpeft import train as program
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
 
 METHOD = {"name": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "down_proj"]}
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -248,7 +248,7 @@ def test_a_disk_that_fills_as_the_folder_is_made_leaves_no_trace(files, tmp_path
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jaxpeft.run_folder.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("jaxpeft.training.output.folder.tempfile.TemporaryFile", full)
     output = place_for(tmp_path, "deep")
     config, flag = write_beside(files, tmp_path, output)
     with pytest.raises(UserError, match="free some space") as error:

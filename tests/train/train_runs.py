@@ -11,9 +11,8 @@ from tiny_run import (
     write_config,
 )
 
-from jaxpeft import data
 from jaxpeft import train as program
-from jaxpeft.run import Run
+from jaxpeft.training.run import Run
 
 NO_EVAL = {"data": {"eval": None}, "evaluation": None}
 
@@ -42,7 +41,7 @@ def curve(output) -> list[float]:
 
 def poison(monkeypatch, steps) -> None:
     """Lets the batches of some steps weigh infinitely much."""
-    iterate = data.iterate
+    iterate = program.iterate
 
     def poisoned(plan, first, last, **options):
         for step, batch in enumerate(iterate(plan, first, last, **options), first + 1):
@@ -50,7 +49,7 @@ def poison(monkeypatch, steps) -> None:
                 batch = {**batch, "weights": np.where(batch["weights"] > 0, np.inf, 0).astype("f")}
             yield batch
 
-    monkeypatch.setattr(data, "iterate", poisoned)
+    monkeypatch.setattr(program, "iterate", poisoned)
 
 
 def record_runs(monkeypatch) -> list[Run]:

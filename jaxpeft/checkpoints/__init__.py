@@ -1,0 +1,1 @@
+"""States of a run on disk: whole or invisible, verified before use."""

@@ -1,0 +1,1 @@
+"""The YAML of a run: its sections, its keys, and a strict reader."""

@@ -1,0 +1,1 @@
+"""Words that all packages use: errors, paths into trees, records, limits."""

@@ -1,0 +1,247 @@
+"""What rendering one chat template may cost, counted in steps and characters, not in seconds.
+
+A template is text from somebody else that runs for every row. A limit in seconds would refuse
+good templates on a slow machine, so the work itself is counted: every run through the body of a
+loop or macro takes from a budget of steps, everything that is read or made takes from a budget
+of characters, and no single text, list or number may grow beyond a size that a conversation
+never needs. What would make something large is measured before it runs.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from jinja2.utils import Namespace
+
+from jaxpeft.core.limits import TEMPLATES
+
+MAX_TEMPLATE_CHARS = TEMPLATES["TEMPLATE_CHARS"].most
+MAX_CHARS = TEMPLATES["TEMPLATE_TEXT"].most
+MAX_TOTAL_CHARS = TEMPLATES["TEMPLATE_TEXTS"].most
+MAX_STEPS = TEMPLATES["TEMPLATE_STEPS"].most
+MAX_ITEMS = TEMPLATES["TEMPLATE_ITEMS"].most
+MAX_BITS = TEMPLATES["TEMPLATE_BITS"].most
+MAX_DEPTH = TEMPLATES["TEMPLATE_DEPTH"].most
+
+MIN_STEPS = 10_000
+"""Steps that every rendering has, however often its template passed a limit before."""
+
+MIN_TOTAL_CHARS = 1_000_000
+"""Characters of all texts, likewise."""
+
+STEPS_OF_A_MACRO = 20
+"""What calling a macro, a block or a recursive loop takes."""
+
+STEPS_OF_A_CALL = 4
+"""What calling any other function, method or filter takes, or an item that a filter yields."""
+
+_ITEM_CHARS = 8
+_ATOMS = frozenset({int, float, bool, type(None)})
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+
+
+class LimitPassed(Exception):
+    """A template asks for more than it may; the text ends "the template ..."."""
+
+
+class Budget:
+    """What is left of the limits while one template is rendered once.
+
+    Args:
+        failures: How often the template passed a limit before. It gets a part of the steps and
+            characters only, so that a template that always passes them is soon done with a file.
+
+    Attributes:
+        steps: Steps that are left.
+        chars: Characters that are left.
+        known: Weights of containers that the caller handed in, by id; they stay alive.
+    """
+
+    __slots__ = ("_all_chars", "_all_steps", "chars", "known", "steps")
+
+    def __init__(self, failures: int = 0):
+        self._all_steps = max(MAX_STEPS // (1 + failures), min(MIN_STEPS, MAX_STEPS))
+        self._all_chars = max(MAX_TOTAL_CHARS // (1 + failures), MIN_TOTAL_CHARS)
+        self.steps = self._all_steps
+        self.chars = self._all_chars
+        self.known: dict[int, int] = {}
+
+    def tick(self, cost: int = 1) -> bool:
+        """Takes steps; always True, so that it can stand in a condition."""
+        self.steps -= cost
+        if self.steps < 0:
+            raise LimitPassed(f"takes more than {self._all_steps:,} steps")
+        return True
+
+    def spend(self, chars: int) -> None:
+        """Takes characters that are read or made."""
+        self.chars -= chars
+        if self.chars < 0:
+            raise LimitPassed(f"makes and reads more than {self._all_chars:,} characters in all")
+
+    def expect(self, chars: int) -> None:
+        """Refuses a text of this length before it is made."""
+        if chars > MAX_CHARS:
+            raise LimitPassed(f"makes a text of more than {MAX_CHARS:,} characters")
+        self.spend(chars)
+
+    def expect_items(self, items: int) -> None:
+        """Refuses a list of this length before it is made."""
+        if items > MAX_ITEMS:
+            raise LimitPassed(f"makes a list of more than {MAX_ITEMS:,} items")
+        self.spend(_ITEM_CHARS * items)
+
+    def expect_bits(self, bits: int) -> None:
+        """Refuses a number of this size before it is computed."""
+        if bits > MAX_BITS:
+            raise LimitPassed(f"computes a number of more than {MAX_BITS:,} bits")
+
+    def weigh(self, value: Any) -> int:
+        """About how many characters the text of a value has, which may hold others."""
+        return weigh(value, self.known, self.tick)
+
+    def read(self, value: Any) -> Any:
+        """Takes what reading a whole value costs, and returns it."""
+        if type(value) is str:
+            self.chars -= 1 + (len(value) >> 3)
+            if self.chars < 0:
+                self.spend(0)
+        elif type(value) not in _ATOMS:
+            self.spend(self.weigh(value))
+        return value
+
+    def text(self, value: Any) -> str:
+        """The text of a value, measured before it is made."""
+        if type(value) is str:
+            self.chars -= 1 + (len(value) >> 3)
+            if self.chars < 0:
+                self.spend(0)
+            return value
+        if type(value) not in _ATOMS:
+            self.expect(self.weigh(value))
+        return str(value)
+
+    def shown(self, value: Any) -> Any:
+        """The value itself, measured as `text` does."""
+        if type(value) is not str and type(value) not in _ATOMS:
+            self.expect(self.weigh(value))
+        return value
+
+    def checked(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The values, whose texts together are no longer than a text may be."""
+        total = 0
+        for value in values:
+            total += len(value) if type(value) is str else self.weigh(value)
+        self.expect(total)
+        return values
+
+    def concat(self, pieces: list[str]) -> str:
+        """Joins the pieces of a block, macro or loop."""
+        self.expect(sum(map(len, pieces)))
+        return "".join(pieces)
+
+    def sliced(self, value: Any, where: slice) -> Any:
+        """Some items of a list or characters of a text."""
+        return self.made(value[where])
+
+    def made(self, value: Any) -> Any:
+        """Takes what a new value costs, and returns it, refused if it is too large."""
+        if isinstance(value, (str, bytes)):
+            self.expect(len(value))
+        elif isinstance(value, (list, tuple, dict)):
+            self.expect_items(len(value))
+        elif isinstance(value, int):
+            self.expect_bits(value.bit_length())
+        return value
+
+    def items(self, values: Iterable[Any]) -> list[Any]:
+        """Lists what can be iterated over, an item a step where its length is not known."""
+        if hasattr(values, "__len__"):
+            self.expect_items(len(values))  # type: ignore[arg-type]
+            return list(values)
+        listed = []
+        for value in values:
+            listed.append(value)
+            self.tick()
+        self.expect_items(len(listed))
+        return listed
+
+
+class Counted(Iterator[Any]):
+    """A generator of a filter, whose items take steps.
+
+    Args:
+        items: The generator.
+        budget: The budget of the rendering.
+        source: What the filter reads: another of these counts towards the nesting.
+        cost: Steps an item takes.
+    """
+
+    __slots__ = ("_budget", "_cost", "_depth", "_items")
+
+    def __init__(
+        self, items: Iterator[Any], budget: Budget, source: Any, cost: int = STEPS_OF_A_CALL
+    ):
+        self._items = items
+        self._budget = budget
+        self._cost = cost
+        self._depth = source._depth + 1 if type(source) is Counted else 1
+        check_depth(self._depth)
+
+    def __next__(self) -> Any:
+        self._budget.tick(self._cost)
+        return next(self._items)
+
+
+def check_depth(depth: int) -> None:
+    """Refuses what is nested too deeply."""
+    if depth > MAX_DEPTH:
+        raise LimitPassed(f"nests values more than {MAX_DEPTH} deep")
+
+
+def weigh(value: Any, known: Mapping[int, int] | None = None, tick: Any = None) -> int:
+    """About how many characters the text of a value has.
+
+    A list that stands in another one several times counts as often, but is looked at once, so
+    that lists that double in every turn of a loop are weighed at once.
+
+    Args:
+        value: Any value a template can have.
+        known: Weights of containers by id.
+        tick: Called with the number of items of every container that is looked at.
+
+    Returns:
+        The weight, at least 1.
+
+    Raises:
+        LimitPassed: If it is nested too deeply.
+    """
+    if type(value) in _ATOMS:
+        return 8
+    return _weigh(value, known or {}, tick, {}, 1)
+
+
+def _weigh(
+    value: Any, known: Mapping[int, int], tick: Any, seen: dict[int, int], depth: int
+) -> int:
+    if isinstance(value, (str, bytes)):
+        return len(value) + 2
+    if isinstance(value, Namespace):
+        value = value._Namespace__attrs  # type: ignore[attr-defined]
+    is_mapping = isinstance(value, dict)
+    if not is_mapping and not isinstance(value, (list, tuple, *_VIEWS)):
+        return 8 if type(value) in _ATOMS else 80
+    key = id(value)
+    weight = known.get(key) or seen.get(key)
+    if weight is not None:
+        return weight
+    check_depth(depth)
+    if tick is not None:
+        tick(1 + len(value))
+    weight = 2
+    for item in value:
+        weight += 4 + _weigh(item, known, tick, seen, depth + 1)
+    if is_mapping:
+        for item in value.values():
+            weight += _weigh(item, known, tick, seen, depth + 1)
+    seen[key] = weight
+    return weight

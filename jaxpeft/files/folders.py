@@ -1,0 +1,204 @@
+"""Folders written whole or not at all.
+
+The new folder is written beside its place, synced, and moved there; only then does an older one
+go away. A process killed at any moment leaves the old folder, the new one, or, for the instant
+between two renames, both under hidden names beside the place; the next writer clears those away,
+and brings an old folder back that has no place. A rename that fails brings it back too.
+
+In a bucket (``gs://``) nothing is renamed: files are written as objects one after the other, last
+the one that makes the folder whole. An older one goes first: a process killed meanwhile leaves a
+folder that is not whole.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Container, Iterator, Mapping
+
+from jaxpeft.core.errors import ResourceError, UserError, first_few
+from jaxpeft.files import storage
+from jaxpeft.files.storage import Place
+
+_OLD = ".old"
+
+
+def write_folder(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
+    """Makes `path` a folder with exactly these files.
+
+    Args:
+        path: The folder. It may exist and hold files of these names, but no others.
+        files: Content by file name; the last one makes the folder whole.
+
+    Raises:
+        UserError: If `path` is a file, holds other files, or cannot be written.
+        ResourceError: If the disk is full.
+    """
+    folder = real_path(path)
+    require_replaceable(folder, files)
+    if storage.is_remote(folder):
+        storage.write_objects(folder, files)
+        return
+    with new_folder(folder) as temporary:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike, last: str = "") -> Iterator[pathlib.Path]:
+    """A folder to fill, which takes its place at `path` if the block succeeds.
+
+    Whatever is at `path` is replaced: ask first whether it may go (`require_replaceable`).
+
+    Args:
+        path: The folder to make, with its parents; a link is followed.
+        last: The file that makes the folder whole, where files become objects of a bucket.
+
+    Yields:
+        An empty folder on disk, beside `path` if that is. It is gone afterwards: moved or copied
+        there, or removed.
+
+    Raises:
+        UserError: If something cannot be written, also within the block; `path` is then as before,
+            but for one in a bucket that failed meanwhile.
+        ResourceError: If the disk is full; `path` is then as before.
+    """
+    folder = real_path(path)
+    if storage.is_remote(folder):
+        try:
+            with tempfile.TemporaryDirectory() as temporary:
+                yield pathlib.Path(temporary)
+                storage.upload(pathlib.Path(temporary), folder, last)
+        except OSError as error:
+            where = f"{folder}: {tempfile.gettempdir()}, where it is written first"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ResourceError(
+                    f"{where}, has no space left; free some, or set TMPDIR to another folder."
+                ) from error
+            raise UserError(f"{where}: {error.strerror or error}.") from error
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        with _sibling(folder) as temporary:
+            yield temporary
+            _sync_tree(temporary)
+            _move_into_place(temporary, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{folder}: no space left on the disk to save there.") from error
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}.") from error
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Clears away what killed writers of a folder left beside it; what still writes is left alone.
+
+    Args:
+        path: The folder that they wrote. If it is not there but an older one that had stepped
+            aside is, that one comes back.
+
+    Raises:
+        OSError: The disk does not let us look, or bring the older one back.
+    """
+    folder = real_path(path)
+    if storage.is_remote(folder) or not folder.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.[a-z0-9_]{{8}}\.tmp({re.escape(_OLD)})?")
+    found = {
+        file.name: file
+        for file in folder.parent.iterdir()
+        if pattern.fullmatch(file.name) and file.is_dir() and not file.is_symlink()
+    }
+    for name in sorted(found, reverse=True):  # the older ones first
+        new = folder.parent / name.removesuffix(_OLD)
+        with _locked(new if new.exists() else found[name]) as free:
+            if free and name.endswith(_OLD) and not folder.exists():
+                found[name].rename(folder)
+            elif free:
+                shutil.rmtree(found[name], ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[bool]:
+    """Locks a folder; False if another process holds it, it went, or the disk has no locks."""
+    descriptor = -1
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def real_path(path: str | os.PathLike) -> Place:
+    """The absolute path behind all links: what is replaced is the folder, not a link to it."""
+    text = storage.require_path(path)
+    return storage.as_path(text if storage.is_remote(text) else os.path.realpath(text))
+
+
+def require_replaceable(folder: Place, names: Container[str]) -> None:
+    """Raises a UserError if writing files of these `names` there would remove something else."""
+    if not storage.exists(folder):
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give the name of a folder.")
+    with storage.explained(folder):
+        others = sorted(p.name for p in folder.iterdir() if p.name not in names)
+    if others:
+        raise UserError(
+            f"{folder}: holds other files, which saving would remove: {first_few(others)}; "
+            "choose a new or empty folder."
+        )
+
+
+@contextlib.contextmanager
+def _sibling(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder beside `folder`, removed if it is still there at the end."""
+    temporary = pathlib.Path(tempfile.mkdtemp(".tmp", f".{folder.name}.", folder.parent))
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o777 & ~umask)
+    try:
+        with _locked(temporary):  # so that others see that it is no leftover
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_tree(folder: pathlib.Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move_into_place(temporary: pathlib.Path, folder: pathlib.Path) -> None:
+    """Renames; an older folder steps aside first and comes back if the second rename fails."""
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    aside = temporary.with_name(temporary.name + _OLD)
+    folder.rename(aside)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,332 @@
+"""Where files lie: on a disk, or as objects in a bucket (``gs://bucket/name``).
+
+`as_path` gives a `pathlib.Path`, or for a URL an `etils.epath.Path`, which has the same methods and
+reaches the store through gcsfs. Orbax reads and writes arrays there through TensorStore.
+
+An object appears whole once it is written, or not at all. There is no renaming, appending or
+locking, and a folder is there as long as objects begin with its name.
+"""
+
+import contextlib
+import errno
+import fnmatch
+import importlib
+import logging
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from jaxpeft.core.errors import StoreError, UserError
+
+# What `as_path` gives: epath's paths have the methods of `pathlib.Path`, but are none.
+if TYPE_CHECKING:
+    Place = pathlib.Path
+else:
+    Place = pathlib.PurePath
+
+SCHEME = "gs://"
+MAX_NAME_BYTES = 255
+"""The longest name of one file or folder that Linux's and macOS's file systems take."""
+MAX_PATH_BYTES = 4095
+"""The longest path that Linux takes (PATH_MAX without the NUL at its end)."""
+_CLIENTS = ("aiohttp", "gcsfs", "google.api_core", "google.auth", "google.cloud", "tensorstore")
+_MAX_REQUEST_BYTES = 64 << 20
+_reached: set[str] = set()  # the schemes of the stores that this process has had to do with
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is a URL."""
+    return "://" in os.fspath(path)
+
+
+def problem_of(path: str | os.PathLike) -> str:
+    """Why no file can have this path, as a clause; "" if one can."""
+    text = os.fspath(path)
+    if "\0" in text:
+        return "a path cannot hold a NUL character"
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "a path must be text in UTF-8; rename the file or folder"
+    longest = max(map(len, data.split(b"/")))
+    if longest > MAX_NAME_BYTES and not is_remote(text):
+        return f"a name of {longest} bytes in it; file systems take at most {MAX_NAME_BYTES}"
+    if len(data) > MAX_PATH_BYTES:
+        return f"a path of {len(data)} bytes; at most {MAX_PATH_BYTES} are allowed"
+    return ""
+
+
+def require_path(path: str | os.PathLike) -> str:
+    """The text of a path that a file can have.
+
+    Raises:
+        UserError: It holds a NUL character, is not UTF-8, or is too long.
+    """
+    if problem := problem_of(path):
+        raise UserError(f"{shown(path)}: {problem}")
+    return os.fspath(path)
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path for a message: what cannot be printed is escaped, the middle of a long one left out.
+
+    Example:
+        >>> shown("a\\0b")
+        "'a\\\\x00b'"
+    """
+    text = os.fspath(path)
+    if len(text) > 120:
+        text = f"{text[:60]}...{text[-40:]}"
+    return text if text.isprintable() else ascii(text)
+
+
+def expanded(path: str | os.PathLike) -> pathlib.Path:
+    """A path on disk with ``~`` replaced by a home folder.
+
+    Raises:
+        UserError: No file can have this path, or nobody here has the name behind the ``~``.
+    """
+    text = require_path(path)
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{text}: no home folder is known for {text.split('/')[0]}; write the path out"
+        ) from None
+
+
+def as_path(path: str | os.PathLike) -> Place:
+    """The path of a file or folder, on disk or in a bucket. Looks at nothing.
+
+    Raises:
+        UserError: A path that no file can have, a URL of another kind, without a bucket, or gcsfs
+            is not installed.
+    """
+    text = require_path(path)
+    if not is_remote(text):
+        return pathlib.Path(text)
+    if not text.startswith(SCHEME):
+        raise UserError(f"{text}: of object stores only {SCHEME} is supported")
+    if not text.removeprefix(SCHEME).partition("/")[0]:
+        raise UserError(f"{text}: names no bucket; expected {SCHEME}bucket/name")
+    _client(text)
+    from etils import epath
+
+    return epath.Path(text)  # pyright: ignore[reportReturnType]
+
+
+@contextlib.contextmanager
+def explained(path: str | os.PathLike) -> Iterator[None]:
+    """What goes wrong with a bucket in the block becomes a `StoreError` with the path.
+
+    What is not there is a `UserError`. Errors of paths on disk are left as they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        kind = UserError if isinstance(error, FileNotFoundError) else StoreError
+        raise kind(f"{os.fspath(path)}: {explain(error)}") from error
+
+
+def explain(error: BaseException) -> str:
+    """What an error of the store means, in one line."""
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, FileNotFoundError):
+        return "nothing is there, or there is no such bucket"
+    code = str(getattr(error, "code", ""))
+    if code in ("401", "403") or _is_forbidden(error):
+        return (
+            f"not allowed ({text}); log in with `gcloud auth application-default login`, or give "
+            "this machine's service account access to the bucket"
+        )
+    return f"the store cannot be reached or refuses ({type(error).__name__}: {text})"
+
+
+def _is_forbidden(error: BaseException) -> bool:
+    """Whether an error is gcsfs's plain OSError for a request that is not allowed."""
+    return isinstance(error, OSError) and str(error).startswith("Forbidden")
+
+
+def is_store_error(error: BaseException) -> bool:
+    """Whether an exception comes from a client of an object store."""
+    module = type(error).__module__ + "."
+    known = any(module.startswith(f"{name}.") for name in _CLIENTS)
+    return bool(_reached) and (known or _is_forbidden(error))
+
+
+def read_bytes(path: Place) -> bytes:
+    """The content of a file or object.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        StoreError: The store refuses or does not answer.
+        OSError: The disk does not let us read it.
+    """
+    with explained(path), contextlib.suppress(FileNotFoundError):
+        return path.read_bytes()
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+
+
+def size(path: Place) -> int:
+    """Bytes of a file or object."""
+    stat: Any = path.stat()
+    return stat.length if is_remote(path) else stat.st_size
+
+
+def exists(path: Place) -> bool:
+    """Whether a file, folder or object is there; a store that does not answer is a `StoreError`.
+
+    The `exists` of epath's paths takes a failed request for a no.
+    """
+    if not is_remote(path):
+        return path.exists()
+    with explained(path):
+        try:
+            _client(os.fspath(path)).info(os.fspath(path))
+        except FileNotFoundError:
+            return False
+    return True
+
+
+class Ranges:
+    """A file or object that is read at any place, without a position of its own.
+
+    An object is read by range requests; nothing of it is kept on disk.
+    """
+
+    def __init__(self, path: Place):
+        self._path = os.fspath(path)
+        self._client = _client(self._path) if is_remote(path) else None
+        self._file = -1 if self._client else os.open(path, os.O_RDONLY)
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fills `view` from `offset` on, or a part of it; the number of bytes, 0 at the end.
+
+        What one request gives lies in memory once more, so it is not asked for everything.
+        """
+        if self._client is None:
+            return os.preadv(self._file, [view], offset)
+        end = offset + min(len(view), _MAX_REQUEST_BYTES)
+        with explained(self._path):
+            try:
+                data = self._client.cat_file(self._path, start=offset, end=end)
+            except Exception as error:
+                if getattr(error, "code", None) != 416:  # the object ends before this range
+                    raise
+                return 0
+        view[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file >= 0:
+            os.close(self._file)
+
+
+@contextlib.contextmanager
+def on_disk(folder: Place, patterns: Iterable[str]) -> Iterator[pathlib.Path]:
+    """A folder with its small files on disk, for packages that read no URLs.
+
+    Args:
+        folder: A folder on disk, which is given as it stands, or in a bucket.
+        patterns: Which files in it are copied from a bucket, such as ``*.json``, or in a folder
+            of it, ``more/*.json``.
+    """
+    if not is_remote(folder):
+        yield pathlib.Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        with explained(folder):
+            for parent, name in sorted({os.path.split(pattern) for pattern in patterns}):
+                source, target = folder / parent, pathlib.Path(copy, parent)
+                if parent and not source.is_dir():
+                    continue
+                target.mkdir(exist_ok=True)
+                for file in source.iterdir():
+                    if fnmatch.fnmatch(file.name, name):
+                        (target / file.name).write_bytes(file.read_bytes())
+        yield pathlib.Path(copy)
+
+
+def write_objects(folder: Place, files: Mapping[str, bytes]) -> None:
+    """Writes objects under `folder` one after the other; readers look for the last one.
+
+    Of several, an older one of the last one's name goes first, so that it marks nothing mixed.
+    """
+    *others, last = files
+    with explained(folder):
+        if others:
+            (folder / last).unlink(missing_ok=True)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+
+def upload(local: pathlib.Path, folder: Place, last: str) -> None:
+    """Makes objects of the files of a folder on disk, in place of those there.
+
+    Args:
+        local: The folder.
+        folder: Where to; objects of other names are removed.
+        last: The file that readers look for first: it is removed before anything else changes,
+            and written last.
+    """
+    client, target = _client(os.fspath(folder)), os.fspath(folder)
+    found = [file.relative_to(local).as_posix() for file in local.rglob("*") if file.is_file()]
+    names = sorted(found, key=lambda name: (name == last, name))
+    with explained(folder):
+        for name in sorted(objects(folder), key=lambda name: name != last):
+            if name == last or name not in names:
+                (folder / name).unlink()
+        for name in names:
+            client.put_file(str(local / name), f"{target}/{name}")
+
+
+def objects(folder: Place) -> dict[str, dict[str, Any]]:
+    """Size and the store's own CRC-32C of every object under a folder, by its name there."""
+    client = _client(os.fspath(folder))
+    root = os.fspath(folder).removeprefix(SCHEME).rstrip("/") + "/"
+    with explained(folder):
+        found = client.find(root, detail=True)
+    return {
+        name.removeprefix(root): {"bytes": int(info["size"]), "crc32c": info.get("crc32c", "")}
+        for name, info in found.items()
+    }
+
+
+def remove(folder: Place) -> None:
+    """Removes all objects under a folder; nothing need be there."""
+    with explained(folder), contextlib.suppress(FileNotFoundError):
+        _client(os.fspath(folder)).rm(os.fspath(folder), recursive=True)
+
+
+def move(folder: Place, target: Place, first: str) -> None:
+    """Copies all objects under a folder, then removes them, `first` before the others.
+
+    A process killed meanwhile leaves the old objects whole, or without `first`.
+    """
+    client = _client(os.fspath(folder))
+    with explained(folder):
+        client.copy(os.fspath(folder), os.fspath(target), recursive=True)
+        (folder / first).unlink(missing_ok=True)
+    remove(folder)
+
+
+def _client(url: str) -> Any:
+    """The file system of gcsfs. It keeps no listings: other processes write too."""
+    try:
+        import fsspec
+        from fsspec.config import conf
+
+        importlib.import_module("gcsfs")
+    except ImportError as error:
+        raise UserError(f"{url}: needs pip install 'jaxpeft[gcs]' ({error})") from error
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises, with a trace
+    conf.setdefault("gcs", {})["use_listings_cache"] = False
+    _reached.add(SCHEME)
+    return fsspec.filesystem("gcs", finalize_on_close=True)  # as epath makes it

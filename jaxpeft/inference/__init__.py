@@ -1,0 +1,1 @@
+"""Decoding, and what is measured of a model."""

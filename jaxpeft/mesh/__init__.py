@@ -1,0 +1,1 @@
+"""Which device holds what: the layout of arrays on a mesh, and the processes of one run."""

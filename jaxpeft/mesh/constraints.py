@@ -1,0 +1,275 @@
+"""What lives where inside a program on a mesh: rows over data and fsdp, weights whole over fsdp.
+
+XLA spreads a program over a mesh from where its arguments live. Left alone it may just as well
+move activations as weights. Model code says here what FSDP and tensor parallelism mean: activations
+keep their rows, a layer's weights are gathered over fsdp where they are used, once a pass, and
+heads stay on the shard of the tensor axis that made them. Without a layout, and on one device,
+nothing is said.
+
+References:
+    Zhao et al., "PyTorch FSDP", 2023, https://arxiv.org/abs/2304.11277, section 3.
+    Shoeybi et al., "Megatron-LM", 2019, https://arxiv.org/abs/1909.08053, section 3.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Shaped
+
+from jaxpeft.core import paths
+from jaxpeft.mesh.layout import AXES, VOCAB, Layout, as_layout, leaf_sharding
+from jaxpeft.ops.linear import Node, embed
+
+GATHERED = "gathered"
+"""Name of gathered weights: a policy of ``jax.checkpoint`` must not keep them."""
+
+ROWS = ("data", "fsdp")
+
+_LAYOUT = contextvars.ContextVar[Layout | None]("layout", default=None)
+_IN_GROUP = contextvars.ContextVar[bool]("in_group", default=False)
+
+
+@contextlib.contextmanager
+def traced_on(layout: Layout | None) -> Iterator[None]:
+    """Programs that are traced inside are for this layout.
+
+    None says nothing, and inside of another such block that one holds.
+    """
+    if layout is None or _LAYOUT.get() is not None:
+        yield
+        return
+    token = _LAYOUT.set(layout)
+    try:
+        with jax.set_mesh(layout.mesh) if on_mesh() else contextlib.nullcontext():
+            yield
+    finally:
+        _LAYOUT.reset(token)
+
+
+def layout_of(params: Mapping, model: Any = None) -> Layout | None:
+    """The layout of arrays that live on a mesh, by the table's own rules; None elsewhere."""
+    leaf = jax.tree.leaves(params)[0]
+    where = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    if not isinstance(where, NamedSharding) or not {*AXES} <= {*where.mesh.axis_names}:
+        return None
+    return as_layout(where.mesh, model)  # pyright: ignore[reportArgumentType]
+
+
+def _several() -> Layout | None:
+    """The layout, where it has several devices."""
+    layout = _LAYOUT.get()
+    return None if layout is None or layout.mesh.size == 1 else layout
+
+
+def on_mesh() -> bool:
+    """Whether the program that is traced is for several devices."""
+    return _several() is not None
+
+
+def knows_devices() -> bool:
+    """Whether it is known where the arrays of the program that is traced live."""
+    return _LAYOUT.get() is not None or jax.device_count() == 1
+
+
+def row_shards() -> int:
+    """Over how many devices the rows of a batch are spread."""
+    layout = _several()
+    return 1 if layout is None else layout.shape["data"] * layout.shape["fsdp"]
+
+
+def keep_rows(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
+    """Activations, each device with whole rows of its own."""
+    if not on_mesh() or x.shape[0] % row_shards():
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
+
+
+def keep_heads(
+    x: Float[Array, "batch seq heads head_dim"], q_heads: int
+) -> Float[Array, "batch seq more_heads head_dim"]:
+    """Keys, or values, with heads spread over the tensor axis, repeated where it has more shards.
+
+    Head ``i`` of queries reads head ``i // group`` of keys before and after. Where the heads of
+    queries cannot be spread nothing is done.
+    """
+    layout = _several()
+    if layout is None or q_heads % layout.shape["tensor"]:
+        return x
+    shards = layout.shape["tensor"]
+    if (times := shards // math.gcd(shards, x.shape[2])) > 1:
+        x = jnp.repeat(x, times, axis=2)
+    return jax.lax.with_sharding_constraint(x, _place_of_heads(layout, x.shape[0], x.shape[2]))
+
+
+def on_own_heads(
+    function: Callable[..., Array],
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads head_dim"],
+    segment_ids: Int[Array, "batch seq"],
+    *rest: Array,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Calls a function that XLA cannot partition on every device's own rows and heads.
+
+    Rows, or heads, that do not divide are done by every device of the axis.
+
+    Args:
+        function: Attention, ``function(q, k, v, segment_ids, *rest)``.
+        q: Queries.
+        k: Keys as `keep_heads` gives them.
+        v: Values, like keys.
+        segment_ids: Segment of each slot.
+        *rest: More arrays, which every device gets whole.
+
+    Returns:
+        What it gives, of all rows and heads.
+    """
+    layout = _several()
+    if layout is None:
+        return function(q, k, v, segment_ids, *rest)
+    whole = _place_of_heads(layout, q.shape[0], q.shape[2])
+    return jax.shard_map(
+        function,
+        mesh=layout.mesh,
+        in_specs=(whole, whole, whole, PartitionSpec(whole[0]), *(PartitionSpec() for _ in rest)),
+        out_specs=whole,
+        check_vma=False,
+    )(q, k, v, segment_ids, *rest)
+
+
+def _place_of_heads(layout: Layout, batch: int, heads: int) -> PartitionSpec:
+    """Where ``(batch, seq, heads, head_dim)`` lives, as far as rows and heads divide."""
+    rows = ROWS if batch % row_shards() == 0 else None
+    side = "tensor" if heads % layout.shape["tensor"] == 0 else None
+    return PartitionSpec(rows, None, side, None)
+
+
+def look_up(ids: Int[Array, "batch seq"], table: Any) -> Float[Array, "batch seq d_model"]:
+    """Rows of the embedding table, which stays where it lives.
+
+    With features over fsdp each device looks up its part of the rows of all its peers, and they
+    are exchanged: that is less than the table.
+    """
+    layout = _several()
+    if layout is None:
+        return embed(ids, table)
+    if ids.shape[0] % row_shards():
+        return embed(ids, gathered(paths.EMBEDDING, table))
+    x = embed(jax.lax.with_sharding_constraint(ids, PartitionSpec("data")), table)
+    if x.shape[-1] % layout.shape["fsdp"] == 0:
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec("data", None, "fsdp"))
+    return keep_rows(x)
+
+
+def rows_of_peers(x: Shaped[Array, "batch *rest"]) -> Shaped[Array, "batch *rest"]:
+    """What is multiplied with the vocabulary, where each device has a part of that: all rows.
+
+    All of those that the devices along fsdp and tensor share.
+    """
+    layout = _several()
+    if layout is None or not layout.spreads_vocab or x.shape[0] % groups_of_rows():
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(_group_axis()))
+
+
+def keep_vocab(logits: Float[Array, "batch *rest vocab"]) -> Float[Array, "batch *rest vocab"]:
+    """Logits of `rows_of_peers`, each device with its part of the vocabulary."""
+    layout = _several()
+    if layout is None or not layout.spreads_vocab or logits.shape[0] % groups_of_rows():
+        return logits
+    spec = PartitionSpec(_group_axis(), *(None,) * (logits.ndim - 2), VOCAB)
+    return jax.lax.with_sharding_constraint(logits, spec)
+
+
+def groups_of_rows() -> int:
+    """The devices of the data axis: rows of different ones never meet but in sums."""
+    layout = _several()
+    return 1 if layout is None or _IN_GROUP.get() else layout.shape["data"]
+
+
+def _group_axis() -> str | None:
+    return None if _IN_GROUP.get() else "data"
+
+
+def by_group(function: Callable[[Any, Array], Array], groups: int) -> Callable[[Any, Array], Array]:
+    """A function of weights and rows, with weights of their own for each group of rows.
+
+    Gradients of the weights are then not summed over the data axis where they arise, but later,
+    by `sum_groups`: once for many of them.
+
+    Args:
+        function: ``function(weights, rows)``.
+        groups: From `groups_of_rows`; with 1 it is the function.
+
+    Returns:
+        A function that takes weights from `copy_for_groups`.
+    """
+    if groups == 1:
+        return function
+
+    def apart(weights: Any, rows: Array) -> Array:
+        token = _IN_GROUP.set(True)
+        try:
+            split = rows.reshape(groups, -1, *rows.shape[1:])
+            out = jax.vmap(function, spmd_axis_name="data")(weights, split)
+        finally:
+            _IN_GROUP.reset(token)
+        return out.reshape(-1, *out.shape[2:])
+
+    return apart
+
+
+def copy_for_groups(weights: Any, groups: int) -> Any:
+    """Every array with a leading axis of groups, each on the devices of its group."""
+    if groups == 1:
+        return weights
+
+    def copy(leaf: Array) -> Array:
+        spec = PartitionSpec("data", *(PartitionSpec.UNCONSTRAINED,) * leaf.ndim)
+        return jax.lax.with_sharding_constraint(jnp.broadcast_to(leaf, (groups, *leaf.shape)), spec)
+
+    return jax.tree.map(copy, weights)
+
+
+def sum_groups(weights: Any, groups: int) -> Any:
+    """Takes the leading axis of `copy_for_groups` away."""
+    return weights if groups == 1 else jax.tree.map(lambda leaf: leaf.sum(axis=0), weights)
+
+
+def gathered(path: str, weight: Any) -> Any:
+    """A weight of the base as it is used: whole along the fsdp axis, or as `HEADS` have it.
+
+    Of an adapter's node it is the base inside.
+
+    Args:
+        path: The base leaf's path, as `jaxpeft.mesh.layout.RULES` has it.
+        weight: An array, a quantised kernel (its codes are gathered), or a node.
+    """
+    layout = _several()
+    if layout is None:
+        return weight
+    if isinstance(weight, Node) and hasattr(weight, "base"):
+        base = gathered(path, weight.base)  # pyright: ignore[reportAttributeAccessIssue]
+        return weight.replace(base=base)  # pyright: ignore[reportAttributeAccessIssue]
+    # Inside a layer the axis of layers is gone; the table has it.
+    stacked = path.startswith("layers/")
+    lead = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), weight)
+    places = leaf_sharding(
+        path, lead if stacked else weight, dataclasses.replace(layout, gathered=True)
+    )
+
+    def place(leaf: Any, where: NamedSharding) -> Any:
+        spec = where.spec[1:] if stacked else where.spec
+        leaf = jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec))
+        return checkpoint_name(leaf, GATHERED)
+
+    return jax.tree.map(place, weight, places)

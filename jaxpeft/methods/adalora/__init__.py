@@ -1,0 +1,1 @@
+"""AdaLoRA: singular values that compete for a budget of ranks."""

@@ -1,0 +1,269 @@
+"""AdaLoRA: adapters in the form of a singular value decomposition, whose ranks compete.
+
+A kernel ``W`` is used as ``W + scale * A diag(e) B``, ``scale = alpha / (rank + 1e-5)``: the small
+number is PEFT's, and the rank is the initial one throughout. A penalty keeps ``A`` and ``B``
+orthogonal::
+
+    penalty = orthogonality * mean(|A^T A - I|_F, |B B^T - I|_F, over all kernels)
+
+In training, entries of ``e`` that matter little are set to zero, until `AdaLoRA.rank` are left per
+kernel on average; `jaxpeft.methods.adalora.schedule` does it as a part of the optimizer.
+
+Reference:
+    Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 2023,
+    https://arxiv.org/abs/2303.10512, equations 3 and 4.
+"""
+
+import dataclasses
+import math
+import zlib
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core import paths
+from jaxpeft.core.float32 import require
+from jaxpeft.methods.adalora import peft
+from jaxpeft.methods.adalora.schedule import Schedule, allocate_ranks, count_places
+from jaxpeft.methods.algebra.stacking import weigh_scales
+from jaxpeft.methods.family import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
+from jaxpeft.methods.leaves.replace import selected_layers
+from jaxpeft.methods.lora.nodes import LoRAKernel
+from jaxpeft.methods.lora.places import factors_shape
+from jaxpeft.methods.lora.targets import check_rank
+from jaxpeft.methods.peft.modules import modules_of, shortest_decimal
+from jaxpeft.methods.peft.patterns import keep_names
+from jaxpeft.methods.peft.values import Values
+from jaxpeft.ops.linear import shape_of
+
+EPSILON = 1e-5
+"""What PEFT adds to the rank that alpha is divided by."""
+
+STD = 0.02
+"""Standard deviation of the factors at first, as in PEFT."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaLoRA(Method):
+    """Which kernels to adapt, and how their ranks are chosen.
+
+    Attributes:
+        rank: Singular values a kernel that are left at the end, on average.
+        initial_rank: The same at the start; None for half as many more, as in the paper.
+        alpha: Numerator of the scale.
+        targets: "all-linear", a regex matched in full, or module names, as in PEFT.
+        exclude: Modules to leave alone: a regex or names; wins over `targets`.
+        dropout: Probability of dropping an input of the branch, in [0, 1).
+        orthogonality: Weight of the penalty.
+        initial_steps: Updates at the start in which all ranks stay.
+        final_steps: Updates at the end in which the chosen ranks stay.
+        every: Updates from one choice to the next.
+        beta1: Decay of the average of importance.
+        beta2: Decay of the average of its uncertainty.
+    """
+
+    name: ClassVar[str] = "adalora"
+
+    rank: int = 8
+    initial_rank: int | None = None
+    alpha: float = 16.0
+    targets: str | tuple[str, ...] = "all-linear"
+    exclude: str | tuple[str, ...] = ()
+    dropout: float = 0.0
+    orthogonality: float = 0.5
+    initial_steps: int = 0
+    final_steps: int = 0
+    every: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+
+    def __post_init__(self):
+        least = dict(peft.LEAST)
+        if self.initial_rank is not None:
+            least["initial_rank"] = self.rank
+        for field, bound in least.items():
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+                raise ValueError(
+                    f"AdaLoRA.{field} must be a whole number of at least {bound}, got {value!r}."
+                )
+        if not math.isfinite(self.alpha) or self.alpha <= 0:
+            raise ValueError(f"AdaLoRA.alpha must be finite and positive, got {self.alpha!r}.")
+        require("AdaLoRA.alpha divided by the rank", self.alpha / (self.first_rank + EPSILON))
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"AdaLoRA.dropout must be in [0, 1), got {self.dropout!r}.")
+        if not 0.0 <= self.orthogonality < math.inf:
+            raise ValueError(
+                f"AdaLoRA.orthogonality must be finite and at least 0, got {self.orthogonality!r}."
+            )
+        for field in ("beta1", "beta2"):
+            value = getattr(self, field)
+            if not 0.0 < value < 1.0:
+                raise ValueError(f"AdaLoRA.{field} must be in (0, 1), got {value!r}.")
+        keep_names(self, "targets", "exclude")
+        if not self.targets:
+            raise ValueError("AdaLoRA.targets must name at least one module.")
+
+    @property
+    def first_rank(self) -> int:
+        """Singular values of every kernel at the start."""
+        return math.ceil(1.5 * self.rank) if self.initial_rank is None else self.initial_rank
+
+    def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
+        """A new adapter that leaves the model's function unchanged.
+
+        Both factors are normal with a deviation of 0.02, the singular values are zero.
+
+        Args:
+            params: Base parameters; shapes are enough.
+            key: Typed PRNG key.
+            context: Of a run the number of its updates, which PEFT writes down too.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            UserError: If a pattern matches nothing, or a rank exceeds a kernel's sides.
+        """
+        sites = paths.match(self.targets, self.exclude, paths.module_names(params))
+        trained, buffers, r = {}, {}, self.first_rank
+        for path, adapted in selected_layers(params, sites).items():
+            check_rank("AdaLoRA.rank", self.rank, path, params)
+            check_rank("AdaLoRA.initial_rank", r, path, params)
+            *stack, d_in, d_out = shape_of(paths.get(params, path))
+            a, b = draw_factors(key, path, (*stack, d_in, r), (*stack, r, d_out))
+            on = adapted[..., None, None] > 0
+            trained[path] = {
+                "a": jnp.where(on, a, 0.0),
+                "b": jnp.where(on, b, 0.0),
+                "e": jnp.zeros((*stack, r)),
+            }
+            scale = jnp.float32(self.alpha / (r + EPSILON))
+            buffers[path] = {
+                "dropout": jnp.full(stack, self.dropout, jnp.float32),
+                "rank": r * adapted,
+                "scale": jnp.where(adapted > 0, scale, 0.0),
+            }
+        shared = peft.settings(vars(self), context.steps)
+        spec = Spec(kind=self.name, paths=tuple(sorted(trained)), rank=r)
+        return Adapter(paths.unflatten(trained), paths.unflatten(buffers) | shared, spec)
+
+    def go_on(self, saved: Adapter, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
+        """The saved adapter with this schedule, and with factors for triplets that were taken away.
+
+        A saved triplet without rank is zero, and so would be all its gradients. Its factors are
+        drawn as in `init`; its singular value stays zero, and with it the model's function.
+        """
+        drawn = {}
+        for path in saved.spec.paths:
+            place, rank = paths.get(saved.params, path), paths.get(saved.buffers, path)["rank"]
+            a, b = draw_factors(key, path, place["a"].shape, place["b"].shape)
+            held = (place["a"] != 0).any(-2) | (place["b"] != 0).any(-1) | (place["e"] != 0)
+            gone = (rank[..., None] > 0) & ~held
+            drawn[f"{path}/a"] = jnp.where(gone[..., None, :], a, place["a"])
+            drawn[f"{path}/b"] = jnp.where(gone[..., None], b, place["b"])
+        buffers = saved.buffers | peft.settings(vars(self), context.steps)
+        return dataclasses.replace(saved, params=paths.put(saved.params, drawn), buffers=buffers)
+
+    def penalty(self, adapter: Adapter) -> Any:
+        """How far the factors are from orthogonal; see the module."""
+        if not self.orthogonality:
+            return None
+        total, count = jnp.zeros(()), jnp.zeros(())
+        for path in adapter.spec.paths:
+            place, rank = paths.get(adapter.params, path), paths.get(adapter.buffers, path)["rank"]
+            for factor in (jnp.swapaxes(place["a"], -1, -2), place["b"]):
+                total += jnp.sum(jnp.where(rank > 0, distance_from_orthogonal(factor), 0.0))
+                count += jnp.sum(rank > 0)
+        return self.orthogonality * total / jnp.maximum(count, 1.0)
+
+    def wrap_optimizer(self, tx: Any, steps: int) -> Any:
+        """The update rule, followed by the choice of ranks; see `jaxpeft.methods.adalora.schedule`.
+
+        Raises:
+            UserError: If the run has no updates between its initial and final ones.
+        """
+        schedule = Schedule(
+            steps=steps,
+            rank=self.rank,
+            initial_steps=self.initial_steps,
+            final_steps=self.final_steps,
+            every=self.every,
+            beta1=self.beta1,
+            beta2=self.beta2,
+        )
+        return allocate_ranks(tx, schedule, lambda t: count_places(t, self.targets, self.exclude))
+
+
+def draw_factors(
+    key: jax.Array, path: str, a: tuple[int, ...], b: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """New factors of a place, of these shapes; they depend on the key and the path only."""
+    keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())))
+    return STD * jax.random.normal(keys[0], a), STD * jax.random.normal(keys[1], b)
+
+
+def distance_from_orthogonal(rows: jax.Array) -> jax.Array:
+    """``|M M^T - I|_F`` of matrices ``(*stack, rank, d)``; rows of zeros are left out.
+
+    A row is all zero where the rank of a layer is smaller than the padding.
+    """
+    gram = jnp.matmul(rows, jnp.swapaxes(rows, -1, -2), precision=jax.lax.Precision.HIGHEST)
+    live = (rows != 0).any(-1)
+    square = jnp.square(gram - jnp.eye(gram.shape[-1]) * live[..., None]).sum((-1, -2))
+    away = square > 0  # the root has no slope at zero
+    return jnp.where(away, jnp.sqrt(jnp.where(away, square, 1.0)), 0.0)
+
+
+def bind(leaf: Leaf) -> dict[str, Any]:
+    """LoRA's node, with the singular values taken into the first factor."""
+    node = LoRAKernel(
+        leaf.base,
+        leaf.params["a"] * leaf.params["e"][..., None, :],
+        leaf.params["b"],
+        leaf.buffers["scale"],
+        dropout=leaf.buffers["dropout"],
+        key=leaf.keys(),
+    )
+    return {leaf.path: node}
+
+
+def config_of(adapter: Adapter) -> AdaLoRA:
+    """The config of an adapter; targets come back as full names."""
+    names, scale, dropout = [], 1.0, 0.0
+    for name, path, at in modules_of(adapter):
+        place = paths.get(adapter.buffers, path)
+        names, scale, dropout = [*names, name], place["scale"][at], place["dropout"][at]
+    r, values = adapter.spec.rank, peft.saved_settings(adapter)
+    return AdaLoRA(
+        **values | {"rank": min(values["rank"], r)},
+        initial_rank=r,
+        alpha=shortest_decimal(scale, r + EPSILON),
+        targets=tuple(names),
+        dropout=shortest_decimal(dropout),
+    )
+
+
+def config_from_peft(values: Values) -> AdaLoRA:
+    """The config that PEFT's describes, but for the length of the run; see `PeftFormat`."""
+    values.only("init_lora_weights", True)
+    own, r = peft.read_settings(values), values.count("init_r")
+    alpha = values.number("lora_alpha")
+    return AdaLoRA(
+        **own | {"rank": min(own["rank"], r)},
+        initial_rank=r,
+        alpha=float(alpha if alpha > 0 else r),
+        dropout=values.probability("lora_dropout"),
+        **values.selection().fields(values.file),
+    )
+
+
+KIND = Kind(
+    config=AdaLoRA,
+    bind=bind,
+    leaf_shape=factors_shape,
+    config_of=config_of,
+    weigh=weigh_scales,
+    peft=dataclasses.replace(peft.PEFT, config=config_from_peft),
+)

@@ -1,0 +1,1 @@
+"""Adapters as values: stacked, combined, converted to LoRA, merged into quantised bases."""

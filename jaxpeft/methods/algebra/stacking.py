@@ -1,0 +1,142 @@
+"""Adapters as values: weighted, padded to one rank, stacked on a leading axis.
+
+What is stacked is trained or served at once: under ``jax.vmap`` against one base, or in one batch
+with an index (`jaxpeft.methods.mixed`). Padding is zeros, which no method notices: a layer of rank
+0 and zeros is left as it is, and zero columns of A times zero rows of B stay zero in training.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.methods.chat_label import joined_chat
+from jaxpeft.methods.family import Adapter
+from jaxpeft.ops.linear import SHARED
+
+RANK_AXES = {"a": -1, "b": -2, "a0": -1, "b0": -2}
+"""Which axis of LoRA's factors has the rank's size."""
+
+
+def weigh_scales(adapter: Adapter, weight: Any) -> Adapter:
+    """The adapter with all its scales multiplied by `weight`; see `Kind.weigh`."""
+    scaled = {
+        path: value * weight if path.endswith("/scale") else value
+        for path, value in paths.flatten(adapter.buffers).items()
+    }
+    return dataclasses.replace(adapter, buffers=paths.unflatten(scaled))
+
+
+def pad_rank(adapter: Adapter, rank: int) -> Adapter:
+    """The same LoRA with its factors padded to a larger width.
+
+    Args:
+        adapter: A LoRA.
+        rank: The width; at least the adapter's own.
+
+    Returns:
+        An adapter that computes and trains the same; its buffers ``rank`` say the true ranks.
+
+    Raises:
+        UserError: If the adapter is no LoRA, or wider than `rank`.
+    """
+    extra = rank - adapter.spec.rank
+    if extra == 0:
+        return adapter
+    if adapter.spec.kind != "lora":
+        raise UserError(
+            f"rank: adapters of kind {adapter.spec.kind!r} have a fixed rank of "
+            f"{adapter.spec.rank}, not {rank}; only LoRA's factors can be padded."
+        )
+    if extra < 0:
+        raise UserError(f"rank: the adapter has rank {adapter.spec.rank}, above {rank}.")
+
+    def pad(path: str, leaf: jnp.ndarray) -> jnp.ndarray:
+        widths = [(0, 0)] * leaf.ndim
+        widths[RANK_AXES[path.rpartition("/")[2]]] = (0, extra)
+        return jnp.pad(leaf, widths)
+
+    def pad_all(tree: dict) -> dict:
+        leaves = paths.flatten(tree)
+        factors = [path for path in leaves if path.rpartition("/")[2] in RANK_AXES]
+        return paths.unflatten(leaves | {path: pad(path, leaves[path]) for path in factors})
+
+    return dataclasses.replace(
+        adapter,
+        params=pad_all(adapter.params),
+        buffers=pad_all(adapter.buffers),
+        spec=dataclasses.replace(adapter.spec, rank=rank),
+    )
+
+
+def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
+    """Several adapters of one kind as one tree with a leading axis on every leaf.
+
+    Args:
+        adapters: Adapters of the same kind and options for the same base. LoRA's ranks may
+            differ, and so may the places they adapt: what one lacks is zero.
+
+    Returns:
+        What ``jax.vmap`` maps over, and what `jaxpeft.bind`, `jaxpeft.generate` and a model take
+        together with ``index=``.
+
+    Raises:
+        UserError: If there are none, or they don't belong together.
+    """
+    several = list(adapters)
+    if not several:
+        raise UserError("adapters: there are none to stack.")
+    first = several[0].spec
+    for one in several[1:]:
+        if (one.spec.kind, one.spec.options) != (first.kind, first.options):
+            raise UserError(
+                "adapters: only adapters of one kind and the same options can be stacked, got "
+                f"{first.kind} {dict(first.options)} and {one.spec.kind} {dict(one.spec.options)}; "
+                "jaxpeft.combine and jaxpeft.to_lora make plain LoRAs of them."
+            )
+    several = [pad_rank(one, max(one.spec.rank for one in several)) for one in several]
+    places = sorted({path for one in several for path in one.spec.paths})
+    for path in places:
+        holders = [one for one in several if path in one.spec.paths]
+        sorts = {tuple(sorted(paths.get(one.params, path))) for one in holders}
+        if len(sorts) > 1:
+            raise UserError(
+                f"adapters: {path} holds {' and '.join(map(str, sorted(sorts)))} in different "
+                "ones; only places trained in the same way can be stacked."
+            )
+        ranked = paths.get(holders[0].buffers, f"{path}/rank") is not None
+        if len(holders) < len(several) and not ranked:
+            raise UserError(
+                f"adapters: not all of them change {path}, and an adapter of kind "
+                f"{first.kind!r} cannot leave it as it is; give all the same targets."
+            )
+    spec = dataclasses.replace(several[0].spec, paths=tuple(places))
+    params = _stack([one.params for one in several])
+    buffers = _stack([one.buffers for one in several])
+    chat = joined_chat(several)
+    return dataclasses.replace(several[0], params=params, buffers=buffers, spec=spec, chat=chat)
+
+
+def _stack(trees: Sequence[dict]) -> dict:
+    """Leaves by path on a new first axis, zeros where a tree lacks one."""
+    flat = [paths.flatten(tree) for tree in trees]
+    stacked, wrong = {}, []
+    for path in sorted({path for leaves in flat for path in leaves}):
+        found = [leaves[path] for leaves in flat if path in leaves]
+        if len({leaf.shape for leaf in found}) > 1:
+            wrong.append(f"{path}: {', '.join(str(leaf.shape) for leaf in found)}")
+            continue
+        if path.startswith(SHARED + "/") and len(found) < len(flat):
+            wrong.append(f"{path}: {len(found)} of {len(flat)} have it")
+            continue
+        nothing = jnp.zeros_like(found[0])
+        stacked[path] = jnp.stack([leaves.get(path, nothing) for leaves in flat])
+    if wrong:
+        raise UserError(
+            f"adapters: {len(wrong)} arrays differ in shape: {first_few(wrong, 3)}; they belong to "
+            "different models or settings."
+        )
+    return paths.unflatten(stacked)

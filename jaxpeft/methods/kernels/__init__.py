@@ -1,0 +1,1 @@
+"""Families that change kernels in another way than LoRA."""

@@ -1,0 +1,1 @@
+"""Families that train copies or rows of leaves of the base."""

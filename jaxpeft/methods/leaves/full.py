@@ -1,0 +1,51 @@
+"""Full fine-tuning as a method: the "adapter" is a copy of base leaves that replaces them.
+
+Reference:
+    Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", 2018,
+    https://arxiv.org/abs/1801.06146 (all weights move from a pre-trained start).
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from jaxpeft.core import paths
+from jaxpeft.methods.family import NO_CONTEXT, Adapter, Context, Kind, Method
+from jaxpeft.methods.leaves.replace import bind_value, replacement, value_shape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Full(Method):
+    """Trains every parameter of the base, in float32."""
+
+    name: ClassVar[str] = "full"
+
+    def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
+        """A float32 copy of all base leaves; `key` and `context` are not used.
+
+        Args:
+            params: Base parameters.
+            key: Typed PRNG key, there for the common signature.
+            context: The same.
+
+        Returns:
+            An adapter with ``{"value": array}`` at the path of every base leaf.
+        """
+        del key, context
+        return replacement(self.name, paths.flatten(params))
+
+
+def config_of(adapter: Adapter) -> Full:
+    """There is only one."""
+    del adapter
+    return Full()
+
+
+KIND = Kind(
+    config=Full,
+    bind=bind_value,
+    leaf_shape=value_shape,
+    config_of=config_of,
+    needs_base=False,
+)

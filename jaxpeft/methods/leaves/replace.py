@@ -1,0 +1,104 @@
+"""Trained copies of base leaves that stand in for them: the leaf ``{"value": array}``.
+
+Full fine-tuning, LayerNorm tuning and BitFit are made of these, and LoRA's trained biases and
+saved modules too. Values are kept in float32 whatever the base's dtype: an update of 1e-3 would be
+lost in bfloat16.
+
+Where only some layers of a stack are trained, a buffer ``rank`` says which: 1 for those, 0 for the
+others, which hold zeros and leave the base as it is.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.family import Adapter, Leaf, Spec, require_values
+from jaxpeft.ops.linear import materialise, shape_of
+from jaxpeft.ops.quant import QuantTensor
+
+
+def replacement(kind: str, leaves: dict[str, Any]) -> Adapter:
+    """An adapter whose arrays stand in for the base leaves at their paths, equal at first.
+
+    Raises:
+        UserError: There are only shapes, or a leaf is quantised.
+    """
+    require_dense(kind, leaves)
+    values = {path: {"value": jnp.array(leaf, jnp.float32)} for path, leaf in leaves.items()}
+    return Adapter(paths.unflatten(values), {}, Spec(kind=kind, paths=tuple(sorted(leaves))))
+
+
+def require_dense(kind: str, leaves: Mapping[str, Any]) -> None:
+    """Raises a UserError unless all leaves are arrays that can be trained."""
+    for path, leaf in leaves.items():
+        require_values(leaf, f"{path}: {kind!r} starts from the base's own values")
+        if isinstance(leaf, QuantTensor):
+            raise UserError(
+                f"{path}: is quantised, and {kind!r} trains it itself; load the base without "
+                "quantization."
+            )
+
+
+def bind_value(leaf: Leaf) -> dict[str, Any]:
+    """The trained array itself."""
+    return {leaf.path: leaf.params["value"]}
+
+
+def value_shape(params: dict) -> tuple[int, ...]:
+    """The shape of the leaf that is replaced."""
+    return tuple(params["value"].shape)
+
+
+# Some layers of a stack.
+
+
+def selected_replacement(kind: str, params: dict, sites: Mapping[str, paths.Site]) -> Adapter:
+    """An adapter that stands in for the chosen layers of base leaves, equal to them at first.
+
+    Args:
+        kind: Name of the family.
+        params: Base parameters.
+        sites: The chosen modules by name, from `jaxpeft.core.paths.match`.
+
+    Returns:
+        ``{"value": array}`` of the leaf's shape at each path, zero in layers that are not
+        chosen, and the buffer ``rank``.
+    """
+    values, buffers = {}, {}
+    require_dense(kind, {site.path: paths.get(params, site.path) for site in sites.values()})
+    for path, rank in selected_layers(params, sites).items():
+        base = jnp.asarray(materialise(paths.get(params, path)), jnp.float32)
+        values[path] = {"value": jnp.where(_over(rank, base), base, 0.0)}
+        buffers[path] = {"rank": rank}
+    spec = Spec(kind=kind, paths=tuple(sorted(values)))
+    return Adapter(paths.unflatten(values), paths.unflatten(buffers), spec)
+
+
+def selected_layers(params: dict, sites: Mapping[str, paths.Site]) -> dict[str, jax.Array]:
+    """By path, which layers are chosen: ``(layers,)`` ones and zeros, a 1 where not stacked."""
+    layers: dict[str, list[int | None]] = {}
+    for site in sites.values():
+        layers.setdefault(site.path, []).append(site.layer)
+    ranks = {}
+    for path in sorted(layers):
+        if paths.is_stacked(path):
+            count = shape_of(paths.get(params, path))[0]
+            ranks[path] = jnp.zeros(count, jnp.int32).at[jnp.array(layers[path])].set(1)
+        else:
+            ranks[path] = jnp.ones((), jnp.int32)
+    return ranks
+
+
+def bind_selected(leaf: Leaf) -> dict[str, Any]:
+    """The trained array in layers of rank 1, the base in the others."""
+    value, base = leaf.params["value"], jnp.asarray(materialise(leaf.base), jnp.float32)
+    return {leaf.path: jnp.where(_over(leaf.buffers["rank"], value), value, base)}
+
+
+def _over(rank: jax.Array, array: jax.Array) -> jax.Array:
+    """Which layers are chosen, as a mask that spreads over the arrays of a stack."""
+    return (rank > 0).reshape(rank.shape + (1,) * (array.ndim - rank.ndim))

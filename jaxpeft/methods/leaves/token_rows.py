@@ -1,0 +1,171 @@
+"""Trained rows of an embedding table, and trained columns of a head: those of a few tokens.
+
+A table ``E`` of shape ``(vocab, d)`` is used with its rows ``ids`` replaced by trained ones,
+``E[ids[i]] = rows[i]``. Neither a copy of the table nor a gradient of its size is made: a look-up
+reads the base and the few rows, and a tied head replaces ``n`` of its scores. Rows are kept in
+float32 and rounded to the dtype of the table where they are used.
+
+At a head of its own, with a kernel ``(d, vocab)``, the same rows are columns.
+"""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.family import Adapter, Leaf, require_values
+from jaxpeft.ops.linear import OnBase, attend, embed, linear, materialise, shape_of
+
+PLACES = (paths.EMBEDDING, paths.HEAD)
+"""Where rows may be trained."""
+
+
+@flax.struct.dataclass
+class _TokenWeight(OnBase):
+    """What a table and a head with trained rows have in common.
+
+    Attributes:
+        base: An array or a node.
+        rows: ``(n, d_model)``, float32.
+        ids: ``(n,)`` tokens, int32, each one once.
+        rank: Scalar; 0 leaves the base as it is.
+    """
+
+    base: Any
+    rows: Any
+    ids: Any
+    rank: Any
+
+    def _rounded(self) -> Float[Array, "n d_model"]:
+        return self.rows.astype(self.dtype)
+
+    def _places(self, vocab: int) -> Int[Array, "n"]:
+        """The ids, or others that are outside of the vocabulary where the rank is 0."""
+        return jnp.where(self.rank > 0, self.ids, vocab + jnp.arange(self.ids.shape[0]))
+
+    def _replace_scores(
+        self, scores: Float[Array, "*batch vocab"], new: Float[Array, "*batch n"]
+    ) -> Float[Array, "*batch vocab"]:
+        at = scores.at[..., self._places(scores.shape[-1])]
+        return at.set(new.astype(scores.dtype), mode="drop", unique_indices=True)
+
+
+@flax.struct.dataclass
+class TokenTable(_TokenWeight):
+    """An embedding table ``(vocab, d_model)`` with trained rows."""
+
+    def lookup(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
+        """Rows of both, in the dtype of the base.
+
+        The trained rows are multiplied with zeros and a one: exact, and the gradient is a product,
+        the same in every run, where adding rows up would depend on their order.
+        """
+        rows = embed(ids, self.base)
+        chosen = ids[..., None] == self._places(self.shape[0])
+        own = jnp.matmul(
+            chosen.astype(self.rows.dtype), self.rows, precision=jax.lax.Precision.HIGHEST
+        )
+        return jnp.where(chosen.any(axis=-1)[..., None], own.astype(rows.dtype), rows)
+
+    def attend(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        """Scores of all rows, in float32: a tied head sees the trained ones too."""
+        return self._replace_scores(attend(x, self.base), attend(x, self._rounded()))
+
+    def materialise(self) -> Float[Array, "vocab d_model"]:
+        """The table as one array, in the dtype of the base."""
+        table = materialise(self.base)
+        return table.at[self._places(table.shape[0])].set(self._rounded(), mode="drop")
+
+
+@flax.struct.dataclass
+class TokenHead(_TokenWeight):
+    """A head's kernel ``(d_model, vocab)`` with trained columns."""
+
+    def multiply(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        """Scores of all tokens, in the dtype of `x`."""
+        return self._replace_scores(linear(x, self.base), attend(x, self._rounded()))
+
+    def materialise(self) -> Float[Array, "d_model vocab"]:
+        """The kernel as one array, in the dtype of the base."""
+        kernel = materialise(self.base)
+        return kernel.at[:, self._places(kernel.shape[1])].set(self._rounded().T, mode="drop")
+
+
+def check_ids(owner: str, ids: Any) -> tuple[int, ...]:
+    """Token ids as a tuple; a ValueError that begins with `owner` unless they can be some."""
+    try:
+        known = tuple(ids)
+    except TypeError:
+        known = ()
+    if not known or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in known):
+        raise ValueError(f"{owner} must be whole numbers of at least 0, one or more, got {ids!r}.")
+    if twice := [token for token, count in collections.Counter(known).items() if count > 1]:
+        raise ValueError(f"{owner}: {twice[0]} is named twice.")
+    return known
+
+
+def start(params: dict, path: str, ids: Sequence[int], owner: str) -> tuple[dict, dict]:
+    """Trained and frozen arrays of a new place: the base's own rows.
+
+    Args:
+        params: Base parameters.
+        path: One of `PLACES`; the head of a tied model has the table's rows.
+        ids: Tokens, see `check_ids`.
+        owner: The config's field, for errors.
+
+    Returns:
+        ``{"rows": (n, d_model)}`` in float32, and ``{"ids": (n,), "rank": 1}``.
+
+    Raises:
+        UserError: If an id is beyond the vocabulary, or there are only shapes.
+    """
+    own = paths.get(params, path)
+    kernel = path == paths.HEAD and own is not None
+    weight = own if own is not None else paths.get(params, paths.EMBEDDING)
+    require_known(ids, shape_of(weight)[1 if kernel else 0], owner)
+    require_values(weight, f"{owner}: trained tokens start from rows of the base")
+    which = jnp.array(ids, jnp.int32)
+    rows = jnp.take(materialise(weight), which, axis=1).T if kernel else embed(which, weight)
+    return {"rows": rows.astype(jnp.float32)}, {"ids": which, "rank": jnp.ones((), jnp.int32)}
+
+
+def require_known(ids: Sequence[int], vocab_size: int, where: Any) -> None:
+    """Raises a UserError if a token id is beyond the vocabulary."""
+    if beyond := [token for token in ids if token >= vocab_size]:
+        raise UserError(
+            f"{where}: token id {beyond[0]} is outside the model's vocabulary of {vocab_size}; "
+            f"ids go from 0 to {vocab_size - 1}."
+        )
+
+
+def bind(leaf: Leaf) -> dict[str, Any]:
+    """The node that stands for the table, or for the head."""
+    node = TokenTable if leaf.path == paths.EMBEDDING else TokenHead
+    buffers = leaf.buffers
+    return {leaf.path: node(leaf.base, leaf.params["rows"], buffers["ids"], buffers["rank"])}
+
+
+def check(params: dict, adapter: Adapter) -> None:
+    """Raises a UserError unless all trained rows of an adapter have the width of the base's."""
+    for path in PLACES:
+        rows = paths.get(adapter.params, f"{path}/rows")
+        if rows is None:
+            continue
+        width = shape_of(paths.get(params, paths.EMBEDDING))[1]
+        if rows.shape[-1] != width:
+            raise UserError(
+                f"{path}: the adapter has rows of {rows.shape[-1]} numbers, this base has rows of "
+                f"{width}; it belongs to another model."
+            )
+
+
+def ids_of(adapter: Adapter, path: str) -> tuple[int, ...]:
+    """The token ids of a place."""
+    return tuple(np.asarray(paths.get(adapter.buffers, f"{path}/ids")).tolist())

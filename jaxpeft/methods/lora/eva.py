@@ -1,0 +1,267 @@
+"""EVA: LoRA's first factor from what its kernels see, and ranks where that varies most.
+
+The columns of ``A`` are the first principal components of a kernel's inputs over some batches,
+``B`` is zero. They are brought up to date batch by batch (`jaxpeft.methods.lora.principal`); a
+kernel has seen enough when the components that it keeps stay where they are: cosine at least
+``tau``.
+
+Every component has a share of the variance of its kernel's inputs. As many of the largest as the
+ranks add up to are kept, over all kernels, but at most ``rho`` times its rank of one kernel. Scales
+are as if the rank had not changed: alpha is multiplied by new over old rank.
+
+Inputs are those of tokens that are learned, which PEFT calls the label mask.
+
+Reference:
+    Paischer et al., "One Initialization to Rule them All: Fine-tuning via Explained Variance
+    Adaptation", 2024, https://arxiv.org/abs/2410.07170, section 3 and algorithm 1.
+"""
+
+import collections
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float
+
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.mesh.processes import to_host
+from jaxpeft.methods.family import Context, weight_at
+from jaxpeft.methods.lora.principal import Components, update
+from jaxpeft.ops.linear import CAPTURE, shape_of
+
+ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The modules of a layer in the order of Hugging Face's models."""
+
+SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Modules that read what an earlier one reads."""
+
+NAME = 'LoRA.init_weights "eva"'
+FIELDS = ("tokens", "segment_ids", "positions", "weights")
+
+
+def start(
+    config: Any,
+    params: dict,
+    places: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    key: jax.Array,
+    context: Context,
+) -> tuple[dict[str, Float[Array, "..."]], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """First factors, ranks and scales of all kernels.
+
+    Args:
+        config: A `jaxpeft.LoRA`: its ``eva_rho``, ``eva_tau`` and ``rslora``.
+        params: Base parameters.
+        places: By path the rank and scale that each layer would have, 0 where it is not adapted.
+        key: Typed PRNG key of the decompositions' first guesses.
+        context: Its module and batches; batches are read until all kernels have seen enough, at
+            most once. With ``shapes_only``, nothing is read.
+
+    Returns:
+        By path ``A`` of shape ``(*stack, d_in, width)``, zero beyond each rank, where the width is
+        the most that a kernel may get; and new `places`.
+
+    Raises:
+        UserError: If there are no kernels, no batches, no module, or no learned tokens.
+    """
+    if not places:
+        raise UserError(f"{NAME} reads the inputs of linear modules: LoRA.targets names none.")
+    ranks = {path: rank for path, (rank, _) in places.items()}
+    sizes = {path: shape_of(weight_at(params, path)) for path in ranks}
+    most = _most(ranks, sizes, config.eva_rho)
+    width = max(int(count.max()) for count in most.values())
+    if context.shapes_only:
+        return {path: jnp.zeros((*sizes[path][:-1], width)) for path in places}, dict(places)
+    _require(context, params)
+    wanted: dict[str, int] = collections.defaultdict(int)
+    for path, count in most.items():
+        wanted[inputs_path(path)] = max(wanted[inputs_path(path)], int(count.max()))
+    chosen, parts = _principal(params, dict(wanted), most, ranks, key, config.eva_tau, context)
+    factors, changed = {}, {}
+    for path, (old, scales) in places.items():
+        v, new = np.asarray(parts[inputs_path(path)].v), np.zeros(old.shape, np.int32)
+        a = np.zeros((*sizes[path][:-1], width), np.float32)
+        for at in np.ndindex(new.shape):
+            new[at] = chosen.get((path, at), 0)
+            a[at][:, : new[at]] = v[at or 0][: new[at]].T
+        ratio = new / np.maximum(old, 1)  # alpha grows with the rank
+        scales = np.asarray(scales * (np.sqrt(ratio) if config.rslora else ratio > 0), np.float32)
+        factors[path], changed[path] = jnp.asarray(a), (new, scales)
+    return factors, changed
+
+
+def inputs_path(path: str) -> str:
+    """The first of the kernels that read the same inputs as this one.
+
+    Example:
+        >>> inputs_path("layers/self_attn/v_proj/kernel")
+        'layers/self_attn/q_proj/kernel'
+    """
+    *above, module, leaf = path.split("/")
+    return "/".join((*above, SAME_INPUTS.get(module, module), leaf))
+
+
+Place = tuple[str, tuple[int, ...]]
+"""A kernel: its path, and ``(layer,)`` or ``()``."""
+
+
+def allocate(
+    shares: Mapping[Place, np.ndarray], leaders: Mapping[Place, Place], budget: int
+) -> dict[Place, int]:
+    """How many of their components kernels keep: PEFT's rule.
+
+    Args:
+        shares: By kernel, in the model's order, the shares of its components, largest first.
+        leaders: By kernel the first that reads the same inputs.
+        budget: Components in total.
+
+    Returns:
+        Ranks. Of equal shares the first kernel's come first, but those of leaders before all
+        others; no kernel has more than its leader.
+    """
+    places = sorted(shares, key=lambda place: leaders[place] != place)
+    owners = [i for i, place in enumerate(places) for _ in shares[place]]
+    order = np.argsort(-np.concatenate([shares[place] for place in places]), kind="stable")
+    counts = collections.Counter(owners[i] for i in order[:budget])
+    ranks = {place: counts[i] for i, place in enumerate(places)}
+    for place in places:
+        leader = leaders[place]
+        if ranks[place] > ranks[leader]:
+            ranks[leader], ranks[place] = ranks[place], ranks[leader]
+    return ranks
+
+
+def _principal(
+    params: dict,
+    wanted: dict[str, int],
+    most: Mapping[str, np.ndarray],
+    ranks: Mapping[str, np.ndarray],
+    key: jax.Array,
+    tau: float,
+    context: Context,
+) -> tuple[dict[Place, int], dict[str, Components]]:
+    """Reads batches until the components of all kernels stay; their ranks, and the components."""
+    module, parts = context.module, {}
+    for path, k in wanted.items():
+        *stack, d_in, _ = shape_of(weight_at(params, path))
+        parts[path] = Components.none(math.prod(stack), k, d_in)
+
+    @jax.jit
+    def step(params: dict, batch: dict, parts: dict, active: dict) -> dict:
+        seen, learned = captured(module, params, batch, wanted)
+        with jax.default_matmul_precision("highest"):
+            return {
+                path: update(part, seen[path], learned, active[path], _fold(key, path), tau)
+                for path, part in parts.items()
+            }
+
+    places = sorted(
+        ((path, at) for path, rank in ranks.items() for at in np.ndindex(rank.shape) if rank[at]),
+        key=_position,
+    )
+    first: dict[Place, Place] = {}
+    leaders = {p: first.setdefault((inputs_path(p[0]), p[1]), p) for p in places}
+    budget = sum(int(rank.sum()) for rank in ranks.values())
+    chosen = {(path, at): int(most[path][at]) for path, at in places}
+    for batch in context.batches or ():
+        active = {path: np.zeros(part.count.shape, bool) for path, part in parts.items()}
+        for path, at in first.values():
+            inputs, layer = inputs_path(path), at or 0
+            settled = np.asarray(parts[inputs].settled)[layer, : chosen[path, at]]
+            active[inputs][layer] = not settled.all()
+        if not any(on.any() for on in active.values()):
+            break
+        if not isinstance(batch, Mapping) or any(name not in batch for name in FIELDS):
+            raise UserError(f"batches: expected dicts with {', '.join(FIELDS)}, as of a Plan.")
+        fields = {name: batch[name] for name in FIELDS}
+        parts = step(params, fields, parts, active)
+        if jax.process_count() > 1:  # each has a part of the arrays, all of them decide alike
+            parts = jax.tree.map(to_host, parts)
+        shares = {path: part.shares() for path, part in parts.items()}
+        chosen = allocate(
+            {(p, at): shares[inputs_path(p)][at or 0][: most[p][at]] for p, at in places},
+            leaders,
+            budget,
+        )
+    if not all(np.asarray(part.count).any() for part in parts.values()):
+        raise UserError("batches: none of their tokens is learned, so no kernel has any inputs.")
+    return chosen, parts
+
+
+def captured(
+    module: Any, params: dict, batch: Mapping[str, Any], wanted: Any
+) -> tuple[dict[str, Float[Array, "layers tokens d_in"]], Bool[Array, "tokens"]]:
+    """The inputs of kernels in the base model, and which of the tokens are learned.
+
+    Args:
+        module: The Linen module.
+        params: Base parameters.
+        batch: As the training step takes it.
+        wanted: Paths of kernels.
+    """
+    hidden, state = module.apply(
+        {"params": params},
+        batch["tokens"],
+        segment_ids=batch["segment_ids"],
+        positions=batch["positions"],
+        in_order=True,
+        return_hidden=True,
+        mutable=[CAPTURE],
+    )
+    seen = {}
+    for path in wanted:
+        x = hidden
+        if path != paths.HEAD:
+            (x,) = paths.get(state[CAPTURE], f"{path.rpartition('/')[0]}/inputs")
+        layers = x.shape[0] if paths.is_stacked(path) else 1
+        seen[path] = x.reshape(layers, -1, x.shape[-1])
+    before = jnp.pad(batch["weights"], ((0, 0), (1, 0)))[:, :-1]  # what led to a token
+    return seen, (before > 0).reshape(-1)
+
+
+def check(config: Any) -> None:
+    """Raises a ValueError unless a `jaxpeft.LoRA` with ``init_weights="eva"`` makes sense."""
+    if not 1.0 <= config.eva_rho < math.inf:
+        raise ValueError(f"LoRA.eva_rho must be finite and at least 1, got {config.eva_rho!r}.")
+    if not 0.0 <= config.eva_tau <= 1.0:
+        raise ValueError(f"LoRA.eva_tau must be in [0, 1], got {config.eva_tau!r}.")
+
+
+def _most(
+    ranks: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, ...]], rho: float
+) -> dict[str, np.ndarray]:
+    """The most components of every kernel; the largest of those with the same inputs."""
+    shared: dict[str, Any] = {}
+    for path, rank in ranks.items():
+        count = np.minimum(np.round(np.asarray(rank) * rho).astype(int), sizes[path][-2])
+        shared[inputs_path(path)] = np.maximum(shared.get(inputs_path(path), 0), count)
+    return {path: np.asarray(shared[inputs_path(path)]) for path in ranks}
+
+
+def _require(context: Context, params: dict) -> None:
+    """Raises a UserError unless there is what EVA reads."""
+    if context.batches is None:
+        raise UserError(
+            f"{NAME} reads the inputs of the kernels: pass batches, as in init_adapter(method, "
+            "model, key, batches=[plan.batch(i) for i in range(8)])."
+        )
+    if context.module is None:
+        raise UserError(f"{NAME} runs the model: pass the model itself, not its parameters.")
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
+        raise UserError(f"{NAME} looks at numbers: initialise outside of jax.jit.")
+
+
+def _position(place: Place) -> tuple[float, int]:
+    """Where a kernel stands in the model."""
+    path, at = place
+    module = path.split("/")[-2]
+    return at[0] if at else math.inf, ORDER.index(module) if module in ORDER else len(ORDER)
+
+
+def _fold(key: jax.Array, path: str) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))

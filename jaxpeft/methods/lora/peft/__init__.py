@@ -1,0 +1,1 @@
+"""LoRA in the format of HF PEFT, part by part."""

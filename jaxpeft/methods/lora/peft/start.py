@@ -1,0 +1,171 @@
+"""How an ``adapter_config.json`` of HF PEFT 0.21 starts the factors of a LoRA.
+
+A start that takes a part of the base off stays in the folder: PEFT repeats it whenever it loads
+one that was not converted. What it takes off depends on the base's weights, and on no sign that a
+decomposition may choose; PEFT then rounds what is left to the base's dtype, which is not done here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.family import weight_at
+from jaxpeft.methods.lora import starts
+from jaxpeft.methods.peft.values import CONFIG, Values
+from jaxpeft.ops.linear import shape_of
+from jaxpeft.ops.quant import QuantTensor
+
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Starts that leave the base as it is."""
+
+CONVERT = (
+    "convert the adapter with PEFT: save_pretrained(..., "
+    "path_initial_model_for_weight_conversion=...)"
+)
+
+EVA = {
+    "adjust_scaling_factors": True,
+    "label_mask_value": -100,
+    "rho": 2.0,
+    "tau": 0.99,
+    "use_label_mask": True,
+    "whiten": False,
+}
+"""PEFT's settings of EVA, with their defaults."""
+
+
+def start_fields(values: Values) -> dict[str, Any]:
+    """The fields of a `jaxpeft.LoRA` about its start.
+
+    PEFT's randomised PiSSA is the exact one here.
+
+    Raises:
+        UserError: For a start that LoRA does not have here.
+    """
+    init = values.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith("pissa_niter_"):
+        init = "pissa"
+    if init is True:
+        return {}
+    if init == "loftq":
+        settings = _settings(values, "loftq_config", {"loftq_bits": 4, "loftq_iter": 1})
+        if settings["loftq_bits"] != 4:
+            raise values.wrong("loftq_config", "loftq_bits 4: others are not supported")
+        return {"init_weights": init, "loftq_steps": settings["loftq_iter"]}
+    if init == "eva":
+        settings = _settings(values, "eva_config", EVA)
+        if odd := [
+            name for name in EVA if name not in ("rho", "tau") and settings[name] != EVA[name]
+        ]:
+            raise values.wrong("eva_config", f"{odd[0]} {EVA[odd[0]]}: nothing else is supported")
+        return {"init_weights": init, "eva_rho": settings["rho"], "eva_tau": settings["tau"]}
+    if init not in ("gaussian", "orthogonal", "pissa", "olora"):
+        raise values.wrong(
+            "init_lora_weights",
+            'true, "gaussian", "orthogonal", "pissa", "olora", "loftq" or "eva"',
+        )
+    return {"init_weights": init}
+
+
+def subtracted(values: Values) -> str:
+    """The start whose product PEFT takes off the base when it loads the folder, "" for none.
+
+    Raises:
+        UserError: If it cannot be repeated, or goes with nothing else that the config says.
+    """
+    init = values.get("init_lora_weights")
+    init = init.lower() if isinstance(init, str) else init
+    if init in PLAIN_INITS:
+        return ""
+    where = f"{values.file}: init_lora_weights: {values.get('init_lora_weights')!r}"
+    if init == "loftq":
+        raise UserError(
+            f"{where}: PEFT rounds the base's weights when it loads this, which is not supported. "
+            "Merge with PEFT (merge_and_unload) and load the merged model; if your base holds the "
+            f"rounded weights already, set init_lora_weights to true in {CONFIG}."
+        )
+    if isinstance(init, str) and init.startswith("pissa_niter_"):
+        raise UserError(
+            f"{where}: takes a random approximation off the base, which cannot be repeated; "
+            f"{CONVERT}."
+        )
+    if init not in starts.SUBTRACTED:
+        raise UserError(f"{where} is not supported yet: it changes the base model; {CONVERT}.")
+    for key in ("use_dora", "lora_bias"):
+        if values.flag(key):
+            raise values.wrong(key, f"false with init_lora_weights {init!r}")
+    return init
+
+
+def require_weights(file: Any, config: Any, sites: Mapping[str, paths.Site], params: Any) -> None:
+    """Raises a UserError unless the start of a folder can be repeated on this base.
+
+    Args:
+        file: The config's file.
+        config: A `jaxpeft.methods.lora.peft.config.PeftLoraConfig`.
+        sites: All modules that LoRA can adapt.
+        params: Parameters of the base.
+    """
+    where = f"{file}: init_lora_weights: {config.start!r}"
+    for name, site in sites.items():
+        if not config.adapts(name):
+            continue
+        kernel = weight_at(params, site.path)
+        if site.path in (paths.EMBEDDING, paths.HEAD):
+            raise UserError(
+                f"{where} is not supported for {name}, of which PEFT saves a changed copy; "
+                f"{CONVERT}."
+            )
+        if isinstance(kernel, jax.ShapeDtypeStruct):
+            raise UserError(
+                f"{where} takes a part of the base's weights off, and only its shapes are known; "
+                "load the base and pass it: load_adapter(..., base)."
+            )
+        if isinstance(kernel, QuantTensor):
+            raise UserError(
+                f"{where} takes a part of the full weights off, and this base is quantised; load "
+                "the adapter on the full base, save it (it becomes a plain LoRA), and load that."
+            )
+        rank, sides = config.rank_of(name), shape_of(kernel)[-2:]
+        if rank > min(sides):
+            raise UserError(
+                f"{where}: rank {rank} exceeds the smaller side of {name} "
+                f"({sides[0]} x {sides[1]}); no decomposition gives that many columns."
+            )
+        if config.start == "pissa" and not config.scale_of(name) > 0:
+            raise UserError(f"{where} needs a positive alpha, {name} has {config.alpha_of(name)}.")
+
+
+def first_factors(
+    start: str, kernel: Any, ranks: np.ndarray, scales: np.ndarray, width: int
+) -> dict[str, Float[Array, "..."]]:
+    """The frozen arrays ``a0`` and ``b0`` of a place, whose product PEFT takes off the base.
+
+    Args:
+        start: "pissa" or "olora".
+        kernel: The base's leaf, stacked or not.
+        ranks: Of every layer, 0 where it is not adapted.
+        scales: Of every layer.
+        width: The rank that all are padded to.
+    """
+    key = jax.random.key(0)  # neither start draws
+    a0, b0 = starts.of_stack(start, key, kernel, ranks, scales, width, 1)
+    return {"a0": a0, "b0": b0}
+
+
+def _settings(values: Values, key: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A config in the config, with PEFT's defaults where it says nothing."""
+    given = values.get(key) or {}
+    if not isinstance(given, Mapping) or given.keys() - defaults.keys():
+        raise values.wrong(key, f"an object with {', '.join(defaults)}")
+    numbers = {name: given.get(name, value) for name, value in defaults.items()}
+    for name, default in defaults.items():
+        kind = int | float if isinstance(default, float) else type(default)
+        if isinstance(numbers[name], bool) != (kind is bool) or not isinstance(numbers[name], kind):
+            raise values.wrong(key, f"{name} like {default}")
+    return numbers

@@ -1,0 +1,107 @@
+"""From the modules of an HF PEFT folder to stacked layers, and back."""
+
+import collections
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.family import Adapter
+from jaxpeft.ops.linear import shape_of
+
+
+def stack(
+    modules: Mapping[str, Mapping[str, Any]], sites: Mapping[str, paths.Site], params: Mapping
+) -> dict[str, dict[str, jax.Array]]:
+    """Arrays of single modules as arrays of stacked layers, zero where a layer has none.
+
+    Args:
+        modules: By full module name the arrays of one layer; an array (say, ``a``) has the same
+            shape in all layers of a stack: pad it where ranks differ.
+        sites: Where modules live, from `jaxpeft.core.paths.module_names`.
+        params: Base parameters, for the number of layers.
+
+    Returns:
+        By path of the base leaf the stacked arrays, for `jaxpeft.core.paths.unflatten`.
+    """
+    stacked: dict[str, dict[str, np.ndarray]] = {}
+    for name, arrays in modules.items():
+        path, layer = sites[name].path, sites[name].layer
+        layers = () if layer is None else (shape_of(paths.get(params, path))[0],)
+        place = stacked.setdefault(path, {})
+        for key, value in arrays.items():
+            value = np.asarray(value)
+            if key not in place:
+                place[key] = np.zeros((*layers, *value.shape), value.dtype)
+            place[key][() if layer is None else layer] = value
+    return jax.tree.map(jnp.array, stacked)
+
+
+def modules_of(adapter: Adapter) -> Iterator[tuple[str, str, Any]]:
+    """Every adapted module of an adapter whose places have a buffer ``rank``.
+
+    Yields:
+        Its full name, its path, and the index of its layer in stacked arrays, as in
+        ``np.asarray(leaf)[index]`` (``()`` where nothing is stacked).
+    """
+    for path in adapter.spec.paths:
+        rank = np.asarray(paths.get(adapter.buffers, f"{path}/rank"))
+        for layer in range(len(rank)) if paths.is_stacked(path) else [None]:
+            index = () if layer is None else layer
+            if rank[index] > 0:
+                yield paths.module_name(path, layer), path, index
+
+
+def targets_value(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Short names for ``target_modules`` if they select exactly the chosen modules, else full ones.
+
+    Args:
+        chosen: Full names of the adapted modules.
+        names: Full names of all modules that PEFT might select.
+    """
+    chosen = set(chosen)
+    suffixes = sorted({name.rpartition(".")[2] for name in chosen})
+    by_suffix = {name for name in names if paths.name_matches(suffixes, name)}
+    return suffixes if by_suffix == chosen else sorted(chosen)
+
+
+def default_and_exceptions(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and the others by escaped full name, as PEFT's patterns want it."""
+    counts = collections.Counter(values.values())
+    default = max(counts, key=lambda value: (counts[value], value))
+    others = {re.escape(name): value for name, value in values.items() if value != default}
+    return default, others
+
+
+def contiguous(array: Any) -> np.ndarray:
+    """The array as safetensors stores it: float32, rows in order."""
+    return np.ascontiguousarray(array, np.float32)
+
+
+def require_finite(name: str, *arrays: Any) -> None:
+    """Raises a UserError if a module's trained values are not finite."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise UserError(f"{name}: the adapter holds values that are not finite; it diverged.")
+
+
+def shortest_decimal(value: Any, divisor: float = 1.0) -> float:
+    """The shortest decimal that is `value` in float32 after division by `divisor`.
+
+    It finds the number a user wrote behind a float32 buffer.
+
+    Args:
+        value: A float32 number.
+        divisor: What the number was divided by: the rank, or its root, if it is an alpha.
+
+    Example:
+        >>> shortest_decimal(np.float32(0.1 / 3), 3)
+        0.1
+    """
+    exact = float(value) * divisor
+    candidates = (float(f"{exact:.{digits}g}") for digits in range(1, 17))
+    return next((c for c in candidates if np.float32(c / divisor) == value), exact)

@@ -1,0 +1,348 @@
+"""Prompt tuning: trained embeddings of virtual tokens in front of every segment.
+
+With token embeddings ``X`` of shape ``(seq, d)`` and a prompt ``P`` of shape ``(n, d)`` the model
+reads ``[P; X]``, and only ``P`` is trained. Soft prompts are tokens here: ids from the size of the
+vocabulary on address the rows of ``P``, and `jaxpeft.with_prompt` writes them in front of every
+segment. Positions, masks, packing, rematerialisation and the key/value cache know nothing of it.
+
+A tied head scores the real tokens only. The prompt is cast to the dtype of the embeddings.
+
+Reference:
+    Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021,
+    https://arxiv.org/abs/2104.08691, section 2.
+"""
+
+import dataclasses
+import typing
+from typing import Any, ClassVar, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.family import (
+    NO_CONTEXT,
+    Adapter,
+    Context,
+    Kind,
+    Leaf,
+    Method,
+    Spec,
+    require_values,
+)
+from jaxpeft.methods.peft.modules import contiguous, require_finite
+from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
+from jaxpeft.ops.linear import OnBase, attend, embed, materialise, shape_of
+
+Initial = Literal["sampled", "random", "text"]
+EMBEDDINGS = "prompt_embeddings"
+OWN_AXES = {"prompt": 2}
+NO_MERGE = "its virtual tokens stand in front of the input; keep it beside the base"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptTuning(Method):
+    """How many virtual tokens to train, and where they start.
+
+    Attributes:
+        num_tokens: Virtual tokens in front of every segment.
+        initial: "sampled" starts from rows of the embedding table drawn at random, "random" from
+            normal numbers as PEFT does by default, "text" from the rows of `text`.
+        text: Cut or repeated to `num_tokens` tokens; for "text" only.
+    """
+
+    name: ClassVar[str] = "prompt_tuning"
+
+    num_tokens: int = 20
+    initial: Initial = "sampled"
+    text: str | None = None
+
+    def __post_init__(self):
+        require_count(self, "num_tokens")
+        require_start(self)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Virtual tokens in front of every segment."""
+        return self.num_tokens
+
+    def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
+        """A new prompt; it changes what the model computes from the start.
+
+        Args:
+            params: Base parameters; "random" needs their shapes only.
+            key: Typed PRNG key.
+            context: For "text" its tokenizer.
+
+        Returns:
+            An adapter with ``{"prompt": (num_tokens, d_model)}`` at the embedding table.
+
+        Raises:
+            UserError: If there is no tokenizer for "text", or it finds no token of the base.
+        """
+        table = paths.get(params, paths.EMBEDDING)
+        rows = first_rows(self.initial, self.num_tokens, table, key, self.text, context.tokenizer)
+        return prompt_adapter(self.name, {"prompt": rows}, shape_of(table)[0])
+
+
+def require_count(method: Any, field: str) -> None:
+    """Raises a ValueError unless a config's field is a whole number of at least 1."""
+    value = getattr(method, field)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"{type(method).__name__}.{field} must be a whole number of at least 1, got {value!r}."
+        )
+
+
+def require_choice(method: Any, field: str, choices: Any) -> None:
+    """Raises a ValueError unless a config's field is one of the values of a Literal."""
+    value, known = getattr(method, field), typing.get_args(choices)
+    if value not in known:
+        raise ValueError(
+            f"{type(method).__name__}.{field} must be one of {', '.join(known)}, got {value!r}."
+        )
+
+
+def require_start(method: Any) -> None:
+    """Raises a ValueError unless a config's `initial` and `text` say where a prompt starts."""
+    require_choice(method, "initial", Initial)
+    if (method.initial == "text") != bool(method.text):
+        raise ValueError(
+            f'{type(method).__name__}.text must be given with initial "text" and only then, got '
+            f"{method.text!r} with {method.initial!r}."
+        )
+
+
+def first_rows(
+    initial: Initial, count: int, table: Any, key: jax.Array, text: str | None, tokenizer: Any
+) -> Float[Array, "count d_model"]:
+    """The rows a prompt starts from, in float32; see `PromptTuning`."""
+    vocab_size, width = shape_of(table)
+    if initial == "random":
+        return jax.random.normal(key, (count, width))
+    require_values(table, f"initial {initial!r} takes rows of the embedding table")
+    if initial == "sampled":
+        ids = jax.random.randint(key, (count,), 0, vocab_size)
+    else:
+        ids = text_ids(text or "", count, vocab_size, tokenizer)
+    return embed(ids, table).astype(jnp.float32)
+
+
+def text_ids(text: str, count: int, vocab_size: int, tokenizer: Any) -> Int[Array, "count"]:
+    """Ids of a text, cut or repeated to `count`."""
+    if tokenizer is None:
+        raise UserError(
+            'initial "text" needs a tokenizer: pass the model itself to init_adapter, and put its '
+            "tokenizer files beside the weights."
+        )
+    ids = tokenizer(text)["input_ids"]
+    if not ids or max(ids) >= vocab_size:
+        raise UserError(
+            f"text: {text!r:.60} gives {'ids outside the vocabulary' if ids else 'no tokens'}; "
+            "write another one, or take the tokenizer that belongs to the model."
+        )
+    return jnp.array((list(ids) * -(-count // len(ids)))[:count], jnp.int32)
+
+
+def prompt_adapter(kind: str, params: dict, vocab_size: int, **options: Any) -> Adapter:
+    """An adapter with trained arrays at the embedding table, for ids from `vocab_size` on."""
+    pairs = tuple(sorted({"vocab_size": vocab_size, **options}.items()))
+    spec = Spec(kind=kind, paths=(paths.EMBEDDING,), options=pairs)
+    return Adapter(paths.unflatten({paths.EMBEDDING: params}), {}, spec)
+
+
+def arrays_of(adapter: Adapter) -> dict[str, Any]:
+    """The trained arrays of a soft prompt by name."""
+    return paths.get(adapter.params, paths.EMBEDDING)
+
+
+@flax.struct.dataclass
+class PromptTable(OnBase):
+    """An embedding table with the rows of virtual tokens behind its own.
+
+    Attributes:
+        base: ``(vocab, d_model)``, an array or a node.
+        prompt: ``(rows, d_model)``, float32; id ``vocab + i`` is its row ``i``.
+    """
+
+    base: Any
+    prompt: Any
+    attends_base: ClassVar[bool] = True
+
+    def lookup(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
+        """Rows of both, in the dtype of the base.
+
+        The prompt is multiplied with rows of zeros and a one: exact, and its gradient is a
+        product, the same in every run, where adding rows up would depend on their order.
+        """
+        vocab = self.shape[0]
+        rows = embed(jnp.minimum(ids, vocab - 1), self.base)
+        chosen = ids[..., None] == vocab + jnp.arange(self.prompt.shape[0])
+        virtual = jnp.matmul(
+            chosen.astype(self.prompt.dtype), self.prompt, precision=jax.lax.Precision.HIGHEST
+        )
+        return jnp.where((ids < vocab)[..., None], rows, virtual.astype(rows.dtype))
+
+    def attend(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        """Scores of the base's rows: a virtual token is never predicted."""
+        return attend(x, self.base)
+
+    def materialise(self) -> Float[Array, "vocab d_model"]:
+        """The base's rows."""
+        return materialise(self.base)
+
+
+def bind_rows(leaf: Leaf, rows: Float[Array, "rows d_model"]) -> dict[str, Any]:
+    """The table with these rows of virtual tokens."""
+    if isinstance(leaf.base, PromptTable):
+        raise UserError("two soft prompts cannot stand on one base; pass one of them.")
+    return {leaf.path: PromptTable(leaf.base, rows)}
+
+
+def bind(leaf: Leaf) -> dict[str, Any]:
+    """The node that stands for the embedding table."""
+    return bind_rows(leaf, leaf.params["prompt"])
+
+
+def virtual_tokens(adapter: Adapter) -> int:
+    """How many rows a prompt has."""
+    return arrays_of(adapter)["prompt"].shape[-2]
+
+
+def check(params: dict, adapter: Adapter) -> None:
+    """Raises a UserError unless the table has the size that the prompt was made for."""
+    ours = shape_of(paths.get(params, paths.EMBEDDING))
+    width = arrays_of(adapter)["prompt"].shape[-1]
+    theirs = (dict(adapter.spec.options)["vocab_size"], width)
+    if theirs != ours:
+        raise UserError(
+            f"{paths.EMBEDDING}: the adapter was made for shape {theirs}, this base has {ours}; "
+            "it belongs to another model."
+        )
+
+
+def config_of(adapter: Adapter) -> PromptTuning:
+    """The config of an adapter; where it started from is not kept."""
+    return PromptTuning(num_tokens=virtual_tokens(adapter))
+
+
+# HF PEFT.
+
+SIZES: dict[str, Any] = {
+    "modules_to_save": None,
+    "num_attention_heads": None,
+    "num_layers": None,
+    "num_transformer_submodules": None,
+    "num_virtual_tokens": None,
+    "token_dim": None,
+}
+"""Keys of every soft prompt of PEFT."""
+
+READ_KEYS = ("num_transformer_submodules", "num_virtual_tokens", "token_dim")
+HARMLESS_KEYS = ("num_attention_heads", "num_layers")
+INITIAL: dict[str, Any] = {
+    "prompt_tuning_init": "RANDOM",
+    "prompt_tuning_init_text": None,
+    "tokenizer_kwargs": None,
+    "tokenizer_name_or_path": None,
+}
+"""Keys of prompt tuning that say where training started."""
+
+
+def read_count(values: Values) -> int:
+    """How many virtual tokens a soft prompt of a decoder has."""
+    if values.get("num_transformer_submodules") not in (None, 1):
+        raise values.wrong("num_transformer_submodules", "1, for a decoder")
+    return values.count("num_virtual_tokens")
+
+
+def read_sizes(values: Values, base: Any) -> tuple[int, int]:
+    """Rows and width of a prompt, after a look whether they belong to `base`."""
+    count, width = read_count(values), base.config.d_model
+    if values.get("token_dim") not in (None, width):
+        raise UserError(
+            f"{values.file}: token_dim: this base has {width}, got {values.get('token_dim')!r}; "
+            "the adapter was made for another model."
+        )
+    return count, width
+
+
+def write_sizes(count: int, base: Any) -> dict[str, Any]:
+    """The keys of `SIZES` as PEFT fills them in."""
+    config = base.config
+    return {
+        "num_attention_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": count,
+        "token_dim": config.d_model,
+    }
+
+
+def write_tensors(**arrays: Any) -> dict[str, np.ndarray]:
+    """Tensors as PEFT names them; values that are not finite are a UserError."""
+    for name, value in arrays.items():
+        require_finite(name, value)
+    return {name: contiguous(value) for name, value in arrays.items()}
+
+
+def read_start(values: Values) -> dict[str, Any]:
+    """Where PEFT's config starts a prompt: the fields `initial` and `text`."""
+    known = {"RANDOM": "random", "SAMPLE_VOCAB": "sampled", "TEXT": "text"}
+    initial = known.get(str(values.get("prompt_tuning_init")))
+    if initial is None:
+        raise values.wrong("prompt_tuning_init", f"one of {', '.join(known)}")
+    if initial != "text":
+        return {"initial": initial}
+    values.only("tokenizer_kwargs", None, {})
+    base, text = values.get("base_model_name_or_path"), values.get("prompt_tuning_init_text")
+    if base and values.get("tokenizer_name_or_path") not in (None, base):
+        raise values.wrong("tokenizer_name_or_path", f"that of the base, {base!r}")
+    if not isinstance(text, str) or not text:
+        raise values.wrong("prompt_tuning_init_text", "a text")
+    return {"initial": initial, "text": text}
+
+
+def config_from_peft(values: Values) -> PromptTuning:
+    """The config that PEFT's describes; see `PeftFormat`."""
+    return PromptTuning(num_tokens=read_count(values), **read_start(values))
+
+
+def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
+    """The adapter of a PEFT folder."""
+    tensors.require({EMBEDDINGS: read_sizes(values, base)}, base.name)
+    rows = jnp.array(tensors.read(EMBEDDINGS))
+    return prompt_adapter(PromptTuning.name, {"prompt": rows}, base.config.vocab_size)
+
+
+def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """PEFT's settings and tensors."""
+    rows = arrays_of(adapter)["prompt"]
+    return write_sizes(len(rows), base), write_tensors(**{EMBEDDINGS: rows})
+
+
+PEFT = PeftFormat(
+    type="PROMPT_TUNING",
+    defaults=SIZES | INITIAL,
+    read_keys=READ_KEYS,
+    harmless_keys=(*HARMLESS_KEYS, *INITIAL),
+    read=read,
+    write=write,
+    config=config_from_peft,
+    title="Soft prompt",
+)
+
+KIND = Kind(
+    config=PromptTuning,
+    bind=bind,
+    own_axes=OWN_AXES,
+    config_of=config_of,
+    no_merge=NO_MERGE,
+    virtual_tokens=virtual_tokens,
+    check=check,
+    peft=PEFT,
+)

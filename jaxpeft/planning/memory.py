@@ -1,0 +1,362 @@
+"""Memory of the training step, by XLA's own count, on devices that need not be there.
+
+The step of a run is compiled ahead of time from shapes alone, for this machine or for a TPU
+topology, and the compiled program says what a device must hold: arguments (the base, the trained
+arrays, the optimizer's state, a batch), what is computed in between, and the program itself.
+Nothing is estimated: where a run does not fit, its alternatives are compiled, too.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxpeft.config.run_config import RunConfig
+from jaxpeft.core.backend import traced_for
+from jaxpeft.core.errors import UserError
+from jaxpeft.mesh import layout as sharding
+from jaxpeft.models.config import ModelConfig
+from jaxpeft.pretrained.shapes import placed_model
+from jaxpeft.training.checks import check_batches, check_model
+from jaxpeft.training.rows import Rows
+from jaxpeft.training.run import Run
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """A kind of TPU.
+
+    Attributes:
+        hbm_bytes: Memory of a chip.
+        axes: Dimensions of its topologies.
+        options: What libtpu must know beside the topology's name.
+    """
+
+    hbm_bytes: int
+    axes: int
+    options: dict[str, Any]
+
+
+CHIPS = {
+    "v4": Chip(32 * GIB, 3, {"chip_config_name": "megacore"}),
+    "v5e": Chip(16 * GIB, 2, {}),
+    "v5p": Chip(95 * GIB, 3, {}),
+    "v6e": Chip(32 * GIB, 2, {}),
+}
+"""TPUs by name. HBM a chip as in Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of
+the Cloud TPU documentation, https://cloud.google.com/tpu/docs/v5e and so on; XLA keeps some of it
+for itself, and a program that needs more than the rest is refused when it is compiled."""
+
+
+class Place(NamedTuple):
+    """Where a run is to be.
+
+    Attributes:
+        name: Such as "v5e:2x4", or "this machine (cpu)".
+        devices: All devices; None is those of this process.
+        count: How many they are.
+        unit: What a person calls one of them.
+        device_bytes: Memory of each.
+        platform: What programs are traced for; None is what is there.
+    """
+
+    name: str
+    devices: list[Any] | None
+    count: int
+    unit: str
+    device_bytes: int
+    platform: str | None
+
+
+def find_place(topology: str | None) -> Place:
+    """This machine's devices, or those of a TPU topology that need not be there.
+
+    Args:
+        topology: Such as "v5e:2x4" or "v5p:2x2x4"; None for this machine.
+
+    Raises:
+        UserError: No such topology, libtpu is not installed, or devices that do not say what they
+            hold.
+    """
+    if topology is not None:
+        return _find_tpu(topology)
+    backend, count = jax.default_backend(), jax.device_count()
+    if backend == "cpu":
+        device_bytes = _host_bytes() // jax.local_device_count()
+    else:
+        device_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+        if not device_bytes:
+            raise UserError(f"the {backend} devices of this machine do not say what they hold.")
+    return Place(f"this machine ({backend})", None, count, "device", device_bytes, None)
+
+
+def _find_tpu(text: str) -> Place:
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
+    if not found or found[1] not in CHIPS:
+        raise UserError(
+            f"--topology: {text!r} is none; give a chip and its arrangement, such as v5e:1x1, "
+            f"v5e:2x4 or v5p:2x2x4; chips: {', '.join(CHIPS)}."
+        )
+    name, chip = found[1], CHIPS[found[1]]
+    sizes = tuple(int(size) for size in found[2].split("x"))
+    if len(sizes) != chip.axes or 0 in sizes:
+        example = "x".join("2" * chip.axes)
+        raise UserError(
+            f"--topology: {text!r}: {name} chips stand in {chip.axes} dimensions, at least one "
+            f"along each, such as {name}:{example}."
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "--topology: libtpu, which compiles for TPUs and needs none, is not installed: "
+            "pip install 'jaxpeft[plan]'"
+        )
+    from jax.experimental import topologies
+
+    options = dict(chip.options)
+    if max(sizes) == 1:  # else a host has four chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        described = topologies.get_topology_desc(text, "tpu", **options)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"--topology: {text!r} is refused by libtpu: {reason}") from error
+    devices = list(described.devices)
+    return Place(text, devices, len(devices), f"{name} chip", chip.hbm_bytes, "tpu")
+
+
+def _host_bytes() -> int:
+    """Memory of this machine, or what its control group may take of it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:
+        total = min(total, int(file.read()))
+    return total
+
+
+class Memory(NamedTuple):
+    """What a compiled program takes of one device, in bytes, as XLA counts it.
+
+    Attributes:
+        arguments: Base, state and batch.
+        results: New state and metrics that don't take the place of arguments.
+        temporaries: What is computed in between, at its peak.
+        code: The program.
+    """
+
+    arguments: int
+    results: int
+    temporaries: int
+    code: int
+
+
+class Measured(NamedTuple):
+    """What compiling the step showed.
+
+    Attributes:
+        run: The run, as shapes.
+        memory: By kind; None where XLA refused the program for want of memory.
+        device_bytes: What a device must hold.
+        fits: Whether it can.
+        seconds: How long compiling took.
+    """
+
+    run: Run
+    memory: Memory | None
+    device_bytes: int
+    fits: bool
+    seconds: float
+
+    def line(self, place: Place) -> str:
+        """All of it in a line."""
+        has, verdict = place.device_bytes / GIB, "fits" if self.fits else "does not fit"
+        needs = f"{self.device_bytes / GIB:.2f} of {has:.2f} GiB a {place.unit}"
+        return f"{needs}: {verdict} ({self.seconds:.0f} s)"
+
+
+def make_run(config: RunConfig, model: ModelConfig, rows: Rows, place: Place) -> Run:
+    """The run that training would make, as shapes on the devices of a place.
+
+    Raises:
+        UserError: Mesh or batches do not fit the devices.
+    """
+    mesh = sharding.make_mesh(**config.mesh.sizes, devices=place.devices)
+    check_batches(config, mesh)
+    layout = sharding.Layout(mesh, sharding.parse_rules(config.mesh.rules), model)
+    section = config.model
+    base = placed_model(
+        model,
+        layout,
+        dtype=section.dtype,
+        compute_dtype=section.compute_dtype,
+        quantization=section.quantization,
+        double_quantization=section.double_quantization,
+    )
+    return Run(config, base, rows, layout, shapes_only=True)
+
+
+@contextlib.contextmanager
+def tracing_for(place: Place) -> Iterator[None]:
+    """Whatever is traced inside is traced for the devices of a place."""
+    with contextlib.nullcontext() if place.platform is None else traced_for(place.platform):
+        yield
+
+
+def measure(config: RunConfig, model: ModelConfig, rows: Rows, place: Place) -> Measured:
+    """Compiles a run's training step for a place.
+
+    Args:
+        config: The run.
+        model: Its architecture.
+        rows: Its data; decides the shape of a batch.
+        place: The devices.
+
+    Raises:
+        UserError: Mesh or batches do not fit the devices.
+    """
+    with tracing_for(place):
+        run, began = make_run(config, model, rows, place), time.perf_counter()
+        try:
+            compiled = run.compile_step()
+        except jax.errors.JaxRuntimeError as error:
+            needed = needed_bytes(str(error))
+            if needed is None:
+                raise
+            return Measured(run, None, needed, False, time.perf_counter() - began)
+    seconds, stats = time.perf_counter() - began, compiled.memory_analysis()
+    memory = Memory(
+        arguments=stats.argument_size_in_bytes,
+        results=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+    return Measured(run, memory, sum(memory), sum(memory) <= place.device_bytes, seconds)
+
+
+def needed_bytes(text: str) -> int | None:
+    """How much memory XLA says a program needs that it refused to compile; None if it doesn't.
+
+    Example:
+        >>> needed_bytes("Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm.")
+        26306674688
+    """
+    used = r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"
+    found = re.search(rf"{used}|memory required for [\w ]+ \(([\d.]+)([KMGT]?)\) exceeds", text)
+    if not found:
+        return None
+    number, unit = found[1] or found[3], found[2] or found[4] or " "
+    return round(float(number) * 1024 ** " KMGT".index(unit))
+
+
+def levers(config: RunConfig, place: Place) -> list[list[dict[str, Any]]]:
+    """What of a config can be turned to save memory: for each, values from mild to strong.
+
+    Rematerialisation, fewer rows at a time (the update is the same), a base that is spread over
+    the devices, and a quantised base.
+    """
+    train, mesh, found = config.train, config.mesh, []
+    if train.remat != "full":
+        found.append([{"train.remat": "full"}])
+    sizes = mesh.sizes
+    free = max(place.count // math.prod(size for size in sizes.values() if size > 0), 1)
+    sizes = {axis: free if size == -1 else size for axis, size in sizes.items()}
+    shards = sizes["data"] * sizes["fsdp"]
+    rows = train.microbatch_size or train.batch_size
+    smaller = [n for n in range(rows - 1, 0, -1) if train.batch_size % n == n % shards == 0]
+    if smaller:
+        found.append([{"train.microbatch_size": n} for n in smaller])
+    if sizes["data"] > 1:
+        found.append([{"mesh.data": 1, "mesh.fsdp": shards}])
+    if config.model.quantization is None:
+        found.append([{"model.quantization": "nf4"}])
+    return found
+
+
+def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """A config with other values, by the paths of their keys."""
+    sections: dict[str, dict[str, Any]] = {}
+    for path, value in changes.items():
+        section, _, name = path.partition(".")
+        sections.setdefault(section, {})[name] = value
+    replaced = {
+        section: dataclasses.replace(getattr(config, section), **values)
+        for section, values in sections.items()
+    }
+    return dataclasses.replace(config, **replaced)
+
+
+class Alternative(NamedTuple):
+    """Other values of some keys, and what compiling with them showed.
+
+    Attributes:
+        changes: Values by the paths of their keys.
+        device_bytes: What a device must hold.
+        fits: Whether it can.
+        seconds: How long compiling took.
+    """
+
+    changes: dict[str, Any]
+    device_bytes: int
+    fits: bool
+    seconds: float
+
+
+def find_fitting(
+    config: RunConfig,
+    model: ModelConfig,
+    rows: Rows,
+    place: Place,
+    tokenizer: Any = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Alternative]:
+    """Measures what would make a run fit: each lever alone, and, if none does, several at once.
+
+    Args:
+        config: A run that does not fit.
+        model: Its architecture.
+        rows: Its data.
+        place: The devices.
+        tokenizer: Its tokenizer, for methods that read it.
+        say: Called with a line before and after each compilation.
+
+    Returns:
+        Everything that was tried, in that order; a lever's values are tried up to the first that
+        fits.
+    """
+    found, strongest = [], []
+
+    def tried(changes: dict[str, Any]) -> bool | None:
+        """Whether it fits; None where it is not possible."""
+        names = ", ".join(f"{name}: {value}" for name, value in changes.items())
+        say(f"compiling with {names}")
+        try:
+            other = changed(config, changes)
+            check_model(other, model, tokenizer)
+            now = measure(other, model, rows, place)
+        except UserError as error:
+            say(f"not possible: {error}")
+            return None
+        found.append(Alternative(changes, now.device_bytes, now.fits, now.seconds))
+        say(now.line(place))
+        return now.fits
+
+    for values in levers(config, place):
+        for changes in values:
+            if (fits := tried(changes)) is not None:
+                strongest = [one for one in strongest if one not in values] + [changes]
+            if fits or fits is None:
+                break
+    if any(one.fits for one in found):
+        return found
+    together = strongest[0] if strongest else {}
+    for changes in strongest[1:]:
+        together = together | changes
+        if tried(together):
+            break
+    return found

@@ -1,0 +1,375 @@
+"""HF PEFT folders, in and out: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+What the two files say of a method is its family's business (`jaxpeft.methods.peft.values`); this
+module reads and writes the folder. Beside PEFT's files lies ``jaxpeft.json``: which base the
+adapter was trained on, and the sha256 of the other files. PEFT ignores it, and folders without it
+load too.
+
+Loading is strict: every tensor has its place, every place its tensor, and the config must say of
+every module what the tensors say.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxpeft.core.errors import UserError
+from jaxpeft.files import other_folders, storage
+from jaxpeft.files.folders import real_path, require_replaceable, write_folder
+from jaxpeft.files.locate import locate_adapter
+from jaxpeft.files.storage import Place
+from jaxpeft.mesh.processes import is_first
+from jaxpeft.methods.binding import check_fit
+from jaxpeft.methods.chat_settings import ChatSettings, chat_of
+from jaxpeft.methods.family import Adapter, Label, Method
+from jaxpeft.methods.peft.values import (
+    COMMON,
+    CONFIG,
+    PeftFormat,
+    Tensors,
+    Values,
+    require_supported,
+)
+from jaxpeft.methods.registry import KINDS
+from jaxpeft.pretrained.base_check import adapter_notes, check_base, describe_base
+from jaxpeft.pretrained.hf.folder import read_header, read_json
+from jaxpeft.pretrained.identity import Identity
+from jaxpeft.pretrained.shapes import load_shapes
+from jaxpeft.pretrained.weights.source import decode
+
+TENSORS = "adapter_model.safetensors"
+CARD = "README.md"
+SIDE = "jaxpeft.json"
+FORMAT = 1
+FORMAT_PT = {"format": "pt"}
+BASE_NAME = "base_model_name_or_path"
+OURS = frozenset({CONFIG, TENSORS, CARD, SIDE})
+
+
+def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Any) -> None:
+    """Writes an adapter as a folder that HF PEFT, vLLM and `load_adapter` read.
+
+    The folder is written beside its place, synced, and moved there whole; an older adapter in
+    that place is replaced only then. In a bucket the older one's ``jaxpeft.json`` goes first and
+    the new one's is written last: in between the folder is not whole.
+
+    Args:
+        path: The folder; it may hold an older adapter, but no other files.
+        adapter: An adapter of a method that PEFT has too.
+        base: The `jaxpeft.Model` it was trained on.
+
+    Raises:
+        UserError: If PEFT has no such method, if the adapter does not fit `base` or is not finite,
+            or if `path` is a file or holds other files.
+        ResourceError: If the disk is full.
+    """
+    folder = real_path(path)
+    require_replaceable(folder, OURS)
+    peft = KINDS[adapter.spec.kind].peft
+    if peft is None:
+        raise UserError(
+            f"{folder}: PEFT has no folders for adapters of kind {adapter.spec.kind!r}; save the "
+            "merged model instead."
+        )
+    check_fit(base.params, adapter)
+    files = _render(peft, adapter, base)
+    if is_first():
+        write_folder(folder, files)
+
+
+def load_adapter(
+    path: str | os.PathLike,
+    base: Any = None,
+    *,
+    revision: str | None = None,
+    allow_other_base: bool = False,
+) -> Adapter:
+    """Reads a PEFT folder, strictly.
+
+    Args:
+        path: A PEFT folder, ours or PEFT's own, or a run's folder with one in ``adapter``, on disk
+            or in a bucket (``gs://``); or a hub id "org/name".
+        base: The `jaxpeft.Model` to put it on. Without it shapes are checked against the config
+            of the base that the adapter names, and which weights it was trained on is not.
+        revision: Branch, tag or commit of a hub id.
+        allow_other_base: Accept an adapter that was trained on other weights, or on a base with
+            another config or tokenizer.
+
+    Returns:
+        The adapter, in float32, ready to train on.
+
+    Raises:
+        UserError: If anything is missing, unexpected, damaged, of another shape or rank, not
+            finite, not supported yet, or made for another base.
+
+    Example:
+        >>> adapter = jp.load_adapter("some/adapter")  # doctest: +SKIP
+        >>> revision = adapter.base_revision or None  # doctest: +SKIP
+        >>> base = jp.load_model(adapter.base_name, revision=revision)  # doctest: +SKIP
+    """
+    folder, place, values, peft = _open_folder(path, revision)
+    name, version = values.get(BASE_NAME) or "", values.get("revision") or ""
+    for key, value in ((BASE_NAME, name), ("revision", version)):
+        if not isinstance(value, str):
+            raise UserError(f"{place}: {key}: expected a text, got {value!r:.60}.")
+    if problem := storage.problem_of(name):
+        raise UserError(f"{place}: {BASE_NAME}: {problem}, got {storage.shown(name)}.")
+    if storage.expanded(name).exists():
+        version = ""  # a local base has none
+    base = _shapes_of(place, name, version) if base is None else base
+    file = folder / TENSORS
+    if not file.is_file():
+        raise UserError(f"{folder}: {_no_tensors(folder)}")
+    side = _read_side_file(folder)
+    chat = ChatSettings.from_values(side.get("chat", {}), str(folder / SIDE))
+    check_base(folder, side.get("base", {}), base, chat.template, allow_other_base)
+    adapter = peft.read(Values(values, place, peft.defaults), _open(file), base)
+    return dataclasses.replace(
+        adapter, base_name=Label(name), base_revision=Label(version), chat=chat.label()
+    )
+
+
+def notes_of(
+    path: str | os.PathLike, adapter: Adapter, base: Any, revision: str | None = None
+) -> list[str]:
+    """What to tell a person who uses an adapter, one line each; see `adapter_notes`.
+
+    Args:
+        path: Where `adapter` was loaded from.
+        adapter: What `load_adapter` gave.
+        base: The `jaxpeft.Model` that it is used on.
+        revision: As `load_adapter` took it.
+    """
+    folder = _open_folder(path, revision)[0]
+    side = read_json(folder / SIDE) if (folder / SIDE).is_file() else None
+    return [f"{folder}: {note}." for note in adapter_notes(adapter, base, side)]
+
+
+def read_method(config: Any, revision: str | None = None) -> Method:
+    """The method that a PEFT config describes; see `jaxpeft.methods.family.Method.from_peft`."""
+    if isinstance(config, str | os.PathLike):
+        local = storage.expanded(config)
+        place: Any = (
+            local if local.is_file() else _find_config(locate_adapter(config, revision, (CONFIG,)))
+        )
+        values = read_json(place)
+    else:
+        place, values = CONFIG, config
+        if not isinstance(values, Mapping) and hasattr(values, "to_dict"):
+            place, values = type(config).__name__, config.to_dict()
+        if not isinstance(values, Mapping):
+            raise UserError(
+                f"from_peft: expected an {CONFIG}, its folder, a hub id, a dict, or a config of "
+                f"PEFT, got {type(config).__name__}."
+            )
+        values = json.loads(json.dumps(dict(values), default=sorted))  # sets and enums of PEFT's
+    peft = _format_of(values, place)
+    require_supported(values, place, peft)
+    if peft.config is None:
+        raise UserError(f"{place}: peft_type: from_peft does not know {peft.type!r} yet.")
+    try:
+        return peft.config(Values(values, place, peft.defaults))
+    except UserError:
+        raise
+    except ValueError as error:  # what the config class itself refuses
+        raise UserError(f"{place}: {error}") from error
+
+
+def peek_kind(path: str | os.PathLike, revision: str | None = None) -> str:
+    """The family of a saved adapter, from its ``adapter_config.json`` alone.
+
+    Args:
+        path: As `load_adapter` takes it.
+        revision: The same.
+
+    Returns:
+        A key of ``jaxpeft.methods.registry.KINDS``.
+
+    Raises:
+        UserError: If there is no such adapter, or it is of no supported family.
+    """
+    peft = _open_folder(path, revision)[3]
+    return next(name for name, kind in KINDS.items() if kind.peft is peft)
+
+
+# Saving.
+
+
+def _render(peft: PeftFormat, adapter: Adapter, base: Any) -> dict[str, bytes]:
+    """The content of every file of the folder, `SIDE` last."""
+    from safetensors.numpy import save
+
+    own, tensors = peft.write(adapter, base)
+    named = {"peft_type": peft.type, BASE_NAME: base.name}
+    if base.revision:
+        named["revision"] = base.revision
+    elif str(adapter.base_name) == base.name and adapter.base_revision:
+        named["revision"] = str(adapter.base_revision)
+    values = COMMON | dict(peft.defaults) | own | named
+    files = {
+        CONFIG: _json(values),
+        TENSORS: save({key: np.ascontiguousarray(x) for key, x in tensors.items()}, FORMAT_PT),
+        CARD: _card(peft, base.name, sum(x.size for x in tensors.values())).encode(),
+    }
+    side = {
+        "format": FORMAT,
+        "base": describe_base(base, chat_of(adapter).template),
+        "versions": {name: _version(name) for name in ("jaxpeft", "jax", "flax")},
+        "sha256": {name: hashlib.sha256(files[name]).hexdigest() for name in (CONFIG, TENSORS)},
+    }
+    if chat := chat_of(adapter).to_values():
+        side["chat"] = chat
+    return files | {SIDE: _json(side)}
+
+
+def _json(values: dict) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _card(peft: PeftFormat, base_name: str, size: int) -> str:
+    return f"""---
+base_model: {json.dumps(base_name)}
+library_name: peft
+pipeline_tag: text-generation
+tags: [{peft.type.lower()}, jaxpeft]
+---
+
+# {peft.title}
+
+{size:,} numbers, trained with jaxpeft on `{base_name}`.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), THIS_FOLDER)
+```
+
+```python
+import jaxpeft as jp
+
+base = jp.load_model(BASE)
+adapter = jp.load_adapter(THIS_FOLDER, base)
+```
+"""
+
+
+# Loading.
+
+
+def _open_folder(
+    path: str | os.PathLike, revision: str | None
+) -> tuple[Place, Place, dict[str, Any], PeftFormat]:
+    """The folder, its config's place and values, and the format it has."""
+    place = _find_config(locate_adapter(path, revision, (CONFIG, TENSORS, SIDE)))
+    values = read_json(place)
+    peft = _format_of(values, place)
+    require_supported(values, place, peft)
+    return place.parent, place, values, peft
+
+
+def _find_config(folder: Place) -> Place:
+    """The config in an adapter's folder, or in that of a run."""
+    if not (folder / CONFIG).exists() and (folder / "adapter").is_dir():
+        folder = folder / "adapter"
+    if not (folder / CONFIG).is_file():
+        found = "" if storage.is_remote(folder) else other_folders.instead_of_adapter(folder)
+        if found:
+            raise UserError(f"{folder}: {found}.")
+        raise UserError(
+            f"{folder / CONFIG}: no such file; a PEFT folder has one beside its tensors."
+        )
+    return folder / CONFIG
+
+
+def _shapes_of(place: Place, name: str, version: str) -> Any:
+    """The base that an adapter names, without its weights."""
+    if not name:
+        raise UserError(f"{place}: names no base in {BASE_NAME}; pass it: load_adapter(..., base).")
+    try:
+        return load_shapes(name, version or None)
+    except UserError as error:
+        raise type(error)(
+            f"{place}: the base it names cannot be found ({error}); load a base yourself and pass "
+            "it: load_adapter(..., base)."
+        ) from error
+
+
+def _format_of(values: dict, place: Any) -> PeftFormat:
+    formats = {kind.peft.type: kind.peft for kind in KINDS.values() if kind.peft is not None}
+    kind = values.get("peft_type")
+    if other_folders.is_mlx(values):
+        raise UserError(f"{place}: {other_folders.MLX_ADAPTER}.")
+    if not isinstance(kind, str) or kind not in formats:
+        known = ", ".join(sorted(formats))
+        raise UserError(f"{place}: peft_type: {kind!r} is not supported; supported: {known}.")
+    return formats[kind]
+
+
+def _open(file: Place) -> Tensors:
+    infos = read_header(file)
+    whole = file.read_bytes() if storage.is_remote(file) else None  # one request, not thousands
+
+    def read(key: str) -> np.ndarray:
+        info = infos[key]
+        if whole is not None:
+            raw = np.frombuffer(whole, np.uint8, info.nbytes, offset=info.offset)
+        else:
+            raw = np.fromfile(info.file, np.uint8, info.nbytes, offset=info.offset)
+        return decode(raw, info)
+
+    shapes = {key: info.shape for key, info in infos.items()}
+    return Tensors(file, shapes, {key: info.dtype for key, info in infos.items()}, read)
+
+
+def _no_tensors(folder: Place) -> str:
+    if (folder / "adapter_model.bin").exists():
+        return (
+            "has only adapter_model.bin, a pickle, which can run code and is never opened here; "
+            "save it again with PEFT's save_pretrained(..., safe_serialization=True)."
+        )
+    found = "" if storage.is_remote(folder) else other_folders.no_tensors(folder)
+    return f"{found or f'has no {TENSORS}; the download or save is incomplete'}."
+
+
+def _read_side_file(folder: Place) -> dict[str, Any]:
+    """What we wrote beside PEFT's files, once it is found true; empty in PEFT's own folders."""
+    file = folder / SIDE
+    if not file.is_file():
+        return {}
+    side = read_json(file)
+    if side.get("format") != FORMAT:
+        newer = isinstance(side.get("format"), int) and side["format"] > FORMAT
+        raise UserError(
+            f"{file}: format: this version reads {FORMAT}, got {side.get('format')!r:.60}; "
+            + ("update jaxpeft." if newer else "save the adapter again.")
+        )
+    known, sums = side.get("base"), side.get("sha256")
+    if not isinstance(known, dict) or not isinstance(sums, dict):
+        raise UserError(f"{file}: lacks base or sha256; save the adapter again.")
+    for name, expected in sums.items():
+        if name not in OURS or not (folder / name).is_file():
+            raise UserError(f"{file}: sha256: {name!r} is not in this folder.")
+        with (folder / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
+                raise UserError(
+                    f"{folder / name}: changed since it was saved (its sha256 is not the one in "
+                    f"{SIDE}); if that was on purpose, remove {SIDE}, which also ends the check "
+                    "of the base."
+                )
+    if not Identity.is_whole(known):
+        raise UserError(f"{file}: base: lacks a part of what it is; save the adapter again.")
+    return side

@@ -1,0 +1,159 @@
+"""Whether an adapter's base is the one it was trained on, and what to say where nobody knows.
+
+``jaxpeft.json`` holds the fingerprint of the base's weights and its identity beside them
+(`jaxpeft.pretrained.identity`). Other weights, another config or another tokenizer are errors;
+another chat template is a warning, since people replace it on purpose.
+"""
+
+import pathlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.files.storage import Place
+from jaxpeft.methods.family import Adapter
+from jaxpeft.ops.quant import scheme_of
+from jaxpeft.pretrained.identity import Identity, config_changes, identity_of
+from jaxpeft.pretrained.weights.fingerprint import comparable
+
+
+def describe_base(base: Any, template: str = "") -> dict[str, Any]:
+    """What `check_base` wants to know of a base, as JSON values.
+
+    Args:
+        base: A `jaxpeft.Model`.
+        template: A chat template that replaced the tokenizer's; "" for none.
+    """
+    return {
+        "name": base.name,
+        "fingerprint": base.fingerprint,
+        "quantization": scheme_of(base.params),
+        **identity_of(base.config, base.tokenizer, template).to_values(),
+    }
+
+
+def check_base(
+    folder: Place, known: Mapping, base: Any, template: str, allow_other_base: bool
+) -> None:
+    """Compares a base with the one that an adapter was trained on.
+
+    Args:
+        folder: The adapter's.
+        known: What `describe_base` gave; what older versions left out is not compared.
+        base: The `jaxpeft.Model` the adapter is to be used on.
+        template: The chat template that the adapter brings along; "" for none.
+        allow_other_base: Whether it may be another one.
+
+    Raises:
+        UserError: It is another one.
+    """
+    if not base.fingerprint:
+        return
+    if not allow_other_base:
+        _check_weights(folder, known, base)
+        _check_identity(folder, known, base, template)
+    before, now = known.get("quantization", ""), scheme_of(base.params)
+    if "quantization" in known and before != now:
+        warnings.warn(
+            f"{folder}: trained on a base in {before or 'full precision'}, this one is in "
+            f"{now or 'full precision'}: answers differ by what rounding the base changes.",
+            stacklevel=5,
+        )
+
+
+def _check_weights(folder: Place, known: Mapping, base: Any) -> None:
+    theirs = str(known.get("fingerprint") or "")
+    if not theirs or theirs == base.fingerprint:
+        return
+    if comparable(theirs, base.fingerprint):
+        raise UserError(
+            f"{folder}: trained on {known.get('name')!r} (fingerprint {theirs[:12]}), this "
+            f"base is {base.name!r} (fingerprint {base.fingerprint[:12]}); load that base, or "
+            "pass allow_other_base=True."
+        )
+    warnings.warn(
+        f"{folder}: saved by a version of jaxpeft with another fingerprint of weights: whether "
+        f"{base.name!r} is the base it was trained on cannot be checked. Save the adapter "
+        "again to have it checked, or pass allow_other_base=True.",
+        stacklevel=6,
+    )
+
+
+def _check_identity(folder: Place, known: Mapping, base: Any, template: str) -> None:
+    theirs, ours = Identity.from_values(known), identity_of(base.config, base.tokenizer, template)
+    changes = config_changes(theirs.config, ours.config) if theirs.known else []
+    what = f"config changed: {first_few(changes)}" if changes else ""
+    if theirs.tokenizer and ours.tokenizer and theirs.tokenizer != ours.tokenizer:
+        tokenizer = (
+            f"tokenizer encodes otherwise ({theirs.tokenizer[:12]}, now {ours.tokenizer[:12]})"
+        )
+        what = f"{what}; its {tokenizer}" if what else tokenizer
+    if what:
+        raise UserError(
+            f"{folder}: {base.name!r} has the weights that the adapter was trained on, but its "
+            f"{what}; put the files of the base back, or pass allow_other_base=True."
+        )
+    before, now = theirs.chat_template, ours.chat_template
+    if theirs.known and ours.tokenizer and before != now:
+        warnings.warn(
+            f"{folder}: trained with another chat template than that of {base.name!r} "
+            f"({before[:12] or 'none'}, now {now[:12] or 'none'}): it may answer worse under it.",
+            stacklevel=6,
+        )
+
+
+def adapter_notes(adapter: Adapter, base: Any, side: Mapping | None) -> list[str]:
+    """What a person should know of an adapter whose base or numbers nothing vouches for.
+
+    Args:
+        adapter: As it was loaded.
+        base: The `jaxpeft.Model` that it is used on.
+        side: The values of its ``jaxpeft.json``; None where it has none, as PEFT's own folders.
+
+    Returns:
+        Lines: none for a folder that says all there is to say.
+    """
+    if side is not None:
+        known = side.get("base")
+        if isinstance(known, Mapping) and Identity.from_values(known).known:
+            return []
+        return [
+            "saved by an earlier version of jaxpeft, which did not write down the config, the "
+            "tokenizer and the chat template of the base: only its weights were compared"
+        ]
+    notes = []
+    if scale := _scale(adapter):
+        notes.append(
+            "has no checksum, so a change of its numbers is not seen; its effective scale (alpha "
+            f"by rank) is {scale}"
+        )
+    named = str(adapter.base_name)
+    if named and base.name and _short(named) != _short(base.name):
+        notes.append(
+            f"names {named!r} as its base and is used on {base.name!r}; nothing tells whether they "
+            "are the same"
+        )
+    return notes
+
+
+def _scale(adapter: Adapter) -> str:
+    """The scales of all adapted places, "" for a family without."""
+    values = []
+    for path, scale in paths.flatten(adapter.buffers).items():
+        if path.endswith("/scale"):
+            rank = paths.get(adapter.buffers, path.removesuffix("scale") + "rank")
+            on = np.ones(np.shape(scale), bool) if rank is None else np.asarray(rank) > 0
+            values += np.asarray(scale)[on].tolist()
+    ends = dict.fromkeys(f"{value:.4g}" for value in (min(values), max(values))) if values else ()
+    return " to ".join(ends)
+
+
+def _short(name: str) -> str:
+    """The last part of a folder's name or hub id; the repository of a snapshot in the hub cache."""
+    parts = pathlib.PurePath(name).parts
+    repository = next((part for part in parts if part.startswith("models--")), None)
+    return (repository.rpartition("--")[2] if repository else parts[-1] if parts else "").lower()

@@ -1,0 +1,132 @@
+"""A base known by its config alone: every weight has its shape, none has its numbers."""
+
+import dataclasses
+import functools
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
+from jaxpeft.mesh.layout import Layout, leaf_sharding, placed_shapes
+from jaxpeft.models.config import ModelConfig
+from jaxpeft.ops.quant import is_quantised, quantize_kernel
+from jaxpeft.pretrained.load import activation_dtype, load_config
+from jaxpeft.pretrained.weights.names import param_shapes
+
+
+class NeedsWeightsError(UserError):
+    """Numbers of a base were asked for of which only shapes are at hand."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weightless:
+    """Stands for a base weight that is not at hand; whoever reads its numbers gets a
+    `NeedsWeightsError`.
+
+    Attributes:
+        shape: Of the weight, layer axis included.
+        path: Where it stands.
+        base_name: The base it belongs to.
+    """
+
+    shape: tuple[int, ...]
+    path: str
+    base_name: str
+
+    @property
+    def dtype(self) -> Any:
+        """That of a weight as it is usually loaded."""
+        return np.dtype(np.float32)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def refuse(self, *_: Any, **__: Any) -> NoReturn:
+        """Says that the numbers are not there."""
+        raise NeedsWeightsError(
+            f"{self.path}: this adapter needs the weights of its base to be loaded; pass it: "
+            f"load_adapter(..., base=load_model({self.base_name!r}))."
+        )
+
+    __array__ = __getitem__ = __matmul__ = __mul__ = astype = refuse
+
+    @property
+    def T(self) -> NoReturn:
+        """The transpose, which would be read."""
+        self.refuse()
+
+
+jax.tree_util.register_pytree_node(  # so that a jitted function reads it too
+    Weightless, Weightless.refuse, Weightless.refuse
+)
+
+
+def load_shapes(name: str, revision: str | None = None) -> Any:
+    """A `jaxpeft.Model` without weights, from a model's config.
+
+    Args:
+        name: A Hugging Face folder, a hub id, or a ``.gguf`` file.
+        revision: Branch, tag or commit of a hub id.
+
+    Returns:
+        The model; its leaves are `Weightless`, its fingerprint is not known.
+
+    Raises:
+        UserError: Nothing there, or an unsupported model.
+    """
+    return without_weights(load_config(name, revision), name)
+
+
+def without_weights(config: ModelConfig, name: str) -> Any:
+    """A `jaxpeft.Model` as `load_shapes` gives it, of a config that is at hand.
+
+    Args:
+        config: The architecture.
+        name: Where it comes from.
+    """
+    from jaxpeft.models.transformer import Transformer
+    from jaxpeft.pretrained.model import Model
+
+    leaves = {path: Weightless(shape, path, name) for path, shape in param_shapes(config).items()}
+    return Model(paths.unflatten(leaves), config, Transformer(config), name=name)
+
+
+def placed_model(
+    config: ModelConfig,
+    layout: Layout,
+    *,
+    dtype: str = "float32",
+    compute_dtype: str = "auto",
+    quantization: str | None = None,
+    double_quantization: bool = False,
+) -> Any:
+    """What `load_model` would put on a mesh, as shapes: programs can be compiled for it.
+
+    Args:
+        config: The architecture.
+        layout: Where the parameters live; its devices need not be there.
+        dtype: Of the parameters.
+        compute_dtype: Of the activations; "auto" is what suits the platform traced for.
+        quantization: "nf4", "int4" or "int8" for the kernels of the layers; None for none.
+        double_quantization: Quantise their scales too.
+
+    Returns:
+        A `jaxpeft.Model` whose leaves are ``jax.ShapeDtypeStruct`` with shardings.
+    """
+    from jaxpeft.models.transformer import Transformer
+    from jaxpeft.pretrained.model import Model
+
+    leaves = {}
+    for path, shape in param_shapes(config).items():
+        leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        if quantization is not None and is_quantised(path):
+            code = functools.partial(quantize_kernel, kind=quantization, double=double_quantization)
+            leaf = jax.eval_shape(code, leaf)
+        leaves[path] = placed_shapes(leaf, leaf_sharding(path, leaf, layout))
+    params = paths.unflatten(leaves)
+    return Model(params, config, Transformer(config, activation_dtype(compute_dtype, params)))

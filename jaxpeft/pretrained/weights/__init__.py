@@ -1,0 +1,1 @@
+"""From tensors in files to parameters on devices, whatever the container."""

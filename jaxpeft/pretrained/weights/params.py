@@ -1,0 +1,228 @@
+"""Weights from files into a parameter tree on devices, one parameter at a time.
+
+With one process, a stacked parameter is read into host memory, handed to the devices and dropped.
+Host memory holds the parameters loaded so far where the device is the host, one stacked
+parameter, and one layer.
+
+On a mesh over several processes each reads its share of the rows of every matrix (see
+`jaxpeft.pretrained.weights.shares`), so host memory holds one device's share of one stacked
+parameter. Vectors are read by all.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.mesh.layout import Layout, as_layout, leaf_sharding, replicated
+from jaxpeft.mesh.processes import exchange, spans_processes, together
+from jaxpeft.ops.quant import quantize_kernel, quantize_scales
+from jaxpeft.pretrained.weights.fingerprint import Fingerprint
+from jaxpeft.pretrained.weights.names import Entry, name_table
+from jaxpeft.pretrained.weights.reading import Form, Reader
+from jaxpeft.pretrained.weights.shares import Cut, assemble, cut_rows, stage
+from jaxpeft.pretrained.weights.source import PLAIN_DTYPES, Source
+
+
+class Loaded(NamedTuple):
+    """What came out of the files of a model.
+
+    Attributes:
+        params: The nested parameter dict.
+        fingerprint: Which weights these are, see `jaxpeft.pretrained.weights.fingerprint`.
+        bytes_read: How many bytes of tensors this process has read.
+    """
+
+    params: dict
+    fingerprint: str
+    bytes_read: int
+
+
+def read_params(
+    source: Source,
+    dtype: str | None = "float32",
+    mesh: jax.sharding.Mesh | Layout | None = None,
+    quantization: tuple[str, bool] | None = None,
+) -> Loaded:
+    """Reads every tensor of `source` into a nested parameter dict.
+
+    Args:
+        source: Where the tensors lie.
+        dtype: Target dtype; None keeps what is stored.
+        mesh: Devices to spread the parameters over, or a layout; where they belong to all
+            processes, all must call.
+        quantization: Kind of the layers' kernels, and whether scales are quantised too.
+
+    Returns:
+        The parameters, the fingerprint of the tensors read, and how much was read.
+
+    Raises:
+        UserError: Missing, extra, misshapen or non-finite tensors, or a file that ends early.
+    """
+    kind, double = quantization or (None, False)
+    form = Form(dtype, kind, double)
+    layout = None if mesh is None else as_layout(mesh, source.config)
+    shared = spans_processes(layout)
+    table = name_table(source.config)
+    together(lambda: check_tensors(source, table), shared)
+    if shared:
+        _check_same_headers(source)
+    leaves: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        reader = Reader(source, stack)
+        for entry in table:
+            if layout is not None and shared and len(entry.shape) > 1:
+                leaves[entry.path] = _load_shared(reader, entry, form, layout)
+            else:
+                task = functools.partial(reader.read_entry, entry, form)
+                leaves[entry.path] = _put(entry.path, together(task, shared), layout)
+    fingerprint = _common(source, reader.fingerprint) if shared else reader.fingerprint
+    return Loaded(paths.unflatten(leaves), fingerprint.hexdigest(), reader.bytes_read)
+
+
+def check_tensors(source: Source, table: tuple[Entry, ...]) -> None:
+    """Compares the names, shapes and dtypes of `source` with what its config needs.
+
+    Raises:
+        UserError: Lists everything missing, extra, misshapen or of another dtype.
+    """
+    wanted = {
+        name: entry.file_shape
+        for entry in table
+        for name in entry.file_names(source.style, source.config.num_layers)
+    }
+    missing = [name for name in wanted if name not in source.tensors]
+    extra = [n for n in source.tensors if n not in wanted and n not in source.ignored]
+    shapes = [
+        f"{name} is {list(source.tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in wanted.items()
+        if name in source.tensors and source.tensors[name].shape != shape
+    ]
+    dtypes = [
+        f"{name} is {source.tensors[name].dtype}"
+        for name in wanted
+        if source.style == "hf"
+        and name in source.tensors
+        and source.tensors[name].dtype not in PLAIN_DTYPES
+    ]
+    faults = [
+        f"{len(items)} {what}: {first_few(items)}"
+        for what, items in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("of another shape", shapes),
+            (f"of an unsupported dtype (supported: {', '.join(PLAIN_DTYPES)})", dtypes),
+        )
+        if items
+    ]
+    if faults:
+        raise UserError(
+            f"{source.path}: tensors do not fit the {source.config.model_type} config; "
+            + "; ".join(faults)
+        )
+
+
+def _load_shared(reader: Reader, entry: Entry, form: Form, layout: Layout) -> Any:
+    """A matrix of which every process reads some rows, on the mesh; all must call."""
+    cut = cut_entry(reader, entry, form, layout)
+    here = [device for device in cut.devices if device.process_index == jax.process_index()]
+    pieces = together(functools.partial(read_pieces, reader, entry, form, cut, here))
+    return place_pieces(pieces, reader, entry, form, cut, layout)
+
+
+def cut_entry(reader: Reader, entry: Entry, form: Form, layout: Layout) -> Cut:
+    """How the rows of a matrix are dealt to the devices of a mesh."""
+    shapes = _shapes(reader, entry, form, double=False)
+    target = jax.tree.leaves(leaf_sharding(entry.path, shapes, layout))[0]
+    ndim = jax.tree.leaves(shapes)[0].ndim
+    return cut_rows(entry, reader.interleaved, layout.mesh, target.spec, ndim)
+
+
+def read_pieces(
+    reader: Reader, entry: Entry, form: Form, cut: Cut, devices: Sequence[Any]
+) -> dict[Any, Any]:
+    """The rows of a matrix that some devices take in, on these devices; scales are not quantised.
+
+    Args:
+        reader: Reads.
+        entry: The parameter.
+        form: What it is turned into.
+        cut: How rows are dealt.
+        devices: Devices of this process.
+    """
+    single = dataclasses.replace(form, double=False)
+    return {
+        device: stage(reader.read_entry(entry, single, cut.parts(device), whole=False), cut, device)
+        for device in devices
+    }
+
+
+def place_pieces(
+    pieces: Mapping[Any, Any], reader: Reader, entry: Entry, form: Form, cut: Cut, layout: Layout
+) -> Any:
+    """Moves what `read_pieces` gave to where it belongs; all processes must call."""
+    shapes = _shapes(reader, entry, form, double=False)
+    targets = leaf_sharding(entry.path, shapes, layout)
+    if not (form.double and form.quantises(entry.path)):
+        return assemble(pieces, cut, targets)
+    # Their mean is over all of them: every process has them all, and finds what one would.
+    weight = assemble(pieces, cut, targets.replace(scale=replicated(layout.mesh)))
+    layers = [quantize_scales(scale) for scale in weight.scale.addressable_data(0)]
+    fields = jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *layers)
+    targets = leaf_sharding(entry.path, _shapes(reader, entry, form, double=True), layout)
+    placed = {name: _place(field, getattr(targets, name)) for name, field in fields.items()}
+    return weight.replace(**placed)
+
+
+def _shapes(reader: Reader, entry: Entry, form: Form, double: bool) -> Any:
+    """The shapes of a whole parameter as it will be."""
+    stack = (reader.num_layers,) if entry.stacked else ()
+    plain = jax.ShapeDtypeStruct((*stack, *entry.shape), reader.target(entry, form))
+    if form.quantization is None or not form.quantises(entry.path):
+        return plain
+    quantize = functools.partial(quantize_kernel, kind=form.quantization, double=double)
+    return jax.eval_shape(quantize, plain)
+
+
+def _put(path: str, host: Any, layout: Layout | None) -> Any:
+    """Copies to the device; the copy is the device's own, so donation stays possible."""
+    if layout is None:
+        return jax.block_until_ready(jax.device_put(host, may_alias=False))
+    return jax.block_until_ready(jax.tree.map(_place, host, leaf_sharding(path, host, layout)))
+
+
+def _place(array: np.ndarray, sharding: Any) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _check_same_headers(source: Source) -> None:
+    """All processes must see the same model, or what they load together is none."""
+    tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
+    text = json.dumps([repr(source.config), tensors], sort_keys=True)
+    found = exchange(hashlib.sha256(text.encode()).digest())
+    for index, digest in enumerate(found):
+        if digest != found[0]:
+            raise UserError(
+                f"{source.path}: process {index} finds another config or other tensors there than "
+                "process 0; put the same files on every host"
+            )
+
+
+def _common(source: Source, fingerprint: Fingerprint) -> Fingerprint:
+    """What all processes have found; tensors that several have read must be the same."""
+    common = Fingerprint()
+    for index, exported in enumerate(exchange(fingerprint.export())):
+        if other := common.merge(exported):
+            raise UserError(
+                f"{source.path}: process {index} has other bytes than those before it in "
+                f"{first_few(other)}; put the same files on every host"
+            )
+    return common

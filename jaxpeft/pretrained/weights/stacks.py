@@ -1,0 +1,126 @@
+"""Where the layers of a parameter are gathered in host memory while a model loads.
+
+A plain parameter is one buffer; a quantised one is one layer at a time, which becomes codes and
+scales before the next is read.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpeft.ops.quant import QuantTensor, quantize_kernel
+from jaxpeft.pretrained.weights.source import TensorInfo, decode, deinterleave
+
+# Rows copied at once when a matrix is transposed: keeps both sides in the processor's cache.
+TILE_ROWS = 64
+# Values decoded at once: bounds what dequantising and casting need beside the target.
+SLAB_VALUES = 1 << 20
+
+
+class PlainStack:
+    """A parameter as one array.
+
+    Attributes:
+        result: The array.
+    """
+
+    def __init__(self, shape: tuple[int, ...], layers: int | None, dtype: Any):
+        self.result = np.empty(((layers,) if layers else ()) + shape, dtype)
+        self._stacked = layers is not None
+
+    def buffer(self, layer: int) -> np.ndarray:
+        """Where the values of a layer go."""
+        return self.result[layer] if self._stacked else self.result
+
+    def done(self, layer: int) -> None:
+        """The buffer of this layer holds its values."""
+
+
+class QuantStack:
+    """A kernel that is quantised layer by layer.
+
+    Attributes:
+        result: Codes and scales in host memory.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], layers: int | None, dtype: Any, kind: str, double: bool
+    ):
+        self._layer = np.empty(shape, dtype)
+        self._kind, self._double = kind, double
+        stack = () if layers is None else (layers,)
+        self._stacked = layers is not None
+        quantize = functools.partial(quantize_kernel, kind=kind, double=double)
+        one = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, dtype))
+        self.result: QuantTensor = jax.tree.map(
+            lambda leaf: np.empty((*stack, *leaf.shape), leaf.dtype), one
+        )
+
+    def buffer(self, layer: int) -> np.ndarray:
+        """Where the values of a layer go: the same memory for all of them."""
+        return self._layer
+
+    def done(self, layer: int) -> None:
+        """Quantises what the buffer holds."""
+        quantised = quantize_kernel(self._layer, self._kind, self._double)
+
+        def keep(whole: np.ndarray, one: jax.Array) -> None:
+            whole[layer if self._stacked else ...] = np.asarray(one)
+
+        jax.tree.map(keep, self.result, quantised)
+
+
+def fill(out: np.ndarray, raw: np.ndarray, info: TensorInfo, transposed: bool, heads: int) -> int:
+    """Decodes, transposes and casts one tensor into `out`, a slab of rows at a time.
+
+    Args:
+        out: Where it goes, in our layout and the target dtype.
+        raw: The tensor's bytes.
+        info: What they mean.
+        transposed: Whether `out` is the transpose of the tensor.
+        heads: Heads whose rows are interleaved; 0 for none.
+
+    Returns:
+        How many values of `out` are not finite.
+    """
+    rows = info.shape[0]
+    row_bytes = info.nbytes // rows
+    unit = rows // heads if heads else 1
+    step = max(SLAB_VALUES * rows // math.prod(info.shape) // unit, 1) * unit
+    bad = 0
+    for start in range(0, rows, step):
+        part = raw[start * row_bytes : (start + step) * row_bytes]
+        value = decode(
+            part, dataclasses.replace(info, shape=(len(part) // row_bytes, *info.shape[1:]))
+        )
+        if heads:
+            value = deinterleave(value, len(value) // unit)
+        with np.errstate(over="ignore"):  # counted below
+            value = value.astype(out.dtype, copy=False)
+        bad += count_nonfinite(value)
+        if transposed:
+            for tile in range(0, len(value), TILE_ROWS):
+                to = slice(start + tile, start + min(tile + TILE_ROWS, len(value)))
+                out[:, to] = value[tile : tile + TILE_ROWS].T
+        else:
+            out[start : start + len(value)] = value
+    return bad
+
+
+def count_nonfinite(value: np.ndarray) -> int:
+    """How many values are NaN or infinite, by their exponent bits."""
+    bits, mask = {
+        "float32": (np.uint32, 0x7F800000),
+        "float16": (np.uint16, 0x7C00),
+        "bfloat16": (np.uint16, 0x7F80),
+    }[value.dtype.name]
+    flat = np.ascontiguousarray(value).reshape(-1).view(bits)
+    step = 1 << 20
+    return sum(
+        int(np.count_nonzero((flat[i : i + step] & bits(mask)) == bits(mask)))
+        for i in range(0, flat.size, step)
+    )

@@ -1,0 +1,338 @@
+"""What a run says to the person who watches it: the table at its start, progress, the end.
+
+Tables go to standard output, progress to standard error. On a terminal progress is one line
+redrawn in place; anywhere else it is about twenty plain lines a run, without escape codes.
+``NO_COLOR`` is respected. The tables are built by pure functions (`describe_run`,
+`describe_adapter`) and printed by others.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxpeft.core import paths
+from jaxpeft.core.errors import first_few
+from jaxpeft.methods.family import Adapter, ranks_at
+from jaxpeft.ops.linear import shape_of
+
+PIPE_WIDTH = 120
+"""Columns of a table that is not printed on a terminal."""
+
+_PERCENT = ("eval_token_accuracy", "eval_exact_match")
+
+
+class ModuleRow(NamedTuple):
+    """One adapted leaf of the base, as the table shows it.
+
+    Attributes:
+        path: Its path in the base parameters.
+        layers: Adapted layers of all, such as "28/30".
+        shape: Of one layer, such as "576 x 192".
+        rank: Such as "8", or "4-16" where layers differ; "-" where there is none.
+        trainable: Trained numbers, padding not counted.
+    """
+
+    path: str
+    layers: str
+    shape: str
+    rank: str
+    trainable: int
+
+
+def describe_adapter(
+    params: Mapping, adapter: Adapter, trained: Mapping | None = None
+) -> list[ModuleRow]:
+    """One row for each adapted leaf, in the order of the adapter's paths; then what they share.
+
+    Args:
+        params: Base parameters: arrays, nodes or shapes.
+        adapter: Its buffers are concrete where they hold a "rank"; its parameters may be shapes.
+        trained: As `count_trainable` takes it.
+
+    Returns:
+        Rows whose `trainable` sum up to ``count_trainable(adapter, trained)``.
+    """
+    sizes, rows = _trainable_sizes(adapter, trained), []
+    for path in adapter.spec.paths:
+        base, ranks = paths.get(params, path), ranks_at(adapter, path)
+        shape = shape_of(base) if base is not None else ()
+        total, adapted = 1, 1
+        if paths.is_stacked(path) and shape:
+            total, *shape = shape
+            adapted = total if ranks is None else int(np.count_nonzero(ranks))
+        rows.append(
+            ModuleRow(
+                path=path,
+                layers=f"{adapted}/{total}",
+                shape=" x ".join(map(str, shape)) or "-",
+                rank=_rank_text(ranks),
+                trainable=sizes.pop(path),
+            )
+        )
+    leaves = paths.flatten(adapter.params)
+    for path, size in sizes.items():
+        shape = " x ".join(map(str, leaves[path].shape))
+        rows.append(ModuleRow(path=path, layers="-", shape=shape, rank="-", trainable=size))
+    return rows
+
+
+def count_trainable(adapter: Adapter, trained: Mapping | None = None) -> int:
+    """How many numbers are trained: zero padding and layers that are not adapted do not count.
+
+    Args:
+        adapter: As `describe_adapter` takes it.
+        trained: A tree of booleans like its `params`, from ``Method.trainable``; all by default.
+    """
+    return sum(_trainable_sizes(adapter, trained).values())
+
+
+def count_parameters(params: Mapping) -> int:
+    """How many numbers the base has, by logical shape, however they are stored."""
+    return sum(_size(shape_of(leaf)) for leaf in paths.flatten(params).values())
+
+
+def describe_run(
+    *,
+    trainable: int,
+    base_parameters: int,
+    dtypes: Mapping[str, Any],
+    tokens_per_epoch: int,
+    supervised_per_epoch: int,
+    rows: int,
+    examples: int = 0,
+    steps: int,
+    epochs: float,
+    first_step: int = 0,
+    batch_size: int,
+    microbatch_size: int | None,
+    seq_len: int,
+    mesh: Mapping[str, int],
+    dropped: int = 0,
+    truncated: int = 0,
+    replicated: Sequence[str] = (),
+) -> list[tuple[str, str]]:
+    """What a run is about to do, as (name, value) rows for `print_run_table`.
+
+    Args:
+        trainable: Trained numbers, from `count_trainable`.
+        base_parameters: Numbers in the base, from `count_parameters`.
+        dtypes: Of what to which dtype or name, such as ``{"base": jnp.bfloat16}``.
+        tokens_per_epoch: Tokens that are not padding.
+        supervised_per_epoch: Tokens that carry loss.
+        rows: Rows of training data that are used.
+        examples: Examples that they give, where they are not as many.
+        steps: Updates of the whole run.
+        epochs: The same in passes over the data.
+        first_step: Updates done before, by the run that is resumed.
+        batch_size: Sequences an update, over all devices.
+        microbatch_size: Sequences at a time, or None for all.
+        seq_len: Tokens a sequence, padding included.
+        mesh: Devices by mesh axis.
+        dropped: Rows left out because they are too long.
+        truncated: Rows cut because they are too long.
+        replicated: Paths that no sharding rule fits, so that every device holds all of them.
+
+    Returns:
+        Rows in reading order; those about nothing (no dropped rows) are left out.
+    """
+    percent = 100 * trainable / max(base_parameters, 1)
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
+    devices = _size(tuple(mesh.values()))
+    data = f"{rows:,} rows" + (f", {examples:,} examples" if examples > rows else "")
+    accumulated = ""
+    if microbatch_size is not None and microbatch_size != batch_size:
+        accumulated = f", {microbatch_size} at a time"
+    table = [
+        ("trainable", f"{trainable:,} of {base_parameters:,} parameters ({percent:.3g} %)"),
+        ("dtypes", ", ".join(f"{what} {_dtype_name(dtype)}" for what, dtype in dtypes.items())),
+        ("data", f"{data}{_counted(dropped, 'dropped')}{_counted(truncated, 'truncated')}"),
+        ("an epoch", f"{tokens_per_epoch:,} tokens, {supervised_per_epoch:,} supervised"),
+        ("batch", f"{batch_size} x {seq_len} tokens{accumulated}"),
+        ("steps", f"{steps:,} ({epochs:.3g} epochs)"),
+        ("devices", f"{devices} ({axes})" if axes else str(devices)),
+    ]
+    if first_step:
+        table.append(("resumed", f"after step {first_step:,}"))
+    if replicated:
+        table.append(("replicated", f"no sharding rule fits {first_few(list(replicated))}"))
+    return table
+
+
+def print_run_table(
+    rows: Sequence[tuple[str, str]],
+    modules: Sequence[ModuleRow],
+    *,
+    stream: Any = None,
+) -> None:
+    """Prints the tables at the start of a run.
+
+    Args:
+        rows: Names and values, from `describe_run`.
+        modules: Adapted leaves, from `describe_adapter`.
+        stream: A text stream; standard output by default.
+    """
+    console = make_console(stream or sys.stdout)
+    if modules:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table.add_column("module", overflow="fold")
+        for name in ("layers", "shape", "rank", "trainable"):
+            table.add_column(name, justify="right", overflow="fold")
+        for row in modules:
+            table.add_row(row.path, row.layers, row.shape, row.rank, f"{row.trainable:,}")
+        console.print(table)
+        console.print()
+    _print_pairs(console, rows)
+
+
+def print_final_table(
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    rows: Sequence[tuple[str, str]] = (),
+    *,
+    stream: Any = None,
+) -> None:
+    """Prints what training changed, and where the results are.
+
+    Args:
+        before: Evaluation metrics at the start, as in ``metrics.jsonl``; None without one.
+        after: The same at the end.
+        rows: Further names and values, such as the folder of the adapter.
+        stream: A text stream; standard output by default.
+    """
+    console = make_console(stream or sys.stdout)
+    names = [name for name in after or {} if name.startswith("eval_")]
+    names = [name for name in names if (after or {})[name] is not None]
+    if names:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table.add_column("evaluation", overflow="fold")
+        for name in ("start", "end"):
+            table.add_column(name, justify="right", overflow="fold")
+        for name in names:
+            table.add_row(
+                _words(name), *(_metric(name, (side or {}).get(name)) for side in (before, after))
+            )
+        console.print(table)
+        console.print()
+    _print_pairs(console, rows)
+
+
+def evaluation_line(step: int, metrics: Mapping[str, Any]) -> str:
+    """One line for a person about the ``eval_`` metrics of a step.
+
+    Example:
+        >>> evaluation_line(50, {"eval_loss": 0.8125, "eval_exact_match": 0.75})
+        'evaluation at step 50: loss 0.812  exact match 75.0 %'
+    """
+    parts = [
+        f"{_words(name)} {_metric(name, value)}"
+        for name, value in metrics.items()
+        if name.startswith("eval_") and value is not None
+    ]
+    return f"evaluation at step {step}: " + ("  ".join(parts) or "no metrics")
+
+
+def print_evaluation(step: int, metrics: Mapping[str, Any], *, stream: Any = None) -> None:
+    """Prints `evaluation_line` to standard error; while a `Progress` is live, use its `note`."""
+    print(evaluation_line(step, metrics), file=stream or sys.stderr, flush=True)
+
+
+def number(value: float) -> str:
+    """Three decimals where they say something, else three significant digits."""
+    return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 10_000 else f"{value:.3g}"
+
+
+def is_live_terminal(stream: Any) -> bool:
+    """Whether `stream` is a terminal that can redraw a line."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def make_console(stream: Any) -> Console:
+    """A rich console that writes escape codes to terminals only, whatever the environment says."""
+    terminal = is_live_terminal(stream)
+    return Console(
+        file=stream,
+        force_terminal=terminal,
+        force_jupyter=False,
+        color_system="auto" if terminal and not os.environ.get("NO_COLOR") else None,
+        width=None if terminal else PIPE_WIDTH,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
+
+
+def _print_pairs(console: Console, rows: Sequence[tuple[str, str]]) -> None:
+    if not rows:
+        return
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(Text(name), Text(value))
+    console.print(grid)
+
+
+def _rank_text(ranks: np.ndarray | None) -> str:
+    used = [] if ranks is None else sorted({int(rank) for rank in ranks.flat if rank})
+    return "-".join(map(str, dict.fromkeys((used[0], used[-1])))) if used else "-"
+
+
+def _trainable_sizes(adapter: Adapter, trained: Mapping | None) -> dict[str, int]:
+    """Trained numbers by place, then by path of every leaf that belongs to no place."""
+    wanted = None if trained is None else paths.flatten(trained)
+    sizes, places = dict.fromkeys(adapter.spec.paths, 0), set(adapter.spec.paths)
+    for path, array in paths.flatten(adapter.params).items():
+        if wanted is not None and not wanted[path]:
+            continue
+        place, _, name = path.rpartition("/")
+        if place in places:
+            sizes[place] += _size_at(name, array.shape, ranks_at(adapter, place), adapter.spec.rank)
+        else:
+            sizes[path] = _size(array.shape)
+    return sizes
+
+
+def _size_at(name: str, shape: Sequence[int], ranks: np.ndarray | None, width: int) -> int:
+    """Trained numbers of one array of a place.
+
+    The axis that the rank is padded on counts as wide as each layer's rank; any other array counts
+    for the layers that have a rank, or in full where the kind has none.
+    """
+    if ranks is None:
+        return _size(shape)
+    shape = tuple(shape[ranks.ndim :])
+    axes = [axis for axis, size in enumerate(shape) if size == width]
+    if name in ("a", "b") and width in shape:  # the factors: (d_in, rank) and (rank, d_out)
+        axes = [len(shape) - 1] if name == "a" else [0]
+    if len(axes) == 1 and (name in ("a", "b") or ranks.max(initial=0) == width):
+        return _size(shape) // width * int(ranks.sum())
+    return _size(shape) * int(np.count_nonzero(ranks))
+
+
+def _size(shape: Sequence[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _dtype_name(dtype: Any) -> str:
+    return dtype if isinstance(dtype, str) else np.dtype(dtype).name
+
+
+def _counted(count: int, what: str) -> str:
+    return f", {count:,} {what}" if count else ""
+
+
+def _words(name: str) -> str:
+    return name.removeprefix("eval_").replace("_", " ")
+
+
+def _metric(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * float(value):.1f} %" if name in _PERCENT else number(float(value))

@@ -1,0 +1,1 @@
+"""A training run: its data, its state, its log, its saves."""

@@ -1,0 +1,137 @@
+"""Checks of a run that need sizes alone: they are made before a weight is read."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.config.run_config import RunConfig
+from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.files.storage import Place
+from jaxpeft.methods.family import Adapter, Context
+from jaxpeft.models.config import ModelConfig
+from jaxpeft.pretrained.weights.fingerprint import comparable
+from jaxpeft.pretrained.weights.names import param_shapes
+from jaxpeft.training.output.result import export_path
+from jaxpeft.updates.lora_rules import check_factors
+
+
+def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> None:
+    """Finds out from sizes alone whether method and optimizer fit a model.
+
+    Raises:
+        UserError: A pattern matches nothing, a rank is too large, or a choice excludes another.
+    """
+    check_dense_start(config)
+    optim, shapes = config.optim, param_shapes(model)
+    start = start_on_zeros(config, model, tokenizer)
+    adapter = jax.eval_shape(start)
+    spec = adapter.spec
+    check_factors(optim, spec.kind, adapter.params)
+    if config.model.quantization is not None and export_path(config).name == "model":
+        raise UserError(
+            f"model.quantization: method {spec.kind!r} with optim.trainable "
+            f"{list(optim.trainable)} ends in a whole model, and a quantised one has no Hugging "
+            "Face format; set it to null, or train an adapter that PEFT has."
+        )
+    for pattern in optim.trainable:
+        if not any(paths.ends_in(path, (pattern,)) for path in shapes):
+            raise UserError(
+                f"optim.trainable: {pattern!r} is the end of no base path; they are "
+                f"{', '.join(shapes)}."
+            )
+    for pattern in config.mesh.rules:
+        if not any(re.fullmatch(pattern, path) for path in shapes):
+            raise UserError(
+                f"mesh.rules: {pattern!r} is the whole path of no base leaf; they are "
+                f"{', '.join(shapes)}."
+            )
+    both = [path for path in spec.paths if paths.ends_in(path, optim.trainable)]
+    if both:
+        raise UserError(f"optim.trainable: the method trains {first_few(both)} already.")
+    if optim.name == "adafactor":  # ranks are values; the zeros are never made
+        buffers, params = jax.jit(lambda: start().buffers)(), jax.eval_shape(start).params
+        for path in spec.paths:
+            rank = paths.get(buffers, f"{path}/rank")
+            whole = paths.get(params, f"{path}/value") is not None
+            if rank is None or (np.asarray(rank) == (1 if whole else max(spec.rank, 1))).all():
+                continue
+            raise UserError(
+                "optim.name: adafactor scales by the mean over a whole stack, which layers that "
+                "are not adapted would change; adapt all layers of a kernel, or take adamw."
+            )
+
+
+def start_on_zeros(
+    config: RunConfig, model: ModelConfig, tokenizer: Any = None
+) -> Callable[[], Adapter]:
+    """A function to trace: a new adapter on a base of zeros, which need not be made for it."""
+    context = Context(config=model, tokenizer=tokenizer, shapes_only=True)
+
+    def start() -> Adapter:
+        zeros = {path: jnp.zeros(shape) for path, shape in param_shapes(model).items()}
+        return config.method.init(paths.unflatten(zeros), jax.random.key(0), context)
+
+    return start
+
+
+def starts_dense(config: RunConfig, restored: bool) -> bool:
+    """Whether the adapter starts from the weights as they are before they are quantised."""
+    return config.method.starts_dense and config.method.init_from is None and not restored
+
+
+def check_dense_start(config: RunConfig) -> None:
+    """Raises a UserError if a start from what quantising loses has nothing to start from."""
+    method, model = config.method, config.model
+    if not starts_dense(config, restored=False):
+        return
+    if (model.quantization, model.double_quantization) != ("nf4", False):
+        raise UserError(
+            "method.init_weights: 'loftq' makes up for what NF4 loses of the base; set "
+            "model.quantization to nf4 and leave double_quantization out, or choose another start."
+        )
+    if getattr(method, "loftq_steps", 1) != 1:
+        raise UserError(
+            "method.loftq_steps: further steps belong to a base that is rounded otherwise than "
+            "model.quantization rounds it; set it to 1."
+        )
+
+
+def check_batches(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises a UserError unless all batches can be split over the mesh."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    train = config.train
+    sizes = {"train.batch_size": train.batch_size}
+    if train.microbatch_size is not None:
+        sizes["train.microbatch_size"] = train.microbatch_size
+    if config.data.eval is not None:
+        sizes["evaluation.batch_size"] = config.evaluation.batch_size
+    for name, size in sizes.items():
+        if size % shards:
+            lower = size // shards * shards
+            near = f"{lower} or {lower + shards}" if lower else str(shards)
+            raise UserError(
+                f"{name}: {size} does not divide by the {shards} devices of the mesh's data and "
+                f"fsdp axes; nearest: {near}."
+            )
+
+
+def check_unchanged(what: str, saved: str, now: str, output: Place) -> None:
+    """Raises a UserError unless a run goes on with what it began with."""
+    if saved == now:
+        return
+    anew = "start anew with --overwrite or another output_dir."
+    if not comparable(saved, now):
+        raise UserError(
+            f"{output}: this run began with a version of jaxpeft whose fingerprints of the {what} "
+            f"cannot be compared with today's ({saved[:12]}, now {now[:12]}); go on with that "
+            f"version, or {anew}"
+        )
+    raise UserError(
+        f"{output}: the {what} are not those this run began with ({saved[:12]}, now {now[:12]}); "
+        f"put them back, or {anew}"
+    )

@@ -1,0 +1,1 @@
+"""One update, pure: loss, optimizer, step."""

@@ -1,0 +1,207 @@
+"""Optimizers and schedules, all from optax, behind one small config.
+
+``masked`` puts any optax transformation behind a label tree, so that frozen leaves have no
+moments and are never looked at: clipping, norms and weight decay act within the trained part.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import jax
+import optax
+
+from jaxpeft.core import float32
+from jaxpeft.core.records import Record
+from jaxpeft.updates.lora_rules import EMBEDDING_RATE, lora_plus, project_b
+
+OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig(Record):
+    """How trained arrays move.
+
+    Attributes:
+        name: "adamw", "adafactor", "lion" or "sgd" (b1 is its momentum).
+        learning_rate: Peak learning rate.
+        schedule: "constant", "linear" (to zero) or "cosine" (to zero) after the warm-up.
+        warmup_steps: Updates over which the rate rises linearly from zero.
+        clip_norm: Largest global norm of the gradient of the trained arrays, or None.
+        weight_decay: Decoupled weight decay.
+        b1: First decay rate.
+        b2: Second decay rate.
+        trainable: Base leaves to train as well: patterns matched against the end of their
+            paths, such as "norm/scale".
+        lora_plus_ratio: LoRA+: how many times faster factors B learn than factors A; None for
+            the same rate. See `jaxpeft.updates.lora_rules`.
+        lora_fa: LoRA-FA: factors A stay as they were drawn, and B's gradient is projected.
+    """
+
+    in_float32: ClassVar[bool] = True
+
+    name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    learning_rate: float = 2.0e-4
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    clip_norm: float | None = 1.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    trainable: tuple[str, ...] = ()
+    lora_plus_ratio: float | None = None
+    lora_fa: bool = False
+
+    def __post_init__(self):
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optim.name must be one of {OPTIMIZERS}, got {self.name!r}.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optim.schedule must be one of {SCHEDULES}, got {self.schedule!r}.")
+        if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
+            raise ValueError(
+                f"optim.learning_rate must be finite and positive, got {self.learning_rate!r}."
+            )
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps must be at least 0, got {self.warmup_steps}.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"optim.clip_norm must be positive or null, got {self.clip_norm!r}.")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"optim.weight_decay must be at least 0, got {self.weight_decay!r}.")
+        for field in ("b1", "b2"):
+            if not 0.0 <= getattr(self, field) < 1.0:
+                raise ValueError(f"optim.{field} must be in [0, 1), got {getattr(self, field)!r}.")
+        ratio = self.lora_plus_ratio
+        if ratio is not None and not (math.isfinite(ratio) and ratio >= 1):
+            raise ValueError(
+                f"optim.lora_plus_ratio must be finite and at least 1, or null, got {ratio!r}."
+            )
+        if ratio is not None and self.lora_fa:
+            raise ValueError("optim.lora_fa must be false beside lora_plus_ratio: A is frozen.")
+        rate = self.learning_rate * (ratio or 1.0)
+        float32.require("optim.lora_plus_ratio times learning_rate", rate)
+        if self.weight_decay:
+            float32.require("optim.weight_decay times the largest rate", rate * self.weight_decay)
+
+
+def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate by number of updates done.
+
+    Args:
+        config: The peak, the shape, and the warm-up.
+        steps: Updates of the whole run, the warm-up included.
+
+    Returns:
+        ``schedule(count)``.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    rest = max(1, steps - warmup)
+    after: optax.Schedule = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule]
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(0.0, peak, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(
+    config: OptimConfig, steps: int, wrap: Callable[[Any, int], Any] | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of a run: clipping by global norm, then the update rule with its schedule.
+
+    Args:
+        config: Which rule, with its numbers.
+        steps: Updates of the whole run, for the schedule.
+        wrap: ``wrap(rule, steps)``: the rule with what a method adds to it, such as
+            `Method.wrap_optimizer`; its gradients are clipped.
+
+    Returns:
+        A transformation over the trained leaves; `masked` keeps it off the others.
+    """
+    if config.lora_plus_ratio is None:
+        rule = make_rule(config, steps)
+    else:
+
+        def scaled(factor: float, decay: bool) -> optax.GradientTransformation:
+            rate = config.learning_rate * factor if factor else EMBEDDING_RATE
+            weight_decay = config.weight_decay if decay else 0.0
+            group = dataclasses.replace(config, learning_rate=rate, weight_decay=weight_decay)
+            return make_rule(group, steps)
+
+        rule = lora_plus(scaled, config.lora_plus_ratio)
+    if wrap is not None:
+        rule = wrap(rule, steps)
+    parts = [rule]
+    if config.lora_fa:
+        parts.insert(0, project_b())
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    return optax.chain(*parts) if len(parts) > 1 else rule
+
+
+def make_rule(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """The update rule alone, with its schedule; see `make_optimizer`."""
+    rate, decay = make_schedule(config, steps), config.weight_decay
+    if config.name == "adamw":
+        return optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay)
+    if config.name == "lion":
+        return optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=decay)
+    if config.name == "adafactor":
+        # optax's own decay is not multiplied with the learning rate.
+        return optax.adafactor(
+            rate,
+            multiply_by_parameter_scale=False,
+            weight_decay_rate=(lambda count: decay * rate(count)) if decay else None,
+        )
+    return optax.chain(
+        optax.trace(config.b1),
+        optax.add_decayed_weights(decay),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+TRAINABLE, FROZEN = "trainable", "frozen"
+
+
+class MaskedTransformation(optax.GradientTransformationExtraArgs):
+    """An optax transformation that also knows its labels: see `masked`."""
+
+    labels: Any
+
+
+def masked(
+    tx: optax.GradientTransformation, trainable: Any | Callable[[Any], Any]
+) -> MaskedTransformation:
+    """Restricts `tx` to the trainable leaves; frozen leaves get no state and no update.
+
+    Args:
+        tx: Any optax transformation.
+        trainable: A tree of booleans over ``{"base": params, "adapter": adapter.params}``, or
+            a function from that tree to the booleans.
+
+    Returns:
+        ``optax.partition`` over the labels "trainable" and "frozen" of the whole tree. Its
+        gradients may hold None at frozen leaves, its updates then do too. `tx` gets the whole
+        tree, frozen leaves too, as the extra argument ``whole=``. It carries ``labels`` for
+        `jaxpeft.make_train_step`.
+    """
+
+    def labels(tree: Any) -> Any:
+        chosen = trainable(tree) if callable(trainable) else trainable
+        return jax.tree.map(lambda on: TRAINABLE if on else FROZEN, chosen)
+
+    def partition(tree: Any) -> optax.GradientTransformationExtraArgs:
+        return optax.partition({TRAINABLE: tx, FROZEN: optax.set_to_zero()}, labels(tree))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        if params is None:
+            raise ValueError("masked: update needs params, the whole tree that was labelled.")
+        return partition(params).update(updates, state, params, whole=params, **extra)
+
+    result = MaskedTransformation(lambda params: partition(params).init(params), update)
+    result.labels = labels
+    return result

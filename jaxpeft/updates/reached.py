@@ -1,0 +1,171 @@
+"""Whether a gradient reaches what is trained, judged after the first good steps of a process.
+
+The compiled step gives one flag for every trained leaf, and one for every layer of a leaf that
+stacks layers: whether any number of it had a gradient other than zero. One good step is not enough
+to judge by: a factor whose partner starts at zero, such as LoRA's A beside B, has none until the
+partner has moved.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from jaxpeft.core import paths
+from jaxpeft.core.errors import first_few
+from jaxpeft.methods.family import ranks_at
+
+STEPS = 5
+"""Good steps to judge by."""
+
+LEAST_STEPS = 3
+"""Good steps a shorter run needs. With a warm-up the first update is zero: a factor whose partner
+starts at zero has no gradient before the third step."""
+
+_SHOWN = 8
+
+
+def flags_of(grads: Any) -> Bool[Array, "flags"]:
+    """Which leaves, and layers of stacked leaves, have a gradient other than zero.
+
+    Args:
+        grads: Gradients like ``TrainState.trained``, with None at frozen leaves.
+
+    Returns:
+        One flag for each part that `Reached` counts, in its order.
+    """
+    flags = [jnp.zeros(0, bool)]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        axes = tuple(range(1, leaf.ndim)) if paths.is_stacked(_split(path)[1]) else None
+        flags.append(jnp.any(leaf != 0, axis=axes).reshape(-1))
+    return jnp.concatenate(flags)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A trained leaf, or one layer of it.
+
+    Attributes:
+        place: The adapted weight that the leaf belongs to, or the leaf's own path.
+        name: Name of the leaf at an adapted weight; "" for a leaf that belongs to none.
+        layer: Index of the layer, or None for a leaf that is not stacked.
+        adapted: Whether it is more than padding.
+    """
+
+    place: str
+    name: str
+    layer: int | None
+    adapted: bool
+
+
+class Reached:
+    """Collects the flags of a process's first good steps and judges them once.
+
+    Args:
+        state: The `jaxpeft.updates.step.TrainState` before the first of these steps.
+        first: Steps done before, by the run that is resumed.
+    """
+
+    def __init__(self, state: Any, first: int):
+        self._parts, self._first = list(_parts_of(state)), first
+        self._seen = np.zeros(len(self._parts), bool)
+        self._steps = 0
+
+    @property
+    def judged(self) -> bool:
+        """Whether nothing more is to be looked at."""
+        return self._steps >= STEPS
+
+    def add(self, flags: Any, *, last: bool) -> str | None:
+        """Takes the flags of a good step.
+
+        Args:
+            flags: From `flags_of`.
+            last: Whether no step follows.
+
+        Returns:
+            What is to be told if it is time to judge and something was never reached, else None.
+        """
+        self._steps += 1
+        self._seen |= np.asarray(flags)
+        if self.judged or (last and self._steps >= LEAST_STEPS):
+            return self._judge()
+        return None
+
+    def _judge(self) -> str | None:
+        places: dict[str, list[tuple[_Part, bool]]] = {}
+        for part, seen in zip(self._parts, self._seen, strict=True):
+            if part.adapted:
+                places.setdefault(part.place, []).append((part, bool(seen)))
+        missing = {place: list(self._missing_at(place, places[place])) for place in places}
+        missing = {place: names for place, names in missing.items() if names}
+        if not missing:
+            return None
+        names = [name for found in missing.values() for name in found]
+        hints = dict.fromkeys(_hint(places[place]) for place in missing)
+        return (
+            f"no gradient reached {first_few(names, _SHOWN)} in the first {self._steps} steps of "
+            f"{'this start' if self._first else 'the run'}: nothing was learned there; "
+            f"{'; '.join(hints)}"
+        )
+
+    def _missing_at(self, place: str, parts: list[tuple[_Part, bool]]) -> Iterator[str]:
+        """Names what was not reached: the whole place, some layers of it, or single leaves.
+
+        Single leaves of a run that goes on are not judged: of ranks that AdaLoRA has taken away
+        only the singular values have a gradient.
+        """
+        layers = list(dict.fromkeys(part.layer for part, _ in parts))
+        leaves = list(dict.fromkeys(part.name for part, _ in parts))
+        dead = [n for n in layers if not any(seen for part, seen in parts if part.layer == n)]
+        if len(dead) == len(layers):
+            yield place + _of(leaves)
+            return
+        yield from (paths.module_name(place, layer) + _of(leaves) for layer in dead)
+        alone = [n for n in leaves if not any(seen for part, seen in parts if part.name == n)]
+        if alone and not self._first:
+            yield place + _of(alone)
+
+
+def _parts_of(state: Any) -> Iterator[_Part]:
+    places = {path: ranks_at(state.adapter, path) for path in state.spec.paths}
+    for tree_path, leaf in jax.tree_util.tree_leaves_with_path(state.trained):
+        owner, path = _split(tree_path)
+        place, _, name = path.rpartition("/")
+        if owner != "adapter" or place not in places:
+            place, name = path, ""
+        ranks = places.get(place) if name else None
+        if not paths.is_stacked(path):
+            yield _Part(place, name, None, ranks is None or bool(np.any(ranks)))
+            continue
+        for layer in range(leaf.shape[0]):
+            adapted = ranks is None or bool(np.any(ranks[layer]))
+            yield _Part(place, name, layer, adapted)
+
+
+def _split(path: Any) -> tuple[str, str]:
+    """Splits a path of ``TrainState.trained`` into "base" or "adapter", and the path in it."""
+    owner, _, rest = jax.tree_util.keystr(path, simple=True, separator="/").partition("/")
+    return owner, rest
+
+
+def _of(leaves: list[str]) -> str:
+    names = [name for name in leaves if name]
+    return f" ({', '.join(names)})" if names else ""
+
+
+def _hint(parts: list[tuple[_Part, bool]]) -> str:
+    """What it may mean that a place was not reached, and the way out."""
+    if any(part.name == "rows" for part, _ in parts):
+        return (
+            "the batches so far hold none of these tokens; compare method.token_ids with the "
+            "tokens of data.train"
+        )
+    return (
+        "the loss does not depend on them, as where the model does not use a weight or one "
+        "behind it is zero; if that is so, leave them out of method.targets or optim.trainable"
+    )

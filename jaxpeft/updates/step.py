@@ -1,0 +1,257 @@
+"""One training step as a pure function: gradients of the trained leaves only, one update.
+
+The trained leaves are those that the label tree over ``{"base": ..., "adapter": ...}`` calls
+trainable (see `jaxpeft.updates.optimizers.masked`); normally all of the adapter and nothing of the
+base. They live in the state, which is donated; the frozen base is an argument that is only read.
+Gradients are taken with respect to the trained leaves alone: frozen leaves have gradient None,
+never zeros.
+
+A step changes nothing but the counters if its loss or gradient is not finite, or if the update
+would make a trained value or a moment so: what is kept is finite wherever it was before.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpeft.methods.family import Adapter, Spec
+from jaxpeft.updates.optimizers import TRAINABLE, MaskedTransformation
+from jaxpeft.updates.reached import flags_of
+
+LossFn = Callable[..., Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes in training.
+
+    Attributes:
+        step: Steps done, skipped ones included.
+        trained: ``{"base": ..., "adapter": ...}`` with None at frozen leaves.
+        frozen: The adapter's own frozen leaves, with None at trained ones.
+        buffers: The adapter's frozen arrays.
+        opt_state: State of the optimizer, of trained leaves only.
+        key: Typed PRNG key; step ``i`` uses ``fold_in(key, i)``.
+        skipped: Steps skipped so far because something was not finite, or would have become so.
+        skipped_in_a_row: The same since the last good step.
+        spec: Static part of the adapter.
+    """
+
+    step: Any
+    trained: Any
+    frozen: Any
+    buffers: Any
+    opt_state: Any
+    key: Any
+    skipped: Any
+    skipped_in_a_row: Any
+    spec: Spec = flax.struct.field(pytree_node=False)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter as it stands."""
+        params = _combine(self.trained["adapter"], self.frozen)
+        return Adapter(params, self.buffers, self.spec)
+
+    def base(self, params: dict) -> dict:
+        """Base parameters with the trained base leaves in place."""
+        return _combine(self.trained["base"], params)
+
+
+def adapter_only(tree: dict) -> dict:
+    """The usual choice of trained leaves: all of the adapter, nothing of the base.
+
+    Args:
+        tree: ``{"base": base parameters, "adapter": trained arrays}``.
+
+    Returns:
+        A tree of the same structure: True at the leaves that are trained.
+    """
+    return {
+        "base": jax.tree.map(lambda _: False, tree["base"]),
+        "adapter": jax.tree.map(lambda _: True, tree["adapter"]),
+    }
+
+
+def init_train_state(
+    params: dict, adapter: Adapter, tx: MaskedTransformation, key: jax.Array
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        params: Base parameters.
+        adapter: The adapter to train; its arrays are copied, so donation leaves them alone.
+            Base leaves that are trained are kept in float32, whatever the base's dtype: an
+            update of 1e-3 would be lost in bfloat16.
+        tx: An optimizer from `jaxpeft.masked`.
+        key: Typed PRNG key for dropout.
+
+    Returns:
+        The state.
+    """
+    check_masked(tx)
+    tree = {"base": params, "adapter": adapter.params}
+    labels = tx.labels(tree)
+    on = jax.tree.map(lambda label: label == TRAINABLE, labels)
+    trained = {
+        "base": jax.tree.map(
+            lambda t, leaf: jnp.array(leaf, jnp.float32) if t else None, on["base"], params
+        ),
+        "adapter": jax.tree.map(
+            lambda t, leaf: jnp.copy(leaf) if t else None, on["adapter"], adapter.params
+        ),
+    }
+    tree["base"] = _combine(trained["base"], params)
+    frozen = jax.tree.map(lambda t, x: None if t else jnp.copy(x), on["adapter"], adapter.params)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        trained=trained,
+        frozen=frozen,
+        buffers=jax.tree.map(jnp.copy, adapter.buffers),
+        opt_state=jax.jit(tx.init)(tree),
+        key=jnp.copy(key),
+        skipped=jnp.copy(zero),
+        skipped_in_a_row=jnp.copy(zero),
+        spec=adapter.spec,
+    )
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: MaskedTransformation,
+    *,
+    microbatches: int = 1,
+    state_shardings: Any = None,
+    watch_gradients: bool = False,
+) -> Callable[[TrainState, dict, Any], tuple[TrainState, dict]]:
+    """Compiles a training step for any loss: the one the trainer itself uses.
+
+    Args:
+        loss_fn: ``loss_fn(params, adapter, batch, key)``. It returns a scalar, or a pair
+            ``(total, aux)`` where ``aux["weight"]`` is what the total is to be divided by (say,
+            the number of supervised tokens; 1 if it is not there) and further entries are sums
+            to report. Totals and weights are added up over microbatches and divided once.
+        tx: An optimizer from `jaxpeft.masked`.
+        microbatches: In how many parts along its first axis a batch is visited.
+        state_shardings: Where the new state is to live; None leaves it to XLA.
+        watch_gradients: Whether metrics also hold ``reached``, a vector of flags that
+            `jaxpeft.updates.reached.Reached` reads: which parts have a gradient other than zero.
+
+    Returns:
+        ``step(state, params, batch) -> (state, metrics)``, jitted; the state is donated.
+        Metrics are scalars: ``loss``, ``grad_norm`` (before clipping), ``weight``, the
+        counters ``skipped`` and ``skipped_in_a_row``, and the sums of `aux`.
+
+    Example:
+        >>> tx = jp.masked(optax.adamw(1e-3), jp.adapter_only)
+        >>> state = jp.init_train_state(base.params, adapter, tx, jax.random.key(0))
+        >>> step = jp.make_train_step(loss_fn, tx)
+        >>> state, metrics = step(state, base.params, batch)
+    """
+
+    check_masked(tx)
+
+    def gradients(state: TrainState, params: dict, batch: Any) -> Any:
+        def total(trained: Any, part: Any, key: jax.Array) -> Any:
+            now = state.replace(trained=trained)  # pyright: ignore[reportAttributeAccessIssue]
+            out = loss_fn(now.base(params), now.adapter, part, key)
+            value, aux = out if isinstance(out, tuple) else (out, {})
+            return value, {"weight": jnp.ones(()), **aux, "total": value}
+
+        slopes = jax.grad(total, has_aux=True)
+        step_key = jax.random.fold_in(state.key, state.step)
+        if microbatches == 1:
+            return slopes(state.trained, batch, step_key)
+
+        def visit(sums: Any, part: Any) -> Any:
+            index, content = part
+            new = slopes(state.trained, content, jax.random.fold_in(step_key, index))
+            return jax.tree.map(jnp.add, sums, new), None
+
+        parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(slopes, state.trained, first, step_key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(visit, zeros, (jnp.arange(microbatches), parts))[0]
+
+    def step(state: TrainState, params: dict, batch: Any) -> tuple[TrainState, dict]:
+        grads, aux = gradients(state, params, batch)
+        total, weight = aux.pop("total"), aux["weight"]
+        scale = 1.0 / jnp.maximum(weight, 1e-30)
+        grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+        loss, norm = total * scale, optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        tree = {"base": state.base(params), "adapter": state.adapter.params}
+        updates, opt_state = tx.update(grads, state.opt_state, tree, buffers=state.buffers)
+        trained = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.trained, updates)
+        before, after = (state.trained, state.opt_state), (trained, opt_state)
+        finite &= _stays_finite(before, after)
+        trained, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), after, before
+        )
+        bad = (~finite).astype(jnp.int32)
+        state = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+            step=state.step + 1,
+            trained=trained,
+            opt_state=opt_state,
+            skipped=state.skipped + bad,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+        )
+        metrics = {**aux, "loss": loss, "grad_norm": norm}
+        metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+        if watch_gradients:
+            metrics["reached"] = _everywhere(flags_of(grads), state_shardings)
+        return state, metrics
+
+    if state_shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def _everywhere(values: jax.Array, state_shardings: Any) -> jax.Array:
+    """The same on every device, as the state's counters are."""
+    if state_shardings is None:
+        return values
+    return jax.lax.with_sharding_constraint(values, state_shardings.step)
+
+
+def check_masked(tx: Any) -> None:
+    """Raises a TypeError, with the way out, for an optimizer that is not masked."""
+    if not isinstance(tx, MaskedTransformation):
+        raise TypeError(
+            "the optimizer must know what is trained: wrap it, as in "
+            "jaxpeft.masked(tx, jaxpeft.adapter_only)."
+        )
+
+
+def _stays_finite(before: Any, after: Any) -> jax.Array:
+    """Whether no number becomes infinite or NaN that was finite.
+
+    An optimizer may begin with an infinite one, such as the best value so far. Arrays of one shape
+    are looked at together: a parameter and its moments are then one pass, with less in memory than
+    a pass for each.
+    """
+    lost: dict[tuple[int, ...], Any] = {}
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        if jnp.issubdtype(new.dtype, jnp.inexact):
+            bad = jnp.isfinite(old) & ~jnp.isfinite(new)
+            lost[new.shape] = lost.get(new.shape, False) | bad
+    return ~functools.reduce(jnp.logical_or, map(jnp.any, lost.values()), jnp.bool_(False))
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    """Interleaves rows, so that every device keeps rows of its own in each part."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def _combine(first: Any, second: Any) -> Any:
+    """Leaves of `first` where it has them, else those of `second`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None
+    )
