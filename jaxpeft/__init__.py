@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from jaxpeft.core.flops import count_flops as count_flops
     from jaxpeft.data.batches import Plan as Plan
     from jaxpeft.data.encode import encode_rows as encode_rows
-    from jaxpeft.evaluate import evaluate_loss as evaluate_loss
-    from jaxpeft.evaluate import exact_match as exact_match
     from jaxpeft.inference.decoding import generate as generate
+    from jaxpeft.inference.metrics import evaluate_loss as evaluate_loss
+    from jaxpeft.inference.metrics import exact_match as exact_match
     from jaxpeft.mesh.layout import make_mesh as make_mesh
-    from jaxpeft.mesh.layout import shard_params as shard_params
+    from jaxpeft.mesh.placement import shard_params as shard_params
     from jaxpeft.methods.adalora.config import AdaLoRA as AdaLoRA
+    from jaxpeft.methods.adapter import Adapter as Adapter
     from jaxpeft.methods.algebra.combine import combine as combine
     from jaxpeft.methods.algebra.convert import to_lora as to_lora
     from jaxpeft.methods.algebra.stacking import stack_adapters as stack_adapters
     from jaxpeft.methods.binding import bind as bind
     from jaxpeft.methods.binding import init_adapter as init_adapter
     from jaxpeft.methods.binding import merge as merge
-    from jaxpeft.methods.family import Adapter as Adapter
     from jaxpeft.methods.kernels.ia3 import IA3 as IA3
     from jaxpeft.methods.kernels.loha import LoHa as LoHa
     from jaxpeft.methods.kernels.lokr import LoKr as LoKr
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from jaxpeft.pretrained.adapters import save_adapter as save_adapter
     from jaxpeft.pretrained.load import load_model as load_model
     from jaxpeft.pretrained.model import Model as Model
-    from jaxpeft.pretrained.model import save_model as save_model
+    from jaxpeft.pretrained.save import save_model as save_model
     from jaxpeft.updates.losses import cross_entropy as cross_entropy
     from jaxpeft.updates.losses import make_lm_loss as make_lm_loss
     from jaxpeft.updates.optimizers import OptimConfig as OptimConfig

@@ -3,10 +3,10 @@
 Command: ``python -m jaxpeft.generate --model PATH [--adapter DIR] PROMPT [PROMPT ...]``
 """
 
-from jaxpeft.cli import arguments
+from jaxpeft.cli import arguments, exits, huge_pages
 
 if __name__ == "__main__":  # before anything heavy is imported: it starts the program anew
-    arguments.enable_huge_pages()
+    huge_pages.enable_huge_pages()
 
 from jaxpeft.cli import inputs
 from jaxpeft.core.errors import UserError
@@ -85,4 +85,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    arguments.run(main)
+    exits.run(main)

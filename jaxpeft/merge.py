@@ -3,7 +3,7 @@
 Command: ``python -m jaxpeft.merge --model PATH --adapter DIR --output DIR``
 """
 
-from jaxpeft.cli import arguments
+from jaxpeft.cli import arguments, exits
 
 
 def main(argv: list[str]) -> None:
@@ -31,4 +31,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    arguments.run(main)
+    exits.run(main)

@@ -3,10 +3,10 @@
 Command: ``python -m jaxpeft.train CONFIG [--section.key value ...]``
 """
 
-from jaxpeft.cli import arguments
+from jaxpeft.cli import arguments, exits, huge_pages
 
 if __name__ == "__main__":  # before anything heavy is imported: it starts the program anew
-    arguments.enable_huge_pages()
+    huge_pages.enable_huge_pages()
 
 import contextlib
 import functools
@@ -24,6 +24,7 @@ from jaxpeft.core.errors import InterruptedRunError, LostWorkerError, UserError
 from jaxpeft.data.batches import iterate
 from jaxpeft.files import storage
 from jaxpeft.mesh import layout as sharding
+from jaxpeft.mesh import placement
 from jaxpeft.mesh.processes import from_first, is_first, require_same, together
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.planning.memory_errors import memory_explained
@@ -332,7 +333,7 @@ def loop(
             return
         with log.progress.paused("compiling"):
             step_fn = run.compile_step(stop.run_interruptible)
-        rows = sharding.process_rows(run.mesh, run.batch_size)
+        rows = placement.process_rows(run.mesh, run.batch_size)
         workers = config.data.workers
         read = iterate(run.rows.plan, first, last, workers=workers, rows=rows)
         batches = stack.enter_context(
@@ -391,4 +392,4 @@ def at_once(work: Callable[[], Any], doing: str) -> Any:
 
 if __name__ == "__main__":
     survive_full_disks()
-    arguments.run(main)
+    exits.run(main)

@@ -19,7 +19,8 @@ import numpy as np
 
 import jaxpeft as jp
 from jaxpeft.cli import arguments
-from jaxpeft.config.run_config import ModelSection, RunConfig, TrainSection
+from jaxpeft.config.run_config import RunConfig
+from jaxpeft.config.sections import ModelSection, TrainSection
 from jaxpeft.data.batches import Plan, iterate
 from jaxpeft.data.encode import Examples
 from jaxpeft.data.settings import DataConfig

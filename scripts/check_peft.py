@@ -39,7 +39,7 @@ def write(adapter_folder: Path, base_path: Path, file: Path, merged: Path) -> No
     from jaxpeft.methods.registry import KINDS
     from jaxpeft.pretrained.adapters import load_adapter
     from jaxpeft.pretrained.load import load_model
-    from jaxpeft.pretrained.model import save_model
+    from jaxpeft.pretrained.save import save_model
 
     base = load_model(base_path, dtype="float32", compute_dtype="float32")
     if base.tokenizer is None:

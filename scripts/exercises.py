@@ -149,8 +149,8 @@ def speeds_of(lines: Iterable[dict[str, Any]]) -> list[float]:
 def measure(run: Path) -> dict[str, Any]:
     """What has to be computed of a finished run: sizes, and perplexity on general text."""
     import jaxpeft as jp
-    from jaxpeft.evaluate import evaluate_file
-    from jaxpeft.reports.tables import count_parameters, count_trainable
+    from jaxpeft.inference.metrics import evaluate_file
+    from jaxpeft.methods.summary import count_parameters, count_trainable
 
     rows = run / "general.jsonl"
     lines = GENERAL.read_text(encoding="utf-8").splitlines()
@@ -201,7 +201,7 @@ def table_row(name: str, run: Path) -> list[str]:
 def matrix(adapters: dict[str, Path], tasks: dict[str, Path]) -> list[list[str]]:
     """Exact match of every task with every adapter, switched on one loaded base."""
     import jaxpeft as jp
-    from jaxpeft.evaluate import evaluate_file
+    from jaxpeft.inference.metrics import evaluate_file
 
     base = jp.load_model(Path(DATA, MODEL_LINK))
     loaded = {"none": None} | {name: jp.load_adapter(run, base) for name, run in adapters.items()}

@@ -11,8 +11,9 @@ import sys
 from typing import Any
 
 from jaxpeft.config.run_config import load_config
-from jaxpeft.plan import compile_only, make_plan, say
-from jaxpeft.planning.memory import GIB
+from jaxpeft.plan import say
+from jaxpeft.planning.machines import GIB
+from jaxpeft.planning.plan import compile_only, make_plan
 
 Case = tuple[str, str, list[str]]
 CASES: list[Case] = [

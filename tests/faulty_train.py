@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxpeft import train
 from jaxpeft.checkpoints import manifest
-from jaxpeft.cli import arguments
+from jaxpeft.cli import exits
 from jaxpeft.mesh import processes
 from jaxpeft.training.run import Run, leaves
 
@@ -97,4 +97,4 @@ if __name__ == "__main__":
     manifest.write = write_manifest
     Run.put, Run.save, Run.restore, Run.compile_step = put, save, restore, compile_step
     sys.argv[1:] = sys.argv[3:]
-    arguments.run(train.main)
+    exits.run(train.main)

@@ -9,11 +9,13 @@ import numpy as np
 from toy_model import toy_model
 
 import jaxpeft as jp
-from jaxpeft.config.run_config import ModelSection, RunConfig, TrainSection
+from jaxpeft.config.run_config import RunConfig
+from jaxpeft.config.sections import ModelSection, TrainSection
 from jaxpeft.data.batches import Plan
 from jaxpeft.data.encode import Examples
 from jaxpeft.data.settings import DataConfig
 from jaxpeft.mesh import layout as sharding
+from jaxpeft.mesh import placement
 from jaxpeft.ops.quant import quantize
 from jaxpeft.training.rows import Rows
 from jaxpeft.training.run import Run
@@ -81,7 +83,7 @@ def make_run(name, mesh, *, dtype="float32", microbatch_size=8, seq=SEQ, **chang
     remat = changes.pop("remat", "full")
     base = base_of(name == "nf4", dtype, **changes)
     layout = sharding.as_layout(mesh, base.config)
-    base = dataclasses.replace(base, params=sharding.shard_params(base.params, layout))
+    base = dataclasses.replace(base, params=placement.shard_params(base.params, layout))
     config = RunConfig(
         model=ModelSection(path="synthetic"),
         method=method,

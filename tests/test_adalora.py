@@ -16,7 +16,7 @@ import jaxpeft as jp
 from jaxpeft.core import paths
 from jaxpeft.methods.adalora.config import AdaLoRA
 from jaxpeft.methods.adalora.schedule import AllocationState, Schedule, allocate_ranks, places_of
-from jaxpeft.methods.family import Context
+from jaxpeft.methods.method import Context
 from jaxpeft.updates.losses import make_lm_loss
 from jaxpeft.updates.optimizers import OptimConfig, make_optimizer
 

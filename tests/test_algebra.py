@@ -13,9 +13,9 @@ from tiny_decoder import CONFIG, decoder, draw, make_batch
 
 import jaxpeft as jp
 from jaxpeft.core import paths
+from jaxpeft.methods.adapter import Label
 from jaxpeft.methods.algebra.stacking import pad_rank
 from jaxpeft.methods.binding import bind, merge
-from jaxpeft.methods.family import Label
 from jaxpeft.methods.lora.config import LoRA
 from jaxpeft.methods.registry import METHODS
 

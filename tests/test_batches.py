@@ -148,6 +148,6 @@ def end_while_data_stall(_) -> int:
 
 
 if __name__ == "__main__":
-    from jaxpeft.cli import arguments
+    from jaxpeft.cli import exits
 
-    arguments.run(end_while_data_stall)
+    exits.run(end_while_data_stall)

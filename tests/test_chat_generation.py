@@ -12,10 +12,10 @@ from toy_tokenizer import CHATML, shown, toy_tokenizer
 import jaxpeft as jp
 from jaxpeft.core.errors import UserError
 from jaxpeft.data.encode import encode_rows
-from jaxpeft.evaluate import exact_match
 from jaxpeft.generate import main as generate_main
 from jaxpeft.inference.chat_prompts import encode_prompts, stop_ids
 from jaxpeft.inference.decoding import generate_ids
+from jaxpeft.inference.metrics import exact_match
 from jaxpeft.methods.chat_settings import ChatSettings
 
 USER = {"role": "user", "content": "Hi"}

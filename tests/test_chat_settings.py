@@ -5,9 +5,9 @@ from toy_model import toy_adapter, toy_model
 
 import jaxpeft as jp
 from jaxpeft.core.errors import UserError
+from jaxpeft.methods.adapter import Label
 from jaxpeft.methods.binding import init_adapter
 from jaxpeft.methods.chat_settings import ChatSettings, chat_of
-from jaxpeft.methods.family import Label
 from jaxpeft.methods.lora.config import LoRA
 from jaxpeft.pretrained.adapters import load_adapter, save_adapter
 from jaxpeft.pretrained.load import load_model

@@ -135,7 +135,7 @@ def test_generate_takes_the_template_of_the_flag(files, monkeypatch, with_adapte
 
 def test_evaluate_takes_the_template_of_the_flag(files, monkeypatch, capsys):
     seen = given(monkeypatch, "jaxpeft.evaluate.generate_ids")
-    monkeypatch.setattr("jaxpeft.evaluate.evaluate_loss", lambda *_: {"eval_loss": 1.0})
+    monkeypatch.setattr("jaxpeft.inference.metrics.evaluate_loss", lambda *_: {"eval_loss": 1.0})
     flag = ["--chat_template", str(files / "other.jinja")]
     evaluate_main([*arguments(files, "model", "adapter", "data"), *flag])
     assert {template for template, _ in seen} == {OTHER}

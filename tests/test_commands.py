@@ -15,9 +15,9 @@ from toy_model import toy_adapter, toy_model
 
 import jaxpeft as jp
 from jaxpeft.core.errors import UserError
-from jaxpeft.evaluate import evaluate_file
 from jaxpeft.evaluate import main as evaluate_main
 from jaxpeft.generate import main as generate_main
+from jaxpeft.inference.metrics import evaluate_file
 from jaxpeft.merge import main as merge_main
 
 MAINS = {"generate": generate_main, "evaluate": evaluate_main, "merge": merge_main}

@@ -9,7 +9,7 @@ import pytest
 
 from jaxpeft.core.errors import UserError
 from jaxpeft.data.encode import encode_rows
-from jaxpeft.plan import decode_parts
+from jaxpeft.planning.plan import decode_parts
 from jaxpeft.planning.report import mark_learned
 from jaxpeft.pretrained.chat_template import override_template
 from jaxpeft.pretrained.load import load_tokenizer

@@ -19,10 +19,10 @@ from tiny_decoder import CONFIG, decoder, make_batch
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.binding import init_adapter
-from jaxpeft.methods.family import Context
 from jaxpeft.methods.lora import eva
 from jaxpeft.methods.lora.config import LoRA
 from jaxpeft.methods.lora.principal import Components, update
+from jaxpeft.methods.method import Context
 from jaxpeft.models.transformer import Transformer
 from jaxpeft.pretrained.adapters import load_adapter
 from jaxpeft.pretrained.load import load_params

@@ -14,7 +14,8 @@ from jaxpeft import evaluate
 from jaxpeft.core.errors import UserError
 from jaxpeft.data.batches import eval_batches
 from jaxpeft.data.encode import encode_rows
-from jaxpeft.evaluate import Sample, evaluate_file, evaluate_loss, exact_match
+from jaxpeft.inference import metrics
+from jaxpeft.inference.metrics import Sample, evaluate_file, evaluate_loss, exact_match
 
 ROWS = [
     {"prompt": "two and two is", "completion": " four"},
@@ -133,8 +134,8 @@ def test_thinking_is_learned_and_does_not_count_and_cut_thinking_is_named(getkey
     assert [sample.answer for sample in samples] == ["yes", "yes", "no", "<think>yes"]
     assert [sample.reference for sample in samples] == ["yes"] * 4
     assert [sample.cut for sample in samples] == [False, False, False, True]
-    assert evaluate.count_cut(samples) == {"eval_answers_cut_in_thinking": 1.0}
-    assert evaluate.count_cut(samples[:3]) == {}
+    assert metrics.count_cut(samples) == {"eval_answers_cut_in_thinking": 1.0}
+    assert metrics.count_cut(samples[:3]) == {}
 
 
 def test_exact_match_of_the_models_own_answers_is_one(getkey):

@@ -13,13 +13,13 @@ import pytest
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.binding import init_adapter
-from jaxpeft.methods.family import Method
 from jaxpeft.methods.kernels.ia3 import IA3
 from jaxpeft.methods.kernels.loha import LoHa
 from jaxpeft.methods.kernels.oft import OFT
 from jaxpeft.methods.kernels.vera import VeRA
 from jaxpeft.methods.leaves.ln_tuning import LNTuning
 from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.method import Method
 from jaxpeft.methods.peft.values import Selection
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.models.transformer import Transformer

@@ -11,13 +11,13 @@ from tiny_models import CONFIGS, expected_params, hf_tensors
 
 from jaxpeft.core.errors import UserError
 from jaxpeft.core.paths import flatten
+from jaxpeft.files.tensors import TensorInfo, decode
 from jaxpeft.models.config import RopeScaling
 from jaxpeft.pretrained.gguf.file import read_gguf
 from jaxpeft.pretrained.gguf.reader import open_gguf, read_gguf_config
 from jaxpeft.pretrained.hf.config import config_from_hf
 from jaxpeft.pretrained.load import load_tokenizer
 from jaxpeft.pretrained.weights.params import read_params
-from jaxpeft.pretrained.weights.source import TensorInfo, decode
 
 Type = gguf.GGMLQuantizationType
 NAMES = {  # llama.cpp's names, as its converter writes them

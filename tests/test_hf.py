@@ -152,7 +152,7 @@ def raw_file(path, header: dict, body: bytes):
     ],
 )
 def test_an_inconsistent_header_is_refused(tmp_path, entry, message):
-    from jaxpeft.pretrained.hf.folder import read_header
+    from jaxpeft.files.safetensors_file import read_header
 
     file = tmp_path / "x.safetensors"
     raw_file(file, {"w": entry}, b"\0" * 12)
@@ -164,7 +164,7 @@ def test_an_inconsistent_header_is_refused(tmp_path, entry, message):
 
 
 def test_a_tensor_name_given_twice_is_refused(tmp_path):
-    from jaxpeft.pretrained.hf.folder import read_header
+    from jaxpeft.files.safetensors_file import read_header
 
     entry = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     text = f'{{"w":{entry},"w":{entry}}}'.encode()

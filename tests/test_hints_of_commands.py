@@ -5,7 +5,7 @@ import errno
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.cli import arguments
+from jaxpeft.cli import arguments, exits
 from jaxpeft.core.errors import UserError
 
 CONFIG_KEYS = ("train.microbatch_size", "data.max_length", "checkpoint.keep", "output_dir")
@@ -18,7 +18,7 @@ def test_commands_without_a_config_name_no_key_of_one(monkeypatch, capsys, verb,
     parser = arguments.make_parser(verb, "")
     if verb != "merge":
         arguments.add_base(parser)
-    assert arguments.report(error) == 5
+    assert exits.report(error) == 5
     text = capsys.readouterr().err
     assert not [key for key in CONFIG_KEYS if key in text]
     known = {"--batch_size", "--dtype", "--quantization"}
@@ -30,7 +30,7 @@ def test_commands_without_a_config_name_no_key_of_one(monkeypatch, capsys, verb,
 def test_commands_with_a_config_name_its_keys(monkeypatch, capsys, verb):
     monkeypatch.setattr(arguments, "_running", [])
     arguments.make_parser(verb, "")
-    assert arguments.report(MemoryError()) == 5
+    assert exits.report(MemoryError()) == 5
     assert "lower train.microbatch_size" in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ from tiny_decoder import CONFIG, decoder
 
 import jaxpeft as jp
 from jaxpeft.core import paths
-from jaxpeft.methods.algebra.stacking import weigh_scales
+from jaxpeft.methods.adapter import weigh_scales
 from jaxpeft.methods.kernels.loha import LoHa, LoHaKernel
 from jaxpeft.methods.kernels.lycoris import ranks_values
 from jaxpeft.methods.registry import KINDS

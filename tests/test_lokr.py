@@ -8,7 +8,7 @@ from tiny_decoder import CONFIG, decoder
 
 import jaxpeft as jp
 from jaxpeft.core import paths
-from jaxpeft.methods.algebra.stacking import weigh_scales
+from jaxpeft.methods.adapter import weigh_scales
 from jaxpeft.methods.kernels.lokr import PEFT, LoKr, LoKrKernel, factor_shapes, read, split
 from jaxpeft.methods.peft.values import Tensors, Values
 

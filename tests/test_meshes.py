@@ -13,9 +13,10 @@ from mesh_run import LEARNING_RATE, METHODS, STEPS, base_of, make_run, mesh_of, 
 from rounding import UNIT, most_roundings
 
 import jaxpeft as jp
-from jaxpeft.config.run_config import MeshSection
+from jaxpeft.config.sections import MeshSection
 from jaxpeft.inference.decoding import generate_ids
 from jaxpeft.mesh import layout as sharding
+from jaxpeft.mesh import placement
 from jaxpeft.mesh.constraints import traced_on
 
 SHAPES = [
@@ -123,7 +124,7 @@ def test_heads_that_the_tensor_axis_cannot_spread_give_the_same_logits(heads, kv
     if adapted:
         adapter = jp.init_adapter(jp.PrefixTuning(num_tokens=3), base, jax.random.key(1))
     layout = sharding.Layout(mesh_of(2, 1, 4), model=base.config)
-    placed = base.replace(params=sharding.shard_params(base.params, layout))
+    placed = base.replace(params=placement.shard_params(base.params, layout))
     expected = base(ids, adapter=adapter)
     bound = most_roundings(base.config, ids.shape[1] + 3) * UNIT * np.abs(expected).max()
     np.testing.assert_allclose(placed(ids, adapter=adapter), expected, rtol=0, atol=bound)
@@ -213,7 +214,7 @@ def test_stacked_adapters_on_the_head_have_the_gradients_of_one_device():
 
     def gradients(mesh):
         layout = sharding.Layout(mesh, model=base.config)
-        params = sharding.shard_params(base.params, layout)
+        params = placement.shard_params(base.params, layout)
 
         def total(trained):
             return loss(params, stacked.replace(params=trained), batch)[0]
@@ -244,12 +245,12 @@ def test_rules_of_the_config_go_first():
     path = "layers/mlp/up_proj/kernel"
     section = MeshSection(rules={path: "- - fsdp"})
     layout = sharding.Layout(mesh_of(1, 8), sharding.parse_rules(section.rules))
-    assert sharding.param_sharding(path, (2, 64, 128), layout).spec == PartitionSpec(
+    assert placement.param_sharding(path, (2, 64, 128), layout).spec == PartitionSpec(
         None, None, "fsdp"
     )
     other = "layers/mlp/down_proj/kernel"
     expected = PartitionSpec(None, "tensor", "fsdp")
-    assert sharding.param_sharding(other, (2, 128, 64), layout).spec == expected
+    assert placement.param_sharding(other, (2, 128, 64), layout).spec == expected
     one = train(make_run("lora", mesh_of()), steps=2)
     np.testing.assert_allclose(train(make_run("lora", layout), steps=2), one, rtol=1e-5)
 

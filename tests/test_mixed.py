@@ -12,9 +12,9 @@ from toy_model import toy_adapter, toy_model
 import jaxpeft as jp
 from jaxpeft.core import paths
 from jaxpeft.inference import decoding
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.algebra.stacking import stack_adapters
 from jaxpeft.methods.binding import bind
-from jaxpeft.methods.family import Adapter
 from jaxpeft.methods.lora.config import LoRA
 
 ROWS = (1, -1, 0, 2, 1)

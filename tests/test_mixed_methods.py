@@ -12,7 +12,7 @@ import jaxpeft as jp
 from jaxpeft.core import paths
 from jaxpeft.inference.decoding import generate_ids
 from jaxpeft.methods.binding import bind
-from jaxpeft.methods.family import Context
+from jaxpeft.methods.method import Context
 from jaxpeft.methods.mixed import check_index
 from jaxpeft.methods.registry import METHODS
 from jaxpeft.pretrained.model import Model

@@ -13,6 +13,7 @@ from toy_tokenizer import toy_tokenizer
 import jaxpeft as jp
 from jaxpeft import evaluate
 from jaxpeft import train as program
+from jaxpeft.inference import metrics
 from jaxpeft.inference.decoding import generate_ids
 from jaxpeft.methods.prompts.multitask_prompt import MultitaskPromptTuning
 from jaxpeft.methods.prompts.prompt import arrays_of, prompt_adapter
@@ -182,7 +183,7 @@ def test_answers_are_those_of_every_rows_task(monkeypatch):
         "generate_ids",
         lambda base, prompts, **o: asked.update(o) or [[5] for _ in prompts],
     )
-    evaluate.exact_match(model().replace(tokenizer=toy_tokenizer()), rows, trained())
+    metrics.exact_match(model().replace(tokenizer=toy_tokenizer()), rows, trained())
     assert asked["task"] == [1, 0, 1]
     prompts = [[5, 6, 7], [8, 9], [5, 6, 7]]
     mixed = generate_ids(model(), prompts, adapter=trained(), task=[1, 0, 0], max_new_tokens=6)

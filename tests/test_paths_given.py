@@ -11,7 +11,7 @@ from tiny_models import hf_tensors, write_hf
 from toy_model import toy_adapter, toy_model
 
 import jaxpeft as jp
-from jaxpeft.cli import arguments
+from jaxpeft.cli import exits
 from jaxpeft.core.errors import UserError
 from jaxpeft.data.rows.kinds import read_rows
 from jaxpeft.evaluate import main as evaluate_main
@@ -148,7 +148,7 @@ def test_an_index_names_no_such_file(name, tmp_path_factory):
 
 
 def test_a_file_system_with_shorter_names_is_no_bug(capsys):
-    assert arguments.report(OSError(errno.ENAMETOOLONG, "File name too long", "a/b")) == 2
+    assert exits.report(OSError(errno.ENAMETOOLONG, "File name too long", "a/b")) == 2
     assert capsys.readouterr().err == "error: a/b: File name too long; choose another path\n"
 
 

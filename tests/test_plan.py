@@ -13,11 +13,13 @@ import jax
 import pytest
 from tiny_run import Files, make_files, write_config
 
-from jaxpeft import plan as program
 from jaxpeft.config import run_config
 from jaxpeft.core.errors import UserError
+from jaxpeft.core.flops import count_flops
 from jaxpeft.mesh.constraints import traced_on
-from jaxpeft.planning import memory
+from jaxpeft.planning import machines, memory
+from jaxpeft.planning.plan import full_rows, make_plan
+from jaxpeft.planning.report import print_plan
 from jaxpeft.pretrained.load import load_config, load_model, load_tokenizer
 from jaxpeft.pretrained.weights.names import param_shapes
 from jaxpeft.training.rows import read_data
@@ -51,7 +53,7 @@ def test_the_planned_step_is_the_step_of_a_run(files, tmp_path, quantization):
     config = config_of(files, tmp_path, model={"quantization": quantization}, mesh=mesh)
     model = load_config(config.model.path)
     rows = read_data(config, model, load_tokenizer(config.model.path))
-    place = memory.find_place(None)
+    place = machines.find_place(None)
     planned = memory.make_run(config, model, rows, place)
     base = load_model(config.model.path, mesh=planned.layout, quantization=quantization)
     real = Run(config, base, rows, planned.layout)
@@ -68,7 +70,7 @@ def test_the_planned_step_is_the_step_of_a_run(files, tmp_path, quantization):
 
 def test_the_plan_counts_what_the_run_says_of_itself(files, tmp_path):
     config = config_of(files, tmp_path)
-    plan = program.make_plan(config)
+    plan = make_plan(config)
     assert plan["trainable_parameters"] == 2 * 4 * ((32 + 32) + (48 + 32))
     assert [row["path"] for row in plan["modules"]] == [
         "layers/mlp/down_proj/kernel",
@@ -94,12 +96,12 @@ def test_the_plan_counts_what_the_run_says_of_itself(files, tmp_path):
 def test_flops_of_the_layers_double_with_the_depth(files, tmp_path):
     config = config_of(files, tmp_path)
     model = load_config(config.model.path)
-    rows = program.full_rows(config, model)
+    rows = full_rows(config, model)
 
     def cost(layers):
         deep = dataclasses.replace(model, num_layers=layers)
-        run = memory.make_run(config, deep, rows, memory.find_place(None))
-        return program.count_flops(run.make_step(), *run.step_arguments())
+        run = memory.make_run(config, deep, rows, machines.find_place(None))
+        return count_flops(run.make_step(), *run.step_arguments())
 
     one, two, four = cost(1), cost(2), cost(4)
     assert four - two == 2 * (two - one) > 0
@@ -109,8 +111,8 @@ def test_flops_of_the_layers_double_with_the_depth(files, tmp_path):
 def test_what_does_not_fit_is_compiled_with_other_settings(files, tmp_path):
     config = config_of(files, tmp_path, train={"remat": "none"}, data={"max_length": 128})
     model = load_config(config.model.path)
-    rows = program.full_rows(config, model)
-    place = memory.find_place(None)._replace(devices=jax.devices()[:1], count=1)
+    rows = full_rows(config, model)
+    place = machines.find_place(None)._replace(devices=jax.devices()[:1], count=1)
     needed = memory.measure(config, model, rows, place).device_bytes
     found = memory.find_fitting(config, model, rows, small(place, 0.7 * needed))
     assert any(one.fits for one in found)
@@ -124,8 +126,8 @@ def test_what_does_not_fit_is_compiled_with_other_settings(files, tmp_path):
 def test_where_no_setting_alone_fits_several_are_tried_together(files, tmp_path):
     config = config_of(files, tmp_path, train={"remat": "none"})
     model = load_config(config.model.path)
-    rows = program.full_rows(config, model)
-    place = memory.find_place(None)._replace(devices=jax.devices()[:1], count=1)
+    rows = full_rows(config, model)
+    place = machines.find_place(None)._replace(devices=jax.devices()[:1], count=1)
     nothing = memory.find_fitting(config, model, rows, small(place, 0))
     assert not any(one.fits for one in nothing)
     assert set(nothing[-1].changes) == {
@@ -138,8 +140,8 @@ def test_where_no_setting_alone_fits_several_are_tried_together(files, tmp_path)
 def test_a_base_that_is_too_large_for_a_device_is_spread_over_all(files, tmp_path):
     config = config_of(files, tmp_path)
     model = load_config(config.model.path)
-    rows = program.full_rows(config, model)
-    place = memory.find_place(None)
+    rows = full_rows(config, model)
+    place = machines.find_place(None)
     whole = memory.measure(config, model, rows, place)
     changes = {"mesh.data": 1, "mesh.fsdp": 8}
     assert [changes] in memory.levers(config, place)
@@ -161,7 +163,7 @@ def test_a_base_that_is_too_large_for_a_device_is_spread_over_all(files, tmp_pat
 )
 def test_settings_are_tried_for_the_sizes_that_the_mesh_has(files, tmp_path, mesh, shards, spread):
     config = config_of(files, tmp_path, mesh=mesh, train={"batch_size": 16})
-    found = memory.levers(config, memory.find_place(None))
+    found = memory.levers(config, machines.find_place(None))
     sizes = [change["train.microbatch_size"] for change in found[0]]
     assert sizes == [n for n in (8, 4, 2) if n % shards == 0]
     assert ([{"mesh.data": 1, "mesh.fsdp": shards}] in found) == spread
@@ -169,10 +171,10 @@ def test_settings_are_tried_for_the_sizes_that_the_mesh_has(files, tmp_path, mes
 
 def test_data_that_are_not_there_are_said_to_be_missing(files, tmp_path, capsys):
     config = config_of(files, tmp_path, data={"train": "nowhere.jsonl"})
-    plan = program.make_plan(config)
+    plan = make_plan(config)
     assert plan["data"] == {"missing": "nowhere.jsonl is not there"}
     assert plan["batch"]["seq_len"] == 32
-    program.print_plan(plan)
+    print_plan(plan)
     assert "nowhere.jsonl is not there" in capsys.readouterr().out
 
 
@@ -195,13 +197,13 @@ def test_architectures_have_the_published_number_of_parameters(name):
 )
 def test_topologies_that_are_none_are_refused(topology, text):
     with pytest.raises(UserError, match=text):
-        memory.find_place(topology)
+        machines.find_place(topology)
 
 
 def test_without_libtpu_the_way_to_get_it_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"jaxpeft\[plan\]"):
-        memory.find_place("v5e:1x1")
+        machines.find_place("v5e:1x1")
 
 
 def test_the_size_of_a_refused_program_is_read_from_xla():

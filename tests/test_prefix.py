@@ -23,7 +23,7 @@ import jaxpeft as jp
 from jaxpeft import train as program
 from jaxpeft.inference.decoding import generate_ids
 from jaxpeft.methods.binding import bind
-from jaxpeft.methods.family import Context
+from jaxpeft.methods.method import Context
 from jaxpeft.methods.prompts.prefix import PrefixTuning, prefix_from_prompt, project
 from jaxpeft.models.attention import Prefix, attention
 from jaxpeft.models.cache import init_cache

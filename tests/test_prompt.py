@@ -27,7 +27,7 @@ from jaxpeft.data.batches import Plan
 from jaxpeft.data.encode import Examples
 from jaxpeft.inference.decoding import generate_ids
 from jaxpeft.methods.binding import head_is_frozen
-from jaxpeft.methods.family import Context
+from jaxpeft.methods.method import Context
 from jaxpeft.methods.prompts.prompt import PromptTuning, prompt_adapter
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.ops.linear import embed
@@ -333,7 +333,7 @@ def test_a_run_trains_nothing_but_the_prompt(finished, files):
 
 
 def test_the_commands_agree_with_the_run(finished, files, capsys):
-    from jaxpeft.evaluate import evaluate_file
+    from jaxpeft.inference.metrics import evaluate_file
 
     base = load_model(files.model)
     adapter = jp.load_adapter(finished, base)

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 import jaxpeft as jp
-from jaxpeft.cli import arguments, inputs
+from jaxpeft.cli import arguments, exits, inputs
 from jaxpeft.core.errors import UserError
 from jaxpeft.generate import main as generate_main
 
@@ -69,7 +69,7 @@ def test_generate_refuses_a_prompt_that_is_no_text(monkeypatch):
 def test_an_error_is_one_line_for_every_newline_in_it(capsys):
     text = "model\u2028x: not there\nsecond"
     assert unicodedata.category("\u2028") == "Zl"
-    assert arguments.report(UserError(text)) == 2
+    assert exits.report(UserError(text)) == 2
     assert capsys.readouterr().err.split("\n") == [
         "error: model\u2028x: not there", "error: second", "",
     ]  # fmt: skip

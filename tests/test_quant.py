@@ -15,7 +15,7 @@ from tiny_run import make_files, training_lines, write_config
 import jaxpeft as jp
 from jaxpeft import train as program
 from jaxpeft.core import paths
-from jaxpeft.mesh import layout
+from jaxpeft.mesh import layout, placement
 from jaxpeft.methods.algebra import merge_quantized
 from jaxpeft.methods.binding import bind, merge
 from jaxpeft.ops.linear import linear
@@ -273,7 +273,7 @@ def test_whole_blocks_are_spread_and_products_stay_the_same(double):
 def test_blocks_that_do_not_divide_are_named():
     mesh = layout.make_mesh(data=1, fsdp=2, tensor=4)
     params = {"layers": {"self_attn": {"q_proj": {"kernel": jnp.ones((2, 64, 128))}}}}
-    notes = layout.unsharded(quantize(params), mesh)
+    notes = placement.unsharded(quantize(params), mesh)
     assert notes == ["layers/self_attn/q_proj/kernel: 1 blocks of 64 do not divide by fsdp 2"]
 
 

@@ -6,14 +6,12 @@ import jax.numpy as jnp
 import pytest
 
 from jaxpeft.core import paths
+from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.binding import init_adapter
-from jaxpeft.methods.family import Adapter, Spec
 from jaxpeft.methods.leaves.full import Full
 from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.summary import count_parameters, count_trainable, describe_adapter
 from jaxpeft.reports.tables import (
-    count_parameters,
-    count_trainable,
-    describe_adapter,
     describe_run,
     evaluation_line,
     print_evaluation,

@@ -15,7 +15,7 @@ from jaxpeft import train as program
 from jaxpeft.checkpoints.checkpoints import Checkpoints
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.mesh import layout
+from jaxpeft.mesh import layout, placement
 from jaxpeft.pretrained.load import load_config, load_model
 from jaxpeft.pretrained.weights.names import param_shapes
 from jaxpeft.training.run import Run
@@ -26,7 +26,7 @@ MESHES = {
 }
 
 
-def spec(path, shape, mesh, where=layout.param_sharding):
+def spec(path, shape, mesh, where=placement.param_sharding):
     return where(path, shape, mesh).spec
 
 
@@ -65,7 +65,7 @@ def test_base_leaves_are_cut_as_megatron_and_fsdp_do(path, shape, expected):
 )
 def test_adapter_leaves_keep_the_tensor_axis_and_never_cut_the_rank(path, shape, expected):
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
-    assert spec(path, shape, mesh, layout.adapter_sharding) == PartitionSpec(*expected)
+    assert spec(path, shape, mesh, placement.adapter_sharding) == PartitionSpec(*expected)
 
 
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "mlp_bias": True, "qk_norm": True}])
@@ -80,16 +80,16 @@ def test_replicated_leaves_are_named_with_the_reason():
         "norm": {"scale": jnp.zeros(33)},
         "layers": {"strange": {"kernel": jnp.zeros((2, 8, 8))}},
     }
-    assert layout.unsharded(params, mesh_of(fsdp=2, tensor=2)) == [
+    assert placement.unsharded(params, mesh_of(fsdp=2, tensor=2)) == [
         "embed_tokens/embedding: 33 does not divide by fsdp 2",
         "layers/strange/kernel: no rule",
     ]
-    assert layout.unsharded({"norm": params["norm"]}, mesh_of(tensor=2)) == []
+    assert placement.unsharded({"norm": params["norm"]}, mesh_of(tensor=2)) == []
 
 
 def test_a_placed_tree_is_the_same_tree(getkey):
     params = toy_model(getkey(), tokenizer=False).params
-    placed = layout.shard_params(params, mesh_of(data=2, fsdp=2, tensor=2))
+    placed = placement.shard_params(params, mesh_of(data=2, fsdp=2, tensor=2))
     jax.tree.map(np.testing.assert_array_equal, placed, params)
     kernel = placed["layers"]["mlp"]["down_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 24 // 2, 16 // 2)
@@ -104,7 +104,7 @@ def test_moments_live_where_their_arrays_live(getkey):
         state = jp.init_train_state(
             base.params, adapter, jp.masked(tx, jp.adapter_only), jax.random.key(0)
         )
-        placed = jax.device_put(state, layout.state_shardings(state, mesh))
+        placed = jax.device_put(state, placement.state_shardings(state, mesh))
         b = paths.get(placed.trained["adapter"], "layers/self_attn/q_proj/kernel/b")
         assert b.sharding.spec == PartitionSpec(None, None, "tensor")
         for path, leaf in jax.tree_util.tree_leaves_with_path(placed.opt_state):

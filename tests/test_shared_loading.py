@@ -25,7 +25,8 @@ from tiny_models import hf_tensors
 
 from jaxpeft.core import paths
 from jaxpeft.mesh import layout as sharding
-from jaxpeft.mesh.layout import as_layout, leaf_sharding
+from jaxpeft.mesh.layout import as_layout
+from jaxpeft.mesh.placement import leaf_sharding
 from jaxpeft.pretrained.gguf.reader import open_gguf
 from jaxpeft.pretrained.hf.folder import open_folder
 from jaxpeft.pretrained.weights.fingerprint import Fingerprint, num_parts, part_rows

@@ -21,7 +21,7 @@ import jaxpeft as jp
 from jaxpeft import train as program
 from jaxpeft.checkpoints import manifest
 from jaxpeft.checkpoints.checkpoints import Checkpoints
-from jaxpeft.cli import arguments
+from jaxpeft.cli import exits
 from jaxpeft.core.errors import CheckpointError, ResourceError, StoreError, UserError
 from jaxpeft.files import folders, storage
 from jaxpeft.pretrained.save import require_place
@@ -460,7 +460,7 @@ def test_bad_places_are_told_in_one_line(
     config = write_config(files, tmp_path, f"{ROOT}/bad")
     monkeypatch.setattr(sys, "argv", ["train", config, *flags])
     with pytest.raises(SystemExit) as stop:
-        arguments.run(program.main)
+        exits.run(program.main)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
     assert line.startswith("error: ")
@@ -483,7 +483,7 @@ def test_a_store_that_refuses_what_a_run_reads_is_told_in_one_line(
     monkeypatch.setattr(sys, "argv", ["train", write_config(files, tmp_path, f"{ROOT}/bad")])
     refusing(monkeypatch, "open", f"files/{name}")
     with pytest.raises(SystemExit) as stop:
-        arguments.run(program.main)
+        exits.run(program.main)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == StoreError.exit_code == 5
     assert re.search(rf"^error: {where}: not allowed \(Forbidden", line), line

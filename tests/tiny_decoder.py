@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.core import paths
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.binding import init_adapter
-from jaxpeft.methods.family import Adapter
 from jaxpeft.methods.lora.config import LoRA
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.models.transformer import Transformer

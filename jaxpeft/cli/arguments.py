@@ -6,25 +6,15 @@ memory or a bucket failed, 6 interrupted but saved, 7 another process of the run
 """
 
 import argparse
-import errno
 import os
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxpeft.cli import signals
+from jaxpeft.cli.exits import _running
 from jaxpeft.config.schema import Schema, describe
 from jaxpeft.core import limits
 from jaxpeft.core.errors import UserError, nearest
-from jaxpeft.files.storage import explain, is_store_error, shown
-
-_running: list[str] = []
-"""The commands whose parser was made, the last one is running: hints name its options."""
-_REEXECUTED = "JAXPEFT_REEXECUTED"
-_TUNABLE = "glibc.malloc.hugetlb"
-_THP_MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 class Parser(argparse.ArgumentParser):
@@ -201,123 +191,3 @@ def _explain(name: str, own: list[str], schema: Schema | None) -> str:
         known += [f"--{key.path}" for key in schema.keys]
     close = nearest(f"--{name}", known, 1)
     return f"unknown option, did you mean {close[0]}?" if close else "unknown option; see --help"
-
-
-def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Calls `main` with the command line's arguments and exits.
-
-    What is the user's to mend is printed as ``error: ...`` without a traceback; only a bug in
-    jaxpeft shows one.
-
-    Args:
-        main: Returns the exit code, None for 0.
-
-    Raises:
-        SystemExit: Always.
-    """
-    try:
-        try:
-            code = main(sys.argv[1:]) or 0
-        except SystemExit as stop:  # argparse, after --help
-            code = stop.code
-        sys.stdout.flush()
-    except Exception as error:
-        code = report(error)
-    except KeyboardInterrupt:
-        code = _say("interrupted", 130)
-    signals.end(code)
-
-
-def report(error: Exception) -> int:
-    """Prints what an exception means to the user; the exit code."""
-    if isinstance(error, UserError):
-        return _say(str(error), error.exit_code)
-    if is_store_error(error):
-        return _say(f"object store: {explain(error)}", 5)
-    if isinstance(error, BrokenPipeError):
-        # Python flushes stdout once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    number, text = getattr(error, "errno", None), " ".join(str(error).split())
-    name = error.filename if isinstance(error, OSError) else ""
-    file = f"{name}: " if name else ""
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
-        return _say(
-            f"{file}the disk is full or a quota is reached; {_more_space()} ({text[:200]})",
-            5,
-        )
-    if number in (errno.ENAMETOOLONG, errno.ELOOP):
-        return _say(f"{shown(name or 'path')}: {os.strerror(number)}; choose another path", 2)
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return _say(f"{file}{os.strerror(number)}; choose another place", 2)
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        return _say(
-            f"out of memory; {_less_memory()} ({text[:200] or 'host'})",
-            5,
-        )
-    traceback.print_exception(error)
-    return _say("this is a bug in jaxpeft; please report it with the lines above", 70)
-
-
-def _has_config() -> bool:
-    """Whether the command that runs reads a config; so do those that are not known."""
-    return not _running or _running[-1] not in ("generate", "evaluate", "merge")
-
-
-def _more_space() -> str:
-    if _has_config():
-        return "free some space, lower checkpoint.keep, or choose another output_dir"
-    return "free some space, or choose another place"
-
-
-def _less_memory() -> str:
-    if _has_config():
-        return (
-            "lower train.microbatch_size (or the batch size) or data.max_length, or spread the "
-            "model over more devices with mesh.fsdp"
-        )
-    if _running[-1] == "merge":
-        return "merge on a machine with more memory, or give --dtype bfloat16"
-    return "lower --batch_size, or give --dtype bfloat16 or --quantization nf4"
-
-
-def _say(text: str, code: int) -> int:
-    for line in text.split("\n"):
-        print(f"error: {line}", file=sys.stderr)
-    return code
-
-
-def enable_huge_pages() -> None:
-    """Starts this command once more, in the same process, with malloc using huge pages.
-
-    On Linux with glibc 2.35 or newer, ``GLIBC_TUNABLES=glibc.malloc.hugetlb=1`` lets malloc ask
-    for transparent huge pages where the kernel leaves that to programs (mode "madvise"); it is
-    read when a process starts, so the program is executed again with the same arguments and
-    process id. Call this before anything else of the command. It does nothing on other systems,
-    under pytest, where the variable is set already, or with ``JAXPEFT_HUGE_PAGES=0``.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    unwanted = (
-        os.environ.get("JAXPEFT_HUGE_PAGES") == "0"
-        or _REEXECUTED in os.environ
-        or "PYTEST_VERSION" in os.environ
-        or _TUNABLE in tunables
-    )
-    if unwanted or not _madvise_works():
-        return
-    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_TUNABLE}=1")))
-    os.environ[_REEXECUTED] = "1"
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # orig_argv[0] may be a bare "python" that another PATH would find.
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _madvise_works() -> bool:
-    """Whether glibc and the kernel let a program choose huge pages."""
-    try:
-        library, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
-        new_enough = tuple(int(part) for part in version.split(".")[:2]) >= (2, 35)
-        return library == "glibc" and new_enough and "[madvise]" in _THP_MODE.read_text()
-    except (ValueError, OSError, AttributeError):
-        return False

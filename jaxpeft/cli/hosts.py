@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from jaxpeft.cli import arguments, host_errors
+from jaxpeft.cli import exits, host_errors
 from jaxpeft.cli.signals import StopRequest
 from jaxpeft.core.errors import UserError
 
@@ -142,7 +142,7 @@ def joined(hosts: Hosts | None) -> Iterator[None]:
         if not isinstance(error, UserError):
             # Collectives fail when their other side is lost. Then JAX ends this process meanwhile.
             time.sleep(min(hosts.heartbeat, 30) + 10)
-        code = arguments.report(error)
+        code = exits.report(error)
     os.write(tell, bytes([code]))
     if code:
         _silence()  # if the others go on, JAX ends this process with a trace

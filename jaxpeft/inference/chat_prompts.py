@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.chat_settings import chat_of
-from jaxpeft.methods.family import Adapter
 from jaxpeft.pretrained.chat_template import override_template
 from jaxpeft.pretrained.model import Model
 

@@ -20,8 +20,8 @@ from jaxpeft.inference.chat_prompts import encode_prompts, stop_ids
 from jaxpeft.inference.sampling import Sampling, draw
 from jaxpeft.mesh.constraints import layout_of, traced_on
 from jaxpeft.mesh.processes import to_host
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.binding import adapters_of, bind
-from jaxpeft.methods.family import Adapter
 from jaxpeft.methods.mixed import check_index
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.methods.virtual_tokens import virtual_ids

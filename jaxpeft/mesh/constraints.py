@@ -26,7 +26,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxpeft.core import paths
-from jaxpeft.mesh.layout import AXES, VOCAB, Layout, as_layout, leaf_sharding
+from jaxpeft.mesh.layout import AXES, VOCAB, Layout, as_layout
+from jaxpeft.mesh.placement import leaf_sharding
 from jaxpeft.ops.linear import Node, embed
 
 GATHERED = "gathered"

@@ -12,7 +12,9 @@ import jax
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
-from jaxpeft.methods.family import Adapter, Context, Label, Leaf, Method, weight_at
+from jaxpeft.methods.adapter import Adapter, Label
+from jaxpeft.methods.family import Leaf, weight_at
+from jaxpeft.methods.method import Context, Method
 from jaxpeft.methods.mixed import NOT_STACKED, extra_axes, first_of, mixed_leaf
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.linear import SHARED, dtype_of, shape_of, take_shared

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from jaxpeft.methods.family import Adapter, Label
+from jaxpeft.methods.adapter import Adapter, Label
 
 _STOPS = "stop_ids"
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpeft.core.errors import UserError
+from jaxpeft.methods.adapter import Adapter, Label
 from jaxpeft.methods.binding import adapters_of
 from jaxpeft.methods.chat_label import joined_chat
-from jaxpeft.methods.family import Adapter, Label
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.family import Adapter, Leaf
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.family import Leaf
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.linear import Node, OnBase, Transposed, attend, embed, linear
 

@@ -15,8 +15,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from jaxpeft.core.errors import UserError
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.binding import adapters_of
-from jaxpeft.methods.family import Adapter
 from jaxpeft.methods.registry import KINDS
 
 

@@ -62,7 +62,8 @@ def _size(tree: Any) -> str:
 
 def _changes(config: RunConfig, devices: int) -> list[str]:
     """Values of keys that take less memory than this config, the harmless ones first."""
-    from jaxpeft.planning.memory import Place, levers
+    from jaxpeft.planning.machines import Place
+    from jaxpeft.planning.memory import levers
 
     here = Place("this machine", None, devices, "device", 0, None)
     found = []

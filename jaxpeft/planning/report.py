@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxpeft.planning.memory import GIB
+from jaxpeft.methods import summary
+from jaxpeft.planning.machines import GIB
 from jaxpeft.reports import tables
 
 _LONGEST = 600
@@ -18,7 +19,7 @@ def print_plan(plan: dict[str, Any], stream: Any = None) -> None:
         stream: A text stream; standard output by default.
     """
     stream = stream or sys.stdout
-    modules = [tables.ModuleRow(**row) for row in plan["modules"]]
+    modules = [summary.ModuleRow(**row) for row in plan["modules"]]
     tables.print_run_table(_facts(plan), modules, stream=stream)
     samples = plan["data"].get("samples", [])
     if samples:
@@ -38,7 +39,7 @@ def mark_learned(parts: Sequence[dict[str, Any]], marks: tuple[str, str]) -> str
     """The text of an example, with marks around what is learned.
 
     Args:
-        parts: From `jaxpeft.plan.decode_parts`.
+        parts: From `jaxpeft.planning.plan.decode_parts`.
         marks: What stands before and behind learned text.
     """
     return "".join(_shown(part, marks) for part in parts)

@@ -22,12 +22,16 @@ import numpy as np
 from jaxpeft.core.errors import UserError
 from jaxpeft.files import other_folders, storage
 from jaxpeft.files.folders import real_path, require_replaceable, write_folder
+from jaxpeft.files.json_file import read_json
 from jaxpeft.files.locate import locate_adapter
+from jaxpeft.files.safetensors_file import read_header
 from jaxpeft.files.storage import Place
+from jaxpeft.files.tensors import decode
 from jaxpeft.mesh.processes import is_first
+from jaxpeft.methods.adapter import Adapter, Label
 from jaxpeft.methods.binding import check_fit
 from jaxpeft.methods.chat_settings import ChatSettings, chat_of
-from jaxpeft.methods.family import Adapter, Label, Method
+from jaxpeft.methods.method import Method
 from jaxpeft.methods.peft.values import (
     COMMON,
     CONFIG,
@@ -38,10 +42,8 @@ from jaxpeft.methods.peft.values import (
 )
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.pretrained.base_check import adapter_notes, check_base, describe_base
-from jaxpeft.pretrained.hf.folder import read_header, read_json
 from jaxpeft.pretrained.identity import Identity
 from jaxpeft.pretrained.shapes import load_shapes
-from jaxpeft.pretrained.weights.source import decode
 
 TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
@@ -152,7 +154,7 @@ def notes_of(
 
 
 def read_method(config: Any, revision: str | None = None) -> Method:
-    """The method that a PEFT config describes; see `jaxpeft.methods.family.Method.from_peft`."""
+    """The method that a PEFT config describes; see `jaxpeft.methods.method.Method.from_peft`."""
     if isinstance(config, str | os.PathLike):
         local = storage.expanded(config)
         place: Any = (

@@ -15,7 +15,7 @@ import numpy as np
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files.storage import Place
-from jaxpeft.methods.family import Adapter
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.ops.quant import scheme_of
 from jaxpeft.pretrained.identity import Identity, config_changes, identity_of
 from jaxpeft.pretrained.weights.fingerprint import comparable

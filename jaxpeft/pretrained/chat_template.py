@@ -12,8 +12,8 @@ from typing import Any
 from jaxpeft.core.errors import UserError, nearest
 from jaxpeft.files import storage
 from jaxpeft.files.storage import Place
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.chat_settings import chat_of
-from jaxpeft.methods.family import Adapter
 
 MAX_BYTES = 1_000_000
 """The longest file; templates in use have up to 40,000 characters."""

@@ -1,7 +1,6 @@
 """A loaded base model: frozen parameters with everything needed to call them."""
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +12,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.core import paths
-from jaxpeft.core.errors import UserError
 from jaxpeft.mesh.constraints import layout_of, traced_on
-from jaxpeft.mesh.processes import is_first
-from jaxpeft.methods.binding import bind, merge
-from jaxpeft.methods.chat_settings import chat_of
-from jaxpeft.methods.family import Adapter
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.binding import bind
 from jaxpeft.methods.mixed import check_index
 from jaxpeft.methods.virtual_tokens import hide_unused, put_before_segments, virtual_ids
 from jaxpeft.models.config import ModelConfig
@@ -127,46 +123,3 @@ def _logits(
 ) -> Any:
     variables = bind(model.params, adapter, index=index)
     return model.module.apply(variables, input_ids, segment_ids=segment_ids, positions=positions)
-
-
-def save_model(
-    path: str,
-    base: Model,
-    *,
-    adapter: Adapter | Sequence[Adapter] | None = None,
-    dtype: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Writes a model as a Hugging Face folder that transformers loads.
-
-    Of a base that was loaded from such a folder, the files of the tokenizer, the generation
-    settings and the further keys of ``config.json`` come along as they are. Changed is what has
-    to be: generation stops where the adapter learned to end its turns, which is told on standard
-    error, and a chat template that overrides the base's takes its place.
-
-    Args:
-        path: The folder to make; it may exist if it is empty.
-        base: The model.
-        adapter: Merged into the weights where given; the base itself stays as it is.
-        dtype: Of the saved weights: "float32", "bfloat16" or "float16"; None keeps the base's.
-        overwrite: Replace a model folder at `path`, once the new one is whole (in a bucket the
-            old one goes first); never the folder that `base` was loaded from.
-
-    Raises:
-        UserError: An unknown dtype, an adapter that cannot be merged, a file of the base that is
-            a link out of its folder, or a `path` that is taken or cannot be written.
-        ResourceError: The disk is full.
-    """
-    from jaxpeft.pretrained.load import DTYPES
-    from jaxpeft.pretrained.save import require_place, save_hf
-    from jaxpeft.pretrained.saved_files import files_for
-
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}.")
-    require_place(path, overwrite=overwrite, source=base.name or None)
-    saved = files_for(base, chat_of(adapter))
-    params = base.params if adapter is None else merge(base.params, adapter)
-    save_hf(path, base.config, params, saved=saved, dtype=dtype, overwrite=overwrite)
-    if is_first():
-        for note in saved.notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)

@@ -10,6 +10,8 @@ import math
 import os
 import pathlib
 import struct
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,12 +24,17 @@ from jaxpeft.files import storage
 from jaxpeft.files.companions import TEMPLATES, is_companion
 from jaxpeft.files.folders import new_folder, real_path
 from jaxpeft.files.storage import Place
+from jaxpeft.files.tensors import PLAIN_DTYPES
 from jaxpeft.mesh.processes import is_first, to_host
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.binding import merge
+from jaxpeft.methods.chat_settings import chat_of
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.pretrained.hf.config import config_to_hf
-from jaxpeft.pretrained.saved_files import SavedFiles, join_settings, made_files
+from jaxpeft.pretrained.load import DTYPES
+from jaxpeft.pretrained.model import Model
+from jaxpeft.pretrained.saved_files import SavedFiles, files_for, join_settings, made_files
 from jaxpeft.pretrained.weights.names import Entry, name_table, param_shapes
-from jaxpeft.pretrained.weights.source import PLAIN_DTYPES
 from jaxpeft.pretrained.weights.stacks import count_nonfinite
 
 SHARD_BYTES = 5_000_000_000
@@ -246,3 +253,42 @@ def _is_model_file(file: Place) -> bool:
         # What earlier versions of transformers may have written beside them.
         or file.name.startswith(("tokenizer", "chat_template", "special_tokens", "vocab"))
     )
+
+
+def save_model(
+    path: str,
+    base: Model,
+    *,
+    adapter: Adapter | Sequence[Adapter] | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model as a Hugging Face folder that transformers loads.
+
+    Of a base that was loaded from such a folder, the files of the tokenizer, the generation
+    settings and the further keys of ``config.json`` come along as they are. Changed is what has
+    to be: generation stops where the adapter learned to end its turns, which is told on standard
+    error, and a chat template that overrides the base's takes its place.
+
+    Args:
+        path: The folder to make; it may exist if it is empty.
+        base: The model.
+        adapter: Merged into the weights where given; the base itself stays as it is.
+        dtype: Of the saved weights: "float32", "bfloat16" or "float16"; None keeps the base's.
+        overwrite: Replace a model folder at `path`, once the new one is whole (in a bucket the
+            old one goes first); never the folder that `base` was loaded from.
+
+    Raises:
+        UserError: An unknown dtype, an adapter that cannot be merged, a file of the base that is
+            a link out of its folder, or a `path` that is taken or cannot be written.
+        ResourceError: The disk is full.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}.")
+    require_place(path, overwrite=overwrite, source=base.name or None)
+    saved = files_for(base, chat_of(adapter))
+    params = base.params if adapter is None else merge(base.params, adapter)
+    save_hf(path, base.config, params, saved=saved, dtype=dtype, overwrite=overwrite)
+    if is_first():
+        for note in saved.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)

@@ -12,11 +12,11 @@ from typing import Any
 
 from jaxpeft.core.errors import UserError
 from jaxpeft.files.companions import GENERATION, find_companions, read_companions
+from jaxpeft.files.json_file import read_json
 from jaxpeft.files.locate import locate_again
 from jaxpeft.files.storage import Place
 from jaxpeft.methods.chat_settings import ChatSettings
 from jaxpeft.models.config import ModelConfig
-from jaxpeft.pretrained.hf.folder import read_json
 from jaxpeft.pretrained.tokenizer import has_tokenizer, read_tokenizer
 from jaxpeft.pretrained.tokenizer_files import same_tokens, to_json, tokenizer_files, with_template
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.mesh.layout import Layout, leaf_sharding, placed_shapes
+from jaxpeft.mesh.layout import Layout
+from jaxpeft.mesh.placement import leaf_sharding, placed_shapes
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.ops.quant import is_quantised, quantize_kernel
 from jaxpeft.pretrained.load import activation_dtype, load_config

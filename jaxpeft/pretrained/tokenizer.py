@@ -7,9 +7,9 @@ from typing import Any
 from jaxpeft.core import limits
 from jaxpeft.core.errors import StoreError, UserError
 from jaxpeft.files import storage
+from jaxpeft.files.json_file import read_json
 from jaxpeft.files.locate import SMALL
 from jaxpeft.files.storage import Place
-from jaxpeft.pretrained.hf.folder import read_json
 
 # One of these makes a folder's tokenizer.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

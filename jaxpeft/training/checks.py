@@ -12,7 +12,8 @@ from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files.storage import Place
-from jaxpeft.methods.family import Adapter, Context
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.method import Context
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.pretrained.weights.fingerprint import comparable
 from jaxpeft.pretrained.weights.names import param_shapes

@@ -18,8 +18,9 @@ import numpy as np
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files.storage import expanded, is_remote, require_path
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.algebra.stacking import pad_rank
-from jaxpeft.methods.family import Adapter, Context, Method
+from jaxpeft.methods.method import Context, Method
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.pretrained.adapters import load_adapter, peek_kind
 from jaxpeft.pretrained.shapes import NeedsWeightsError

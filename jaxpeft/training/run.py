@@ -16,18 +16,21 @@ from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core import paths
 from jaxpeft.core.backend import give_back_memory
 from jaxpeft.data.batches import eval_batches
-from jaxpeft.evaluate import Sample, count_cut, evaluate_loss, exact_match
 from jaxpeft.files.storage import Place, as_path
-from jaxpeft.mesh import layout, processes
+from jaxpeft.inference.metrics import Sample, count_cut, evaluate_loss, exact_match
+from jaxpeft.mesh import layout, placement, processes
 from jaxpeft.mesh.constraints import traced_on
+from jaxpeft.methods import summary
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.binding import head_is_frozen
 from jaxpeft.methods.chat_settings import ChatSettings
-from jaxpeft.methods.family import Adapter, Context
 from jaxpeft.methods.leaves.full import Full
+from jaxpeft.methods.method import Context
 from jaxpeft.ops.quant import quantize
 from jaxpeft.pretrained.adapters import save_adapter
 from jaxpeft.pretrained.identity import identity_of
-from jaxpeft.pretrained.model import Model, save_model
+from jaxpeft.pretrained.model import Model
+from jaxpeft.pretrained.save import save_model
 from jaxpeft.reports import tables
 from jaxpeft.training.checks import check_unchanged, starts_dense
 from jaxpeft.training.init_from import load_start
@@ -77,7 +80,7 @@ class Run:
         if starts_dense(config, restored):
             saved = config.method.init(base.params, keys[0], Context(base.config, base.module))
             coded = quantize(base.params)
-            base = dataclasses.replace(base, params=layout.shard_params(coded, self.layout))
+            base = dataclasses.replace(base, params=placement.shard_params(coded, self.layout))
         self.base_shapes = jax.eval_shape(lambda params: params, base.params)
         replaced = tuple(paths.flatten(self.base_shapes)) if isinstance(config.method, Full) else ()
         self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
@@ -102,8 +105,8 @@ class Run:
         elif config.method.needs_batches and not restored:
             saved = config.method.init(base.params, keys[0], context)
         shapes = jax.eval_shape(start, base.params, keys, saved)
-        self.shardings = layout.state_shardings(shapes, self.layout)
-        self.state: TrainState = layout.placed_shapes(shapes, self.shardings)
+        self.shardings = placement.state_shardings(shapes, self.layout)
+        self.state: TrainState = placement.placed_shapes(shapes, self.shardings)
         if not shapes_only:
             place = jax.jit(start, out_shardings=self.shardings)
             self.state = place(base.params, keys, saved)
@@ -120,7 +123,7 @@ class Run:
 
     def batch(self, step: int) -> dict:
         """What this process holds of a training batch, see `put`."""
-        return self.rows.plan.batch(step, layout.process_rows(self.mesh, self.batch_size))
+        return self.rows.plan.batch(step, placement.process_rows(self.mesh, self.batch_size))
 
     @property
     def batch_size(self) -> int:
@@ -129,7 +132,7 @@ class Run:
 
     def put(self, batch: dict) -> dict:
         """A training batch on the mesh, rows split over data and fsdp."""
-        return layout.put_batch(batch, self.mesh, self.batch_size)
+        return placement.put_batch(batch, self.mesh, self.batch_size)
 
     def model(self) -> Model:
         """The base, with such leaves of it as are trained as they stand."""
@@ -171,7 +174,7 @@ class Run:
 
     def step_arguments(self) -> tuple[TrainState, dict, dict]:
         """State, parameters, and the shapes of a batch: what the step is compiled for."""
-        where = layout.batch_sharding(self.mesh)
+        where = placement.batch_sharding(self.mesh)
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             self.rows.plan.batch(0),
@@ -194,9 +197,9 @@ class Run:
             max_length=self.config.data.max_length,
             packing=self.config.data.packing,
             pad_id=model.config.pad_token_id,
-            rows=layout.process_rows(self.mesh, section.batch_size),
+            rows=placement.process_rows(self.mesh, section.batch_size),
         )
-        put = functools.partial(layout.put_batch, mesh=self.mesh, batch_size=section.batch_size)
+        put = functools.partial(placement.put_batch, mesh=self.mesh, batch_size=section.batch_size)
         with traced_on(self.layout):
             metrics, samples = evaluate_loss(model, batches, adapter, put=put), []
             if section.exact_match:
@@ -251,7 +254,7 @@ class Run:
         """
         saved = checkpoints.meta(step)["base"]
         check_unchanged("base weights", saved, self.base.fingerprint, self.output)
-        like = layout.placed_shapes(self.state, self.shardings)
+        like = placement.placed_shapes(self.state, self.shardings)
         restored = checkpoints.restore(step, like=leaves(like))
         order = [restored[name] for name in leaves(self.state)]
         self.state = jax.tree.unflatten(jax.tree.structure(self.state), order)
@@ -282,8 +285,8 @@ class Run:
         trained = self.config.method.trainable(adapter.params)
         extra = sum(leaf.size for leaf in jax.tree.leaves(self.state.trained["base"]))
         rows = tables.describe_run(
-            trainable=tables.count_trainable(adapter, trained) + extra,
-            base_parameters=tables.count_parameters(self.base_shapes),
+            trainable=summary.count_trainable(adapter, trained) + extra,
+            base_parameters=summary.count_parameters(self.base_shapes),
             dtypes={
                 "base": config.model.dtype,
                 "compute": self.base.module.compute_dtype,
@@ -302,7 +305,7 @@ class Run:
             mesh=dict(self.mesh.shape),
             dropped=self.rows.dropped,
             truncated=self.rows.truncated,
-            replicated=layout.unsharded(self.base_shapes, self.layout),
+            replicated=placement.unsharded(self.base_shapes, self.layout),
         )
         rows.insert(0, ("model", f"{config.model.path} ({self.base.config.model_type})"))
         rows.insert(1, ("method", str(config.method)))
@@ -312,7 +315,7 @@ class Run:
             total = len(self.rows.eval_examples or ())
             rows.append(("note", f"{self.rows.shared} of {total} rows of data.eval are trained on"))
         rows += [("note", note) for note in self.rows.notes]
-        return rows, tables.describe_adapter(self.base_shapes, adapter, trained)
+        return rows, summary.describe_adapter(self.base_shapes, adapter, trained)
 
     def _trainable(self, tree: dict) -> dict:
         """The label tree over base and adapter: all of the adapter, and what the config names."""

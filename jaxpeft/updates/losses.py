@@ -32,8 +32,8 @@ from jaxpeft.mesh.constraints import (
     rows_of_peers,
     sum_groups,
 )
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.binding import bind
-from jaxpeft.methods.family import Adapter
 from jaxpeft.models.head import head_logits, head_weight
 
 

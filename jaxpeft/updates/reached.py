@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import first_few
-from jaxpeft.methods.family import ranks_at
+from jaxpeft.methods.adapter import ranks_at
 
 STEPS = 5
 """Good steps to judge by."""

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft.methods.family import Adapter, Spec
+from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.updates.optimizers import TRAINABLE, MaskedTransformation
 from jaxpeft.updates.reached import flags_of
 

@@ -11,6 +11,7 @@ import pytest
 from config_values import SMALL, value
 
 from jaxpeft.config import run_config as cfg
+from jaxpeft.config import sections
 from jaxpeft.config.schema import fields_of, is_section
 from jaxpeft.core.errors import UserError
 from jaxpeft.core.foreign_names import FOREIGN
@@ -36,13 +37,13 @@ output_dir: runs/quickstart
 """
     )
     assert config == cfg.RunConfig(
-        model=cfg.ModelSection(path="some/model", dtype="bfloat16"),
+        model=sections.ModelSection(path="some/model", dtype="bfloat16"),
         method=LoRA(rank=16, alpha=32.0),
         data=DataConfig(train="train.jsonl", eval="test.jsonl"),
         optim=OptimConfig(warmup_steps=10),
-        train=cfg.TrainSection(steps=200),
-        evaluation=cfg.EvaluationSection(every=50),
-        checkpoint=cfg.CheckpointSection(every=50),
+        train=sections.TrainSection(steps=200),
+        evaluation=sections.EvaluationSection(every=50),
+        checkpoint=sections.CheckpointSection(every=50),
         output_dir="runs/quickstart",
     )
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpeft.config import run_config as cfg
+from jaxpeft.config import sections
 from jaxpeft.config.schema import Schema, describe, flatten
 from jaxpeft.config.yaml_reader import dumps, loads
 from jaxpeft.core.errors import UserError
@@ -53,7 +54,7 @@ lists = st.lists(words, min_size=1, max_size=3).map(tuple)
 positive = st.integers(1, 2**16)
 configs = record(
     cfg.RunConfig,
-    model=record(cfg.ModelSection, path=places, revision=st.none() | words),
+    model=record(sections.ModelSection, path=places, revision=st.none() | words),
     method=record(Full)
     | record(
         LoRA,
@@ -66,9 +67,9 @@ configs = record(
     ),
     data=record(DataConfig, train=places, eval=places, packing=st.booleans()),
     optim=record(OptimConfig, clip_norm=st.none() | st.floats(1e-9, 1e9), trainable=lists),
-    train=record(cfg.TrainSection, steps=positive)
-    | record(cfg.TrainSection, epochs=st.floats(1e-3, 1e6)),
-    evaluation=record(cfg.EvaluationSection, every=st.none() | positive),
+    train=record(sections.TrainSection, steps=positive)
+    | record(sections.TrainSection, epochs=st.floats(1e-3, 1e6)),
+    evaluation=record(sections.EvaluationSection, every=st.none() | positive),
     output_dir=places,
 )
 

@@ -10,6 +10,7 @@ from config_values import SMALL
 
 import jaxpeft as jp
 from jaxpeft.config import run_config as cfg
+from jaxpeft.config import sections
 from jaxpeft.core import float32, limits
 from jaxpeft.core.errors import UserError
 from jaxpeft.data.settings import DataConfig
@@ -172,8 +173,13 @@ def test_a_run_of_a_config_that_could_not_be_read_again_does_not_begin(tmp_path,
 
 def fields_of_all_classes():
     """Every field of every class of a config."""
-    sections = (cfg.TrainSection, cfg.EvaluationSection, cfg.CheckpointSection, cfg.MeshSection)
-    for kind in (*METHODS.values(), OptimConfig, DataConfig, *sections):
+    ours = (
+        sections.TrainSection,
+        sections.EvaluationSection,
+        sections.CheckpointSection,
+        sections.MeshSection,
+    )
+    for kind in (*METHODS.values(), OptimConfig, DataConfig, *ours):
         for field in dataclasses.fields(kind):
             yield kind, field.name
 

@@ -22,7 +22,7 @@ from jaxpeft import train as program
 from jaxpeft.core.errors import UserError
 from jaxpeft.data.batches import eval_batches
 from jaxpeft.data.encode import encode_file
-from jaxpeft.evaluate import evaluate_loss
+from jaxpeft.inference.metrics import evaluate_loss
 from jaxpeft.pretrained.load import load_model
 from jaxpeft.training.checks import check_unchanged
 

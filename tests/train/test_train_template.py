@@ -15,7 +15,7 @@ import jaxpeft as jp
 from jaxpeft import train as program
 from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core.errors import UserError
-from jaxpeft.plan import describe_data
+from jaxpeft.planning.plan import describe_data
 from jaxpeft.pretrained.load import load_config
 from jaxpeft.training.output.template import find_template, run_tokenizer
 from jaxpeft.training.run import Run

@@ -26,12 +26,13 @@ from jaxpeft.core import paths
 from jaxpeft.core.float32 import require
 from jaxpeft.methods.adalora import peft
 from jaxpeft.methods.adalora.schedule import Schedule, allocate_ranks, count_places
-from jaxpeft.methods.algebra.stacking import weigh_scales
-from jaxpeft.methods.family import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
+from jaxpeft.methods.adapter import Adapter, Spec, weigh_scales
+from jaxpeft.methods.family import Kind, Leaf
 from jaxpeft.methods.leaves.replace import selected_layers
 from jaxpeft.methods.lora.nodes import LoRAKernel
 from jaxpeft.methods.lora.places import factors_shape
 from jaxpeft.methods.lora.targets import check_rank
+from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import modules_of, shortest_decimal
 from jaxpeft.methods.peft.patterns import keep_names
 from jaxpeft.methods.peft.values import Values

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.core import paths
-from jaxpeft.methods.family import Adapter, Spec
+from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.leaves.replace import selected_layers
 from jaxpeft.methods.lora.peft import config
 from jaxpeft.methods.peft.modules import (

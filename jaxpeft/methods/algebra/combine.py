@@ -31,10 +31,10 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.algebra.low_rank import check_cut, cut, lora_of, svd_of_product
 from jaxpeft.methods.binding import adapters_of, check_weights
 from jaxpeft.methods.chat_label import joined_chat
-from jaxpeft.methods.family import Adapter
 from jaxpeft.methods.mixed import extra_axes
 from jaxpeft.ops.linear import shape_of
 

@@ -20,10 +20,11 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.algebra.combine import combine, odd_arrays
 from jaxpeft.methods.algebra.low_rank import check_cut, cut, lora_of, svd_of_product
 from jaxpeft.methods.binding import check_fit, make_leaf
-from jaxpeft.methods.family import Adapter, Leaf
+from jaxpeft.methods.family import Leaf
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.linear import OnBase, materialise
 

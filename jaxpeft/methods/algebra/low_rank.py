@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.family import Adapter, Spec
+from jaxpeft.methods.adapter import Adapter, Spec
 
 
 def check_cut(rank: Any, energy: Any) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxpeft.core import paths
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.binding import adapters_of, merge
-from jaxpeft.methods.family import Adapter
 from jaxpeft.ops.quant import QuantTensor, quantize_kernel, relative_change
 
 

@@ -7,27 +7,17 @@ with an index (`jaxpeft.methods.mixed`). Padding is zeros, which no method notic
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.chat_label import joined_chat
-from jaxpeft.methods.family import Adapter
 from jaxpeft.ops.linear import SHARED
 
 RANK_AXES = {"a": -1, "b": -2, "a0": -1, "b0": -2}
 """Which axis of LoRA's factors has the rank's size."""
-
-
-def weigh_scales(adapter: Adapter, weight: Any) -> Adapter:
-    """The adapter with all its scales multiplied by `weight`; see `Kind.weigh`."""
-    scaled = {
-        path: value * weight if path.endswith("/scale") else value
-        for path, value in paths.flatten(adapter.buffers).items()
-    }
-    return dataclasses.replace(adapter, buffers=paths.unflatten(scaled))
 
 
 def pad_rank(adapter: Adapter, rank: int) -> Adapter:

@@ -21,8 +21,10 @@ from jaxtyping import Array, Float
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
-from jaxpeft.methods.family import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method, Spec
+from jaxpeft.methods.adapter import Adapter, Spec
+from jaxpeft.methods.family import Kind, Leaf
 from jaxpeft.methods.leaves.replace import selected_layers
+from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import (
     contiguous,
     modules_of,

@@ -26,10 +26,11 @@ from jaxtyping import Array, Float
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
-from jaxpeft.methods.algebra.stacking import weigh_scales
-from jaxpeft.methods.family import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method
+from jaxpeft.methods.adapter import Adapter, weigh_scales
+from jaxpeft.methods.family import Kind, Leaf
 from jaxpeft.methods.kernels import lycoris
 from jaxpeft.methods.kernels.lycoris import uniform
+from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import contiguous, modules_of, require_finite
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.ops.linear import PRODUCT, OnBase, linear, materialise, shape_of

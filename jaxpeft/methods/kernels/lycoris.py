@@ -17,7 +17,7 @@ import numpy as np
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.core.float32 import require
-from jaxpeft.methods.family import Adapter, Spec
+from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.leaves.replace import selected_layers
 from jaxpeft.methods.peft.modules import (
     default_and_exceptions,

@@ -14,8 +14,10 @@ import jax
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.family import NO_CONTEXT, Adapter, Context, Kind, Method
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.family import Kind
 from jaxpeft.methods.leaves.replace import bind_selected, selected_replacement, value_shape
+from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import modules_of
 from jaxpeft.methods.peft.patterns import keep_names
 

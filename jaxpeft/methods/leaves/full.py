@@ -11,8 +11,10 @@ from typing import ClassVar
 import jax
 
 from jaxpeft.core import paths
-from jaxpeft.methods.family import NO_CONTEXT, Adapter, Context, Kind, Method
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.family import Kind
 from jaxpeft.methods.leaves.replace import bind_value, replacement, value_shape
+from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

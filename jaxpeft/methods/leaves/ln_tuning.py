@@ -15,8 +15,10 @@ import jax
 import numpy as np
 
 from jaxpeft.core import paths
-from jaxpeft.methods.family import NO_CONTEXT, Adapter, Context, Kind, Method
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.family import Kind
 from jaxpeft.methods.leaves.replace import bind_selected, selected_replacement, value_shape
+from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import contiguous, modules_of, require_finite, targets_value
 from jaxpeft.methods.peft.patterns import keep_names
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.family import Adapter, Leaf, Spec, require_values
+from jaxpeft.methods.adapter import Adapter, Spec
+from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.ops.linear import materialise, shape_of
 from jaxpeft.ops.quant import QuantTensor
 

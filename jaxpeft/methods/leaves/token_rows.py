@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.family import Adapter, Leaf, require_values
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.ops.linear import OnBase, attend, embed, linear, materialise, shape_of
 
 PLACES = (paths.EMBEDDING, paths.HEAD)

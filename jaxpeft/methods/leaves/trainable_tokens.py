@@ -18,8 +18,10 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.family import NO_CONTEXT, Adapter, Context, Kind, Method, Spec
+from jaxpeft.methods.adapter import Adapter, Spec
+from jaxpeft.methods.family import Kind
 from jaxpeft.methods.leaves import token_rows
+from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import contiguous, require_finite
 from jaxpeft.methods.peft.patterns import keep_names
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values

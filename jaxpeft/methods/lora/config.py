@@ -28,8 +28,8 @@ import numpy as np
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.core.frozen_map import FrozenMap
-from jaxpeft.methods.algebra.stacking import weigh_scales
-from jaxpeft.methods.family import NO_CONTEXT, Adapter, Context, Kind, Method, Spec, weight_at
+from jaxpeft.methods.adapter import Adapter, Spec, weigh_scales
+from jaxpeft.methods.family import Kind, weight_at
 from jaxpeft.methods.leaves import token_rows
 from jaxpeft.methods.lora import dora, eva, exchange, starts, tokens
 from jaxpeft.methods.lora import places as lora_places
@@ -37,6 +37,7 @@ from jaxpeft.methods.lora import saved as lora_saved
 from jaxpeft.methods.lora import table as lora_table
 from jaxpeft.methods.lora import targets as lora_select
 from jaxpeft.methods.lora.peft import config
+from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import default_and_exceptions
 from jaxpeft.methods.peft.patterns import is_count
 from jaxpeft.methods.peft.values import Values

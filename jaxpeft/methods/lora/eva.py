@@ -31,8 +31,9 @@ from jaxtyping import Array, Bool, Float
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.mesh.processes import to_host
-from jaxpeft.methods.family import Context, weight_at
+from jaxpeft.methods.family import weight_at
 from jaxpeft.methods.lora.principal import Components, update
+from jaxpeft.methods.method import Context
 from jaxpeft.ops.linear import CAPTURE, shape_of
 
 ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
-from jaxpeft.methods.family import Adapter, Spec
+from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.lora import places as lora_places
 from jaxpeft.methods.lora import saved as lora_saved
 from jaxpeft.methods.lora import targets

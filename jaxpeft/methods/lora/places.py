@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.family import Adapter, Leaf, merge_leaf
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.family import Leaf, merge_leaf
 from jaxpeft.methods.leaves import token_rows
 from jaxpeft.methods.leaves.replace import value_shape
 from jaxpeft.methods.lora import dora, saved, starts, table

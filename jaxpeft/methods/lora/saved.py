@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few, nearest
-from jaxpeft.methods.family import Adapter, Leaf, require_values
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.methods.leaves.replace import bind_selected, selected_replacement
 from jaxpeft.methods.peft.modules import modules_of
 from jaxpeft.ops.linear import OnBase, Transposed, attend, embed, materialise

@@ -16,7 +16,8 @@ from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few, nearest
 from jaxpeft.core.float32 import misfit
 from jaxpeft.core.frozen_map import FrozenMap
-from jaxpeft.methods.family import Adapter, weight_at
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.family import weight_at
 from jaxpeft.methods.lora import saved
 from jaxpeft.methods.peft.modules import modules_of, shortest_decimal
 from jaxpeft.methods.peft.patterns import check_regex, first_match, is_count, keep_names, layer_of

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.family import Adapter
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.leaves import token_rows
 from jaxpeft.methods.lora.peft.config import Arrays, Folder, Part
 from jaxpeft.methods.peft.modules import contiguous, require_finite

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.family import Adapter
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.ops.linear import shape_of
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from jaxpeft.core import limits
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.core.float32 import misfit
-from jaxpeft.methods.family import Adapter, Method
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.method import Method
 from jaxpeft.methods.peft.patterns import Selection
 
 CONFIG = "adapter_config.json"

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.core import paths
-from jaxpeft.methods.family import NO_CONTEXT, Adapter, Context, Kind, Leaf, Method
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.family import Kind, Leaf
+from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
 from jaxpeft.methods.prompts import prompt
 from jaxpeft.ops.linear import shape_of

@@ -30,7 +30,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.family import NO_CONTEXT, Adapter, Context, Kind, Label, Leaf, Method, Spec
+from jaxpeft.methods.adapter import Adapter, Label, Spec
+from jaxpeft.methods.family import Kind, Leaf
+from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
 from jaxpeft.methods.prompts.prompt import (
     EMBEDDINGS,

@@ -24,16 +24,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.family import (
-    NO_CONTEXT,
-    Adapter,
-    Context,
-    Kind,
-    Leaf,
-    Method,
-    Spec,
-    require_values,
-)
+from jaxpeft.methods.adapter import Adapter, Spec
+from jaxpeft.methods.family import Kind, Leaf, require_values
+from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import contiguous, require_finite
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
 from jaxpeft.ops.linear import OnBase, attend, embed, materialise, shape_of

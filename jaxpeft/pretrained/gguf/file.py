@@ -2,7 +2,7 @@
 
 The header is parsed here rather than by ``gguf.GGUFReader``, which makes several NumPy arrays a
 token: 2.9 s and 180 MB for a vocabulary of 49 thousand, far more for today's large ones. Block
-formats are left to that package, see `jaxpeft.pretrained.weights.source.decode`.
+formats are left to that package, see `jaxpeft.files.tensors.decode`.
 
 Reference:
     https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxpeft.core import limits
 from jaxpeft.core.errors import UserError
-from jaxpeft.pretrained.weights.source import TensorInfo, expected_nbytes
+from jaxpeft.files.tensors import TensorInfo, expected_nbytes
 
 SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0")
 _SCALARS = {
@@ -56,7 +56,7 @@ def read_gguf(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, TensorInfo]
     with path.open("rb") as file:
         start = file.read(64)
         if start[:4] != b"GGUF":
-            from jaxpeft.pretrained.hf.folder import describe_bytes
+            from jaxpeft.files.safetensors_file import describe_bytes
 
             raise UserError(f"{path}: {describe_bytes(start, 'GGUF')}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

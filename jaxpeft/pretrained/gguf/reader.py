@@ -11,11 +11,12 @@ import numpy as np
 
 from jaxpeft.core import limits
 from jaxpeft.core.errors import UserError
+from jaxpeft.files.tensors import TensorInfo, decode
 from jaxpeft.models.config import ModelConfig, RopeScaling
 from jaxpeft.models.rope import frequencies
 from jaxpeft.pretrained.gguf.file import read_gguf
 from jaxpeft.pretrained.hf.config import check_config
-from jaxpeft.pretrained.weights.source import Source, TensorInfo, decode
+from jaxpeft.pretrained.weights.source import Source
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 OURS = {

@@ -6,18 +6,18 @@ read; the bytes of tensors stay on disk until `jaxpeft.pretrained.weights.readin
 """
 
 import dataclasses
-import json
 import pathlib
-import struct
 from typing import Any
 
-from jaxpeft.core import limits
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files import other_folders, storage
+from jaxpeft.files.json_file import read_json
+from jaxpeft.files.safetensors_file import read_header
 from jaxpeft.files.storage import Place
+from jaxpeft.files.tensors import TensorInfo
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.pretrained.hf.config import config_from_hf
-from jaxpeft.pretrained.weights.source import PLAIN_DTYPES, Source, TensorInfo, expected_nbytes
+from jaxpeft.pretrained.weights.source import Source
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -69,141 +69,6 @@ def open_folder(folder: Place) -> Source:
     return Source(
         path=folder, config=config, tensors=tensors, style="hf", ignored=frozenset(ignored)
     )
-
-
-def read_header(path: Place) -> dict[str, TensorInfo]:
-    """Every tensor's place in one safetensors file.
-
-    Raises:
-        UserError: The file is something else, cut short, or its header is inconsistent.
-    """
-    size = storage.size(path)
-    with path.open("rb") as file:
-        start = file.read(64)
-        if size < 8:
-            raise UserError(f"{path}: {describe_bytes(start)}")
-        (length,) = struct.unpack("<Q", start[:8])
-        if start[8:9] not in (b"{", b"") or length > _PLAUSIBLE:
-            raise UserError(f"{path}: {describe_bytes(start)}")
-        if 8 + length > size:
-            raise UserError(
-                f"{path}: cut short: the header alone needs {8 + length} bytes, the file has "
-                f"{size}; {_DOWNLOAD_AGAIN}"
-            )
-        limits.require_bytes(f"{path}: its header", length, limits.HEADER_BYTES)
-        file.seek(8)
-        text = file.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=_no_doubles)
-        header.pop("__metadata__", None)
-        tensors = {
-            name: _tensor_info(path, 8 + length, name, entry) for name, entry in header.items()
-        }
-    except UserError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path}: the safetensors header is damaged ({error}); {_DOWNLOAD_AGAIN}"
-        ) from error
-    end = max((info.offset + info.nbytes for info in tensors.values()), default=8 + length)
-    if end != size:
-        what = "cut short" if end > size else "longer than its header says"
-        raise UserError(
-            f"{path}: {what}: expected {end} bytes, the file has {size}; {_DOWNLOAD_AGAIN}"
-        )
-    _check_layout(path, 8 + length, tensors)
-    return tensors
-
-
-def describe_bytes(start: bytes, kind: str = "safetensors") -> str:
-    """Says in words what a file is that begins with `start`, and the way out.
-
-    Args:
-        start: Its first 64 bytes.
-        kind: What it should be: "safetensors" or "GGUF".
-    """
-    text = start.lstrip().lower()
-    if not start:
-        return f"the file is empty; {_DOWNLOAD_AGAIN}"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return f"this is a web page (HTML), not a {kind} file; download the file itself"
-    if text.startswith(b"version https://git-lfs"):
-        return "this is a git-LFS pointer, not the file itself; `git lfs pull` fetches it"
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return (
-            f"this is a pickle or zip archive, which is never opened here, not a {kind} file; "
-            "convert it elsewhere"
-        )
-    if start.startswith(b"GGUF"):
-        return "this is a GGUF file; give its path, with the ending .gguf, instead of the folder"
-    if kind == "GGUF" and start[8:9] == b"{":
-        return "this is a safetensors file, not a GGUF file; give the folder that holds it"
-    if len(start) < 8:
-        return f"the file has only {len(start)} bytes; {_DOWNLOAD_AGAIN}"
-    return f"this is no {kind} file (it begins with {start[:8]!r}); {_DOWNLOAD_AGAIN}"
-
-
-def read_json(path: Place) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: Not UTF-8, not JSON, not an object, or a key given twice.
-        StoreError: The store refuses or does not answer.
-    """
-    try:
-        limits.require_bytes(path, storage.size(path), limits.JSON_BYTES)
-        text = storage.read_bytes(path).decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_no_doubles)
-    except json.JSONDecodeError as error:
-        text = "the file is empty" if not storage.size(path) else f"not valid JSON: {error.msg}"
-        raise UserError(f"{path}:{error.lineno}:{error.colno}: {text}") from error
-    except UserError:
-        raise
-    except RecursionError as error:
-        raise UserError(f"{path}: not valid JSON: nested too deeply") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-_DOWNLOAD_AGAIN = "download it again"
-_PLAUSIBLE = 1 << 40  # a length beyond it is no length, but the start of another file
-
-
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {double!r} is given twice")
-    return found
-
-
-def _tensor_info(path: Place, base: int, name: str, entry: dict) -> TensorInfo:
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) or end < begin:
-        raise UserError(f"{path}: {name}: bad shape or offsets in the header; {_DOWNLOAD_AGAIN}")
-    if dtype in PLAIN_DTYPES and expected_nbytes(dtype, shape) != end - begin:
-        raise UserError(
-            f"{path}: {name}: {dtype} {list(shape)} needs {expected_nbytes(dtype, shape)} bytes, "
-            f"the header gives it {end - begin}; {_DOWNLOAD_AGAIN}"
-        )
-    return TensorInfo(path, base + begin, end - begin, dtype, shape)
-
-
-def _check_layout(path: Place, base: int, tensors: dict[str, TensorInfo]) -> None:
-    """Tensors must follow one another without overlaps or holes, as the format says."""
-    position = base
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if info.offset != position:
-            raise UserError(
-                f"{path}: {name}: the header places it at byte {info.offset}, expected "
-                f"{position}: tensors overlap or leave a hole; {_DOWNLOAD_AGAIN}"
-            )
-        position += info.nbytes
 
 
 def _read_shards(folder: Place, index: Place) -> dict[str, TensorInfo]:

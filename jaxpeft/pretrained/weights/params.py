@@ -22,14 +22,16 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
-from jaxpeft.mesh.layout import Layout, as_layout, leaf_sharding, replicated
+from jaxpeft.files.tensors import PLAIN_DTYPES
+from jaxpeft.mesh.layout import Layout, as_layout
+from jaxpeft.mesh.placement import leaf_sharding, replicated
 from jaxpeft.mesh.processes import exchange, spans_processes, together
 from jaxpeft.ops.quant import quantize_kernel, quantize_scales
 from jaxpeft.pretrained.weights.fingerprint import Fingerprint
 from jaxpeft.pretrained.weights.names import Entry, name_table
 from jaxpeft.pretrained.weights.reading import Form, Reader
 from jaxpeft.pretrained.weights.shares import Cut, assemble, cut_rows, stage
-from jaxpeft.pretrained.weights.source import PLAIN_DTYPES, Source
+from jaxpeft.pretrained.weights.source import Source
 
 
 class Loaded(NamedTuple):

@@ -17,10 +17,11 @@ import numpy as np
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.files.storage import Place, Ranges
+from jaxpeft.files.tensors import PLAIN_DTYPES, TensorInfo
 from jaxpeft.ops.quant import is_quantised
 from jaxpeft.pretrained.weights.fingerprint import Fingerprint, num_parts, part_rows
 from jaxpeft.pretrained.weights.names import Entry
-from jaxpeft.pretrained.weights.source import PLAIN_DTYPES, Source, TensorInfo
+from jaxpeft.pretrained.weights.source import Source
 from jaxpeft.pretrained.weights.stacks import PlainStack, QuantStack, fill
 
 

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxpeft.files.tensors import deinterleave
 from jaxpeft.pretrained.weights.fingerprint import num_parts, part_rows
 from jaxpeft.pretrained.weights.names import Entry
-from jaxpeft.pretrained.weights.source import deinterleave
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpeft.files.tensors import TensorInfo, decode, deinterleave
 from jaxpeft.ops.quant import QuantTensor, quantize_kernel
-from jaxpeft.pretrained.weights.source import TensorInfo, decode, deinterleave
 
 # Rows copied at once when a matrix is transposed: keeps both sides in the processor's cache.
 TILE_ROWS = 64

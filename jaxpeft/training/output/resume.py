@@ -15,7 +15,7 @@ from jaxpeft.config import run_config, yaml_reader
 from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files.storage import Place, as_path
-from jaxpeft.methods.family import Method
+from jaxpeft.methods.method import Method
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.pretrained.identity import Identity, config_changes, identity_of
 from jaxpeft.training.output.result import MODEL, export_path

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxpeft.core.errors import UserError, first_few
-from jaxpeft.methods.family import Adapter
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.lora.peft.start import start_fields, subtracted
 from jaxpeft.methods.lora.saved import BIASES
 from jaxpeft.methods.peft.patterns import Selection, first_match

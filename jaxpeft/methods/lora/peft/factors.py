@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
-from jaxpeft.methods.family import Adapter, weight_at
+from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.family import weight_at
 from jaxpeft.methods.lora import dora
 from jaxpeft.methods.lora.peft import start
 from jaxpeft.methods.lora.peft.config import Arrays, Folder, Part

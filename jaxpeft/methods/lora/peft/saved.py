@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpeft.core import paths
-from jaxpeft.methods.family import Adapter
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.lora.peft.config import Arrays, Folder, Part
 from jaxpeft.methods.lora.saved import WEIGHTS, sites_of
 from jaxpeft.methods.peft.modules import contiguous, modules_of, require_finite, stack

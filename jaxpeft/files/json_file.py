@@ -1,0 +1,43 @@
+"""JSON files that are objects: read strictly, with the file named in every error."""
+
+import json
+from typing import Any
+
+from jaxpeft.core import limits
+from jaxpeft.core.errors import UserError
+from jaxpeft.files import storage
+from jaxpeft.files.storage import Place
+
+
+def read_json(path: Place) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: Not UTF-8, not JSON, not an object, or a key given twice.
+        StoreError: The store refuses or does not answer.
+    """
+    try:
+        limits.require_bytes(path, storage.size(path), limits.JSON_BYTES)
+        text = storage.read_bytes(path).decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_no_doubles)
+    except json.JSONDecodeError as error:
+        text = "the file is empty" if not storage.size(path) else f"not valid JSON: {error.msg}"
+        raise UserError(f"{path}:{error.lineno}:{error.colno}: {text}") from error
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError(f"{path}: not valid JSON: nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {double!r} is given twice")
+    return found

@@ -1,0 +1,215 @@
+"""Arrays on a mesh: the sharding of every leaf, and putting leaves where it says."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpeft.core import paths
+from jaxpeft.mesh.layout import Layout, as_layout, spec_of
+from jaxpeft.ops.quant import QuantTensor
+
+
+def param_sharding(path: str, shape: tuple[int, ...], mesh: Mesh | Layout) -> NamedSharding:
+    """Where a base leaf lives; dimensions that do not divide are replicated."""
+    return _place(as_layout(mesh).axes(path) or (), shape, mesh)
+
+
+def leaf_sharding(path: str, leaf: Any, mesh: Mesh | Layout) -> Any:
+    """Where an array, or every array of a quantised kernel, lives.
+
+    A device holds whole blocks of a quantised kernel.
+
+    Args:
+        path: The base leaf's path.
+        leaf: An array, a `jaxpeft.ops.quant.QuantTensor`, or shapes.
+        mesh: The mesh, or a layout.
+
+    Returns:
+        A sharding, or a tree of them like the leaf.
+    """
+    if not isinstance(leaf, QuantTensor):
+        return param_sharding(path, leaf.shape, mesh)
+    wanted_axes = as_layout(mesh).axes(path) or ()
+    *stack, rows, columns = (*wanted_axes, None, None, None)[: len(leaf.shape)]
+    axes = {
+        "codes": (*stack, rows, None, columns),
+        "scale": (*stack, rows, columns),
+        "group_scale": (*stack, rows, None),
+        "offset": (*stack,),
+    }
+    places = {}
+    for field, wanted in axes.items():
+        array = getattr(leaf, field)
+        places[field] = None if array is None else _place(wanted, array.shape, mesh)
+    return dataclasses.replace(leaf, **places)
+
+
+def adapter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh | Layout) -> NamedSharding:
+    """Where an adapter's leaf lives.
+
+    Args:
+        path: Base path and name of the array: ``layers/self_attn/q_proj/kernel/a``.
+        shape: The array's shape.
+        mesh: The mesh, or a layout.
+
+    Returns:
+        For a factor ``a`` the tensor axis on the kernel's input, for ``b`` on its output; a
+        whole replacement (``value``) like the base leaf; everything else replicated.
+    """
+    owner, _, name = path.rpartition("/")
+    axes = as_layout(mesh).axes(owner) or ()
+    if name == "value":
+        return _place(axes, shape, mesh)
+    if name in ("a", "b") and len(axes) >= 2:
+        side = axes[-2] if name == "a" else axes[-1]
+        side = side if side == "tensor" else None
+        stack = (None,) * (len(shape) - 2)
+        return _place((*stack, side, None) if name == "a" else (*stack, None, side), shape, mesh)
+    return _place((), shape, mesh)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp; further dimensions whole."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> list[int] | None:
+    """Which rows of a batch the devices of this process hold; None for all, of one process."""
+    if jax.process_count() == 1:
+        return None
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for rows in held if rows for row in range(*rows[0].indices(batch_size))})
+
+
+def put_batch(batch: Mapping, mesh: Mesh, batch_size: int) -> dict:
+    """A batch on the mesh.
+
+    Args:
+        batch: Arrays of the rows that `process_rows` names.
+        mesh: The mesh.
+        batch_size: Rows of all processes.
+
+    Returns:
+        Whole arrays, rows split over data and fsdp.
+    """
+    where = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), where)
+    return {
+        name: jax.make_array_from_process_local_data(where, part, (batch_size, *part.shape[1:]))
+        for name, part in batch.items()
+    }
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(state: Any, mesh: Mesh | Layout) -> Any:
+    """Shardings for a `jaxpeft.updates.step.TrainState` (or its shapes), leaf by leaf.
+
+    Trained arrays and their moments are found by the part of their path behind ``adapter`` or
+    ``base``; counters, keys, and moments of another shape than their array (Adafactor's) are
+    replicated.
+
+    Args:
+        state: The state; arrays or shapes.
+        mesh: The mesh, or a layout.
+
+    Returns:
+        A tree like `state` of shardings.
+    """
+
+    def owner_of(path: Any) -> tuple[str, str] | None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found = re.fullmatch(r"(?:.*/)?(adapter|base|buffers|frozen)/(.+)", name)
+        return (found[1], found[2]) if found else None
+
+    trained = jax.tree_util.tree_leaves_with_path(state.trained)
+    shapes = {owner_of(path): leaf.shape for path, leaf in trained}
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        owner = owner_of(path)
+        if owner is None or shapes.get(owner, leaf.shape) != leaf.shape:
+            return replicated(as_layout(mesh).mesh)
+        where = param_sharding if owner[0] == "base" else adapter_sharding
+        return where(owner[1], leaf.shape, mesh)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def placed_shapes(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of a tree of arrays or shapes, each with its sharding."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings,
+    )
+
+
+def shard_params(params: Mapping, mesh: Mesh | Layout) -> dict:
+    """Base parameters placed on the mesh by the table.
+
+    Args:
+        params: Base parameters, a nested dict.
+        mesh: Over ``data``, ``fsdp`` and ``tensor``, see `make_mesh`; or a layout.
+
+    Returns:
+        The same tree; leaves that fit no rule or do not divide are replicated (`unsharded` names
+        them).
+    """
+    return paths.unflatten(
+        {
+            path: jax.device_put(leaf, leaf_sharding(path, leaf, mesh))
+            for path, leaf in paths.flatten(params).items()
+        }
+    )
+
+
+def unsharded(params: Mapping, mesh: Mesh | Layout) -> list[str]:
+    """Names base leaves that are replicated for want of a rule or of divisibility, and why."""
+    layout, notes = as_layout(mesh), []
+    for path, leaf in paths.flatten(params).items():
+        axes = layout.axes(path)
+        if axes is None:
+            notes.append(f"{path}: no rule")
+            continue
+        if (heads := layout.cut_heads(path)) and axes != spec_of(path, layout.rules):
+            notes.append(f"{path}: {heads} heads do not divide by tensor {layout.shape['tensor']}")
+        if isinstance(leaf, QuantTensor):
+            notes += _uneven_blocks(path, leaf, axes, layout)
+            continue
+        for size, axis in zip(leaf.shape, axes, strict=False):
+            if axis and size % layout.shape[axis]:
+                notes.append(f"{path}: {size} does not divide by {axis} {layout.shape[axis]}")
+    return notes
+
+
+def _uneven_blocks(
+    path: str, leaf: QuantTensor, axes: Sequence[str | None], layout: Layout
+) -> list[str]:
+    """What of a quantised kernel is replicated: devices hold whole blocks."""
+    blocks, _, columns = leaf.codes.shape[-3:]
+    sizes = zip((blocks, columns), axes[-2:], ("blocks of 64", "columns"), strict=True)
+    return [
+        f"{path}: {size} {what} do not divide by {axis} {layout.shape[axis]}"
+        for size, axis, what in sizes
+        if axis and size % layout.shape[axis]
+    ]
+
+
+def _place(axes: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | Layout) -> NamedSharding:
+    layout = as_layout(mesh)
+
+    def fits(size: int, axis: Any) -> bool:
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return size % math.prod(layout.shape[name] for name in names) == 0
+
+    fitting = [axis if fits(size, axis) else None for size, axis in zip(shape, axes, strict=False)]
+    return NamedSharding(layout.mesh, PartitionSpec(*fitting))

@@ -1,0 +1,99 @@
+"""The adapter: trained arrays, frozen arrays, and the static description that reads them.
+
+An adapter is a tree of its own, never spliced into the base:
+
+* ``params``: the trained arrays, the only thing differentiated, optimised and donated;
+* ``buffers``: frozen arrays it needs (scales, ranks, dropout rates);
+* ``spec``: static and hashable. All numbers are arrays, so adapters that differ in alpha or
+  dropout share one compilation and stack under ``jax.vmap``.
+
+Both trees are nested like the base parameters, one dict of arrays at each adapted place; what all
+places share (VeRA's matrices) lies under the key ``shared``.
+"""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import flax.struct
+import jax
+import numpy as np
+
+from jaxpeft.core import paths
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """The static part of an adapter.
+
+    Attributes:
+        kind: Name of the method family, a key of ``jaxpeft.methods.registry.KINDS``.
+        paths: "/"-joined paths of the adapted places, sorted.
+        rank: Inner width all layers are padded to; 0 where there is none.
+        options: Further static choices of the family, as sorted pairs.
+    """
+
+    kind: str
+    paths: tuple[str, ...]
+    rank: int = 0
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+class Label(str):
+    """A text that says something about an adapter and does not tell two of them apart.
+
+    All labels are equal: they are static parts of pytrees, and adapters that differ in nothing
+    else share one compilation.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Label)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@flax.struct.dataclass
+class Adapter:
+    """Trained arrays, frozen arrays and the static description that reads them.
+
+    Attributes:
+        params: Nested like the base; at each path of the spec a dict of trained arrays.
+        buffers: The same nesting with frozen arrays.
+        spec: What the trees mean.
+        base_name: The base it was trained on, as `jaxpeft.load_model` takes it; "" if not known.
+        base_revision: Its branch, tag or commit on the hub; "" for none.
+        chat: How it was taught to chat, see `jaxpeft.methods.chat_settings`; "" if not known.
+    """
+
+    params: dict
+    buffers: dict
+    spec: Spec = flax.struct.field(pytree_node=False)
+    base_name: Label = flax.struct.field(pytree_node=False, default=Label(""))
+    base_revision: Label = flax.struct.field(pytree_node=False, default=Label(""))
+    chat: Label = flax.struct.field(pytree_node=False, default=Label(""))
+
+    def __repr__(self) -> str:
+        """One line instead of all arrays."""
+        sizes = [math.prod(getattr(x, "shape", ())) for x in jax.tree.leaves(self.params)]
+        rank = f", rank {self.spec.rank}" if self.spec.rank else ""
+        places = f"{len(self.spec.paths)} places"
+        return f"Adapter({self.spec.kind}{rank}, {places}, {sum(sizes):,} trained numbers)"
+
+
+def ranks_at(adapter: Adapter, path: str) -> np.ndarray | None:
+    """The rank of every layer at `path`, or None for a kind that has none."""
+    rank = paths.get(adapter.buffers, f"{path}/rank")
+    return None if rank is None else np.asarray(rank)
+
+
+def weigh_scales(adapter: Adapter, weight: Any) -> Adapter:
+    """The adapter with all its scales multiplied by `weight`; see `Kind.weigh`."""
+    scaled = {
+        path: value * weight if path.endswith("/scale") else value
+        for path, value in paths.flatten(adapter.buffers).items()
+    }
+    return dataclasses.replace(adapter, buffers=paths.unflatten(scaled))
