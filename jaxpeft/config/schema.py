@@ -16,6 +16,7 @@ from typing import Any
 
 from jaxpeft.core.errors import nearest
 from jaxpeft.core.foreign_names import Foreign
+from jaxpeft.core.records import fields_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,35 +103,16 @@ class Schema:
         guess = f"did you mean {leaves[close[0]]}? " if close else ""
         return f"unknown key, {guess}known here: {', '.join(allowed) or 'none'}"
 
-    def explain_field(self, cls: type, name: str) -> str:
-        """What to say about `name`, which is no field of a class of the config; see `explain`."""
-        allowed = [field.name for field, _ in fields_of(cls)]
-        for field, hint in fields_of(self.root):
-            for variant, known in (variants_of(field) or {"": hint}).items():
-                if known is cls:
-                    return self.explain(field.name, name, allowed, variant)
-        return self.explain("", name, allowed)
-
     def _explain_foreign(self, section: str, name: str, allowed: Sequence[str]) -> str:
         foreign = self.foreign[name]
-        whose = f"{foreign.library}'s {name}" if foreign.library else f'"{name}"'
         parent, _, leaf = foreign.path.rpartition(".")
-        ours = leaf if parent == section else foreign.path
-        remark = f" ({foreign.remark})" if foreign.remark else ""
         if not foreign.path:
             return f"unknown key: {foreign.remark}"
         if section and parent == section and leaf not in allowed:
-            if leaf == "name":
-                return f"unknown key, the class stands for {whose}; drop it"
             owners = " or ".join(_unique(key.variant for key in self.find(foreign.path)))
-            return f'unknown key, {whose} is "{leaf}" with name: {owners}{remark}'
-        return f'unknown key, {whose} is "{ours}" here{remark}'
-
-
-def fields_of(cls: type) -> list[tuple[dataclasses.Field, Any]]:
-    """The fields a config may set, each with its resolved type."""
-    hints = _hints(cls)
-    return [(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]
+            remark = f" ({foreign.remark})" if foreign.remark else ""
+            return f'unknown key, {foreign.whose(name)} is "{leaf}" with name: {owners}{remark}'
+        return foreign.ours(name, leaf if parent == section else foreign.path)
 
 
 def variants_of(field: dataclasses.Field) -> Mapping[str, type] | None:
@@ -195,11 +177,6 @@ def _walk(cls: type, path: str, variant: str):
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
             yield Key(inner, hint, default, variant, docs.get(field.name, ""))
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 @functools.cache

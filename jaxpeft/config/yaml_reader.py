@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from jaxpeft.config.schema import Schema, fields_of, is_mapping, is_section, to_plain, variants_of
+from jaxpeft.config.schema import Schema, is_mapping, is_section, to_plain, variants_of
 from jaxpeft.config.yaml_nodes import (
     Place,
     compose,
@@ -32,6 +32,7 @@ from jaxpeft.config.yaml_nodes import (
     split_flags,
 )
 from jaxpeft.core.errors import UserError, nearest
+from jaxpeft.core.records import fields_of
 
 _MAX_PROBLEMS = 20
 _INT = re.compile(r"[-+]?[0-9]{1,300}")

@@ -20,6 +20,15 @@ class Foreign(NamedTuple):
     path: str
     remark: str = ""
 
+    def whose(self, name: str) -> str:
+        """The name with its library, such as ``PEFT's r``."""
+        return f"{self.library}'s {name}" if self.library else f'"{name}"'
+
+    def ours(self, name: str, path: str) -> str:
+        """That a key is unknown, and that it is called `path` here."""
+        remark = f" ({self.remark})" if self.remark else ""
+        return f'unknown key, {self.whose(name)} is "{path}" here{remark}'
+
 
 _PEFT = {
     "r": ("method.rank",),

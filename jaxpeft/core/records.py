@@ -1,10 +1,14 @@
 """What configs have in common: a wrong name is answered as in YAML, with the right one."""
 
+import dataclasses
+import functools
 import inspect
-from typing import TYPE_CHECKING, ClassVar
+import typing
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxpeft.core import float32, limits
-from jaxpeft.core.errors import UserError
+from jaxpeft.core.errors import UserError, nearest
+from jaxpeft.core.foreign_names import FOREIGN
 
 
 class Record:
@@ -29,14 +33,36 @@ class Record:
             catches_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
             wrong = [] if catches_all else [name for name in kwargs if name not in known]
             if wrong:
-                from jaxpeft.config.run_config import SCHEMA
-
-                texts = (f"{cls.__name__}.{n}: {SCHEMA.explain_field(cls, n)}" for n in wrong)
-                raise UserError("; ".join(texts))
+                raise UserError("; ".join(f"{cls.__name__}.{n}: {_explain(cls, n)}" for n in wrong))
             limits.require_fields(cls.__name__, kwargs)
             if cls.in_float32:
-                from jaxpeft.config.schema import fields_of
-
                 hints = {field.name: hint for field, hint in fields_of(cls)}
                 float32.require_fields(cls.__name__, kwargs, hints)
             return super().__new__(cls)
+
+
+def fields_of(cls: type) -> list[tuple[dataclasses.Field, Any]]:
+    """The fields of a config that may be set, each with its resolved type."""
+    hints = _hints(cls)
+    return [(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _explain(cls: type, name: str) -> str:
+    """Why a config has no such field, and which was probably meant, as far as the class knows."""
+    fields = [field.name for field, _ in fields_of(cls)]
+    foreign = FOREIGN.get(name)
+    if foreign is None:
+        close = nearest(name.replace("-", "_").lower(), fields, 1)
+        guess = f'did you mean "{close[0]}"?' if close else f"known here: {', '.join(fields)}"
+        return f"unknown key, {guess}"
+    leaf = foreign.path.rpartition(".")[2]
+    if not foreign.path:
+        return f"unknown key: {foreign.remark}"
+    if leaf == "name" and leaf not in fields:
+        return f"unknown key, the class stands for {foreign.whose(name)}; drop it"
+    return foreign.ours(name, leaf if leaf in fields else foreign.path)

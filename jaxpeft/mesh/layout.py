@@ -15,14 +15,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import AxisType, Mesh
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.models.config import ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -49,6 +48,25 @@ HEADS: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
 """Where what makes logits lives meanwhile: each device has its part of the vocabulary."""
 
 
+class Sizes(Protocol):
+    """What of a model decides which cuts are allowed; `jaxpeft.ModelConfig` has it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        ...
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads."""
+        ...
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A mesh with what decides where a leaf lives on it.
@@ -63,7 +81,7 @@ class Layout:
 
     mesh: Mesh
     rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
-    model: ModelConfig | None = None
+    model: Sizes | None = None
     gathered: bool = False
 
     @property
@@ -94,7 +112,7 @@ class Layout:
         return heads if heads % self.shape["tensor"] else 0
 
 
-def as_layout(mesh: Mesh | Layout, model: ModelConfig | None = None) -> Layout:
+def as_layout(mesh: Mesh | Layout, model: Sizes | None = None) -> Layout:
     """A layout of a mesh, or one given, that knows the model's sizes."""
     layout = mesh if isinstance(mesh, Layout) else Layout(mesh)
     return layout if model is None else dataclasses.replace(layout, model=model)

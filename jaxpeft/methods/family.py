@@ -1,14 +1,4 @@
-"""What every method shares: the adapter, its static description, and the face of a family.
-
-An adapter is a tree of its own, never spliced into the base:
-
-* ``params``: the trained arrays, the only thing differentiated, optimised and donated;
-* ``buffers``: frozen arrays it needs (scales, ranks, dropout rates);
-* ``spec``: static and hashable. All numbers are arrays, so adapters that differ in alpha or
-  dropout share one compilation and stack under ``jax.vmap``.
-
-Both trees are nested like the base parameters, one dict of arrays at each adapted place; what all
-places share (VeRA's matrices) lies under the key ``shared``.
+"""What a family of adapters is: how it is read, bound, merged and written, as one record.
 
 A family is one file: a config class (`Method`), its nodes, and a `Kind` that says how they are
 bound. **Identity:** where a place has a buffer ``rank``, a layer of rank 0 whose arrays are all
@@ -18,7 +8,7 @@ adapter of zeros is "no adapter" in a mixed batch.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -26,10 +16,8 @@ from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.method import Method
+from jaxpeft.methods.peft.values import PeftFormat
 from jaxpeft.ops.linear import Node, Transposed, materialise
-
-if TYPE_CHECKING:
-    from jaxpeft.methods.peft.values import PeftFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +122,7 @@ class Kind:
     virtual_tokens: Callable[[Adapter], int] = lambda adapter: 0
     offset: Callable[[Adapter], int] = lambda adapter: 0
     check: Callable[[dict, Adapter], None] | None = None
-    peft: "PeftFormat | None" = None
+    peft: PeftFormat | None = None
 
     @property
     def name(self) -> str:

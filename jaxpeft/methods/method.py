@@ -10,6 +10,7 @@ import jax
 from jaxpeft.core.errors import UserError
 from jaxpeft.core.records import Record
 from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.peft.config_file import read_method
 
 if TYPE_CHECKING:
     pass
@@ -85,8 +86,6 @@ class Method(Record, abc.ABC):
             >>> LoRA.from_peft({"peft_type": "LORA", "r": 4}).targets
             ('q_proj', 'v_proj')
         """
-        from jaxpeft.pretrained.adapters import read_method
-
         method = read_method(config, revision)
         if not isinstance(method, cls):
             theirs = type(method).__name__

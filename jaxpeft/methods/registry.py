@@ -1,34 +1,36 @@
-"""The list of methods: one line a family. Whatever depends on the kind of an adapter looks here."""
+"""The table of methods. Whatever depends on the kind of an adapter looks here."""
 
-from typing import Any
-
-from jaxpeft.methods.adalora import config
+from jaxpeft.core.errors import UserError
 from jaxpeft.methods.family import Kind
-from jaxpeft.methods.kernels import ia3, loha, lokr, oft, vera
-from jaxpeft.methods.leaves import bitfit, full, ln_tuning, trainable_tokens
-from jaxpeft.methods.lora import config as lora
-from jaxpeft.methods.prompts import multitask_prompt, p_tuning, prefix, prompt
+from jaxpeft.methods.method import Method
+from jaxpeft.methods.peft.values import FORMATS
 
-_ALL = (
-    lora.KIND,
-    full.KIND,
-    prompt.KIND,
-    p_tuning.KIND,
-    multitask_prompt.KIND,
-    prefix.KIND,
-    config.KIND,
-    oft.KIND,
-    ln_tuning.KIND,
-    bitfit.KIND,
-    ia3.KIND,
-    loha.KIND,
-    lokr.KIND,
-    vera.KIND,
-    trainable_tokens.KIND,
-)
-
-KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
+KINDS: dict[str, Kind] = {}
 """By ``Spec.kind`` what reads such adapters."""
 
-METHODS: dict[str, Any] = {kind.name: kind.config for kind in _ALL}
+METHODS: dict[str, type[Method]] = {}
 """Config class by the name that YAML's ``method.name`` uses."""
+
+
+def register_method(kind: Kind) -> None:
+    """Adds a family of adapters, so that configs, folders and every operation know it.
+
+    Args:
+        kind: The family; its config class carries the name.
+
+    Raises:
+        UserError: If another family has that name, or that ``peft_type``.
+
+    Example:
+        A family outside of this package registers itself where it is defined:
+
+        >>> jp.register_method(KIND)  # doctest: +SKIP
+    """
+    name = kind.name
+    if name in KINDS and KINDS[name] is not kind:
+        raise UserError(f"register_method: there is a method called {name!r} already.")
+    if kind.peft is not None and FORMATS.get(kind.peft.type, kind.peft) is not kind.peft:
+        raise UserError(f"register_method: another method has the peft_type {kind.peft.type!r}.")
+    KINDS[name], METHODS[name] = kind, kind.config
+    if kind.peft is not None:
+        FORMATS[kind.peft.type] = kind.peft

@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from jaxpeft.mesh.processes import is_first
 from jaxpeft.methods.adapter import Adapter, Label
 from jaxpeft.methods.binding import check_fit
 from jaxpeft.methods.chat_settings import ChatSettings, chat_of
-from jaxpeft.methods.method import Method
+from jaxpeft.methods.peft.config_file import find_config, format_of
 from jaxpeft.methods.peft.values import (
     COMMON,
     CONFIG,
@@ -153,36 +152,6 @@ def notes_of(
     return [f"{folder}: {note}." for note in adapter_notes(adapter, base, side)]
 
 
-def read_method(config: Any, revision: str | None = None) -> Method:
-    """The method that a PEFT config describes; see `jaxpeft.methods.method.Method.from_peft`."""
-    if isinstance(config, str | os.PathLike):
-        local = storage.expanded(config)
-        place: Any = (
-            local if local.is_file() else _find_config(locate_adapter(config, revision, (CONFIG,)))
-        )
-        values = read_json(place)
-    else:
-        place, values = CONFIG, config
-        if not isinstance(values, Mapping) and hasattr(values, "to_dict"):
-            place, values = type(config).__name__, config.to_dict()
-        if not isinstance(values, Mapping):
-            raise UserError(
-                f"from_peft: expected an {CONFIG}, its folder, a hub id, a dict, or a config of "
-                f"PEFT, got {type(config).__name__}."
-            )
-        values = json.loads(json.dumps(dict(values), default=sorted))  # sets and enums of PEFT's
-    peft = _format_of(values, place)
-    require_supported(values, place, peft)
-    if peft.config is None:
-        raise UserError(f"{place}: peft_type: from_peft does not know {peft.type!r} yet.")
-    try:
-        return peft.config(Values(values, place, peft.defaults))
-    except UserError:
-        raise
-    except ValueError as error:  # what the config class itself refuses
-        raise UserError(f"{place}: {error}") from error
-
-
 def peek_kind(path: str | os.PathLike, revision: str | None = None) -> str:
     """The family of a saved adapter, from its ``adapter_config.json`` alone.
 
@@ -276,25 +245,11 @@ def _open_folder(
     path: str | os.PathLike, revision: str | None
 ) -> tuple[Place, Place, dict[str, Any], PeftFormat]:
     """The folder, its config's place and values, and the format it has."""
-    place = _find_config(locate_adapter(path, revision, (CONFIG, TENSORS, SIDE)))
+    place = find_config(locate_adapter(path, revision, (CONFIG, TENSORS, SIDE)))
     values = read_json(place)
-    peft = _format_of(values, place)
+    peft = format_of(values, place)
     require_supported(values, place, peft)
     return place.parent, place, values, peft
-
-
-def _find_config(folder: Place) -> Place:
-    """The config in an adapter's folder, or in that of a run."""
-    if not (folder / CONFIG).exists() and (folder / "adapter").is_dir():
-        folder = folder / "adapter"
-    if not (folder / CONFIG).is_file():
-        found = "" if storage.is_remote(folder) else other_folders.instead_of_adapter(folder)
-        if found:
-            raise UserError(f"{folder}: {found}.")
-        raise UserError(
-            f"{folder / CONFIG}: no such file; a PEFT folder has one beside its tensors."
-        )
-    return folder / CONFIG
 
 
 def _shapes_of(place: Place, name: str, version: str) -> Any:
@@ -308,17 +263,6 @@ def _shapes_of(place: Place, name: str, version: str) -> Any:
             f"{place}: the base it names cannot be found ({error}); load a base yourself and pass "
             "it: load_adapter(..., base)."
         ) from error
-
-
-def _format_of(values: dict, place: Any) -> PeftFormat:
-    formats = {kind.peft.type: kind.peft for kind in KINDS.values() if kind.peft is not None}
-    kind = values.get("peft_type")
-    if other_folders.is_mlx(values):
-        raise UserError(f"{place}: {other_folders.MLX_ADAPTER}.")
-    if not isinstance(kind, str) or kind not in formats:
-        known = ", ".join(sorted(formats))
-        raise UserError(f"{place}: peft_type: {kind!r} is not supported; supported: {known}.")
-    return formats[kind]
 
 
 def _open(file: Place) -> Tensors:

@@ -1,6 +1,5 @@
 """Tokenizers of Hugging Face folders and GGUF files, always transformers' fast kind."""
 
-import os
 import pathlib
 from typing import Any
 
@@ -10,22 +9,10 @@ from jaxpeft.files import storage
 from jaxpeft.files.json_file import read_json
 from jaxpeft.files.locate import SMALL
 from jaxpeft.files.storage import Place
+from jaxpeft.pretrained.quiet_transformers import import_transformers
 
 # One of these makes a folder's tokenizer.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-
-def import_transformers() -> Any:
-    """The transformers package, without its advice to install torch, which is of no use here."""
-    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(name)
-    os.environ[name] = before or "1"
-    try:
-        import transformers
-    finally:
-        if before is None:
-            del os.environ[name]
-    return transformers
 
 
 def has_tokenizer(place: Place) -> bool:

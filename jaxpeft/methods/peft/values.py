@@ -17,7 +17,6 @@ from jaxpeft.core import limits
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.core.float32 import misfit
 from jaxpeft.methods.adapter import Adapter
-from jaxpeft.methods.method import Method
 from jaxpeft.methods.peft.patterns import Selection
 
 CONFIG = "adapter_config.json"
@@ -61,7 +60,7 @@ class PeftFormat:
             `Tensors.require` for all tensors before it reads one.
         write: ``write(adapter, base)``: the family's keys of the config that differ from
             `defaults`, and the tensors.
-        config: ``config(values)``: the method that the config describes, as `read` would have it
+        config: ``config(values)``: the `Method` that the config describes, as `read` would have it
             trained; it refuses what the family's config class cannot say.
         title: What the model card says of it, such as "LoRA adapter".
     """
@@ -72,8 +71,12 @@ class PeftFormat:
     harmless_keys: tuple[str, ...] = ()
     read: Callable[["Values", "Tensors", Any], Adapter]
     write: Callable[[Adapter, Any], tuple[dict[str, Any], dict[str, np.ndarray]]]
-    config: Callable[["Values"], Method] | None = None
+    config: Callable[["Values"], Any] | None = None
     title: str
+
+
+FORMATS: dict[str, PeftFormat] = {}
+"""By ``peft_type`` how such adapters are written; `jaxpeft.register_method` adds to it."""
 
 
 class Values:

@@ -178,7 +178,7 @@ def _finish(
     """Adds the special tokens, what is put around a text, and the chat template."""
     from tokenizers import AddedToken, processors
 
-    from jaxpeft.pretrained.tokenizer import import_transformers
+    from jaxpeft.pretrained.quiet_transformers import import_transformers
 
     added = [
         AddedToken(token, normalized=False, special=kind == _CONTROL)

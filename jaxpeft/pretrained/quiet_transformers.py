@@ -1,0 +1,17 @@
+"""The transformers package, imported when it is needed."""
+
+import os
+from typing import Any
+
+
+def import_transformers() -> Any:
+    """The transformers package, without its advice to install torch, which is of no use here."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = before or "1"
+    try:
+        import transformers
+    finally:
+        if before is None:
+            del os.environ[name]
+    return transformers
