@@ -59,15 +59,15 @@ def main(argv: list[str]) -> None:
     }
     import jax
 
-    import jaxpeft as jp
     from jaxpeft.inference.chat_prompts import tokenizer_of
+    from jaxpeft.inference.decoding import generate
 
     base = arguments.load_base(args)
     adapter = arguments.load_adapter(args, args.adapter, base) if args.adapter else None
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     if not args.raw and not tokenizer_of(base, adapter).chat_template:
         raise UserError(f"{args.model}: has no chat template; add --raw to continue the text.")
-    answers = jp.generate(
+    answers = generate(
         base,
         texts if args.raw else [[*system, {"role": "user", "content": text}] for text in texts],
         adapter=adapter,

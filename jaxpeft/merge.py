@@ -17,16 +17,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", help="dtype of the merged weights; default: as stored")
     arguments.add_chat_template(parser)
     args, _ = arguments.parse_arguments(parser, argv)
-    import jaxpeft as jp
-    from jaxpeft.pretrained.save import require_place
+    from jaxpeft.pretrained.load import load_model
+    from jaxpeft.pretrained.save import require_place, save_model
 
     require_place(args.output, overwrite=args.overwrite, source=args.model)
     # Sums are rounded once either way: `merge` computes in float32.
     read_as = None if args.dtype is None else "float32"
     arguments.chat_template(args)  # its problems are told before the model takes its time
-    base = jp.load_model(args.model, revision=args.revision, dtype=read_as)
+    base = load_model(args.model, revision=args.revision, dtype=read_as)
     adapter = arguments.load_adapter(args, args.adapter, base)
-    jp.save_model(args.output, base, adapter=adapter, dtype=args.dtype, overwrite=args.overwrite)
+    save_model(args.output, base, adapter=adapter, dtype=args.dtype, overwrite=args.overwrite)
     print(f"{args.output}: the merged model is ready.")
 
 

@@ -351,8 +351,8 @@ for call in (
     lambda: jp.VeRA(use_dora=True),
     lambda: jp.IA3(peft_type="IA3"),
     lambda: jp.PrefixTuning(feedforward=()),
-    lambda: jp.LoRA(learning_rate=1e-3),
-    lambda: jp.LoRA(gradient_accumulation_steps=4, fan_in_fan_out=False),
+    lambda: jp.IA3(learning_rate=1e-3),
+    lambda: jp.BitFit(gradient_accumulation_steps=4, fan_in_fan_out=False),
     lambda: jp.OptimConfig(lr=1e-3),
 ):
     try:
@@ -387,14 +387,18 @@ def test_wrong_calls_are_answered_in_one_line():
         'LoRA.lora_alpha: unknown key, PEFT\'s lora_alpha is "alpha" here',
         'LoRA.ranks: unknown key, did you mean "rank"?',
         'LoRA.lora_dropout: unknown key, PEFT\'s lora_dropout is "dropout" here',
-        'VeRA.use_dora: unknown key, PEFT\'s use_dora is "dora" with name: lora',
+        'VeRA.use_dora: unknown key, PEFT\'s use_dora is "method.dora" here; '
+        "VeRA has init_from, rank, targets, exclude, dropout, d_initial",
         "IA3.peft_type: unknown key, the class stands for PEFT's peft_type; drop it",
-        'PrefixTuning.feedforward: unknown key for name "prefix_tuning", it belongs to ia3',
-        'LoRA.learning_rate: unknown key here, it belongs under "optim": optim.learning_rate',
-        "LoRA.gradient_accumulation_steps: unknown key, Hugging Face's "
+        "PrefixTuning.feedforward: unknown key, known here: init_from, num_tokens, initial, text, "
+        "projection, hidden_size",
+        'IA3.learning_rate: unknown key, "learning_rate" is "optim.learning_rate" here; IA3 has '
+        "init_from, targets, feedforward, exclude",
+        "BitFit.gradient_accumulation_steps: unknown key, Hugging Face's "
         'gradient_accumulation_steps is "train.microbatch_size" here (batch_size counts the '
         "sequences of one update over all devices; microbatch_size those that are computed at "
-        "once); LoRA.fan_in_fan_out: unknown key: kernels always are (in, out) here; drop the key",
+        "once); BitFit has init_from, targets; "
+        "BitFit.fan_in_fan_out: unknown key: kernels always are (in, out) here; drop the key",
         'OptimConfig.lr: unknown key, Hugging Face\'s lr is "learning_rate" here',
         "1",
     ], result.stderr

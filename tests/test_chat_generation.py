@@ -102,7 +102,7 @@ def test_exact_match_stops_at_what_ends_the_rows_turns(getkey, monkeypatch):
         asked.update(options)
         return [base.tokenizer("Ho", add_special_tokens=False).input_ids for _ in prompts]
 
-    monkeypatch.setattr("jaxpeft.evaluate.generate_ids", answer)
+    monkeypatch.setattr("jaxpeft.inference.metrics.generate_ids", answer)
     rows = [{"messages": [USER, {"role": "assistant", "content": "Ho"}]}]
     assert exact_match(base, rows)[0] == 1.0
     assert asked["stops"] == (1,)  # <|im_end|>, which neither model nor tokenizer names

@@ -122,7 +122,7 @@ def given(monkeypatch, name):
 
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_generate_takes_the_template_of_the_flag(files, monkeypatch, with_adapter):
-    seen = given(monkeypatch, "jaxpeft.generate")
+    seen = given(monkeypatch, "jaxpeft.inference.decoding.generate")
     names = ("model", "adapter") if with_adapter else ("model",)
     flag = ["--chat_template", str(files / "other.jinja")]
     generate_main([*arguments(files, *names), *flag, "Who?"])
@@ -134,7 +134,7 @@ def test_generate_takes_the_template_of_the_flag(files, monkeypatch, with_adapte
 
 
 def test_evaluate_takes_the_template_of_the_flag(files, monkeypatch, capsys):
-    seen = given(monkeypatch, "jaxpeft.evaluate.generate_ids")
+    seen = given(monkeypatch, "jaxpeft.inference.metrics.generate_ids")
     monkeypatch.setattr("jaxpeft.inference.metrics.evaluate_loss", lambda *_: {"eval_loss": 1.0})
     flag = ["--chat_template", str(files / "other.jinja")]
     evaluate_main([*arguments(files, "model", "adapter", "data"), *flag])

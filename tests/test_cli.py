@@ -46,8 +46,9 @@ def command(tmp_path):
 
     def command(body, *args, prelude="", stdout=subprocess.PIPE, **variables):
         (tmp_path / "toy.py").write_text(
-            f"import os, sys\nfrom jaxpeft import cli, errors\n{prelude}\n"
-            f"def main(argv):\n    {body}\ncli.run(main)\n"
+            "import os, sys\nfrom jaxpeft.cli import arguments, exits, huge_pages\n"
+            f"from jaxpeft.core import errors\n{prelude}\n"
+            f"def main(argv):\n    {body}\nexits.run(main)\n"
         )
         ours = {"JAXPEFT_REEXECUTED", "JAXPEFT_HUGE_PAGES", "GLIBC_TUNABLES", "PYTEST_VERSION"}
         env = {name: text for name, text in os.environ.items() if name not in ours} | variables
@@ -77,7 +78,11 @@ def command(tmp_path):
         ("raise ValueError('write: No space left on device')", 5, "error: the disk is full"),
         ("raise MemoryError", 5, "error: out of memory; lower train.microbatch_size"),
         ("raise RuntimeError('RESOURCE_EXHAUSTED: 9 bytes')", 5, "error: out of memory; lower"),
-        ("cli.Parser(prog='p').parse_args(['x'])", 2, "error: unrecognized arguments: x; see p "),
+        (
+            "arguments.Parser(prog='p').parse_args(['x'])",
+            2,
+            "error: unrecognized arguments: x; see p ",
+        ),
     ],
 )
 def test_a_command_ends_with_the_code_of_what_happened(command, body, code, stderr):
@@ -143,8 +148,8 @@ def test_without_a_schema_there_are_no_overrides():
 
 
 SHOW = "print(argv, os.environ.get('GLIBC_TUNABLES'), *open('starts').read().split())"
-START = "open('starts', 'a').write(f'{os.getpid()} ')\ncli.enable_huge_pages()"
-FORCE = "cli._madvise_works = lambda: True\n"
+START = "open('starts', 'a').write(f'{os.getpid()} ')\nhuge_pages.enable_huge_pages()"
+FORCE = "huge_pages._madvise_works = lambda: True\n"
 
 
 def test_huge_pages_start_the_same_command_once_more_in_the_same_process(command, tmp_path):
@@ -176,10 +181,10 @@ def test_huge_pages_are_left_alone_where_unwanted(command, tmp_path, variables):
 
 CACHED = """
 import sys
-from jaxpeft import cli
-parser = cli.make_parser("verb", "Does something.")
-cli.add_compilation_cache(parser)
-cli.keep_compiled(cli.parse_arguments(parser, sys.argv[1:])[0])
+from jaxpeft.cli import arguments
+parser = arguments.make_parser("verb", "Does something.")
+arguments.add_compilation_cache(parser)
+arguments.keep_compiled(arguments.parse_arguments(parser, sys.argv[1:])[0])
 import jax, jax.numpy as jnp
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 print(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((3, 3))).shape)

@@ -111,7 +111,7 @@ def test_what_the_system_refuses_is_said_of_the_place(tmp_path, number, kind, wo
 
 KILLED = """
 import os, pathlib, shutil, signal, sys
-from jaxpeft import folders
+from jaxpeft.files import folders
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

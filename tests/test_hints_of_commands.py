@@ -14,7 +14,7 @@ CONFIG_KEYS = ("train.microbatch_size", "data.max_length", "checkpoint.keep", "o
 @pytest.mark.parametrize("verb", ["generate", "evaluate", "merge"])
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOSPC, "No space left")])
 def test_commands_without_a_config_name_no_key_of_one(monkeypatch, capsys, verb, error):
-    monkeypatch.setattr(arguments, "_running", [])
+    monkeypatch.setattr(exits, "_running", [])
     parser = arguments.make_parser(verb, "")
     if verb != "merge":
         arguments.add_base(parser)
@@ -28,7 +28,7 @@ def test_commands_without_a_config_name_no_key_of_one(monkeypatch, capsys, verb,
 
 @pytest.mark.parametrize("verb", ["train", "plan"])
 def test_commands_with_a_config_name_its_keys(monkeypatch, capsys, verb):
-    monkeypatch.setattr(arguments, "_running", [])
+    monkeypatch.setattr(exits, "_running", [])
     arguments.make_parser(verb, "")
     assert exits.report(MemoryError()) == 5
     assert "lower train.microbatch_size" in capsys.readouterr().err

@@ -471,7 +471,7 @@ detected fatal errors.
 """
 LOSING = """
 import os, sys
-from jaxpeft import hosts
+from jaxpeft.cli import hosts
 told = hosts._run_in_child(hosts.Hosts(300, 30, "a:1", 2, 0))
 os.write(told, hosts._JOINED)
 print("python", file=sys.stderr)

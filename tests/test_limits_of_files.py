@@ -200,11 +200,10 @@ def test_an_error_behind_large_rows_keeps_its_place(tmp_path):
 
 MEASURE = """
 import pathlib, resource, sys, time
-import jaxpeft as jp, jaxpeft.train, jaxpeft.models.load as load
-from jaxpeft import cli
-from jaxpeft.errors import UserError
-from jaxpeft.data.files import read_json
-from jaxpeft.models.hf import open_folder
+import jaxpeft as jp, jaxpeft.train, jaxpeft.pretrained.load as load
+from jaxpeft.core.errors import UserError
+from jaxpeft.data.rows.json_rows import read_json
+from jaxpeft.pretrained.hf.folder import open_folder
 path = sys.argv[1]
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 try:
@@ -214,7 +213,7 @@ except UserError as error:
 taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print(time.process_time() - start, taken / 2**20, text[:200], sep="\\n")
 """
-READ_ROWS = "from jaxpeft.data import read_rows; read_rows(path)"
+READ_ROWS = "from jaxpeft.data.rows.kinds import read_rows; read_rows(path)"
 
 
 def train(tmp_path, **changes):

@@ -25,12 +25,12 @@ def test_lines_that_do_not_fit_are_lost(tmp_path):
 
 def test_a_program_whose_output_goes_to_a_full_disk_ends_well(tmp_path):
     code = (
-        "import sys; from jaxpeft import cli, log_files; log_files.survive_full_disks()\n"
+        "import sys; from jaxpeft.cli import exits, log_files; log_files.survive_full_disks()\n"
         "def main(argv):\n"
         "    for stream in (sys.stdout, sys.stderr):\n"
         "        print('x' * 100_000, file=stream)\n"
         "    open(argv[0], 'w').write('done')\n"
-        "cli.run(main)"
+        "exits.run(main)"
     )
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", code, str(tmp_path / "done")]

@@ -17,7 +17,7 @@ from jaxpeft.training.output.lock import RunLock
 ROOT = Path(__file__).parents[1]
 HOLD = """
 import sys, os, time
-from jaxpeft.run_lock import RunLock
+from jaxpeft.training.output.lock import RunLock
 with RunLock(sys.argv[1]):
     if sys.argv[2] == "fork":
         born, tell = os.pipe()

@@ -113,7 +113,7 @@ def test_a_process_that_gave_up_a_call_exits_6_without_waiting_for_it():
     done = run_child("""
 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
 print("printed")
-from jaxpeft.errors import UserError
+from jaxpeft.core.errors import UserError
 try:
     with StopRequest() as stop:
         stop.run_interruptible(lambda: time.sleep(60))

@@ -1,9 +1,4 @@
-"""What all ``python -m jaxpeft.VERB`` share: arguments, exit codes, and memory in huge pages.
-
-Exit codes: 0 done, 2 bad config or input, 3 diverged, 4 no usable checkpoint, 5 out of disk or
-memory or a bucket failed, 6 interrupted but saved, 7 another process of the run is lost, 70 a bug,
-130 interrupted, 141 the reader of a pipe went away.
-"""
+"""Arguments that all ``python -m jaxpeft.VERB`` share, and overrides of a config's keys."""
 
 import argparse
 import os
@@ -11,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxpeft.cli.exits import _running
+from jaxpeft.cli.exits import note_command
 from jaxpeft.config.schema import Schema, describe
 from jaxpeft.core import limits
 from jaxpeft.core.errors import UserError, nearest
@@ -33,7 +28,7 @@ def make_parser(verb: str, description: str, schema: Schema | None = None) -> Pa
         description: What the command does.
         schema: Where given, ``--help`` lists the config's keys.
     """
-    _running.append(verb)
+    note_command(verb)
     keys = f"keys of CONFIG that may follow:\n{describe(schema)}" if schema else None
     return Parser(
         prog=f"python -m jaxpeft.{verb}",
@@ -83,12 +78,12 @@ def add_base(parser: Parser) -> None:
 
 def load_base(args: argparse.Namespace) -> Any:
     """The `jaxpeft.Model` that the flags of `add_base` name."""
-    import jaxpeft as jp
     from jaxpeft.pretrained.chat_template import override_template
+    from jaxpeft.pretrained.load import load_model
 
     keep_compiled(args)
     template = chat_template(args)
-    base = jp.load_model(
+    base = load_model(
         args.model,
         revision=args.revision,
         dtype=args.dtype,
@@ -121,12 +116,11 @@ def load_adapter(args: argparse.Namespace, path: str, base: Any) -> Any:
 
     What is not known of the two is said on standard error.
     """
-    import jaxpeft as jp
-    from jaxpeft.pretrained.adapters import notes_of
+    from jaxpeft.pretrained import adapters
     from jaxpeft.pretrained.chat_template import override_in_adapter
 
-    adapter = jp.load_adapter(path, base)
-    for note in notes_of(path, adapter, base):
+    adapter = adapters.load_adapter(path, base)
+    for note in adapters.notes_of(path, adapter, base):
         print(f"note: {note}", file=sys.stderr)
     return override_in_adapter(adapter, chat_template(args))
 

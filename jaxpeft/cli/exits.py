@@ -20,6 +20,11 @@ _running: list[str] = []
 """The commands whose parser was made, the last one is running: hints name its options."""
 
 
+def note_command(verb: str) -> None:
+    """Lets hints name the options of ``python -m jaxpeft.VERB``."""
+    _running.append(verb)
+
+
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Calls `main` with the command line's arguments and exits.
 

@@ -5,11 +5,7 @@ import sys
 from pathlib import Path
 
 _REEXECUTED = "JAXPEFT_REEXECUTED"
-
-
 _TUNABLE = "glibc.malloc.hugetlb"
-
-
 _THP_MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 

@@ -185,6 +185,19 @@ FOREIGN: dict[str, Foreign] = {
     **{name: Foreign("", *rest) for name, rest in _SECTIONS.items()},
 }
 
+ELSEWHERE: dict[str, Foreign] = {
+    path.partition(".")[2]: Foreign("", path)
+    for path in (
+        *(
+            f"optim.{name}"
+            for name in ("learning_rate", "schedule", "warmup_steps", "weight_decay")
+        ),
+        *(f"train.{name}" for name in ("steps", "epochs", "batch_size", "seed")),
+        *(f"data.{name}" for name in ("max_length", "packing")),
+    )
+}
+"""Our own keys that people look for in a method: a class answers with the section they are in."""
+
 
 _FOUR = "write nf4 (or int4: whole numbers)"
 _EIGHT = "write int8"

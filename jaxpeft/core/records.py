@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxpeft.core import float32, limits
 from jaxpeft.core.errors import UserError, nearest
-from jaxpeft.core.foreign_names import FOREIGN
+from jaxpeft.core.foreign_names import ELSEWHERE, FOREIGN
 
 
 class Record:
@@ -55,7 +55,7 @@ def _hints(cls: type) -> dict[str, Any]:
 def _explain(cls: type, name: str) -> str:
     """Why a config has no such field, and which was probably meant, as far as the class knows."""
     fields = [field.name for field, _ in fields_of(cls)]
-    foreign = FOREIGN.get(name)
+    foreign = FOREIGN.get(name) or ELSEWHERE.get(name)
     if foreign is None:
         close = nearest(name.replace("-", "_").lower(), fields, 1)
         guess = f'did you mean "{close[0]}"?' if close else f"known here: {', '.join(fields)}"
@@ -65,4 +65,6 @@ def _explain(cls: type, name: str) -> str:
         return f"unknown key: {foreign.remark}"
     if leaf == "name" and leaf not in fields:
         return f"unknown key, the class stands for {foreign.whose(name)}; drop it"
-    return foreign.ours(name, leaf if leaf in fields else foreign.path)
+    if leaf in fields:
+        return foreign.ours(name, leaf)
+    return f"{foreign.ours(name, foreign.path)}; {cls.__name__} has {', '.join(fields)}"

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -48,6 +48,7 @@ HEADS: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
 """Where what makes logits lives meanwhile: each device has its part of the vocabulary."""
 
 
+@runtime_checkable
 class Sizes(Protocol):
     """What of a model decides which cuts are allowed; `jaxpeft.ModelConfig` has it."""
 

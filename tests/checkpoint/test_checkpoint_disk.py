@@ -177,8 +177,9 @@ def test_an_error_inside_the_block_still_ends_the_save_under_way(tmp_path):
 CHILD = """
 import os, signal, sys
 import jax, jax.numpy as jnp
-from jaxpeft import checkpoint_folder, manifest, patience
-from jaxpeft.checkpoint import Checkpoints
+from jaxpeft.checkpoints import folder, manifest
+from jaxpeft.checkpoints.checkpoints import Checkpoints
+from jaxpeft.files import patience
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -206,8 +207,8 @@ KILLS = {
     ),
     "after Orbax is done": "manifest._sync_and_hash = die",
     "before the manifest has its name": "manifest.os.replace = die",
-    "right after": "checkpoint_folder.CheckpointFolder.prune = die",
-    "while an old step is deleted": "checkpoint_folder.shutil.rmtree = die",
+    "right after": "folder.CheckpointFolder.prune = die",
+    "while an old step is deleted": "folder.shutil.rmtree = die",
 }
 
 

@@ -14,10 +14,10 @@ import errno, json, os, shutil, sys, types
 import jax, jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxpeft import manifest
-from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.checkpoint_folder import CheckpointFolder
-from jaxpeft.errors import CheckpointError, ResourceError
+from jaxpeft.checkpoints import manifest
+from jaxpeft.checkpoints.checkpoints import Checkpoints
+from jaxpeft.checkpoints.folder import CheckpointFolder
+from jaxpeft.core.errors import CheckpointError, ResourceError
 
 folder, address, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(address, 2, index)

@@ -14,7 +14,7 @@ from jaxpeft.config import run_config as cfg
 from jaxpeft.config import sections
 from jaxpeft.config.schema import fields_of, is_section
 from jaxpeft.core.errors import UserError
-from jaxpeft.core.foreign_names import FOREIGN
+from jaxpeft.core.foreign_names import ELSEWHERE, FOREIGN
 from jaxpeft.data.settings import DataConfig
 from jaxpeft.methods.leaves.full import Full
 from jaxpeft.methods.lora.config import LoRA
@@ -166,6 +166,7 @@ def test_every_foreign_name_leads_to_a_key_that_exists():
     assert all(foreign.path or foreign.remark for foreign in FOREIGN.values())
     leaves = {key.path.rpartition(".")[2] for key in cfg.SCHEMA.keys if not key.variant}
     assert leaves & set(FOREIGN) == set()
+    assert {place.path for place in ELSEWHERE.values()} <= known
 
 
 def test_all_problems_are_told_together_in_order(problems):
