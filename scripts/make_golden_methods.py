@@ -7,7 +7,7 @@ It needs torch and PEFT, in the virtual environment that ``scripts/make_golden.p
 For every entry of `ADAPTERS` it writes ``NAME/``, the folder of ``save_pretrained`` with trained
 values that are random and not neutral, and ``NAME.safetensors``: two rows of tokens, their mask,
 the float32 logits at the tokens' own positions and, where PEFT can merge, those of the merged
-model. ``tests/test_golden_methods.py`` finds the files by itself.
+model. ``tests/methods/test_golden_methods.py`` finds the files by itself.
 """
 
 # pyright: reportMissingImports=false

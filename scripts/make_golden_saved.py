@@ -12,7 +12,7 @@ PEFT's float32 logits at the tokens' own positions. It fails as ``check_peft.py`
 on a missing or unexpected key, and if PEFT would save other tensors than it read; also if the
 adapter does nothing.
 
-``tests/test_golden_saved.py`` saves the same adapters again and wants the same bytes. Where that
+``test_golden_saved.py`` saves the same adapters again and wants the same bytes. Where that
 fails because what we write was changed on purpose, run both steps, and read what they change.
 """
 

@@ -31,7 +31,8 @@ that what converts it need not form the sum.
 
 **dtype.** Results have the dtype of `x`; a table is read in its own dtype and its reader casts.
 A method adds a node class (around a base: `OnBase`), nothing else changes;
-``tests/test_linear.py`` runs every node through scan, remat, vmap, grad, jit and a sharded base.
+``tests/ops/test_linear.py`` runs every node through scan, remat, vmap, grad and jit, also on a
+sharded base.
 """
 
 from collections.abc import Mapping

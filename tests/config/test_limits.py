@@ -1,12 +1,12 @@
 """Absurd numbers in a config or on a command line are refused with the key and the limit."""
 
 import dataclasses
-import pathlib
 import re
 import typing
 
 import pytest
 from config_values import SMALL
+from places import CONFIGS
 
 import jaxpeft as jp
 from jaxpeft.config import run_config as cfg
@@ -18,7 +18,7 @@ from jaxpeft.methods.registry import METHODS
 from jaxpeft.training.output.folder import check_folder, write_config
 from jaxpeft.updates.optimizers import OptimConfig
 
-README = pathlib.Path(__file__).parents[2] / "configs" / "README.md"
+README = CONFIGS / "README.md"
 HUGE = 10**12
 
 

@@ -3,11 +3,11 @@
 import json
 import math
 import os
-import pathlib
 import re
 import shutil
 
 import pytest
+from places import CONFIGS
 from tiny_run import read_lines, training_lines, write_config, write_rows
 from train_runs import NO_EVAL, adapter_bytes, stop_at
 
@@ -22,7 +22,7 @@ from jaxpeft.training.output import resume
 from jaxpeft.training.run import Run
 from jaxpeft.training.scored_on import scored_on
 
-README = pathlib.Path(__file__).parents[2] / "configs" / "README.md"
+README = CONFIGS / "README.md"
 CONSTANT = {"learning_rate": 0.01, "schedule": "constant"}
 
 

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from places import GOLDEN
 from safetensors.numpy import load_file
 from tiny_run import training_lines
 
@@ -17,7 +18,7 @@ from jaxpeft.config.schema import fields_of
 from jaxpeft.core.errors import UserError
 from jaxpeft.pretrained.adapters import notes_of
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "versions" / "before_identity"
+GOLDEN = GOLDEN / "versions" / "before_identity"
 
 
 @pytest.fixture
