@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxpeft.checkpoints.checkpoints import Checkpoints
-from jaxpeft.cli import hosts
+from jaxpeft.cli import find_hosts, hosts
 from jaxpeft.cli.log_files import survive_full_disks
 from jaxpeft.cli.signals import StopRequest
 from jaxpeft.config import run_config
@@ -26,17 +26,19 @@ from jaxpeft.files import storage
 from jaxpeft.mesh import layout as sharding
 from jaxpeft.mesh import placement
 from jaxpeft.mesh.processes import from_first, is_first, require_same, together
-from jaxpeft.models.config import ModelConfig
 from jaxpeft.planning.memory_errors import memory_explained
 from jaxpeft.pretrained.chat_template import override_template
-from jaxpeft.pretrained.load import check_weights, load_config, load_model
+from jaxpeft.pretrained.load import load_config, load_model
 from jaxpeft.pretrained.model import Model
-from jaxpeft.pretrained.saved_files import check_copied
-from jaxpeft.pretrained.shapes import without_weights
 from jaxpeft.reports import tables, trackers
-from jaxpeft.training.checks import check_batches, check_model, starts_dense
+from jaxpeft.training.checks import (
+    check_batches,
+    check_model,
+    check_sources,
+    check_steps_done,
+    starts_dense,
+)
 from jaxpeft.training.feed import Batches
-from jaxpeft.training.init_from import check_init_from
 from jaxpeft.training.log import RunLog, evaluations
 from jaxpeft.training.outcome import require_good
 from jaxpeft.training.output import lock as run_lock
@@ -47,22 +49,19 @@ from jaxpeft.training.output.folder import (
     check_folder,
     check_shared,
     clean,
-    discard,
     make_folder,
     remove_empty,
-    write_config,
 )
 from jaxpeft.training.output.result import (
-    begin_result,
     check_results,
     end_result,
     export_path,
     is_exported,
 )
+from jaxpeft.training.output.taking import take_folder
 from jaxpeft.training.output.template import (
     check_place,
     find_template,
-    keep_template,
     run_tokenizer,
 )
 from jaxpeft.training.rows import read_data
@@ -101,7 +100,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--print_config", action="store_true", help="print all keys and stop")
     parser.add_argument("--profile", metavar="START:STOP", help="trace these steps (XProf)")
     arguments.add_compilation_cache(parser)
-    hosts.add_flags(parser)
+    find_hosts.add_flags(parser)
     args, overrides = arguments.parse_arguments(parser, argv, run_config.SCHEMA)
     config = run_config.load_config(args.config, overrides)
     if args.print_config:
@@ -110,7 +109,7 @@ def main(argv: list[str]) -> None:
     profile = parse_range(args.profile)
     accepted = resume_checks.parse_accepted(args.accept_changes)
     arguments.keep_compiled(args)
-    with hosts.joined(hosts.find_hosts(args)):
+    with hosts.joined(find_hosts.find_hosts(args)):
         train(
             config,
             resume=args.resume == "auto",
@@ -212,26 +211,6 @@ def train(
             tables.print_final_table(scores.get(0), scores.get(exported), result)
 
 
-def check_sources(
-    config: RunConfig, model: ModelConfig, tokenizer: Any, steps: int, *, overwrite: bool
-) -> None:
-    """Reads what can be read of weights and of a saved adapter before anything is written.
-
-    A run that has begun needs the adapter it began from no more, and a finished one no weights.
-
-    Raises:
-        UserError: Something is missing, damaged or does not fit.
-    """
-    output, path = storage.as_path(config.output_dir), config.model.path
-    if overwrite or not from_first(lambda: is_exported(config)):
-        check_weights(path, config.model.revision)
-        if export_path(config).name == "model":
-            together(lambda: check_copied(path, config.model.revision))
-    if overwrite or not (output / CHECKPOINTS).is_dir():
-        base = without_weights(model, path).replace(tokenizer=tokenizer)
-        together(lambda: check_init_from(config.method, base, steps))
-
-
 def load_base(
     config: RunConfig, layout: sharding.Layout, template: str = "", *, restored: bool
 ) -> Model:
@@ -254,53 +233,6 @@ def load_base(
         double_quantization=section.double_quantization and quantised,
     )
     return base.replace(tokenizer=override_template(base.tokenizer, template))
-
-
-def check_steps_done(latest: int, steps: int, config: RunConfig) -> None:
-    """Raises a UserError if a run has more steps behind it than it shall have."""
-    output, epochs = storage.as_path(config.output_dir), config.train.epochs
-    if latest <= steps:
-        return
-    if config.train.steps is not None:
-        what, way_out = f"train.steps: {steps} are", "give at least as many"
-    else:
-        what, way_out = f"train.epochs: {epochs or 1:g} make {steps} steps, which are", "give more"
-    raise UserError(
-        f"{output}: {what} fewer than the {latest} that are done; {way_out}, or choose another "
-        "output_dir."
-    )
-
-
-def take_folder(
-    config: RunConfig,
-    template: str,
-    checkpoints: Checkpoints,
-    latest: int | None,
-    lock: Any,
-    *,
-    overwrite: bool,
-) -> None:
-    """Makes the folder this run's: from here on things are written, or discarded, in it.
-
-    Raises:
-        UserError: Another run took it, or saved a step after `latest`.
-    """
-    output = storage.as_path(config.output_dir)
-    newest = None if overwrite else checkpoints.newest_whole()
-    if newest not in (None, latest):
-        raise UserError(
-            f"{output}: another run saved step {newest} meanwhile; if it is not to go on, stop "
-            "it and run the same command again."
-        )
-    lock.begin()
-    if overwrite:
-        discard(output)
-    keep_template(config, template)
-    begin_result(config)
-    write_config(config)
-    clean(config)
-    checkpoints.tidy()
-    lock.check()
 
 
 def loop(

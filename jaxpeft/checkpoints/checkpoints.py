@@ -18,7 +18,6 @@ Example:
 
 import contextlib
 import errno
-import importlib.metadata
 import json
 import math
 import os
@@ -33,8 +32,10 @@ import jax
 
 from jaxpeft.checkpoints import failures
 from jaxpeft.checkpoints import leaves as checkpoint_leaves
-from jaxpeft.checkpoints.folder import CheckpointFolder
-from jaxpeft.core.errors import CheckpointError, UserError, first_few
+from jaxpeft.checkpoints.environment import environment
+from jaxpeft.checkpoints.folder import CheckpointFolder, notes_on_scores
+from jaxpeft.checkpoints.orbax import open_orbax
+from jaxpeft.core.errors import CheckpointError, UserError
 from jaxpeft.mesh.processes import from_first, together
 
 
@@ -116,7 +117,7 @@ class Checkpoints:
         fields = {
             "step": step,
             "metric": float(metric) if metric is not None and math.isfinite(metric) else None,
-            "meta": {"environment": _environment(), **meta},
+            "meta": {"environment": environment(), **meta},
             "leaves": {name: checkpoint_leaves.signature(leaf) for name, leaf in leaves.items()},
         }
         if self._scored_on and fields["metric"] is not None:
@@ -188,19 +189,7 @@ class Checkpoints:
 
     def notes_on_scores(self) -> list[str]:
         """What a person should know of steps whose metric is, or may be, of other data."""
-        others, unknown = from_first(self._folder.scored_otherwise)
-        notes = []
-        if others:
-            notes.append(
-                f"what scores are measured on changed: those of steps {first_few(_texts(others))} "
-                "decide about the best checkpoint no more"
-            )
-        if unknown and self._scored_on:
-            notes.append(
-                f"what the scores of steps {first_few(_texts(unknown))} were measured on is not "
-                "known; they decide about the best checkpoint as if it had not changed"
-            )
-        return notes
+        return notes_on_scores(*from_first(self._folder.scored_otherwise), self._scored_on)
 
     def restore(self, step: int, like: Any) -> Any:
         """Loads a step into the structure, shapes, dtypes and shardings of `like`.
@@ -294,17 +283,8 @@ class Checkpoints:
             orbax.close()
 
     def _checkpointer(self) -> Any:
-        from orbax.checkpoint import v1 as ocp
-
         if self._orbax is None:
-            failures.silence_orbax_tracebacks()
-            context = ocp.Context()
-            # Shapes, dtypes and shardings come from the manifest and from `like`; without these
-            # two files a thousand small leaves take 220 kB less.
-            context.array.saving.array_metadata_store = None
-            context.array.saving.enable_write_sharding_file = False
-            directory = os.fspath(self._folder.directory)
-            self._orbax = ocp.training.Checkpointer(directory, context=context)
+            self._orbax = open_orbax(self._folder.directory)
         return self._orbax
 
     def _make_room(self, needed_bytes: int) -> None:
@@ -362,23 +342,3 @@ class Checkpoints:
                 self._check_owner()  # another run's unfinished step is not ours to remove
                 self._folder.remove_leftovers(unfinished=step)
         return described
-
-
-def _texts(steps: list[int]) -> list[str]:
-    return [str(step) for step in steps]
-
-
-def _environment() -> dict[str, Any]:
-    versions = {}
-    for name in ("jaxpeft", "jax", "jaxlib", "flax", "orbax-checkpoint"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "versions": versions,
-        "device_kind": jax.devices()[0].device_kind,
-        "num_devices": jax.device_count(),
-        "num_processes": jax.process_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    }

@@ -295,3 +295,29 @@ class CheckpointFolder:
             os.rename(self.path(step), target)
         self._verified.discard(step)
         return target
+
+
+def notes_on_scores(others: list[int], unknown: list[int], scored_on: str) -> list[str]:
+    """What a person should know of steps whose metric is, or may be, of other data.
+
+    Args:
+        others: Steps whose metric is of other data.
+        unknown: Steps of which nobody knows what it is of.
+        scored_on: What metrics are of now; "" if that is not known either.
+    """
+    notes = []
+
+    def texts(steps: list[int]) -> str:
+        return first_few([str(step) for step in steps])
+
+    if others:
+        notes.append(
+            f"what scores are measured on changed: those of steps {texts(others)} "
+            "decide about the best checkpoint no more"
+        )
+    if unknown and scored_on:
+        notes.append(
+            f"what the scores of steps {texts(unknown)} were measured on is not "
+            "known; they decide about the best checkpoint as if it had not changed"
+        )
+    return notes

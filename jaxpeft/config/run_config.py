@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jaxpeft.config import yaml_reader
+from jaxpeft.config import yaml_reader, yaml_writer
 from jaxpeft.config.schema import Schema, as_plain, flatten
 from jaxpeft.config.sections import (
     CheckpointSection,
@@ -19,9 +19,9 @@ from jaxpeft.config.sections import (
     ModelSection,
     TrackSection,
     TrainSection,
-    _check,
-    _fits,
     _no_path,
+    batch_fits,
+    check_all,
 )
 from jaxpeft.config.yaml_nodes import read_text
 from jaxpeft.core import limits
@@ -64,11 +64,11 @@ class RunConfig(Record):
         steps, warmup = self.train.steps, self.optim.warmup_steps
         best, no_eval = self.checkpoint.best, not self.data.eval
         prompts = self.method.num_virtual_tokens * max(self.method.num_tasks, 1)
-        _check(
+        check_all(
             (not self.output_dir.strip(), "output_dir must name a folder, got ''"),
             *(_no_path(name, path) for name, path in self.paths.items()),
-            _fits("train.batch_size", self.train.batch_size, self.data.max_length),
-            _fits("evaluation.batch_size", self.evaluation.batch_size, self.data.max_length),
+            batch_fits("train.batch_size", self.train.batch_size, self.data.max_length),
+            batch_fits("evaluation.batch_size", self.evaluation.batch_size, self.data.max_length),
             (
                 prompts > limits.PROMPT_TOKENS.most,
                 f"method.num_tokens times num_tasks must be at most {limits.PROMPT_TOKENS.most:,}, "
@@ -150,7 +150,7 @@ def load_written(path: str) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The config as YAML, every default written out; `load_config` gives back an equal one."""
-    return yaml_reader.dumps(config)
+    return yaml_writer.dumps(config)
 
 
 def config_hash(config: RunConfig) -> str:

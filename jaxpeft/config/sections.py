@@ -40,7 +40,7 @@ class ModelSection(Record):
     double_quantization: bool = False
 
     def __post_init__(self):
-        _check(
+        check_all(
             (not self.path.strip(), f"path must name a model, got {self.path!r}"),
             (self.revision == "", "revision must be null or a branch, tag or commit, got ''"),
             (
@@ -81,7 +81,7 @@ class TrainSection(Record):
 
     def __post_init__(self):
         micro = self.microbatch_size
-        _check(
+        check_all(
             (
                 self.steps is None and self.epochs is None,
                 "give steps or epochs, e.g. steps: 200",
@@ -127,7 +127,7 @@ class EvaluationSection(Record):
     batch_size: int = 8
 
     def __post_init__(self):
-        _check(
+        check_all(
             _at_least("every", self.every, 1),
             _at_least("max_new_tokens", self.max_new_tokens, 1),
             _at_least("max_rows", self.max_rows, 1),
@@ -150,7 +150,7 @@ class CheckpointSection(Record):
     best: Metric | None = None
 
     def __post_init__(self):
-        _check(
+        check_all(
             _at_least("every", self.every, 1),
             _at_least("keep", self.keep, 1),
             _one_of("best", self.best, (None, *Metric.__args__)),
@@ -177,7 +177,7 @@ class MeshSection(Record):
 
     def __post_init__(self):
         free = [name for name, size in self.sizes.items() if size == -1]
-        _check(
+        check_all(
             *(
                 (size != -1 and size < 1, f"{name} must be at least 1, or -1, got {size}")
                 for name, size in self.sizes.items()
@@ -205,10 +205,10 @@ class TrackSection(Record):
     wandb: str | None = None
 
     def __post_init__(self):
-        _check((self.wandb == "", "wandb must be null or a project's name, got ''"))
+        check_all((self.wandb == "", "wandb must be null or a project's name, got ''"))
 
 
-def _check(*tests: tuple[bool, str]) -> None:
+def check_all(*tests: tuple[bool, str]) -> None:
     """Raises a `ValueError` with the texts of all tests that are true, one a line."""
     texts = [text for failed, text in tests if failed]
     if texts:
@@ -223,7 +223,8 @@ def _one_of(name: str, value: Any, choices: tuple) -> tuple[bool, str]:
     return value not in choices, f"{name} must be one of {choices}, got {value!r}"
 
 
-def _fits(name: str, batch_size: int, max_length: int) -> tuple[bool, str]:
+def batch_fits(name: str, batch_size: int, max_length: int) -> tuple[bool, str]:
+    """A test for `check_all`: whether a batch has too many tokens, and what to say then."""
     limit, tokens = limits.BATCH_TOKENS, batch_size * max_length
     return tokens > limit.most, (
         f"{name} times data.max_length must be at most {limit.most:,}, got {batch_size:,} and "

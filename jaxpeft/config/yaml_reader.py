@@ -8,37 +8,31 @@ put into the same graph, and named by their flag in an error.
 """
 
 import dataclasses
-import math
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-from jaxpeft.config.schema import Schema, is_mapping, is_section, to_plain, variants_of
+from jaxpeft.config.schema import Schema, is_mapping, is_section, variants_of
 from jaxpeft.config.yaml_nodes import (
     Place,
     compose,
     empty_section,
     flag_node,
     is_null,
-    is_quoted,
     place_of,
     put,
     read_text,
     show,
     split_flags,
 )
+from jaxpeft.config.yaml_values import Mismatch, advice_on, expected, is_scalar, kinds_of, resolve
 from jaxpeft.core.errors import UserError, nearest
 from jaxpeft.core.records import fields_of
 
 _MAX_PROBLEMS = 20
-_INT = re.compile(r"[-+]?[0-9]{1,300}")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_RANGE = re.compile(r"([0-9]{1,6})\s*(?:-|:|\.\.\.?|to)\s*([0-9]{1,6})")
-_LONGEST_RANGE = 16
 _BAD = object()
 
 
@@ -66,7 +60,7 @@ def loads(schema: Schema, text: str, file: str, overrides: Sequence[str] = ()) -
     """Like `load`, for text; `file` stands for it in errors."""
     root, reader = compose(text, file), _Reader(schema, file)
     for index, (flag, value) in enumerate(split_flags(overrides)):
-        kinds = {kind for key in schema.find(flag[2:]) for kind in _kinds(key.hint)}
+        kinds = {kind for key in schema.find(flag[2:]) for kind in kinds_of(key.hint)}
         node = flag_node(
             flag,
             index,
@@ -86,16 +80,6 @@ def loads(schema: Schema, text: str, file: str, overrides: Sequence[str] = ()) -
             lines[_MAX_PROBLEMS:] = [f"{file}: {len(lines) - _MAX_PROBLEMS} more problems"]
         raise UserError("\n".join(lines))
     return config
-
-
-def dumps(config: Any) -> str:
-    """A config as YAML with every default written out; `loads` gives it back.
-
-    Lists of numbers, which may be long, stand on one line each.
-    """
-    return yaml.dump(
-        to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf
-    )
 
 
 class _Reader:
@@ -141,7 +125,7 @@ class _Reader:
                 values[field.name] = self.value(hint, child, inner, self.place(key))
             elif _is_required(field):
                 where = self.place(node)
-                self.problem(where, inner, f"missing, expected {_expected(hint)}")
+                self.problem(where, inner, f"missing, expected {expected(hint)}")
                 values[field.name] = _BAD
         if any(value is _BAD for value in values.values()):
             return _BAD
@@ -197,7 +181,7 @@ class _Reader:
 
     def value(self, hint: Any, node: yaml.Node, path: str, place: Place) -> Any:
         """The value of a field, or `_BAD` after noting why not."""
-        mapping = next(filter(is_mapping, _kinds(hint)), None)
+        mapping = next(filter(is_mapping, kinds_of(hint)), None)
         if mapping is not None and isinstance(node, yaml.MappingNode):
             item = typing.get_args(mapping)[1]
             values = {
@@ -206,12 +190,12 @@ class _Reader:
             }
             return _BAD if any(value is _BAD for value in values.values()) else values
         try:
-            return _resolve(hint, node)
-        except _Mismatch as error:
+            return resolve(hint, node)
+        except Mismatch as error:
             why = f"; {error}" if str(error) else ""
-            advice = self.schema.advice(path, node.value) if _is_scalar(node) else ""
+            advice = self.schema.advice(path, node.value) if is_scalar(node) else ""
             text = (
-                f"expected {_expected(hint)}, got {show(node)}{advice or _advice(hint, node)}{why}"
+                f"expected {expected(hint)}, got {show(node)}{advice or advice_on(hint, node)}{why}"
             )
             return self.problem(place, path, text)
 
@@ -236,106 +220,6 @@ class _Reader:
         self.problem(place, subject, line)
 
 
-def _is_scalar(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode)
-
-
-class _Mismatch(Exception):
-    """The node does not fit the type; the text may say more."""
-
-
-def _resolve(hint: Any, node: yaml.Node) -> Any:
-    for kind in _kinds(hint):
-        if isinstance(node, yaml.SequenceNode):
-            if typing.get_origin(kind) is tuple:
-                return tuple(_resolve(typing.get_args(kind)[0], item) for item in node.value)
-            continue
-        if not isinstance(node, yaml.ScalarNode):
-            continue
-        text, plain = node.value, not is_quoted(node)
-        if kind is types.NoneType and is_null(node):
-            return None
-        if typing.get_origin(kind) is Literal and text in typing.get_args(kind):
-            return text
-        if kind is bool and plain and text in ("true", "True", "TRUE", "false", "False", "FALSE"):
-            return text.lower() == "true"
-        if kind is int and plain and _INT.fullmatch(text):
-            return int(text)
-        if kind is float and plain and _FLOAT.fullmatch(text):
-            number = float(text)
-            if math.isinf(number):
-                raise _Mismatch("it is too large")
-            return number
-        if kind is str and not is_null(node):
-            return text
-    raise _Mismatch
-
-
-def _kinds(hint: Any) -> list[Any]:
-    """Members of a union, text last: everything else is also text."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    members = list(typing.get_args(hint)) if union else [hint]
-    return sorted(members, key=lambda kind: kind is str)
-
-
-def _expected(hint: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    parts, nullable = [], False
-    for kind in _kinds(hint):
-        if kind is types.NoneType:
-            nullable = True
-        elif typing.get_origin(kind) is Literal:
-            parts.append("one of " + ", ".join(typing.get_args(kind)))
-        elif typing.get_origin(kind) is tuple:
-            parts.append(f"a list of {_expected(typing.get_args(kind)[0])}")
-        elif is_mapping(kind):
-            parts.append(f"names, each with {_expected(typing.get_args(kind)[1])}")
-        else:
-            parts.append(names[kind])
-    return " or ".join(parts + ["null"] * nullable)
-
-
-def _advice(hint: Any, node: yaml.Node) -> str:
-    """How to write what was probably meant, "" where that is not clear."""
-    if not isinstance(node, yaml.ScalarNode):
-        return ""
-    kinds = _kinds(hint)
-    for kind in kinds:
-        if typing.get_origin(kind) is Literal:
-            close = nearest(node.value, list(typing.get_args(kind)), 1)
-            return f', did you mean "{close[0]}"?' if close else ""
-        if typing.get_origin(kind) is tuple and str not in kinds and not is_null(node):
-            return _list_advice(typing.get_args(kind)[0], node.value)
-    if is_quoted(node) and _fits(hint, node.value):
-        return "; drop the quotes"
-    if bool in kinds and node.value.lower() in ("yes", "no", "on", "off"):
-        return f"; write {'true' if node.value.lower() in ('yes', 'on') else 'false'}"
-    return ""
-
-
-def _list_advice(item: Any, text: str) -> str:
-    """How to write a list that was written as one text: a range, commas, or one item."""
-    span = _RANGE.fullmatch(text.strip())
-    if item is int and span and int(span[1]) < int(span[2]):
-        first, last = int(span[1]), int(span[2])
-        if last - first < _LONGEST_RANGE:
-            return f"; write [{', '.join(map(str, range(first, last + 1)))}]"
-        return f"; write every number: [{first}, {first + 1}, ..., {last}]"
-    items = [part for part in re.split(r"[\s,;]+", text.strip(" []()")) if part]
-    if items and all(_fits(item, part) for part in items):
-        return f"; write [{', '.join(items)}]"
-    return ""
-
-
-def _fits(hint: Any, text: str) -> bool:
-    """Whether a plain word in the file would be a value of this type."""
-    try:
-        _resolve(hint, yaml.ScalarNode("", text))
-    except _Mismatch:
-        return False
-    return True
-
-
 def _is_required(field: dataclasses.Field) -> bool:
     missing = dataclasses.MISSING
     return field.default is missing and field.default_factory is missing
@@ -343,21 +227,3 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that is not plain printable ASCII."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    style = None if re.fullmatch(r"[ -~]+", text) else '"'
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-def _represent_list(dumper: yaml.SafeDumper, items: list) -> yaml.Node:
-    numbers = all(type(item) in (int, float) for item in items)
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=numbers)
-
-
-_Dumper.add_representer(str, _represent_text)
-_Dumper.add_representer(list, _represent_list)

@@ -19,7 +19,7 @@ def read_json(path: Place) -> dict[str, Any]:
     try:
         limits.require_bytes(path, storage.size(path), limits.JSON_BYTES)
         text = storage.read_bytes(path).decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_no_doubles)
+        value = json.loads(text, object_pairs_hook=no_doubles)
     except json.JSONDecodeError as error:
         text = "the file is empty" if not storage.size(path) else f"not valid JSON: {error.msg}"
         raise UserError(f"{path}:{error.lineno}:{error.colno}: {text}") from error
@@ -34,7 +34,8 @@ def read_json(path: Place) -> dict[str, Any]:
     return value
 
 
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's pairs as a dict, for ``object_pairs_hook``; a ValueError if a key comes twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]

@@ -6,7 +6,7 @@ import struct
 from jaxpeft.core import limits
 from jaxpeft.core.errors import UserError
 from jaxpeft.files import storage
-from jaxpeft.files.json_file import _no_doubles
+from jaxpeft.files.json_file import no_doubles
 from jaxpeft.files.storage import Place
 from jaxpeft.files.tensors import PLAIN_DTYPES, TensorInfo, expected_nbytes
 
@@ -34,7 +34,7 @@ def read_header(path: Place) -> dict[str, TensorInfo]:
         file.seek(8)
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_no_doubles)
+        header = json.loads(text, object_pairs_hook=no_doubles)
         header.pop("__metadata__", None)
         tensors = {
             name: _tensor_info(path, 8 + length, name, entry) for name, entry in header.items()
@@ -84,8 +84,6 @@ def describe_bytes(start: bytes, kind: str = "safetensors") -> str:
 
 
 _DOWNLOAD_AGAIN = "download it again"
-
-
 _PLAUSIBLE = 1 << 40  # a length beyond it is no length, but the start of another file
 
 

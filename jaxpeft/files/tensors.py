@@ -17,8 +17,6 @@ PLAIN_DTYPES = {
 
 # Bytes of a block of 32 values, as ggml lays them out.
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-
-
 BLOCK_VALUES = 32
 
 

@@ -77,7 +77,7 @@ def count_trainable(adapter: Adapter, trained: Mapping | None = None) -> int:
 
 def count_parameters(params: Mapping) -> int:
     """How many numbers the base has, by logical shape, however they are stored."""
-    return sum(_size(shape_of(leaf)) for leaf in paths.flatten(params).values())
+    return sum(size_of(shape_of(leaf)) for leaf in paths.flatten(params).values())
 
 
 def _rank_text(ranks: np.ndarray | None) -> str:
@@ -96,7 +96,7 @@ def _trainable_sizes(adapter: Adapter, trained: Mapping | None) -> dict[str, int
         if place in places:
             sizes[place] += _size_at(name, array.shape, ranks_at(adapter, place), adapter.spec.rank)
         else:
-            sizes[path] = _size(array.shape)
+            sizes[path] = size_of(array.shape)
     return sizes
 
 
@@ -107,15 +107,16 @@ def _size_at(name: str, shape: Sequence[int], ranks: np.ndarray | None, width: i
     for the layers that have a rank, or in full where the kind has none.
     """
     if ranks is None:
-        return _size(shape)
+        return size_of(shape)
     shape = tuple(shape[ranks.ndim :])
     axes = [axis for axis, size in enumerate(shape) if size == width]
     if name in ("a", "b") and width in shape:  # the factors: (d_in, rank) and (rank, d_out)
         axes = [len(shape) - 1] if name == "a" else [0]
     if len(axes) == 1 and (name in ("a", "b") or ranks.max(initial=0) == width):
-        return _size(shape) // width * int(ranks.sum())
-    return _size(shape) * int(np.count_nonzero(ranks))
+        return size_of(shape) // width * int(ranks.sum())
+    return size_of(shape) * int(np.count_nonzero(ranks))
 
 
-def _size(shape: Sequence[int]) -> int:
+def size_of(shape: Sequence[int]) -> int:
+    """How many numbers an array of this shape holds."""
     return int(np.prod(shape, dtype=np.int64))

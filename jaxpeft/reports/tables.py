@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxpeft.core.errors import first_few
-from jaxpeft.methods.summary import ModuleRow, _size
+from jaxpeft.methods.summary import ModuleRow, size_of
 
 PIPE_WIDTH = 120
 """Columns of a table that is not printed on a terminal."""
@@ -72,7 +72,7 @@ def describe_run(
     """
     percent = 100 * trainable / max(base_parameters, 1)
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
-    devices = _size(tuple(mesh.values()))
+    devices = size_of(tuple(mesh.values()))
     data = f"{rows:,} rows" + (f", {examples:,} examples" if examples > rows else "")
     accumulated = ""
     if microbatch_size is not None and microbatch_size != batch_size:

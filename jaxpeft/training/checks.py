@@ -11,13 +11,25 @@ import numpy as np
 from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.files import storage
 from jaxpeft.files.storage import Place
+from jaxpeft.mesh.processes import from_first, together
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.method import Context
 from jaxpeft.models.config import ModelConfig
+from jaxpeft.pretrained.load import check_weights
+from jaxpeft.pretrained.saved_files import check_copied
+from jaxpeft.pretrained.shapes import without_weights
 from jaxpeft.pretrained.weights.fingerprint import comparable
 from jaxpeft.pretrained.weights.names import param_shapes
-from jaxpeft.training.output.result import export_path
+from jaxpeft.training.init_from import check_init_from
+from jaxpeft.training.output.folder import (
+    CHECKPOINTS,
+)
+from jaxpeft.training.output.result import (
+    export_path,
+    is_exported,
+)
 from jaxpeft.updates.lora_rules import check_factors
 
 
@@ -135,4 +147,39 @@ def check_unchanged(what: str, saved: str, now: str, output: Place) -> None:
     raise UserError(
         f"{output}: the {what} are not those this run began with ({saved[:12]}, now {now[:12]}); "
         f"put them back, or {anew}"
+    )
+
+
+def check_sources(
+    config: RunConfig, model: ModelConfig, tokenizer: Any, steps: int, *, overwrite: bool
+) -> None:
+    """Reads what can be read of weights and of a saved adapter before anything is written.
+
+    A run that has begun needs the adapter it began from no more, and a finished one no weights.
+
+    Raises:
+        UserError: Something is missing, damaged or does not fit.
+    """
+    output, path = storage.as_path(config.output_dir), config.model.path
+    if overwrite or not from_first(lambda: is_exported(config)):
+        check_weights(path, config.model.revision)
+        if export_path(config).name == "model":
+            together(lambda: check_copied(path, config.model.revision))
+    if overwrite or not (output / CHECKPOINTS).is_dir():
+        base = without_weights(model, path).replace(tokenizer=tokenizer)
+        together(lambda: check_init_from(config.method, base, steps))
+
+
+def check_steps_done(latest: int, steps: int, config: RunConfig) -> None:
+    """Raises a UserError if a run has more steps behind it than it shall have."""
+    output, epochs = storage.as_path(config.output_dir), config.train.epochs
+    if latest <= steps:
+        return
+    if config.train.steps is not None:
+        what, way_out = f"train.steps: {steps} are", "give at least as many"
+    else:
+        what, way_out = f"train.epochs: {epochs or 1:g} make {steps} steps, which are", "give more"
+    raise UserError(
+        f"{output}: {what} fewer than the {latest} that are done; {way_out}, or choose another "
+        "output_dir."
     )

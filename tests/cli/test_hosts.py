@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from tiny_run import evaluation_lines, make_files, training_lines, write_config
 
 from jaxpeft import train as program
-from jaxpeft.cli import host_errors, hosts
+from jaxpeft.cli import find_hosts, host_errors, supervision
 from jaxpeft.core.errors import ResourceError, UserError
 from jaxpeft.mesh import layout, processes
 from jaxpeft.training.output import folder
@@ -178,7 +178,7 @@ def test_a_run_goes_on_after_a_signal_to_one_process_a_lost_one_and_in_one_proce
 
     began = time.monotonic()
     codes, errors = ends(start_two(config, faults=("-", "step:9 SIGKILL"), **told))
-    assert codes == [hosts.LOST_EXIT_CODE, 128 + signal.SIGKILL], errors
+    assert codes == [supervision.LOST_EXIT_CODE, 128 + signal.SIGKILL], errors
     assert time.monotonic() - began < 120
     assert LOST in errors[0]
     assert f"going on after step {saved}" in errors[0]
@@ -246,7 +246,7 @@ def test_a_lost_coordinator_ends_the_others_and_the_same_command_goes_on(
     killed = time.monotonic()
     codes, errors = ends(processes)
     assert time.monotonic() - killed < 60
-    assert codes == [-signal.SIGKILL, hosts.LOST_EXIT_CODE]
+    assert codes == [-signal.SIGKILL, supervision.LOST_EXIT_CODE]
     assert LOST in errors[1]
     codes, errors = ends(start_two(config))
     assert codes == [0, 0], errors
@@ -270,7 +270,7 @@ def test_a_signal_to_the_parent_of_one_process_saves_in_all(files, tmp_path):
         processes[1].send_signal(signal.SIGTERM)
         time.sleep(1)
     codes, errors = ends(processes)
-    assert codes == [hosts.LOST_EXIT_CODE, 128 + signal.SIGKILL], errors
+    assert codes == [supervision.LOST_EXIT_CODE, 128 + signal.SIGKILL], errors
     assert time.monotonic() - began < 60
 
 
@@ -291,7 +291,7 @@ def test_a_mistake_that_one_process_finds_ends_both(files, tmp_path):
     began = time.monotonic()
     codes, errors = ends(start_each(config, other))
     assert time.monotonic() - began < 120
-    assert codes == [hosts.LOST_EXIT_CODE, 2], errors
+    assert codes == [supervision.LOST_EXIT_CODE, 2], errors
     assert LOST in errors[0]
     assert own_lines(errors[1])[-1].startswith("error: nowhere.jsonl: ")
 
@@ -350,15 +350,15 @@ def own_lines(text: str) -> list[str]:
     return [line for line in lines if not line.startswith(("[transformers]", "[Gloo]"))]
 
 
-def find(*flags: str) -> hosts.Hosts | None:
+def find(*flags: str) -> find_hosts.Hosts | None:
     parser = argparse.ArgumentParser()
-    hosts.add_flags(parser)
-    return hosts.find_hosts(parser.parse_args(flags))
+    find_hosts.add_flags(parser)
+    return find_hosts.find_hosts(parser.parse_args(flags))
 
 
 @pytest.fixture
 def no_cluster(monkeypatch):
-    for name in (*VARIABLES, *hosts._CLUSTER_SIGNS, *slurm(0, "a:1")):
+    for name in (*VARIABLES, *find_hosts._CLUSTER_SIGNS, *slurm(0, "a:1")):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -372,14 +372,14 @@ def test_flags_go_before_the_environment(monkeypatch):
     for name, value in zip(VARIABLES, ("a:1", "4", "3"), strict=True):
         monkeypatch.setenv(name, value)
     found = find("--distributed.process_id=2", "--distributed.heartbeat=7")
-    assert found == hosts.Hosts(300, 7, coordinator="a:1", num_processes=4, process_id=2)
+    assert found == find_hosts.Hosts(300, 7, coordinator="a:1", num_processes=4, process_id=2)
 
 
 @pytest.mark.usefixtures("no_cluster")
 def test_slurm_with_several_tasks_is_found_and_one_task_is_alone(monkeypatch):
     for name, value in slurm(1, "node[1-2]:62000").items():
         monkeypatch.setenv(name, value)
-    assert find() == hosts.Hosts(300, 30, cluster="slurm")
+    assert find() == find_hosts.Hosts(300, 30, cluster="slurm")
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert find() is None
 
@@ -390,7 +390,7 @@ def test_what_is_given_goes_before_what_slurm_says(monkeypatch):
         monkeypatch.setenv(name, value)
     assert find("--distributed.num_processes=1") is None
     given = find("--distributed.coordinator=a:1")
-    assert given == hosts.Hosts(300, 30, coordinator="a:1", cluster="slurm")
+    assert given == find_hosts.Hosts(300, 30, coordinator="a:1", cluster="slurm")
     with pytest.raises(UserError, match="numbered from 0 to 1, got 2"):
         find("--distributed.process_id=2")
     monkeypatch.setenv("SLURM_NTASKS", "2(x3)")
@@ -435,7 +435,7 @@ def test_tpu_vms_with_several_workers_are_found_and_one_worker_is_alone(monkeypa
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
-    assert find() == hosts.Hosts(300, 30, cluster="gketpu")
+    assert find() == find_hosts.Hosts(300, 30, cluster="gketpu")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a")
     assert find() is None
 
@@ -470,9 +470,9 @@ detected fatal errors.
 """
 LOSING = """
 import os, sys
-from jaxpeft.cli import hosts
-told = hosts._run_in_child(hosts.Hosts(300, 30, "a:1", 2, 0))
-os.write(told, hosts._JOINED)
+from jaxpeft.cli import find_hosts, supervision
+told = supervision.run_in_child(find_hosts.Hosts(300, 30, "a:1", 2, 0))
+os.write(told, supervision.JOINED)
 print("python", file=sys.stderr)
 os.write(2, b"I0000 before\\n" + sys.argv[1].encode())
 os.abort() if sys.argv[2] == "lost" else os._exit(3)
@@ -487,7 +487,7 @@ def test_only_a_lost_process_ends_the_others_without_what_the_runtime_dumps(how)
     assert lines[0] == "python"
     assert lines[1] == "I0000 before"
     if how == "lost":
-        assert done.returncode == hosts.LOST_EXIT_CODE
+        assert done.returncode == supervision.LOST_EXIT_CODE
         assert len(lines) == 4
         assert lines[3].startswith(LOST)
     else:

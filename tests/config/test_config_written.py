@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from jaxpeft.config import run_config as cfg
 from jaxpeft.config import sections
 from jaxpeft.config.schema import Schema, describe, flatten
-from jaxpeft.config.yaml_reader import dumps, loads
+from jaxpeft.config.yaml_reader import loads
+from jaxpeft.config.yaml_writer import dumps
 from jaxpeft.core.errors import UserError
 from jaxpeft.core.frozen_map import FrozenMap
 from jaxpeft.data.settings import DataConfig

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpeft.methods.lora.nodes import LoRAKernel
-from jaxpeft.models.transformer import weight
+from jaxpeft.models.layers import weight
 from jaxpeft.ops.linear import attend, dtype_of, embed, linear, materialise, shape_of
 
 LAYERS, D_IN, D_OUT, RANK = 8, 16, 24, 3

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
@@ -34,6 +34,7 @@ from jaxpeft.methods.adapter import Adapter, Label, Spec
 from jaxpeft.methods.family import Kind, Leaf
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
+from jaxpeft.methods.prompts.cached_prompt import keys_and_values, require_ids
 from jaxpeft.methods.prompts.prompt import (
     EMBEDDINGS,
     SIZES,
@@ -114,7 +115,7 @@ class PrefixTuning(Method):
             )
         if self.initial == "prompt":
             ids = self._prompt_ids(config.vocab_size, context.tokenizer)
-            return _adapter(_cached(config, context.module, params, ids))
+            return _adapter(keys_and_values(config, context.module, params, ids))
         heads = (config.num_kv_heads, config.head_dim)
         if self.projection:
             return _adapter(self._projection(config.num_layers, heads, key))
@@ -173,37 +174,8 @@ def prefix_from_prompt(base: Any, ids: Sequence[int]) -> Adapter:
     """
     ids = [int(token) for token in ids]
     require_ids(ids, base.config.vocab_size)
-    adapter = _adapter(_cached(base.config, base.module, base.params, ids))
+    adapter = _adapter(keys_and_values(base.config, base.module, base.params, ids))
     return dataclasses.replace(adapter, base_name=Label(base.name))
-
-
-def require_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Raises a UserError unless there are ids, all of them within the vocabulary."""
-    outside = [token for token in ids if not 0 <= token < vocab_size]
-    if not ids:
-        raise UserError("prompt: it has no tokens.")
-    if outside:
-        raise UserError(
-            f"prompt: token id {outside[0]} is outside the model's vocabulary of {vocab_size}; "
-            "tokenizer and model do not belong together."
-        )
-
-
-def _cached(config: Any, module: Any, params: dict, ids: Sequence[int]) -> dict[str, Any]:
-    """Keys and values of a prompt in every layer, in float32."""
-    from jaxpeft.models.cache import init_cache
-    from jaxpeft.models.transformer import Transformer
-
-    module = module or Transformer(config)
-
-    @jax.jit
-    def run(params: dict, ids: Int[Array, "1 n"]) -> dict[str, Any]:
-        empty = init_cache(config, 1, ids.shape[1], module.compute_dtype)
-        _, cache = module.apply({"params": params}, ids, cache=empty, return_hidden=True)
-        heads = {"k": cache.k[:, 0], "v": cache.v[:, 0]}
-        return {name: x.swapaxes(1, 2).astype(jnp.float32) for name, x in heads.items()}
-
-    return run(params, jnp.asarray([ids], jnp.int32))
 
 
 def _adapter(arrays: dict[str, Any]) -> Adapter:

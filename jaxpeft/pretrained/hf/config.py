@@ -7,12 +7,11 @@ writing rotary settings are read (``rope_parameters`` of transformers 5, ``rope_
 
 import dataclasses
 import math
-import sys
 from typing import Any
 
-from jaxpeft.core import limits
 from jaxpeft.core.errors import UserError
 from jaxpeft.models.config import ModelConfig, RopeScaling
+from jaxpeft.pretrained.hf.fields import Fields
 
 # Defaults of the transformers classes for keys a file may leave out.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -47,15 +46,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 SUPPORTED = tuple(DEFAULTS)
-OURS = {
-    "hidden_size": "d_model",
-    "intermediate_size": "d_ff",
-    "num_hidden_layers": "num_layers",
-    "max_window_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-}
-"""Our names of sizes."""
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -78,7 +68,7 @@ def config_from_hf(d: dict, where: str = "config.json") -> ModelConfig:
             f"{where}: model_type: {model_type!r:.60} is not supported; supported: "
             f"{', '.join(SUPPORTED)} (Llama 2/3 and SmolLM2 are llama, Qwen2.5 is qwen2)"
         )
-    fields = _Fields({**DEFAULTS[model_type], **d}, where)
+    fields = Fields({**DEFAULTS[model_type], **d}, where)
     quantised = fields.get("quantization_config", fields.get("quantization"))
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -232,7 +222,7 @@ def config_to_hf(config: ModelConfig) -> dict:
     return d
 
 
-def _windows(fields: "_Fields", model_type: str) -> tuple[int, ...]:
+def _windows(fields: "Fields", model_type: str) -> tuple[int, ...]:
     layers, window = fields.size("num_hidden_layers"), fields.get("sliding_window")
     if model_type == "llama":
         return ()
@@ -271,12 +261,12 @@ def _windows_to_hf(config: ModelConfig) -> dict:
     }
 
 
-def _rope(fields: "_Fields") -> tuple[float, RopeScaling | None]:
+def _rope(fields: "Fields") -> tuple[float, RopeScaling | None]:
     key = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     d = fields.get(key) or {}
     if not isinstance(d, dict):
         raise fields.error(key, f"expected an object, got {d!r}")
-    rope = _Fields({"rope_theta": fields.get("rope_theta", 10000.0), **d}, fields.where, f"{key}.")
+    rope = Fields({"rope_theta": fields.get("rope_theta", 10000.0), **d}, fields.where, f"{key}.")
     theta = rope.number("rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
@@ -302,54 +292,3 @@ def _rope(fields: "_Fields") -> tuple[float, RopeScaling | None]:
             "original_max_position_embeddings", fields.size("max_position_embeddings")
         ),
     )
-
-
-class _Fields:
-    """A dict whose getters name the field when its value does not fit."""
-
-    def __init__(self, d: dict, where: str, prefix: str = ""):
-        self.d, self.where, self.prefix = d, where, prefix
-
-    def error(self, key: str, text: str) -> UserError:
-        return UserError(f"{self.where}: {self.prefix}{key}: {text}")
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.d.get(key)
-        return default if value is None else value
-
-    def size(self, key: str, default: int | None = None, least: int = 1) -> int:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            what = "a positive whole number" if least else "a whole number of at least 0"
-            raise self.error(key, f"expected {what}, got {value!r:.60}")
-        most = limits.size_of_model(OURS.get(key, key))
-        if value > most:
-            raise self.error(key, f"at most {most:,} is supported, got {limits.number(value)}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if not numeric or not 0 < value <= sys.float_info.max:  # no NaN, no Infinity
-            raise self.error(key, f"expected a positive number, got {value!r}")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.get(key, False)
-        if not isinstance(value, bool):
-            raise self.error(key, f"expected true or false, got {value!r}")
-        return value
-
-    def token(self, key: str) -> int | None:
-        value = self.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(key, f"expected a token id, got {value!r}")
-        return None if value < 0 else value
-
-    def tokens(self, key: str) -> tuple[int, ...]:
-        value = self.get(key)
-        values = value if isinstance(value, list) else [value]
-        found = [_Fields({key: v}, self.where, self.prefix).token(key) for v in values]
-        return tuple(dict.fromkeys(v for v in found if v is not None))

@@ -1,0 +1,28 @@
+"""Orbax's checkpointer, set up for adapters."""
+
+import os
+from typing import Any
+
+from jaxpeft.checkpoints.failures import silence_orbax_tracebacks
+from jaxpeft.files.storage import Place
+
+
+def open_orbax(directory: Place) -> Any:
+    """A checkpointer that writes leaves and nothing that the manifest says as well.
+
+    Shapes, dtypes and shardings come from the manifest and from the state to restore into; without
+    Orbax's own two files of them a thousand small leaves take 220 kB less.
+
+    Args:
+        directory: The folder of all steps.
+
+    Returns:
+        An ``orbax.checkpoint.v1.training.Checkpointer``.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    silence_orbax_tracebacks()
+    context = ocp.Context()
+    context.array.saving.array_metadata_store = None
+    context.array.saving.enable_write_sharding_file = False
+    return ocp.training.Checkpointer(os.fspath(directory), context=context)

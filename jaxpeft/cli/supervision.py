@@ -1,0 +1,118 @@
+"""A process of several runs in a child: the parent says in one line why the runtime ended it."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from jaxpeft.cli import host_errors
+from jaxpeft.cli.find_hosts import Hosts, cannot_meet
+from jaxpeft.core.errors import UserError
+
+LOST_EXIT_CODE = 7
+LEAVING_SECONDS = 10  # in which a process that failed waits for others to fail alike
+JOINED = b"\xff"
+
+
+def run_in_child(hosts: Hosts) -> int:
+    """Goes on in a child process, in which it returns.
+
+    Returns:
+        Where the child writes what the parent should know: that it has joined, and its exit code.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    hear, tell = os.pipe()
+    errors, runtime = os.pipe()
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        os.close(tell)
+        os.close(runtime)
+        _supervise(child, hear, errors, hosts)
+    os.close(hear)
+    os.close(errors)
+    host_errors.keep_python_apart(runtime)
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not without its parent
+    if os.getppid() != parent:  # it was killed before that
+        os._exit(128 + signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the parent too
+    return tell
+
+
+def _supervise(child: int, hear: int, errors: int, hosts: Hosts) -> NoReturn:
+    """Waits for the child, hands signals on to it, and ends as it does.
+
+    Args:
+        child: Its process id.
+        hear: What it tells, see `run_in_child`.
+        errors: What its C++ code writes on standard error.
+        hosts: For messages.
+    """
+    seen = []
+    relay = host_errors.Relay(_write_error, hosts.heartbeat + 60)
+    reading = host_errors.follow(errors, relay)
+
+    def hand_on(number: int, _: Any) -> None:
+        seen.append(number)
+        name = signal.Signals(number).name
+        if len(seen) == 1:
+            _say(f"{name}: all processes stop after a step; a second signal stops this one at once")
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, signal.SIGTERM if len(seen) == 1 else signal.SIGKILL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, hand_on)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    reading.join(1)  # processes that it started may live on
+    relay.end(drop=status == -signal.SIGABRT)
+    told = os.read(hear, 64)
+    code = 128 - status if status < 0 else status
+    if status == -signal.SIGABRT:
+        if told[-1:] not in (b"", JOINED):
+            code = told[-1]
+        elif told:
+            code = LOST_EXIT_CODE
+            _say(
+                "error: another process of this run ended or cannot be reached; its own output "
+                "says why. The same command on all of them goes on from the last checkpoint."
+            )
+        else:
+            code = UserError.exit_code
+            _say(f"error: {cannot_meet(hosts)}")
+    elif status == -signal.SIGKILL:
+        _say("error: this process was killed; the last checkpoint is intact")
+    os._exit(code)
+
+
+def _say(text: str) -> None:
+    _write_error(f"\n{text}\n".encode())
+
+
+def _write_error(text: bytes) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, text)
+
+
+def silence() -> None:
+    """Drops what is still written on standard error."""
+    sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Drops what the block, C++ code included, writes on standard error."""
+    before = os.dup(2)
+    silence()
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
