@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.prompts.p_tuning import PTuning as PTuning
     from jaxpeft.methods.prompts.prefix import PrefixTuning as PrefixTuning
     from jaxpeft.methods.prompts.prompt import PromptTuning as PromptTuning
+    from jaxpeft.methods.registry import register_method as register_method
     from jaxpeft.methods.virtual_tokens import with_prompt as with_prompt
     from jaxpeft.models.config import ModelConfig as ModelConfig
     from jaxpeft.ops.quant import quantize as quantize

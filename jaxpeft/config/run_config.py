@@ -159,7 +159,7 @@ def config_hash(config: RunConfig) -> str:
     Left out is what may change when a run goes on: ``output_dir``, ``track``, ``evaluation``,
     ``checkpoint``, ``data.eval``, ``data.workers`` (batches do not depend on it), ``mesh``
     (another mesh gives the same rows in the same order and differs by rounding only) and
-    ``model.chat_template`` (its text counts, see `jaxpeft.training.output.folder.find_template`).
+    ``model.chat_template`` (its text counts, see `jaxpeft.training.output.template`).
     Values that are the default are left out, too, so that a new key with its default changes no
     hash.
     """

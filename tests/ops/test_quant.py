@@ -16,7 +16,7 @@ import jaxpeft as jp
 from jaxpeft import train as program
 from jaxpeft.core import paths
 from jaxpeft.mesh import layout, placement
-from jaxpeft.methods.algebra import merge_quantized
+from jaxpeft.methods.algebra.merge_quantized import merge_quantized
 from jaxpeft.methods.binding import bind, merge
 from jaxpeft.ops.linear import linear
 from jaxpeft.ops.quant import QuantTensor, quantize, quantize_kernel
