@@ -164,9 +164,9 @@ def mixed_leaf(leaf: Leaf, adapter: Adapter, probe: dict[str, Any], index: Any) 
     return {leaf.path: mixed}
 
 
-def first_of(adapter: Adapter) -> Adapter:
-    """The shapes of one of several stacked adapters."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), adapter)
+def first_of(stacked: Any) -> Any:
+    """The shapes of one of several stacked adapters, or of a part of it."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
 
 
 def extra_axes(adapter: Adapter) -> int | None:
