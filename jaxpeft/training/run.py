@@ -24,8 +24,8 @@ from jaxpeft.methods import summary
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.binding import head_is_frozen
 from jaxpeft.methods.chat_settings import ChatSettings
-from jaxpeft.methods.leaves.full import Full
 from jaxpeft.methods.method import Context
+from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.quant import quantize
 from jaxpeft.pretrained.adapters import save_adapter
 from jaxpeft.pretrained.identity import identity_of
@@ -74,7 +74,8 @@ class Run:
         self.output = as_path(config.output_dir)
         self.notes: list[str] = []
         self.schedule = make_schedule(config.optim, rows.steps)
-        tx = make_optimizer(config.optim, rows.steps, config.method.wrap_optimizer)
+        self._kind = KINDS[config.method.name]
+        tx = make_optimizer(config.optim, rows.steps, config.method)
         self.tx = masked(tx, self._trainable)
         keys, saved = jax.random.split(jax.random.key(config.train.seed)), None
         if starts_dense(config, restored):
@@ -82,7 +83,7 @@ class Run:
             coded = quantize(base.params)
             base = dataclasses.replace(base, params=placement.shard_params(coded, self.layout))
         self.base_shapes = jax.eval_shape(lambda params: params, base.params)
-        replaced = tuple(paths.flatten(self.base_shapes)) if isinstance(config.method, Full) else ()
+        replaced = tuple(paths.flatten(self.base_shapes)) if self._kind.replaces_base else ()
         self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
 
         batches = (self.put(self.batch(step)) for step in range(rows.steps))
@@ -105,7 +106,7 @@ class Run:
         elif config.method.needs_batches and not restored:
             saved = config.method.init(base.params, keys[0], context)
         shapes = jax.eval_shape(start, base.params, keys, saved)
-        self.shardings = placement.state_shardings(shapes, self.layout)
+        self.shardings = placement.state_shardings(shapes, self.layout, self._kind.arrays)
         self.state: TrainState = placement.placed_shapes(shapes, self.shardings)
         if not shapes_only:
             place = jax.jit(start, out_shardings=self.shardings)
@@ -141,13 +142,12 @@ class Run:
     def make_step(self) -> Callable:
         """The training step, not yet compiled: ``step(state, params, batch)``."""
         train = self.config.train
-        dropout = getattr(self.config.method, "dropout", 0.0) > 0
         module = self.base.module.clone(remat=train.remat)
         return make_train_step(
             make_lm_loss(
                 module,
                 head_frozen=self.head_frozen,
-                dropout=dropout,
+                dropout=self.config.method.drops,
                 penalty=self.config.method.penalty,
             ),
             self.tx,
@@ -324,7 +324,7 @@ class Run:
             "base": paths.unflatten(
                 {path: paths.ends_in(path, patterns) for path in paths.flatten(tree["base"])}
             ),
-            "adapter": without_a(on) if self.config.optim.lora_fa else on,
+            "adapter": without_a(on, self._kind) if self.config.optim.lora_fa else on,
         }
 
 

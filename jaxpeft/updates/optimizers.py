@@ -13,7 +13,10 @@ import jax
 import optax
 
 from jaxpeft.core import float32
+from jaxpeft.core.errors import UserError
 from jaxpeft.core.records import Record
+from jaxpeft.methods.method import Method
+from jaxpeft.methods.registry import KINDS
 from jaxpeft.updates.lora_rules import EMBEDDING_RATE, lora_plus, project_b
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
@@ -109,20 +112,29 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int, wrap: Callable[[Any, int], Any] | None = None
+    config: OptimConfig, steps: int, method: Method | None = None
 ) -> optax.GradientTransformation:
     """The optimizer of a run: clipping by global norm, then the update rule with its schedule.
 
     Args:
         config: Which rule, with its numbers.
         steps: Updates of the whole run, for the schedule.
-        wrap: ``wrap(rule, steps)``: the rule with what a method adds to it, such as
-            `Method.wrap_optimizer`; its gradients are clipped.
+        method: What is trained. It may add to the rule (AdaLoRA does), whose gradients are
+            clipped, and LoRA+ and LoRA-FA ask its family which arrays are the factors.
 
     Returns:
         A transformation over the trained leaves; `masked` keeps it off the others.
+
+    Raises:
+        UserError: If the config asks for LoRA+ or LoRA-FA and there is no method.
     """
-    if config.lora_plus_ratio is None:
+    kind = None if method is None else KINDS[method.name]
+    if kind is None and (config.lora_fa or config.lora_plus_ratio is not None):
+        raise UserError(
+            "make_optimizer: LoRA+ and LoRA-FA treat factors A and B differently; pass method=, "
+            "the config of what is trained, which knows its factors."
+        )
+    if kind is None or config.lora_plus_ratio is None:
         rule = make_rule(config, steps)
     else:
 
@@ -132,12 +144,12 @@ def make_optimizer(
             group = dataclasses.replace(config, learning_rate=rate, weight_decay=weight_decay)
             return make_rule(group, steps)
 
-        rule = lora_plus(scaled, config.lora_plus_ratio)
-    if wrap is not None:
-        rule = wrap(rule, steps)
+        rule = lora_plus(scaled, config.lora_plus_ratio, kind.arrays)
+    if method is not None:
+        rule = method.wrap_optimizer(rule, steps)
     parts = [rule]
-    if config.lora_fa:
-        parts.insert(0, project_b())
+    if kind is not None and config.lora_fa:
+        parts.insert(0, project_b(kind))
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     return optax.chain(*parts) if len(parts) > 1 else rule

@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Kind, Leaf
@@ -77,6 +78,11 @@ class VeRA(Method):
         keep_names(self, "targets", "exclude")
         if not self.targets:
             raise ValueError("VeRA.targets must name at least one module.")
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops inputs of the branch."""
+        return self.dropout > 0
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that leaves the model's function unchanged.
@@ -340,6 +346,7 @@ KIND = Kind(
     bind=bind,
     leaf_shape=lambda params: None,
     config_of=config_of,
+    arrays={"b": ArrayRole(side="out", fast=True), "d": ArrayRole(rank_axis=-1)},
     weigh=weigh,
     check=check,
     peft=PEFT,
