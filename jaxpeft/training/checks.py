@@ -32,6 +32,7 @@ from jaxpeft.training.output.result import (
     is_exported,
 )
 from jaxpeft.updates.lora_rules import check_factors
+from jaxpeft.updates.optimizers import WHOLE_ARRAYS
 
 
 def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> None:
@@ -67,11 +68,11 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
     both = [path for path in spec.paths if paths.ends_in(path, optim.trainable)]
     if both:
         raise UserError(f"optim.trainable: the method trains {first_few(both)} already.")
-    if optim.name == "adafactor":  # ranks are values; the zeros are never made
+    if optim.name in WHOLE_ARRAYS:  # ranks are values; the zeros are never made
         ranked = dataclasses.replace(adapter, buffers=jax.jit(lambda: start().buffers)())
         if any(_is_padded(ranked, path) for path in spec.paths):
             raise UserError(
-                "optim.name: adafactor scales by the mean over a whole stack, which layers "
+                f"optim.name: {optim.name} scales by the mean over a whole stack, which layers "
                 "that are not adapted would change; adapt all layers of a kernel, or take adamw."
             )
 
