@@ -116,11 +116,11 @@ def _require_unchanged(adapter: Adapter, changed: dict[str, bool]) -> None:
         changed: Paths that those before it stand at, and whether the base's own leaf is changed:
             virtual tokens only stand behind the table. The adapter's own are added.
     """
-    virtual = KINDS[adapter.spec.kind].virtual_tokens(adapter) > 0
+    kind = KINDS[adapter.spec.kind]
+    virtual = kind.virtual_tokens(adapter) > 0
     for path in adapter.spec.paths:
-        arrays = {} if virtual else paths.get(adapter.params, path, {})
-        whole, part = "value" in arrays, "m" in arrays or "rows" in arrays
-        if path in changed and (whole or (part and changed[path])):
+        replaces = {kind.role(name).replaces for name in paths.get(adapter.params, path, {})}
+        if path in changed and ("whole" in replaces or ("part" in replaces and changed[path])):
             raise UserError(
                 f"{path}: this adapter replaces what the base has there (DoRA does, and modules or "
                 "tokens trained whole), and one before it changes that; put it first, or merge the "

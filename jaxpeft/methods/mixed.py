@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.adapter import RANK, Adapter
 from jaxpeft.methods.family import Leaf
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.linear import Node, OnBase, Transposed, attend, embed, linear
@@ -175,7 +175,7 @@ def extra_axes(adapter: Adapter) -> int | None:
     None where the family does not tell.
     """
     for path in adapter.spec.paths:
-        rank = paths.get(adapter.buffers, f"{path}/rank")
+        rank = paths.get(adapter.buffers, f"{path}/{RANK}")
         if rank is not None:
             return rank.ndim - paths.is_stacked(path)
     arrays = paths.get(adapter.params, adapter.spec.paths[0])

@@ -24,8 +24,8 @@ from jaxpeft.methods import summary
 from jaxpeft.methods.adapter import Adapter, Label
 from jaxpeft.methods.binding import head_is_frozen
 from jaxpeft.methods.chat_settings import ChatSettings
-from jaxpeft.methods.leaves.full import Full
 from jaxpeft.methods.method import Context
+from jaxpeft.methods.registry import KINDS
 from jaxpeft.pretrained.adapters import save_adapter
 from jaxpeft.pretrained.identity import identity_of
 from jaxpeft.pretrained.model import Model
@@ -72,7 +72,8 @@ class Run:
         self.output = as_path(config.output_dir)
         self.notes: list[str] = []
         self.schedule = make_schedule(config.optim, rows.steps)
-        tx = make_optimizer(config.optim, rows.steps, config.method.wrap_optimizer)
+        self._kind = KINDS[config.method.name]
+        tx = make_optimizer(config.optim, rows.steps, config.method)
         self.tx = masked(tx, self._trainable)
         context = Context(
             base.config,
@@ -85,7 +86,7 @@ class Run:
         keys = jax.random.split(jax.random.key(config.train.seed))
         base, chosen = choose_start(config, base, self.layout, keys[0], context)
         self.base_shapes = jax.eval_shape(lambda params: params, base.params)
-        replaced = tuple(paths.flatten(self.base_shapes)) if isinstance(config.method, Full) else ()
+        replaced = tuple(paths.flatten(self.base_shapes)) if self._kind.replaces_base else ()
         self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
         names = {"base_name": Label(base.name), "base_revision": Label(base.revision)}
         names["chat"] = self.chat_settings().label()
@@ -96,7 +97,13 @@ class Run:
             return init_train_state(kept, adapter, self.tx, keys[1])
 
         self.state, self.shardings = place_start(
-            first_state, self.layout, base.params, keys, chosen, shapes_only=shapes_only
+            first_state,
+            self.layout,
+            self._kind.arrays,
+            base.params,
+            keys,
+            chosen,
+            shapes_only=shapes_only,
         )
 
     @functools.cached_property
@@ -129,13 +136,12 @@ class Run:
     def make_step(self) -> Callable:
         """The training step, not yet compiled: ``step(state, params, batch)``."""
         train = self.config.train
-        dropout = getattr(self.config.method, "dropout", 0.0) > 0
         module = self.base.module.clone(remat=train.remat)
         return make_train_step(
             make_lm_loss(
                 module,
                 head_frozen=self.head_frozen,
-                dropout=dropout,
+                dropout=self.config.method.drops,
                 penalty=self.config.method.penalty,
             ),
             self.tx,
@@ -312,7 +318,7 @@ class Run:
             "base": paths.unflatten(
                 {path: paths.ends_in(path, patterns) for path in paths.flatten(tree["base"])}
             ),
-            "adapter": without_a(on) if self.config.optim.lora_fa else on,
+            "adapter": without_a(on, self._kind) if self.config.optim.lora_fa else on,
         }
 
 

@@ -1,12 +1,13 @@
 """How a run begins: its start is chosen first, then it is placed on the mesh."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from jaxpeft.config.run_config import RunConfig
+from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.mesh import placement
 from jaxpeft.mesh.layout import Layout
 from jaxpeft.methods.adapter import Adapter
@@ -54,13 +55,18 @@ def choose_start(
 
 
 def place_start(
-    make_state: Callable[..., TrainState], layout: Layout, *arguments: Any, shapes_only: bool
+    make_state: Callable[..., TrainState],
+    layout: Layout,
+    arrays: Mapping[str, ArrayRole],
+    *arguments: Any,
+    shapes_only: bool,
 ) -> tuple[TrainState, TrainState]:
     """Makes the first state of a run, each array on the devices where it is to live.
 
     Args:
         make_state: The first state from `arguments`; it is traced.
         layout: Decides where arrays live.
+        arrays: What the adapter's arrays are, by name; `Kind.arrays` of its family.
         *arguments: Arrays, or with `shapes_only` shapes.
         shapes_only: Whether the state is only described, and nothing is computed.
 
@@ -68,7 +74,7 @@ def place_start(
         The state, or its shapes, and the sharding of every leaf.
     """
     shapes = jax.eval_shape(make_state, *arguments)
-    shardings = placement.state_shardings(shapes, layout)
+    shardings = placement.state_shardings(shapes, layout, arrays)
     if shapes_only:
         return placement.placed_shapes(shapes, shardings), shardings
     return jax.jit(make_state, out_shardings=shardings)(*arguments), shardings
