@@ -1,10 +1,15 @@
-"""Shapes in annotations are checked while tests run; the CPU pretends to be eight devices."""
+"""Shapes in annotations are checked while tests run; the CPU pretends to be eight devices.
+
+Compiled programs are kept for the next run.
+"""
 
 import gc
 import importlib.metadata
 import itertools
 import os
 import pathlib
+
+import compiled_programs
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the tests' time is compilation: the same programs, machine code that is made sooner.
@@ -13,7 +18,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones refus
     flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of the user's, for the commands
+os.environ.update(compiled_programs.SETTINGS)
 
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -36,6 +41,12 @@ LONG = (
 )
 """Files that take longest: they are begun first, so that no process ends long after the others."""
 TESTS = itertools.count(1)
+
+
+def pytest_configure(config):
+    """Checks the compilation cache before the first test, not in each process of pytest-xdist."""
+    if not hasattr(config, "workerinput"):
+        compiled_programs.clean()
 
 
 def pytest_collection_modifyitems(items):
