@@ -1,6 +1,6 @@
-"""Shapes in annotations are checked while tests run; the CPU pretends to be eight devices.
+"""The CPU pretends to be eight devices, and compiled programs are kept for the next run.
 
-Compiled programs are kept for the next run.
+Shapes and types in annotations are checked while tests run if JAXPEFT_CHECK_TYPES is 1.
 """
 
 import gc
@@ -20,9 +20,10 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.update(compiled_programs.SETTINGS)
 
-from jaxtyping import install_import_hook  # noqa: E402
+if os.environ.get("JAXPEFT_CHECK_TYPES") == "1":
+    from jaxtyping import install_import_hook
 
-install_import_hook("jaxpeft", "checker.check")
+    install_import_hook("jaxpeft", "checker.check")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
