@@ -3,6 +3,7 @@
 Shapes and types in annotations are checked while tests run if JAXPEFT_CHECK_TYPES is 1.
 """
 
+import functools
 import gc
 import importlib.metadata
 import itertools
@@ -16,7 +17,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones refuse what they lack
     flags += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+given = os.environ.get("XLA_FLAGS", "")
+if flags not in given:  # a worker inherits them; given twice, they would be other keys of the cache
+    os.environ["XLA_FLAGS"] = f"{given} {flags}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.update(compiled_programs.SETTINGS)
 
@@ -26,6 +29,7 @@ if os.environ.get("JAXPEFT_CHECK_TYPES") == "1":
     install_import_hook("jaxpeft", "checker.check")
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 MOST_MAPS = 30_000
@@ -58,8 +62,13 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def getkey():
     """A function that gives a new PRNG key at every call, the same ones in every run."""
-    keys = iter(jax.random.split(jax.random.key(5678), 1000))
+    keys = map(jax.random.wrap_key_data, _key_data())
     return lambda: next(keys)
+
+
+@functools.cache
+def _key_data():
+    return np.asarray(jax.random.key_data(jax.random.split(jax.random.key(5678), 1000)))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ SETTINGS = {
     "JAX_COMPILATION_CACHE_DIR": str(FOLDER),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",  # else the folder's path is in every key
     # A process may read what another one is still writing; then it warns, and compiles.
     "PYTHONWARNINGS": "ignore:Error reading persistent compilation cache",
 }
