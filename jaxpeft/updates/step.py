@@ -165,12 +165,21 @@ def make_train_step(
         counters ``skipped`` and ``skipped_in_a_row``, and the sums of `aux`.
 
     Example:
-        >>> tx = jp.masked(optax.adamw(1e-3), jp.adapter_only)
-        >>> state = jp.init_train_state(base.params, adapter, tx, jax.random.key(0))
-        >>> step = jp.make_train_step(loss_fn, tx)
-        >>> state, metrics = step(state, base.params, batch)
-    """
+        The squared error of one adapted kernel:
 
+        >>> import jaxpeft as jp
+        >>> params = {"up_proj": {"kernel": jnp.ones((3, 2))}}
+        >>> adapter = jp.init_adapter(jp.LoRA(rank=1), params, jax.random.key(0))
+        >>> def loss_fn(params, adapter, batch, key):
+        ...     kernel = jp.merge(params, adapter)["up_proj"]["kernel"]
+        ...     return jnp.mean((batch["x"] @ kernel - batch["y"]) ** 2)
+        >>> tx = jp.masked(optax.adamw(1e-3), jp.adapter_only)
+        >>> state = jp.init_train_state(params, adapter, tx, jax.random.key(0))
+        >>> step = jp.make_train_step(loss_fn, tx)
+        >>> state, metrics = step(state, params, {"x": jnp.ones((1, 3)), "y": jnp.zeros((1, 2))})
+        >>> int(state.step), float(metrics["loss"])
+        (1, 9.0)
+    """
     check_masked(tx)
 
     def gradients(state: TrainState, params: dict, batch: Any) -> Any:
