@@ -128,7 +128,11 @@ def _require_unchanged(adapter: Adapter, changed: dict[str, bool]) -> None:
 def adapters_of(
     adapter: Adapter | Sequence[Adapter] | None, weights: Sequence[Any] | None = None
 ) -> list[Adapter]:
-    """The adapters of an argument that may be one, several or none, multiplied by their weights."""
+    """The adapters in an argument that may hold one, several or none, multiplied by their weights.
+
+    Raises:
+        UserError: The weights are not one for each adapter, or an adapter cannot be weighted.
+    """
     if adapter is None:
         return []
     several = [adapter] if isinstance(adapter, Adapter) else list(adapter)
@@ -148,7 +152,11 @@ def adapters_of(
 
 
 def check_weights(weights: Any, count: int) -> None:
-    """Raises a UserError unless there is one weight for each of `count` adapters."""
+    """Checks that there is one weight for each of `count` adapters.
+
+    Raises:
+        UserError: `weights` is no list, or has another length.
+    """
     try:
         given = len(weights)
     except TypeError:
@@ -250,9 +258,12 @@ def unties(params: dict, adapter: Adapter) -> bool:
 
 
 def check_fit(params: dict, adapter: Adapter) -> None:
-    """Raises a UserError unless every leaf of the adapter belongs to a leaf of the base.
+    """Checks that every leaf of an adapter belongs to a leaf of the base.
 
-    `bind` calls it: it looks at names and shapes only, and costs nothing in a traced function.
+    `bind` calls it. It looks at names and shapes only, so it costs nothing in a traced function.
+
+    Raises:
+        UserError: The adapter was made for another model, or is a stack of several.
     """
     paths.require_tree(params)
     kind = KINDS[adapter.spec.kind]

@@ -18,7 +18,15 @@ from jaxpeft.methods.adapter import Adapter, Spec
 
 
 def check_cut(rank: Any, energy: Any) -> None:
-    """Raises a UserError unless rank or energy, one at most, can be what is kept."""
+    """Checks what limits the factors of a `truncate`.
+
+    Args:
+        rank: The rank to keep, or None.
+        energy: The share of the squared singular values to keep, or None.
+
+    Raises:
+        UserError: Both are given, or one is out of its range.
+    """
     if rank is not None and energy is not None:
         raise UserError("rank, energy: give one of them.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -64,6 +72,9 @@ def lora_of(
     """A plain LoRA from the factors of every layer, None where a layer is left as it is.
 
     It has the base's name and revision of its `source`, and its chat settings.
+
+    Raises:
+        UserError: All layers are left as they are, so there is no LoRA to make.
     """
     ranks = {
         path: [0 if f is None else f[0].shape[1] for f in each] for path, each in layers.items()
