@@ -252,7 +252,11 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def close(self) -> None:
-        """Waits for the save under way, as far as this process makes it, and lets go of Orbax."""
+        """Waits for the save under way, as far as this process makes it, and lets go of Orbax.
+
+        Raises:
+            UserError: The save under way failed.
+        """
         try:
             self._wait()  # not for the others: one that failed comes here alone
         finally:

@@ -15,7 +15,11 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises a `UserError`."""
+        """Ends the reading of arguments; argparse calls it.
+
+        Raises:
+            UserError: Always, with `message`.
+        """
         raise UserError(f"{message}; see {self.prog} --help")
 
 

@@ -132,7 +132,11 @@ def _require_unchanged(adapter: Adapter, changed: dict[str, bool]) -> None:
 def adapters_of(
     adapter: Adapter | Sequence[Adapter] | None, weights: Sequence[Any] | None = None
 ) -> list[Adapter]:
-    """The adapters of an argument that may be one, several or none, multiplied by their weights."""
+    """The adapters in an argument that may hold one, several or none, multiplied by their weights.
+
+    Raises:
+        UserError: The weights are not one for each adapter, or an adapter cannot be weighted.
+    """
     if adapter is None:
         return []
     several = [adapter] if isinstance(adapter, Adapter) else list(adapter)
@@ -152,7 +156,11 @@ def adapters_of(
 
 
 def check_weights(weights: Any, count: int) -> None:
-    """Raises a UserError unless there is one weight for each of `count` adapters."""
+    """Checks that there is one weight for each of `count` adapters.
+
+    Raises:
+        UserError: `weights` is no list, or has another length.
+    """
     try:
         given = len(weights)
     except TypeError:

@@ -78,7 +78,15 @@ def weight_at(params: Mapping, path: str) -> Any:
 
 
 def require_values(weight: Any, what: str) -> None:
-    """Raises a UserError if there is only the shape of a weight; `what` says why that won't do."""
+    """Checks that a weight has values, not only a shape.
+
+    Args:
+        weight: An array or a `jax.ShapeDtypeStruct`.
+        what: Why the values are needed; the message begins with it.
+
+    Raises:
+        UserError: There is only a shape.
+    """
     if isinstance(weight, jax.ShapeDtypeStruct):
         raise UserError(f"{what}; pass parameters, not their shapes.")
 

@@ -63,15 +63,27 @@ class Mixed(OnBase):
     attends_base: bool = flax.struct.field(pytree_node=False, default=False)  # pyright: ignore
 
     def multiply(self, x: Float[Array, "rows *batch d_in"]) -> Float[Array, "rows *batch d_out"]:
-        """Row by row ``x`` times the weight."""
+        """Multiplies every row of `x` by that row's weight.
+
+        Raises:
+            UserError: The batch has another number of rows than the index.
+        """
         return self._by_row(lambda node, row: linear(row, node), x)
 
     def lookup(self, ids: Int[Array, "rows *batch"]) -> Float[Array, "rows *batch d_model"]:
-        """Row by row the table's rows."""
+        """Looks up every row's ids in that row's table.
+
+        Raises:
+            UserError: The batch has another number of rows than the index.
+        """
         return self._by_row(lambda node, row: embed(row, node), ids)
 
     def attend(self, x: Float[Array, "rows *batch d_model"]) -> Float[Array, "rows *batch vocab"]:
-        """Row by row ``x`` times the transposed table, in float32."""
+        """Multiplies every row of `x` by that row's transposed table, in float32.
+
+        Raises:
+            UserError: The batch has another number of rows than the index.
+        """
         if self.attends_base:
             return attend(x, self.base)
         return self._by_row(lambda node, row: attend(row, node), x)

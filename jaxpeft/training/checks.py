@@ -113,7 +113,11 @@ def check_dense_start(config: RunConfig) -> None:
 
 
 def check_batches(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises a UserError unless all batches can be split over the mesh."""
+    """Checks that all batches can be split over the mesh.
+
+    Raises:
+        UserError: The devices of the axes data and fsdp do not divide a batch size.
+    """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     train = config.train
     sizes = {"train.batch_size": train.batch_size}
@@ -132,7 +136,17 @@ def check_batches(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_unchanged(what: str, saved: str, now: str, output: Place) -> None:
-    """Raises a UserError unless a run goes on with what it began with."""
+    """Checks that a run continues with the data or base it began with.
+
+    Args:
+        what: What is compared, in the plural, for messages.
+        saved: Its fingerprint when the run began.
+        now: Its fingerprint now.
+        output: The run's folder.
+
+    Raises:
+        UserError: The fingerprints differ or cannot be compared.
+    """
     if saved == now:
         return
     anew = "start anew with --overwrite or another output_dir."
@@ -169,7 +183,16 @@ def check_sources(
 
 
 def check_steps_done(latest: int, steps: int, config: RunConfig) -> None:
-    """Raises a UserError if a run has more steps behind it than it shall have."""
+    """Checks that a run has not done more steps than it shall have.
+
+    Args:
+        latest: Steps that are done.
+        steps: Steps that the run shall have.
+        config: Its config.
+
+    Raises:
+        UserError: It has done more.
+    """
     output, epochs = storage.as_path(config.output_dir), config.train.epochs
     if latest <= steps:
         return

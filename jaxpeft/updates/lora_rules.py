@@ -159,12 +159,15 @@ def without_a(trainable: Any, kind: Kind) -> Any:
 
 
 def check_factors(optim: Any, kind: str, params: Any) -> None:
-    """Raises a UserError if a config asks for LoRA+ or LoRA-FA where a method has no factors.
+    """Checks that a method has the factors that LoRA+ and LoRA-FA need.
 
     Args:
         optim: A `jaxpeft.updates.optimizers.OptimConfig`.
         kind: The kind of the adapter.
         params: Its trained arrays or their shapes.
+
+    Raises:
+        UserError: The config asks for one of them, and the method has no such factors.
     """
     if optim.lora_plus_ratio is not None:
         lora_plus_groups({"adapter": params}, KINDS[kind].arrays)

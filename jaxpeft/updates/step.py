@@ -247,7 +247,11 @@ def _everywhere(values: jax.Array, state_shardings: Any) -> jax.Array:
 
 
 def check_masked(tx: Any) -> None:
-    """Raises a TypeError, with the way out, for an optimizer that is not masked."""
+    """Checks that an optimizer is masked, so that it knows what is trained.
+
+    Raises:
+        TypeError: It is not; the message has the way out.
+    """
     if not isinstance(tx, MaskedTransformation):
         raise TypeError(
             "the optimizer must know what is trained: wrap it, as in "

@@ -13,7 +13,15 @@ from jaxpeft.core.errors import UserError
 
 
 def check_cut(rank: Any, energy: Any) -> None:
-    """Raises a UserError unless rank or energy, one at most, can be what is kept."""
+    """Checks what limits the factors of a `truncate`.
+
+    Args:
+        rank: The rank to keep, or None.
+        energy: The share of the squared singular values to keep, or None.
+
+    Raises:
+        UserError: Both are given, or one is out of its range.
+    """
     if rank is not None and energy is not None:
         raise UserError("rank, energy: give one of them.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):

@@ -224,7 +224,11 @@ def _split_fields(values: Values) -> dict[str, Any]:
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """An adapter from PEFT's config and tensors; see `PeftFormat`."""
+    """Reads an adapter from PEFT's config and tensors; see `PeftFormat`.
+
+    Raises:
+        UserError: Ranks make factors of products in some layers and whole factors in others.
+    """
     sites = paths.module_names(base.params)
     chosen = values.selection().select(sites, values.file)
     ranks = lycoris.read_ranks(values, chosen)

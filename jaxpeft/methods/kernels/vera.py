@@ -34,8 +34,8 @@ from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import (
     contiguous,
     modules_of,
+    one_dropout,
     require_finite,
-    shortest_decimal,
     stack,
     targets_value,
 )
@@ -200,7 +200,11 @@ def bind(leaf: Leaf) -> dict[str, Any]:
 
 
 def check(params: dict, adapter: Adapter) -> None:
-    """Raises a UserError where A, B or a vector is too small or large for the base."""
+    """Checks that A, B and the vectors have the sizes that the base needs.
+
+    Raises:
+        UserError: One is too small or too large.
+    """
     a, b = (paths.get(adapter.buffers, f"{SHARED}/{name}").shape for name in ("a", "b"))
     for path in adapter.spec.paths:
         shape = shape_of(paths.get(params, path))
@@ -228,7 +232,7 @@ def config_of(adapter: Adapter) -> VeRA:
         UserError: If dropout differs from layer to layer.
     """
     names = tuple(name for name, _, _ in modules_of(adapter))
-    return VeRA(rank=adapter.spec.rank, targets=names, dropout=_dropout(adapter))
+    return VeRA(rank=adapter.spec.rank, targets=names, dropout=one_dropout(adapter))
 
 
 def config_from_peft(values: Values) -> VeRA:
@@ -243,7 +247,11 @@ def config_from_peft(values: Values) -> VeRA:
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """An adapter from PEFT's config and tensors; see `PeftFormat`."""
+    """Reads an adapter from PEFT's config and tensors; see `PeftFormat`.
+
+    Raises:
+        UserError: The folder lacks A and B, or its ``projection_prng_key`` is no key.
+    """
     sites = paths.module_names(base.params)
     chosen = values.selection().select(sites, values.file)
     if not values.flag("save_projection"):
@@ -273,7 +281,11 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
 
 
 def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Config values and tensors of a PEFT folder, A and B among them; see `PeftFormat`."""
+    """Config values and tensors of a PEFT folder, A and B among them; see `PeftFormat`.
+
+    Raises:
+        UserError: The adapter adapts no module.
+    """
     tensors, names = {}, []
     for name, path, at in modules_of(adapter):
         for part in "db":
@@ -289,7 +301,7 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
         "projection_prng_key": int(shared["prng_key"]),
         "r": adapter.spec.rank,
         "target_modules": targets_value(names, paths.module_names(base.params)),
-        "vera_dropout": _dropout(adapter),
+        "vera_dropout": one_dropout(adapter),
     }
     return values, tensors
 
@@ -299,17 +311,6 @@ A_KEY, B_KEY = "base_model.vera_A", "base_model.vera_B"
 
 def _key(name: str, part: str) -> str:
     return f"{PREFIX}{name}.vera_lambda_{part}"
-
-
-def _dropout(adapter: Adapter) -> float:
-    """The one dropout rate of all layers."""
-    rates = {
-        shortest_decimal(np.asarray(paths.get(adapter.buffers, f"{path}/dropout"))[at])
-        for _, path, at in modules_of(adapter)
-    }
-    if len(rates) > 1:
-        raise UserError(f"layers of this adapter differ in dropout: {sorted(rates)}.")
-    return rates.pop() if rates else 0.0
 
 
 PEFT = PeftFormat(

@@ -38,7 +38,15 @@ def replacement(kind: str, leaves: dict[str, Any]) -> Adapter:
 
 
 def require_dense(kind: str, leaves: Mapping[str, Any]) -> None:
-    """Raises a UserError unless all leaves are arrays that can be trained."""
+    """Checks that all leaves are arrays that can be trained.
+
+    Args:
+        kind: The kind of the adapter, for messages.
+        leaves: The base's leaves by path.
+
+    Raises:
+        UserError: One is quantised.
+    """
     for path, leaf in leaves.items():
         require_values(leaf, f"{path}: {kind!r} starts from the base's own values")
         if isinstance(leaf, QuantTensor):

@@ -35,7 +35,11 @@ PARTS = [sort.peft for sort in lora_places.SORTS]
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """The adapter of a PEFT folder; see `PeftFormat`."""
+    """Reads the adapter of a PEFT folder; see `PeftFormat`.
+
+    Raises:
+        UserError: The tensors are not those that config and base ask for.
+    """
     tokens = lora_tokens.parse(values, paths.get(base.params, paths.HEAD) is None)
     config = dataclasses.replace(parse(values), tokens=tokens)
     folder = Folder(config, tensors, base)

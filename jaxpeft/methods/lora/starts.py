@@ -157,7 +157,11 @@ def of_stack(
 
 
 def check(config: Any) -> None:
-    """Raises a ValueError unless the fields of a `jaxpeft.LoRA` about its start go together."""
+    """Checks the fields of a `jaxpeft.LoRA` about its start.
+
+    Raises:
+        ValueError: One is wrong, or they do not go together.
+    """
     name = config.init_weights
     if name not in ("default", "eva", *BY_NAME):
         known = ", ".join(map(repr, ("default", "eva", *BY_NAME)))
