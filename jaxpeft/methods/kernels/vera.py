@@ -45,6 +45,8 @@ from jaxpeft.ops.linear import PRODUCT, SHARED, OnBase, linear, materialise, sha
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
+A_KEY, B_KEY = "base_model.vera_A", "base_model.vera_B"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VeRA(Method):
@@ -304,9 +306,6 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
         "vera_dropout": one_dropout(adapter),
     }
     return values, tensors
-
-
-A_KEY, B_KEY = "base_model.vera_A", "base_model.vera_B"
 
 
 def _key(name: str, part: str) -> str:
