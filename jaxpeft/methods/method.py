@@ -126,8 +126,8 @@ class Method(Record, abc.ABC):
             quantization: How the base is going to be quantised, None for not at all.
             double: Whether the scales of its blocks are quantised, too.
 
-        Raises:
-            UserError: If it `starts_dense` and has no use for a base that is quantised so.
+        A method that `starts_dense` overrides this, with a UserError where it has no use for a
+        base that is quantised so.
         """
         del quantization, double
 

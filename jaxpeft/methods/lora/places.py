@@ -91,7 +91,11 @@ def merge_factors(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
 
 
 def factor_fields(adapter: Adapter) -> dict[str, Any]:
-    """What the places with factors say of the config."""
+    """The fields of the config that can be read from the places with factors.
+
+    Raises:
+        UserError: The layers differ in dropout.
+    """
     numbers = targets.numbers_of(adapter)
     if len(numbers.dropouts) > 1:
         raise UserError("layers of this adapter differ in dropout.")

@@ -71,6 +71,9 @@ def lora_of(
     """A plain LoRA from the factors of every layer, None where a layer is left as it is.
 
     It has the base's name and revision of its `source`, and its chat settings.
+
+    Raises:
+        UserError: All layers are left as they are, so there is no LoRA to make.
     """
     ranks = {
         path: [0 if f is None else f[0].shape[1] for f in each] for path, each in layers.items()

@@ -178,7 +178,16 @@ def check(config: Any) -> None:
 
 
 def check_quantization(config: Any, quantization: str | None, double: bool) -> None:
-    """Raises a UserError if LoftQ has nothing to start from: see `Method.check_quantization`."""
+    """Checks that LoftQ has something to start from; see `Method.check_quantization`.
+
+    Args:
+        config: A `jaxpeft.LoRA`.
+        quantization: How the base is going to be quantised, None for not at all.
+        double: Whether the scales of its blocks are quantised, too.
+
+    Raises:
+        UserError: The base is not quantised as LoftQ's start assumes.
+    """
     if config.init_weights != "loftq":
         return
     if (quantization, double) != ("nf4", False):
