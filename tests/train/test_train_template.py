@@ -17,7 +17,7 @@ from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core.errors import UserError
 from jaxpeft.planning.plan import describe_data
 from jaxpeft.pretrained.load import load_config
-from jaxpeft.training.output.template import find_template, run_tokenizer
+from jaxpeft.training.output.template import find_template, keep_template, run_tokenizer
 from jaxpeft.training.run import Run
 
 OTHER = (
@@ -53,7 +53,7 @@ def began(config: RunConfig, template: str) -> None:
     """Leaves what a run leaves that was stopped before its first checkpoint."""
     output = pathlib.Path(config.output_dir)
     output.mkdir()
-    program.keep_template(config, template)
+    keep_template(config, template)
     program.write_config(config)
 
 
@@ -130,12 +130,12 @@ def test_a_template_left_by_a_start_that_was_killed_is_taken_over_by_the_same_st
     config = make_config(files, tmp_path, template)
     left = tmp_path / "run" / "chat_template.jinja"
     left.parent.mkdir()
-    program.keep_template(config, OTHER)
+    keep_template(config, OTHER)
     program.check_folder(config)
-    program.keep_template(config, find_template(config))
+    keep_template(config, find_template(config))
     assert left.read_text() == OTHER
     with pytest.raises(UserError, match=r"run/chat_template\.jinja: is there but no config\.yaml"):
-        program.keep_template(config, OTHER + " ")
+        keep_template(config, OTHER + " ")
     assert left.read_text() == OTHER
 
 
