@@ -1,4 +1,4 @@
-"""Metrics of a model with and without adapters: loss, perplexity, accuracy, exact match.
+"""Measures a model with and without adapters: loss, perplexity, accuracy, exact match.
 
 Command: ``python -m jaxpeft.evaluate --model PATH --data FILE [--adapter DIR ...]``
 """
@@ -39,7 +39,11 @@ def print_results(results: Mapping[str, Mapping[str, float]], stream: Any) -> No
 
 
 def main(argv: list[str]) -> None:
-    """Prints a table: one line for the base and one for every adapter."""
+    """Prints a table: one line for the base and one for every adapter.
+
+    Raises:
+        UserError: An argument, the data, the model or an adapter is wrong.
+    """
     parser = arguments.make_parser(
         "evaluate", "Evaluates a base model and adapters on a file of rows."
     )

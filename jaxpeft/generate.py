@@ -13,7 +13,11 @@ from jaxpeft.core.errors import UserError
 
 
 def main(argv: list[str]) -> None:
-    """Prints the answer to every prompt, in order."""
+    """Prints the answer to every prompt, in order.
+
+    Raises:
+        UserError: An argument, the model or the adapter is wrong, or there is no prompt.
+    """
     parser = arguments.make_parser("generate", "Answers prompts with a base model and an adapter.")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text; - reads lines")
     arguments.add_base(parser)

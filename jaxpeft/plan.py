@@ -1,4 +1,4 @@
-"""What a run will be, before a weight is loaded or a machine is rented.
+"""Says what a run will do and need, before a weight is loaded or a machine is rented.
 
 From ``config.json`` and shapes alone: what is trained, what the data give, what a step costs, and
 what every device must hold, by compiling the real training step for this machine or for TPUs that

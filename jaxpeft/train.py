@@ -1,4 +1,4 @@
-"""The training program, read top to bottom.
+"""Trains an adapter as a config says. This is the program, to be read from top to bottom.
 
 Command: ``python -m jaxpeft.train CONFIG [--section.key value ...]``
 """
@@ -244,9 +244,13 @@ def loop(
 ) -> None:
     """Trains from the state's step to the last one, with evaluations and checkpoints.
 
-    The metrics of a step are fetched while the device computes the next one. A signal ends an
-    evaluation too, which is then made when the run goes on; but not one that decides whether the
-    checkpoint saved with it is the best.
+    The metrics of a step are fetched while the device computes the next one. A signal interrupts an
+    evaluation, which is repeated on resume, unless it decides which checkpoint is best.
+
+    Raises:
+        InterruptedRunError: A signal ended the run after saving.
+        LostWorkerError: A process that reads data ended.
+        DivergedError: Loss or gradient was not finite too many times in a row.
     """
     first, last, config = int(run.state.step), run.rows.steps, run.config
     best = config.checkpoint.best is not None

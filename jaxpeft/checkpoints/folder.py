@@ -242,7 +242,11 @@ class CheckpointFolder:
         shutil.rmtree(doomed)
 
     def clean(self) -> None:
-        """Before a save: removes what saves and deletions left, sets other bare steps aside."""
+        """Before a save: removes what saves and deletions left, sets other bare steps aside.
+
+        Raises:
+            ResourceError: The folder cannot be read.
+        """
         self.remove_leftovers()
         if self.remote:
             return
@@ -252,7 +256,11 @@ class CheckpointFolder:
                 self._warn(f"{self.path(step)}: has no manifest; set aside in {target}")
 
     def remove_leftovers(self, *, unfinished: int | None = None) -> None:
-        """Removes what an unfinished save or deletion left; `unfinished` is a step to drop too."""
+        """Removes what an unfinished save or deletion left; `unfinished` is a step to drop too.
+
+        Raises:
+            ResourceError: The folder in the bucket cannot be read.
+        """
         if self.remote:
             for step in set(self._numbers()) - set(self.steps()):
                 storage.remove(self.path(step))

@@ -110,6 +110,9 @@ def from_orbax(tree: dict[str, Any], like: Any) -> Any:
 
     Returns:
         A tree of the structure of `like` with the loaded values.
+
+    Raises:
+        CheckpointError: `like` holds a PRNG key of a kind that JAX does not name.
     """
     values = []
     for name, leaf in flatten(like).items():

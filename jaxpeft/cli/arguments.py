@@ -2,13 +2,12 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxpeft.cli.exits import note_command
 from jaxpeft.config.schema import Schema, describe
-from jaxpeft.core import limits
+from jaxpeft.core import limits, notes
 from jaxpeft.core.errors import UserError, nearest
 
 
@@ -16,7 +15,11 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises a `UserError`."""
+        """Ends the reading of arguments; argparse calls it.
+
+        Raises:
+            UserError: Always, with `message`.
+        """
         raise UserError(f"{message}; see {self.prog} --help")
 
 
@@ -120,8 +123,8 @@ def load_adapter(args: argparse.Namespace, path: str, base: Any) -> Any:
     from jaxpeft.pretrained.chat_template import override_in_adapter
 
     adapter = adapters.load_adapter(path, base)
-    for note in adapters.notes_of(path, adapter, base):
-        print(f"note: {note}", file=sys.stderr)
+    for text in adapters.notes_of(path, adapter, base):
+        notes.note(text)
     return override_in_adapter(adapter, chat_template(args))
 
 

@@ -26,7 +26,7 @@ from jaxpeft.core.errors import UserError
 
 @contextlib.contextmanager
 def joined(hosts: Hosts | None) -> Iterator[None]:
-    """Joins the other processes for its block, which runs in a child process then.
+    """Joins the other processes for its block, which then runs in a child process.
 
     Call it before anything asks JAX for its devices.
 
@@ -34,7 +34,7 @@ def joined(hosts: Hosts | None) -> Iterator[None]:
         hosts: From `find_hosts`; None does nothing.
 
     Raises:
-        SystemExit: The block failed, and the error was printed.
+        SystemExit: Joining or the block failed, and the error was printed.
     """
     if hosts is None:
         yield

@@ -39,7 +39,11 @@ def read_lines(stream: Any = None) -> list[str]:
 
 
 def require_text(name: str, text: str) -> None:
-    """Raises a UserError for an argument whose bytes are not UTF-8."""
+    """Checks the bytes of an argument.
+
+    Raises:
+        UserError: They are not UTF-8.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -209,7 +209,14 @@ class TrackSection(Record):
 
 
 def check_all(*tests: tuple[bool, str]) -> None:
-    """Raises a `ValueError` with the texts of all tests that are true, one a line."""
+    """Checks the fields of a section.
+
+    Args:
+        tests: Pairs of whether a check failed, and the text for that.
+
+    Raises:
+        ValueError: A check failed; the message has the texts of all that did, one a line.
+    """
     texts = [text for failed, text in tests if failed]
     if texts:
         raise ValueError("\n".join(texts))

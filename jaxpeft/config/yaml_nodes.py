@@ -184,6 +184,9 @@ def flag_node(flag: str, index: int, value: str, *, text: bool, lists: bool, key
             list, for a regex may hold commas too.
         lists: Whether the field may hold a list.
         keys: Whether the flag names a section, or a field of names with values.
+
+    Raises:
+        UserError: The value is nested too deeply or holds a YAML tag.
     """
     mark: Any = _FlagMark(flag, index)
     if (lists and value.startswith("[")) or (keys and value.startswith("{")):

@@ -57,7 +57,20 @@ def load(schema: Schema, path: str, overrides: Sequence[str] = (), example: str 
 
 
 def loads(schema: Schema, text: str, file: str, overrides: Sequence[str] = ()) -> Any:
-    """Like `load`, for text; `file` stands for it in errors."""
+    """Reads a config from text.
+
+    Args:
+        schema: What keys there are, and their types.
+        text: The YAML.
+        file: The name that stands for the text in errors.
+        overrides: Command-line flags, as for `load`.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: Naming every problem with its line.
+    """
     root, reader = compose(text, file), _Reader(schema, file)
     for index, (flag, value) in enumerate(split_flags(overrides)):
         kinds = {kind for key in schema.find(flag[2:]) for kind in kinds_of(key.hint)}

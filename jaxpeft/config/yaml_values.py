@@ -31,7 +31,11 @@ class Mismatch(Exception):
 
 
 def resolve(hint: Any, node: yaml.Node) -> Any:
-    """The value of a node as a type; raises `Mismatch` where it is none of that type."""
+    """The value of a node as a type.
+
+    Raises:
+        Mismatch: The node holds no value of that type.
+    """
     for kind in kinds_of(hint):
         if isinstance(node, yaml.SequenceNode):
             if typing.get_origin(kind) is tuple:

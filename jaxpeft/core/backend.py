@@ -4,14 +4,14 @@ The results are the same for every choice, to rounding; speed and memory are not
 """
 
 import contextlib
-import contextvars
 import ctypes
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 
-_PLATFORM = contextvars.ContextVar[str | None]("platform", default=None)
+_PLATFORM = jax.make_user_context(None)
+"""The platform set by `traced_for`: a part of the key of all of JAX's caches of programs."""
 
 
 class Choices(NamedTuple):
@@ -64,20 +64,18 @@ def choices() -> Choices:
 
 def platform() -> str:
     """The platform that programs are traced for."""
-    return _PLATFORM.get() or jax.default_backend()
+    return _PLATFORM.value or jax.default_backend()
 
 
 @contextlib.contextmanager
 def traced_for(platform: str) -> Iterator[None]:
     """Traces programs for another platform ("cpu", "cuda", "rocm", "tpu") than is there.
 
-    A function that was traced before is not traced again, so each needs functions of its own.
+    A jitted function that was traced for another platform before is traced again. Other threads
+    are not affected.
     """
-    token = _PLATFORM.set(platform)
-    try:
+    with _PLATFORM(platform):
         yield
-    finally:
-        _PLATFORM.reset(token)
 
 
 def give_back_memory() -> None:

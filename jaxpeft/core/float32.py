@@ -37,18 +37,25 @@ def misfit(value: Any) -> str:
 
 
 def require(where: str, value: Any) -> None:
-    """Raises a ValueError that begins with `where` if float32 does not hold a number."""
+    """Checks that float32 holds a number.
+
+    Raises:
+        ValueError: It does not; the message begins with `where`.
+    """
     if text := misfit(value):
         raise ValueError(f"{where} {text}.")
 
 
 def require_fields(owner: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """Raises a ValueError if float32 does not hold one of a config's numbers.
+    """Checks that float32 holds the numbers of a config.
 
     Args:
         owner: What to call the config.
-        values: Its fields; other than numbers are left to the config itself to refuse.
-        hints: Their types; a field whose type has no float in it is not looked at.
+        values: Its fields. The config itself checks those that are not numbers.
+        hints: Their types; a field whose type contains no float is skipped.
+
+    Raises:
+        ValueError: It does not hold one of them.
     """
     for name, value in values.items():
         if not _has_float(hints.get(name)):

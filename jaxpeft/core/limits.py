@@ -135,7 +135,15 @@ def exceeds(name: str, value: Any) -> str:
 
 
 def require_fields(cls_name: str, values: Mapping[str, Any]) -> None:
-    """Raises a UserError for the fields of a config's class that are too large."""
+    """Checks the sizes in a config.
+
+    Args:
+        cls_name: The name of the config's class, for messages.
+        values: Its fields.
+
+    Raises:
+        UserError: Some are too large; the message has a line for each.
+    """
     texts = [
         f"{cls_name}.{name} {text}"
         for name, value in values.items()
@@ -151,7 +159,11 @@ def size_of_model(name: str) -> int:
 
 
 def require_bytes(where: Any, count: int, limit: Limit) -> None:
-    """Raises a UserError if a file has more bytes than allowed."""
+    """Checks the size of a file before it is read.
+
+    Raises:
+        UserError: It has more bytes than `limit` allows.
+    """
     if count > limit.most:
         raise UserError(
             f"{where}: {count:,} bytes are too large, at most {limit.most:,} are read: {limit.why}"

@@ -32,7 +32,11 @@ def unflatten(leaves: Mapping[str, Any]) -> dict:
 
 
 def require_tree(params: Any) -> None:
-    """Raises a UserError unless base parameters are what they are called."""
+    """Checks that base parameters are a nested dict.
+
+    Raises:
+        UserError: They are something else, such as a whole model.
+    """
     if not isinstance(params, Mapping):
         raise UserError(
             f"params: expected a nested dict of arrays, got {type(params).__name__}; of a "

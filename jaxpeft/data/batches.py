@@ -95,15 +95,26 @@ class Plan:
 
         Returns:
             The arrays, as described at the top of this module.
+
+        Raises:
+            ValueError: The step is negative.
         """
         return self._layout.build(_choose(self._sequences_of(step), rows))
 
     def counts(self, step: int) -> tuple[int, int]:
-        """Tokens without padding, and supervised ones, of a whole batch."""
+        """Tokens without padding, and supervised ones, of a whole batch.
+
+        Raises:
+            ValueError: The step is negative.
+        """
         return self._layout.counts(self._sequences_of(step))
 
     def rows_of(self, step: int) -> list[int]:
-        """The lines of the file whose rows are in a step's batch, in their order there."""
+        """The lines of the file whose rows are in a step's batch, in their order there.
+
+        Raises:
+            ValueError: The step is negative.
+        """
         return self._layout.lines_of(self._sequences_of(step))
 
     def _sequences_of(self, step: int) -> list[int]:

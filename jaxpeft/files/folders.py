@@ -147,7 +147,15 @@ def real_path(path: str | os.PathLike) -> Place:
 
 
 def require_replaceable(folder: Place, names: Container[str]) -> None:
-    """Raises a UserError if writing files of these `names` there would remove something else."""
+    """Checks that saving into a folder removes nothing but an earlier save.
+
+    Args:
+        folder: Where to save.
+        names: The files that saving may write.
+
+    Raises:
+        UserError: The folder is a file, or holds other files.
+    """
     if not storage.exists(folder):
         return
     if not folder.is_dir():

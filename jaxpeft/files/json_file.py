@@ -35,7 +35,11 @@ def read_json(path: Place) -> dict[str, Any]:
 
 
 def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's pairs as a dict, for ``object_pairs_hook``; a ValueError if a key comes twice."""
+    """Makes a dict of an object's pairs; for ``object_pairs_hook``.
+
+    Raises:
+        ValueError: A key is given twice.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]

@@ -9,13 +9,11 @@ locking, and a folder is there as long as objects begin with its name.
 
 import contextlib
 import errno
-import fnmatch
 import importlib
 import logging
 import os
 import pathlib
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxpeft.core.errors import StoreError, UserError
@@ -119,9 +117,16 @@ def as_path(path: str | os.PathLike) -> Place:
 
 @contextlib.contextmanager
 def explained(path: str | os.PathLike) -> Iterator[None]:
-    """What goes wrong with a bucket in the block becomes a `StoreError` with the path.
+    """Explains what goes wrong with a bucket in its block.
 
-    What is not there is a `UserError`. Errors of paths on disk are left as they are.
+    Errors of paths on disk are left as they are.
+
+    Args:
+        path: The bucket, folder or object, for messages.
+
+    Raises:
+        UserError: Something is not there.
+        StoreError: The store refuses or does not answer.
     """
     try:
         yield
@@ -180,9 +185,13 @@ def size(path: Place) -> int:
 
 
 def exists(path: Place) -> bool:
-    """Whether a file, folder or object is there; a store that does not answer is a `StoreError`.
+    """Whether a file, folder or object is there.
 
-    The `exists` of epath's paths takes a failed request for a no.
+    The `exists` of epath's paths reads a failed request as a no; this does not.
+
+    Raises:
+        UserError: A package that buckets need is not installed.
+        StoreError: The store does not answer.
     """
     if not is_remote(path):
         return path.exists()
@@ -229,31 +238,6 @@ class Ranges:
             os.close(self._file)
 
 
-@contextlib.contextmanager
-def on_disk(folder: Place, patterns: Iterable[str]) -> Iterator[pathlib.Path]:
-    """A folder with its small files on disk, for packages that read no URLs.
-
-    Args:
-        folder: A folder on disk, which is given as it stands, or in a bucket.
-        patterns: Which files in it are copied from a bucket, such as ``*.json``, or in a folder
-            of it, ``more/*.json``.
-    """
-    if not is_remote(folder):
-        yield pathlib.Path(folder)
-        return
-    with tempfile.TemporaryDirectory() as copy:
-        with explained(folder):
-            for parent, name in sorted({os.path.split(pattern) for pattern in patterns}):
-                source, target = folder / parent, pathlib.Path(copy, parent)
-                if parent and not source.is_dir():
-                    continue
-                target.mkdir(exist_ok=True)
-                for file in source.iterdir():
-                    if fnmatch.fnmatch(file.name, name):
-                        (target / file.name).write_bytes(file.read_bytes())
-        yield pathlib.Path(copy)
-
-
 def write_objects(folder: Place, files: Mapping[str, bytes]) -> None:
     """Writes objects under `folder` one after the other; readers look for the last one.
 
@@ -275,6 +259,10 @@ def upload(local: pathlib.Path, folder: Place, last: str) -> None:
         folder: Where to; objects of other names are removed.
         last: The file that readers look for first: it is removed before anything else changes,
             and written last.
+
+    Raises:
+        UserError: A package that buckets need is not installed.
+        StoreError: The store refuses or does not answer.
     """
     client, target = _client(os.fspath(folder)), os.fspath(folder)
     found = [file.relative_to(local).as_posix() for file in local.rglob("*") if file.is_file()]
@@ -288,7 +276,12 @@ def upload(local: pathlib.Path, folder: Place, last: str) -> None:
 
 
 def objects(folder: Place) -> dict[str, dict[str, Any]]:
-    """Size and the store's own CRC-32C of every object under a folder, by its name there."""
+    """Size and the store's own CRC-32C of every object under a folder, by its name there.
+
+    Raises:
+        UserError: A package that buckets need is not installed.
+        StoreError: The store refuses or does not answer.
+    """
     client = _client(os.fspath(folder))
     root = os.fspath(folder).removeprefix(SCHEME).rstrip("/") + "/"
     with explained(folder):
@@ -300,7 +293,12 @@ def objects(folder: Place) -> dict[str, dict[str, Any]]:
 
 
 def remove(folder: Place) -> None:
-    """Removes all objects under a folder; nothing need be there."""
+    """Removes all objects under a folder; nothing need be there.
+
+    Raises:
+        UserError: A package that buckets need is not installed.
+        StoreError: The store refuses or does not answer.
+    """
     with explained(folder), contextlib.suppress(FileNotFoundError):
         _client(os.fspath(folder)).rm(os.fspath(folder), recursive=True)
 
@@ -309,6 +307,10 @@ def move(folder: Place, target: Place, first: str) -> None:
     """Copies all objects under a folder, then removes them, `first` before the others.
 
     A process killed meanwhile leaves the old objects whole, or without `first`.
+
+    Raises:
+        UserError: A package that buckets need is not installed.
+        StoreError: The store refuses or does not answer.
     """
     client = _client(os.fspath(folder))
     with explained(folder):

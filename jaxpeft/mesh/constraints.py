@@ -12,7 +12,6 @@ References:
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -35,25 +34,27 @@ GATHERED = "gathered"
 
 ROWS = ("data", "fsdp")
 
-_LAYOUT = contextvars.ContextVar[Layout | None]("layout", default=None)
-_IN_GROUP = contextvars.ContextVar[bool]("in_group", default=False)
+# Both decide what is traced, so they are a part of the key of all of JAX's caches of programs.
+_LAYOUT = jax.make_user_context(None)
+_IN_GROUP = jax.make_user_context(False)
 
 
 @contextlib.contextmanager
 def traced_on(layout: Layout | None) -> Iterator[None]:
     """Programs that are traced inside are for this layout.
 
-    None says nothing, and inside of another such block that one holds.
+    A jitted function that was traced for another layout before is traced again. Other threads are
+    not affected.
+
+    Args:
+        layout: A mesh and its rules, hashable. None changes nothing, and inside another such block
+            the outer layout stays in force.
     """
-    if layout is None or _LAYOUT.get() is not None:
+    if layout is None or _LAYOUT.value is not None:
         yield
         return
-    token = _LAYOUT.set(layout)
-    try:
-        with jax.set_mesh(layout.mesh) if on_mesh() else contextlib.nullcontext():
-            yield
-    finally:
-        _LAYOUT.reset(token)
+    with _LAYOUT(layout), jax.set_mesh(layout.mesh) if on_mesh() else contextlib.nullcontext():
+        yield
 
 
 def layout_of(params: Mapping, model: Any = None) -> Layout | None:
@@ -67,7 +68,7 @@ def layout_of(params: Mapping, model: Any = None) -> Layout | None:
 
 def _several() -> Layout | None:
     """The layout, where it has several devices."""
-    layout = _LAYOUT.get()
+    layout: Layout | None = _LAYOUT.value
     return None if layout is None or layout.mesh.size == 1 else layout
 
 
@@ -78,7 +79,7 @@ def on_mesh() -> bool:
 
 def knows_devices() -> bool:
     """Whether it is known where the arrays of the program that is traced live."""
-    return _LAYOUT.get() is not None or jax.device_count() == 1
+    return _LAYOUT.value is not None or jax.device_count() == 1
 
 
 def row_shards() -> int:
@@ -194,11 +195,11 @@ def keep_vocab(logits: Float[Array, "batch *rest vocab"]) -> Float[Array, "batch
 def groups_of_rows() -> int:
     """The devices of the data axis: rows of different ones never meet but in sums."""
     layout = _several()
-    return 1 if layout is None or _IN_GROUP.get() else layout.shape["data"]
+    return 1 if layout is None or _IN_GROUP.value else layout.shape["data"]
 
 
 def _group_axis() -> str | None:
-    return None if _IN_GROUP.get() else "data"
+    return None if _IN_GROUP.value else "data"
 
 
 def by_group(function: Callable[[Any, Array], Array], groups: int) -> Callable[[Any, Array], Array]:
@@ -218,12 +219,9 @@ def by_group(function: Callable[[Any, Array], Array], groups: int) -> Callable[[
         return function
 
     def apart(weights: Any, rows: Array) -> Array:
-        token = _IN_GROUP.set(True)
-        try:
-            split = rows.reshape(groups, -1, *rows.shape[1:])
+        split = rows.reshape(groups, -1, *rows.shape[1:])
+        with _IN_GROUP(True):
             out = jax.vmap(function, spmd_axis_name="data")(weights, split)
-        finally:
-            _IN_GROUP.reset(token)
         return out.reshape(-1, *out.shape[2:])
 
     return apart

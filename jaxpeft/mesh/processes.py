@@ -146,7 +146,15 @@ def _failure(error: UserError) -> dict[str, Any]:
 
 
 def require_same(what: str, mine: str) -> None:
-    """Raises a UserError, in all processes, unless `mine` is the same in all of them."""
+    """Checks that all processes have the same data or config.
+
+    Args:
+        what: A name in the plural, for messages.
+        mine: This process's fingerprint of it.
+
+    Raises:
+        UserError: Not all fingerprints are the same; it is raised in all processes.
+    """
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils

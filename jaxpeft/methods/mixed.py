@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.adapter import RANK, Adapter
 from jaxpeft.methods.family import Leaf
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.linear import Node, OnBase, Transposed, attend, embed, linear
@@ -63,15 +63,27 @@ class Mixed(OnBase):
     attends_base: bool = flax.struct.field(pytree_node=False, default=False)  # pyright: ignore
 
     def multiply(self, x: Float[Array, "rows *batch d_in"]) -> Float[Array, "rows *batch d_out"]:
-        """Row by row ``x`` times the weight."""
+        """Multiplies every row of `x` by that row's weight.
+
+        Raises:
+            UserError: The batch has another number of rows than the index.
+        """
         return self._by_row(lambda node, row: linear(row, node), x)
 
     def lookup(self, ids: Int[Array, "rows *batch"]) -> Float[Array, "rows *batch d_model"]:
-        """Row by row the table's rows."""
+        """Looks up every row's ids in that row's table.
+
+        Raises:
+            UserError: The batch has another number of rows than the index.
+        """
         return self._by_row(lambda node, row: embed(row, node), ids)
 
     def attend(self, x: Float[Array, "rows *batch d_model"]) -> Float[Array, "rows *batch vocab"]:
-        """Row by row ``x`` times the transposed table, in float32."""
+        """Multiplies every row of `x` by that row's transposed table, in float32.
+
+        Raises:
+            UserError: The batch has another number of rows than the index.
+        """
         if self.attends_base:
             return attend(x, self.base)
         return self._by_row(lambda node, row: attend(row, node), x)
@@ -164,9 +176,9 @@ def mixed_leaf(leaf: Leaf, adapter: Adapter, probe: dict[str, Any], index: Any) 
     return {leaf.path: mixed}
 
 
-def first_of(adapter: Adapter) -> Adapter:
-    """The shapes of one of several stacked adapters."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), adapter)
+def first_of(stacked: Any) -> Any:
+    """The shapes of one of several stacked adapters, or of a part of it."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
 
 
 def extra_axes(adapter: Adapter) -> int | None:
@@ -175,7 +187,7 @@ def extra_axes(adapter: Adapter) -> int | None:
     None where the family does not tell.
     """
     for path in adapter.spec.paths:
-        rank = paths.get(adapter.buffers, f"{path}/rank")
+        rank = paths.get(adapter.buffers, f"{path}/{RANK}")
         if rank is not None:
             return rank.ndim - paths.is_stacked(path)
     arrays = paths.get(adapter.params, adapter.spec.paths[0])

@@ -139,7 +139,19 @@ def hide_unused(
 
 
 def put_before_segments(virtual: np.ndarray, input_ids: Any, segment_ids: Any) -> Prompted:
-    """Rows with `virtual` ids, ``(n,)`` or ``(batch, n)``, in front of every run of a segment."""
+    """Puts virtual ids in front of every segment of packed rows.
+
+    Args:
+        virtual: Ids of virtual tokens, ``(n,)`` or ``(batch, n)``.
+        input_ids: ``(batch, seq)``.
+        segment_ids: ``(batch, seq)``; every run of one number is a segment.
+
+    Returns:
+        The longer rows, with their segment ids and positions.
+
+    Raises:
+        UserError: It is called in a traced function, where segments are not known.
+    """
     if isinstance(input_ids, Tracer) or isinstance(segment_ids, Tracer):
         raise UserError(
             "a soft prompt goes in front of packed segments outside of jit: call "

@@ -18,6 +18,9 @@ def head_weight(variables: dict) -> Any:
 
     Returns:
         An array or a node, for `head_logits`.
+
+    Raises:
+        ValueError: There is neither.
     """
     shared = variables.get(SHARED, {})
     for path in (paths.HEAD, paths.EMBEDDING):

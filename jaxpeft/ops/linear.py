@@ -67,28 +67,52 @@ class Node:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight it stands for."""
+        """The shape of the weight it stands for.
+
+        Raises:
+            TypeError: The node's class does not define it.
+        """
         raise self._unsupported("shape")
 
     @property
     def dtype(self) -> Any:
-        """The dtype of the weight it stands for."""
+        """The dtype of the weight it stands for.
+
+        Raises:
+            TypeError: The node's class does not define it.
+        """
         raise self._unsupported("dtype")
 
     def multiply(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        """``x`` times the weight."""
+        """``x`` times the weight.
+
+        Raises:
+            TypeError: The node's class does not define it.
+        """
         raise self._unsupported("multiply")
 
     def lookup(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
-        """Rows of the table."""
+        """Rows of the table.
+
+        Raises:
+            TypeError: The node's class does not define it.
+        """
         raise self._unsupported("lookup")
 
     def attend(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
-        """``x`` times the transposed table, in float32."""
+        """``x`` times the transposed table, in float32.
+
+        Raises:
+            TypeError: The node's class does not define it.
+        """
         raise self._unsupported("attend")
 
     def materialise(self) -> Float[Array, "..."]:
-        """The weight as one array."""
+        """The weight as one array.
+
+        Raises:
+            TypeError: The node's class does not define it.
+        """
         raise self._unsupported("materialise")
 
     def _unsupported(self, operation: str) -> TypeError:

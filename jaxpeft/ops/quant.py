@@ -258,7 +258,15 @@ def quantize(
 
 
 def check_kind(kind: str | None, double: bool = False) -> None:
-    """Raises a UserError unless this is a known kind; none cannot have its scales quantised."""
+    """Checks a kind of quantisation.
+
+    Args:
+        kind: "nf4", "int8", "int4", or None for none.
+        double: Whether the scales are quantised too.
+
+    Raises:
+        UserError: The kind is unknown, or `double` is set without a kind.
+    """
     known = get_args(Quantization)
     if kind is not None and kind not in known:
         raise UserError(

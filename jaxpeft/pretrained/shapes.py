@@ -48,7 +48,11 @@ class Weightless:
         return len(self.shape)
 
     def refuse(self, *_: Any, **__: Any) -> NoReturn:
-        """Says that the numbers are not there."""
+        """Refuses to give numbers, for whatever asks for them.
+
+        Raises:
+            NeedsWeightsError: Always.
+        """
         raise NeedsWeightsError(
             f"{self.path}: this adapter needs the weights of its base to be loaded; pass it: "
             f"load_adapter(..., base=load_model({self.base_name!r}))."

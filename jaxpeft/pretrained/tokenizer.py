@@ -7,6 +7,7 @@ from jaxpeft.core import limits
 from jaxpeft.core.errors import StoreError, UserError
 from jaxpeft.files import storage
 from jaxpeft.files.json_file import read_json
+from jaxpeft.files.local_copy import on_disk
 from jaxpeft.files.locate import SMALL
 from jaxpeft.files.storage import Place
 from jaxpeft.pretrained.quiet_transformers import import_transformers
@@ -46,7 +47,7 @@ def read_tokenizer(place: Place) -> Any:
     _check_settings(place / "tokenizer_config.json")
     transformers = import_transformers()
     try:
-        with storage.on_disk(place, SMALL) as folder:
+        with on_disk(place, SMALL) as folder:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True, use_fast=True
             )

@@ -41,7 +41,11 @@ class EventFile:
         self._write(encode_event(time.time(), step=first_step, session_start=True))
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends the scalars of one step."""
+        """Appends the scalars of one step.
+
+        Raises:
+            OSError: The file could not be written, or only a part of the event was.
+        """
         self._write(encode_event(time.time(), step=step, scalars=scalars))
 
     def close(self) -> None:

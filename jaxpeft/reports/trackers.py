@@ -9,12 +9,12 @@ import importlib
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import jax
 
+from jaxpeft.core import notes
 from jaxpeft.core.errors import UserError
 from jaxpeft.reports.event_file import EventFile
 
@@ -133,7 +133,7 @@ def make_trackers(
         UserError: If a package is missing. What else keeps a tracker from starting, such as a
             network, a login or a folder, is a warning.
     """
-    warn = warn or _print_warning
+    warn = warn or notes.warn
     folder = pathlib.Path(output_dir)
     module = import_wandb() if wandb is not None else None  # on all processes: all stop
     starts: dict[str, Callable[[], Sink]] = {}
@@ -249,7 +249,3 @@ def import_wandb() -> Any:
 
 def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _print_warning(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)

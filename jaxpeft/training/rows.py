@@ -56,7 +56,19 @@ class Rows:
 
 
 def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> Rows:
-    """Reads and checks the data files; needs the tokenizer, not the weights."""
+    """Reads and checks the data files; this needs the tokenizer, but not the weights.
+
+    Args:
+        config: The run's config.
+        model: The architecture of the base.
+        tokenizer: The tokenizer, or None to load the one that `config` names.
+
+    Returns:
+        The rows to train and evaluate on, and the number of steps.
+
+    Raises:
+        UserError: A file, a row or the number of steps is wrong.
+    """
     section, batch_size = config.data, config.train.batch_size
     virtual = config.method.num_virtual_tokens
     tasks = config.method.num_tasks

@@ -86,7 +86,11 @@ def after_lost_worker(
 def stop_diverged(
     run: Run, checkpoints: Checkpoints, log: RunLog, check_lock: Callable[[], None]
 ) -> None:
-    """Saves the last good state and gives up."""
+    """Saves the last good state and ends the run.
+
+    Raises:
+        DivergedError: Always.
+    """
     step, count = log.last_step, log.skipped_in_a_row
     save_state(run, checkpoints, log, check_lock)
     raise DivergedError(

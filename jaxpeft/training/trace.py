@@ -10,7 +10,11 @@ from jaxpeft.files import storage
 
 
 def parse_range(text: str | None) -> range:
-    """Steps of ``--profile START:STOP``, both included; empty without it."""
+    """The steps in ``--profile START:STOP``, both included; an empty range for None.
+
+    Raises:
+        UserError: The text is no such range.
+    """
     if text is None:
         return range(0)
     first, _, last = text.partition(":")

@@ -3,7 +3,8 @@
 **LoRA+**: ``B`` learns at `ratio` times the rate of ``A``. The groups are those of PEFT's
 ``create_loraplus_optimizer``: "a" (factors A, AdaLoRA's singular values and whole matrices, the
 rate), "b" (factors B and vectors, the rate times the ratio), "b_no_decay" (biases, the same without
-weight decay) and "embedding" (factors of the embedding table, a rate of their own).
+weight decay) and "embedding" (factors of the embedding table, a rate of their own). Which arrays
+are factors B, and which learn at another rate than their number of axes says, the family declares.
 
 **LoRA-FA**: ``A`` stays as it was drawn, is not trained at all, and ``B`` moves along
 
@@ -19,7 +20,7 @@ References:
     Fine-tuning", 2023, https://arxiv.org/abs/2308.03303, equation 3.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +28,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ORDINARY, ArrayRole
 from jaxpeft.core.errors import UserError
+from jaxpeft.methods.adapter import SCALE
+from jaxpeft.methods.family import Kind
+from jaxpeft.methods.registry import KINDS
 
 EMBEDDING_RATE = 1e-6
 """Peak learning rate of the embedding's factors in LoRA+, PEFT's default."""
@@ -37,7 +42,9 @@ DAMPING = 1e-8
 
 
 def lora_plus(
-    make_rule: Callable[[float, bool], optax.GradientTransformation], ratio: float
+    make_rule: Callable[[float, bool], optax.GradientTransformation],
+    ratio: float,
+    arrays: Mapping[str, ArrayRole],
 ) -> optax.GradientTransformationExtraArgs:
     """The update rules of LoRA+, by group of leaves.
 
@@ -46,6 +53,7 @@ def lora_plus(
             times the usual one, or `EMBEDDING_RATE` for a factor of 0, and which decays weights or
             not.
         ratio: Learning rate of B over that of A.
+        arrays: What the adapter's arrays are, by name; `Kind.arrays` of its family.
 
     Returns:
         A transformation over ``{"base": ..., "adapter": ...}``, frozen leaves of it masked.
@@ -56,26 +64,35 @@ def lora_plus(
         "b_no_decay": make_rule(ratio, False),
         "embedding": make_rule(0.0, True),
     }
-    return optax.partition(rules, lora_plus_groups)
+    return optax.partition(rules, lambda tree: lora_plus_groups(tree, arrays))
 
 
-def lora_plus_groups(tree: Any) -> Any:
-    """The group of every leaf, as a tree of labels.
+def lora_plus_groups(tree: Any, arrays: Mapping[str, ArrayRole]) -> Any:
+    """The group of every leaf of ``{"base": ..., "adapter": ...}``, as a tree of labels.
+
+    Args:
+        tree: Arrays or shapes.
+        arrays: As `lora_plus` takes it.
 
     Raises:
-        UserError: If no leaf is a factor ``b``.
+        UserError: If no leaf is declared to be fast, as LoRA's factor B is.
     """
     names = [_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    if not any(_is_factor(name, "b") for name in names):
+    if not any(_role(name, arrays).fast for name in names):
         raise UserError(
             "optim.lora_plus_ratio: the method trains no factors a and b; set it to null, or take "
             "the method lora."
         )
-    return jax.tree_util.tree_map_with_path(lambda keys, x: _group(_name(keys), x.ndim), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, x: _group(_name(keys), x.ndim, arrays), tree
+    )
 
 
-def project_b() -> optax.GradientTransformationExtraArgs:
+def project_b(kind: Kind) -> optax.GradientTransformationExtraArgs:
     """LoRA-FA's gradient of B.
+
+    Args:
+        kind: The family of the adapter; a gradient stays as it is where it has no such factors.
 
     Returns:
         A transformation without state. Its update wants two extra arguments: ``whole=``, the tree
@@ -93,12 +110,12 @@ def project_b() -> optax.GradientTransformationExtraArgs:
             )
 
         def project(keys: Any, g: jax.Array) -> jax.Array:
-            name = _name(keys)
-            a = paths.get(whole, name.removesuffix("/b") + "/a")
-            if not name.endswith("kernel/b") or a is None:
+            place, _, array = _name(keys).rpartition("/")
+            if kind.lora_fa is None or array != kind.lora_fa[1] or not _is_kernel(place):
                 return g
-            place = name.removeprefix("adapter/").removesuffix("/b")
-            return projected(g, a, paths.get(buffers, f"{place}/scale"))
+            a = paths.get(whole, f"{place}/{kind.lora_fa[0]}")
+            scale = paths.get(buffers, f"{place.removeprefix('adapter/')}/{SCALE}")
+            return projected(g, a, scale)
 
         return jax.tree_util.tree_map_with_path(project, updates), state
 
@@ -123,27 +140,38 @@ def projected(g: jax.Array, a: jax.Array, scale: Any) -> jax.Array:
     return factor[..., None, None] * jnp.matmul(inverse, g, precision=highest)
 
 
-def without_a(trainable: Any) -> Any:
-    """A tree of booleans over an adapter's arrays, with the factors ``a`` of kernels switched off.
+def without_a(trainable: Any, kind: Kind) -> Any:
+    """A tree of booleans over an adapter's arrays, with the factors A of kernels switched off.
 
     The embedding's factors, whose first one starts at zero, both go on, as in PEFT.
+
+    Args:
+        trainable: Which arrays are trained, from `Method.trainable`.
+        kind: The family of the adapter.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, on: on and not _name(keys).endswith("kernel/a"), trainable
-    )
+
+    def stays(keys: Any, on: bool) -> bool:
+        place, _, array = _name(keys).rpartition("/")
+        frozen = kind.lora_fa is not None and array == kind.lora_fa[0] and _is_kernel(place)
+        return on and not frozen
+
+    return jax.tree_util.tree_map_with_path(stays, trainable)
 
 
 def check_factors(optim: Any, kind: str, params: Any) -> None:
-    """Raises a UserError if a config asks for LoRA+ or LoRA-FA where a method has no factors.
+    """Checks that a method has the factors that LoRA+ and LoRA-FA need.
 
     Args:
         optim: A `jaxpeft.updates.optimizers.OptimConfig`.
         kind: The kind of the adapter.
         params: Its trained arrays or their shapes.
+
+    Raises:
+        UserError: The config asks for one of them, and the method has no such factors.
     """
     if optim.lora_plus_ratio is not None:
-        lora_plus_groups({"adapter": params})
-    if optim.lora_fa and kind != "lora":
+        lora_plus_groups({"adapter": params}, KINDS[kind].arrays)
+    if optim.lora_fa and KINDS[kind].lora_fa is None:
         raise UserError(
             f"optim.lora_fa: the step of its factor b is made for the method lora, not {kind}; set "
             "it to false."
@@ -154,17 +182,21 @@ def _name(keys: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _is_factor(name: str, letter: str) -> bool:
-    return name.startswith("adapter/") and name.endswith("/" + letter)
+def _is_kernel(place: str) -> bool:
+    return place.rpartition("/")[2] == "kernel"
 
 
-def _group(name: str, ndim: int) -> str:
-    place = name.partition("/")[2]
-    if place in (f"{paths.EMBEDDING}/a", f"{paths.EMBEDDING}/b"):
+def _role(name: str, arrays: Mapping[str, ArrayRole]) -> ArrayRole:
+    """What a leaf of ``{"base": ..., "adapter": ...}`` is, by its path; the base's are ordinary."""
+    owner, _, path = name.partition("/")
+    return arrays.get(path.rpartition("/")[2], ORDINARY) if owner == "adapter" else ORDINARY
+
+
+def _group(name: str, ndim: int, arrays: Mapping[str, ArrayRole]) -> str:
+    path, role = name.partition("/")[2], _role(name, arrays)
+    if path.rpartition("/")[0] == paths.EMBEDDING and role.side is not None:
         return "embedding"
     if "bias" in name:
         return "b_no_decay"
-    vector = ndim - paths.is_stacked(place) == 1
-    # AdaLoRA's singular values are no vector but a matrix of one column in PEFT.
-    vector &= not _is_factor(name, "e")
-    return "b" if vector or _is_factor(name, "b") else "a"
+    vector = ndim - paths.is_stacked(path) == 1
+    return "b" if role.fast or (vector and role.fast is None) else "a"

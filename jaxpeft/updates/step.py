@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft.methods.adapter import Adapter, Spec
+from jaxpeft.methods.adapter import Adapter, Label, Spec
 from jaxpeft.updates.optimizers import TRAINABLE, MaskedTransformation
 from jaxpeft.updates.reached import flags_of
 
@@ -40,6 +40,10 @@ class TrainState:
         skipped: Steps skipped so far because something was not finite, or would have become so.
         skipped_in_a_row: The same since the last good step.
         spec: Static part of the adapter.
+        base_name: The adapter's label of this name. Unlike labels these texts are compared, so that
+            a compiled step never gives back the names of the adapter that it was traced for.
+        base_revision: The same.
+        chat: The same.
     """
 
     step: Any
@@ -51,12 +55,21 @@ class TrainState:
     skipped: Any
     skipped_in_a_row: Any
     spec: Spec = flax.struct.field(pytree_node=False)
+    base_name: str = flax.struct.field(pytree_node=False, default="")
+    base_revision: str = flax.struct.field(pytree_node=False, default="")
+    chat: str = flax.struct.field(pytree_node=False, default="")
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter as it stands."""
-        params = _combine(self.trained["adapter"], self.frozen)
-        return Adapter(params, self.buffers, self.spec)
+        """The adapter as it stands, with the names of the one that training began with."""
+        return Adapter(
+            params=_combine(self.trained["adapter"], self.frozen),
+            buffers=self.buffers,
+            spec=self.spec,
+            base_name=Label(self.base_name),
+            base_revision=Label(self.base_revision),
+            chat=Label(self.chat),
+        )
 
     def base(self, params: dict) -> dict:
         """Base parameters with the trained base leaves in place."""
@@ -119,6 +132,9 @@ def init_train_state(
         skipped=jnp.copy(zero),
         skipped_in_a_row=jnp.copy(zero),
         spec=adapter.spec,
+        base_name=str(adapter.base_name),
+        base_revision=str(adapter.base_revision),
+        chat=str(adapter.chat),
     )
 
 
@@ -231,7 +247,11 @@ def _everywhere(values: jax.Array, state_shardings: Any) -> jax.Array:
 
 
 def check_masked(tx: Any) -> None:
-    """Raises a TypeError, with the way out, for an optimizer that is not masked."""
+    """Checks that an optimizer is masked, so that it knows what is trained.
+
+    Raises:
+        TypeError: It is not; the message has the way out.
+    """
     if not isinstance(tx, MaskedTransformation):
         raise TypeError(
             "the optimizer must know what is trained: wrap it, as in "

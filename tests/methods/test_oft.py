@@ -13,7 +13,8 @@ from tiny_decoder import CONFIG, decoder
 
 import jaxpeft as jp
 from jaxpeft.methods.binding import bind, check_fit
-from jaxpeft.methods.kernels.oft import OFT, OFTKernel, cayley, size_in_peft
+from jaxpeft.methods.kernels.cayley import cayley
+from jaxpeft.methods.kernels.oft import OFT, OFTKernel, size_in_peft
 from jaxpeft.models.config import ModelConfig
 
 RNG = np.random.default_rng(0)

@@ -66,32 +66,55 @@ class Budget:
         self.known: dict[int, int] = {}
 
     def tick(self, cost: int = 1) -> bool:
-        """Takes steps; always True, so that it can stand in a condition."""
+        """Takes `cost` steps from the budget.
+
+        Returns:
+            True, always, so that a call can stand in a condition.
+
+        Raises:
+            LimitPassed: No steps are left.
+        """
         self.steps -= cost
         if self.steps < 0:
             raise LimitPassed(f"takes more than {self._all_steps:,} steps")
         return True
 
     def spend(self, chars: int) -> None:
-        """Takes characters that are read or made."""
+        """Takes characters that are read or made from the budget.
+
+        Raises:
+            LimitPassed: No characters are left.
+        """
         self.chars -= chars
         if self.chars < 0:
             raise LimitPassed(f"makes and reads more than {self._all_chars:,} characters in all")
 
     def expect(self, chars: int) -> None:
-        """Refuses a text of this length before it is made."""
+        """Refuses a text of this length before it is made.
+
+        Raises:
+            LimitPassed: It is too long.
+        """
         if chars > MAX_CHARS:
             raise LimitPassed(f"makes a text of more than {MAX_CHARS:,} characters")
         self.spend(chars)
 
     def expect_items(self, items: int) -> None:
-        """Refuses a list of this length before it is made."""
+        """Refuses a list of this length before it is made.
+
+        Raises:
+            LimitPassed: It is too long.
+        """
         if items > MAX_ITEMS:
             raise LimitPassed(f"makes a list of more than {MAX_ITEMS:,} items")
         self.spend(_ITEM_CHARS * items)
 
     def expect_bits(self, bits: int) -> None:
-        """Refuses a number of this size before it is computed."""
+        """Refuses a number of this size before it is computed.
+
+        Raises:
+            LimitPassed: It is too large.
+        """
         if bits > MAX_BITS:
             raise LimitPassed(f"computes a number of more than {MAX_BITS:,} bits")
 
@@ -193,7 +216,11 @@ class Counted(Iterator[Any]):
 
 
 def check_depth(depth: int) -> None:
-    """Refuses what is nested too deeply."""
+    """Checks how deeply values are nested.
+
+    Raises:
+        LimitPassed: They are nested too deeply.
+    """
     if depth > MAX_DEPTH:
         raise LimitPassed(f"nests values more than {MAX_DEPTH} deep")
 

@@ -166,7 +166,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(pieces: Any) -> str:  # type: ignore[override]
-        """Joins what a block yields; jinja calls it with no context."""
+        """Joins the pieces of a block; jinja calls it without a context.
+
+        Raises:
+            LimitPassed: The text would be too long.
+        """
         listed, total = [], 0
         for piece in pieces:
             total += len(piece)

@@ -57,7 +57,11 @@ def saved_settings(adapter: Adapter) -> dict[str, Any]:
 
 
 def read_settings(values: Values) -> dict[str, Any]:
-    """The settings of PEFT's config, by our names."""
+    """The settings in PEFT's config, under jaxpeft's names.
+
+    Raises:
+        UserError: One has a value that PEFT would refuse.
+    """
     whole = {field: values.count(key, LEAST[field]) for field, key in COUNTS.items()}
     real = {field: values.number(key) for field, key in NUMBERS.items()}
     if real["orthogonality"] < 0:
@@ -69,7 +73,11 @@ def read_settings(values: Values) -> dict[str, Any]:
 
 
 def read_steps(values: Values, own: Mapping[str, Any]) -> int:
-    """Updates of the run that PEFT's config is for; it asks for some to lower the ranks in."""
+    """The number of updates of the run that a PEFT config describes.
+
+    Raises:
+        UserError: It leaves no updates in which ranks are lowered.
+    """
     steps, taken = values.count("total_step"), own["initial_steps"] + own["final_steps"]
     if steps <= taken:
         raise values.wrong("total_step", f"more than tinit and tfinal together, {taken}")
@@ -77,7 +85,11 @@ def read_steps(values: Values, own: Mapping[str, Any]) -> int:
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """An adapter from PEFT's config and tensors; see `PeftFormat`."""
+    """Reads an adapter from PEFT's config and tensors; see `PeftFormat`.
+
+    Raises:
+        UserError: ``rank_pattern`` names a module that ``target_modules`` does not select.
+    """
     r, sites = values.count("init_r"), paths.module_names(base.params)
     chosen = values.selection().select(sites, values.file)
     kept = {name: np.ones(r, bool) for name in chosen} | _kept(values, r)

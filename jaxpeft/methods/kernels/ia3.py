@@ -174,7 +174,11 @@ def bind(leaf: Leaf) -> dict[str, Any]:
 
 
 def check(params: dict, adapter: Adapter) -> None:
-    """Raises a UserError where a vector has another length than the base's inputs or outputs."""
+    """Checks that vectors are as long as the base's inputs or outputs.
+
+    Raises:
+        UserError: One has another length.
+    """
     feedforward = dict(adapter.spec.options)["feedforward"]
     for path in adapter.spec.paths:
         *stacked, d_in, d_out = shape_of(paths.get(params, path))
@@ -194,7 +198,11 @@ def config_of(adapter: Adapter) -> IA3:
 
 
 def config_from_peft(values: Values) -> IA3:
-    """The config that PEFT's describes; see `PeftFormat`."""
+    """Reads the config that PEFT's config describes; see `PeftFormat`.
+
+    Raises:
+        UserError: It names no modules.
+    """
     values.only("init_ia3_weights", True)
     if values.get("target_modules") is None:
         raise values.wrong(

@@ -57,7 +57,15 @@ HARMLESS_KEYS = (
 
 
 def check_fields(method: Any, name: str) -> None:
-    """Raises a ValueError for a rank, alpha or targets that make no sense."""
+    """Checks rank, alpha and targets of a config.
+
+    Args:
+        method: A `jaxpeft.LoHa` or `jaxpeft.LoKr`.
+        name: The name of its class, for messages.
+
+    Raises:
+        ValueError: One of them makes no sense.
+    """
     if isinstance(method.rank, bool) or not isinstance(method.rank, int) or method.rank < 1:
         raise ValueError(f"{name}.rank must be a whole number of at least 1, got {method.rank!r}.")
     if not math.isfinite(method.alpha) or method.alpha <= 0:

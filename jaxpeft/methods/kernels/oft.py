@@ -17,7 +17,6 @@ References:
 
 import dataclasses
 import functools
-import math
 from typing import Any, ClassVar
 
 import flax.struct
@@ -30,6 +29,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Kind, Leaf
+from jaxpeft.methods.kernels.cayley import cayley
 from jaxpeft.methods.leaves.replace import selected_layers
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import (
@@ -112,7 +112,16 @@ def make_spec(places: tuple[str, ...], block_size: int, exact: bool, terms: int)
 
 
 def count_blocks(d_in: int, block_size: int, where: str) -> int:
-    """How many blocks make the inputs of a kernel; a size that does not divide is a UserError."""
+    """The number of blocks that make up the inputs of a kernel.
+
+    Args:
+        d_in: Number of inputs.
+        block_size: Inputs in a block.
+        where: What the message begins with.
+
+    Raises:
+        UserError: The block size does not divide the inputs.
+    """
     if d_in % block_size:
         fit = [n for n in range(2, d_in + 1) if d_in % n == 0]
         near = sorted(fit, key=lambda n: abs(n - block_size))[:3]
@@ -161,34 +170,6 @@ class OFTKernel(OnBase):
         return product.reshape(w.shape).astype(self.dtype)
 
 
-def cayley(
-    q: Float[Array, "*stack width"], exact: bool, terms: int
-) -> Float[Array, "*stack size size"]:
-    """Orthogonal matrices from upper triangles.
-
-    Args:
-        q: Entries above the diagonal, row by row.
-        exact: Whether to solve or to take the series.
-        terms: Terms of the series. As in PEFT, the last power counts once and those between
-            twice, and three terms are the same as four.
-    """
-    size = (1 + math.isqrt(1 + 8 * q.shape[-1])) // 2
-    rows, columns = np.triu_indices(size, 1)
-    upper = jnp.zeros((*q.shape[:-1], size, size), q.dtype).at[..., rows, columns].set(q)
-    skew, eye = upper - jnp.swapaxes(upper, -1, -2), jnp.eye(size, dtype=q.dtype)
-    if exact:  # the factors commute
-        return jnp.linalg.solve(eye + skew, eye - skew)
-    result = eye + 2.0 * skew
-    if terms > 2:
-        power = jnp.matmul(skew, skew, precision=HIGHEST)
-        result += 2.0 * power
-        for _ in range(3, terms - 1):
-            power = jnp.matmul(power, skew, precision=HIGHEST)
-            result += 2.0 * power
-        result += jnp.matmul(power, skew, precision=HIGHEST)
-    return result
-
-
 def bind(leaf: Leaf) -> dict[str, Any]:
     """The node that stands for a rotated kernel."""
     exact, terms = leaf.options["exact"], leaf.options["terms"]
@@ -197,7 +178,11 @@ def bind(leaf: Leaf) -> dict[str, Any]:
 
 
 def check(params: dict, adapter: Adapter) -> None:
-    """Raises a UserError where the blocks don't make up the inputs of a kernel."""
+    """Checks that the blocks make up the inputs of every kernel.
+
+    Raises:
+        UserError: They do not.
+    """
     size = dict(adapter.spec.options)["block_size"]
     for path in adapter.spec.paths:
         base = paths.get(params, path)
@@ -216,7 +201,11 @@ def config_of(adapter: Adapter) -> OFT:
 
 
 def config_from_peft(values: Values) -> OFT:
-    """The config that PEFT's describes; see `PeftFormat`."""
+    """Reads the config that PEFT's config describes; see `PeftFormat`.
+
+    Raises:
+        UserError: It gives the number of blocks, or a setting that rotates nothing.
+    """
     values.only("init_weights", True)
     values.only("module_dropout", 0)
     if values.get("r"):
@@ -273,7 +262,11 @@ def _block_size(values: Values, widths: dict[str, int]) -> int:
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """An adapter from PEFT's config and tensors; see `PeftFormat`."""
+    """Reads an adapter from PEFT's config and tensors; see `PeftFormat`.
+
+    Raises:
+        UserError: The config's block size does not fit every module of the base.
+    """
     rotation, sites = _rotation_fields(values), paths.module_names(base.params)
     chosen = values.selection().select(sites, values.file)
     widths = {

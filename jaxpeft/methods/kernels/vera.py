@@ -3,9 +3,7 @@
 A kernel ``W`` is used as ``W + (A * d) B * b``: ``A: (d_in, rank)`` and ``B: (rank, d_out)`` are
 drawn once, frozen and cut to the size of each kernel; the vectors ``d: (rank,)`` and
 ``b: (d_out,)`` are trained. ``d`` starts at a constant and ``b`` at zero. Flax kernels are the
-transpose of the paper's. Layers of a stack that are not adapted hold zeros in both vectors and
-have rank 0.
-
+transpose of the paper's. Layers that are not adapted hold zeros in both vectors and have rank 0.
 ``A`` and ``B`` lie once in the adapter's buffers under ``shared``, and are broadcast to all layers.
 
 Reference:
@@ -26,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Kind, Leaf
@@ -35,8 +34,8 @@ from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import (
     contiguous,
     modules_of,
+    one_dropout,
     require_finite,
-    shortest_decimal,
     stack,
     targets_value,
 )
@@ -45,6 +44,8 @@ from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.ops.linear import PRODUCT, SHARED, OnBase, linear, materialise, shape_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
+
+A_KEY, B_KEY = "base_model.vera_A", "base_model.vera_B"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,11 @@ class VeRA(Method):
         keep_names(self, "targets", "exclude")
         if not self.targets:
             raise ValueError("VeRA.targets must name at least one module.")
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops inputs of the branch."""
+        return self.dropout > 0
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that leaves the model's function unchanged.
@@ -196,7 +202,11 @@ def bind(leaf: Leaf) -> dict[str, Any]:
 
 
 def check(params: dict, adapter: Adapter) -> None:
-    """Raises a UserError where A, B or a vector is too small or large for the base."""
+    """Checks that A, B and the vectors have the sizes that the base needs.
+
+    Raises:
+        UserError: One is too small or too large.
+    """
     a, b = (paths.get(adapter.buffers, f"{SHARED}/{name}").shape for name in ("a", "b"))
     for path in adapter.spec.paths:
         shape = shape_of(paths.get(params, path))
@@ -224,7 +234,7 @@ def config_of(adapter: Adapter) -> VeRA:
         UserError: If dropout differs from layer to layer.
     """
     names = tuple(name for name, _, _ in modules_of(adapter))
-    return VeRA(rank=adapter.spec.rank, targets=names, dropout=_dropout(adapter))
+    return VeRA(rank=adapter.spec.rank, targets=names, dropout=one_dropout(adapter))
 
 
 def config_from_peft(values: Values) -> VeRA:
@@ -239,7 +249,11 @@ def config_from_peft(values: Values) -> VeRA:
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """An adapter from PEFT's config and tensors; see `PeftFormat`."""
+    """Reads an adapter from PEFT's config and tensors; see `PeftFormat`.
+
+    Raises:
+        UserError: The folder lacks A and B, or its ``projection_prng_key`` is no key.
+    """
     sites = paths.module_names(base.params)
     chosen = values.selection().select(sites, values.file)
     if not values.flag("save_projection"):
@@ -269,7 +283,11 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
 
 
 def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Config values and tensors of a PEFT folder, A and B among them; see `PeftFormat`."""
+    """Config values and tensors of a PEFT folder, A and B among them; see `PeftFormat`.
+
+    Raises:
+        UserError: The adapter adapts no module.
+    """
     tensors, names = {}, []
     for name, path, at in modules_of(adapter):
         for part in "db":
@@ -285,27 +303,13 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
         "projection_prng_key": int(shared["prng_key"]),
         "r": adapter.spec.rank,
         "target_modules": targets_value(names, paths.module_names(base.params)),
-        "vera_dropout": _dropout(adapter),
+        "vera_dropout": one_dropout(adapter),
     }
     return values, tensors
 
 
-A_KEY, B_KEY = "base_model.vera_A", "base_model.vera_B"
-
-
 def _key(name: str, part: str) -> str:
     return f"{PREFIX}{name}.vera_lambda_{part}"
-
-
-def _dropout(adapter: Adapter) -> float:
-    """The one dropout rate of all layers."""
-    rates = {
-        shortest_decimal(np.asarray(paths.get(adapter.buffers, f"{path}/dropout"))[at])
-        for _, path, at in modules_of(adapter)
-    }
-    if len(rates) > 1:
-        raise UserError(f"layers of this adapter differ in dropout: {sorted(rates)}.")
-    return rates.pop() if rates else 0.0
 
 
 PEFT = PeftFormat(
@@ -338,8 +342,8 @@ PEFT = PeftFormat(
 KIND = Kind(
     config=VeRA,
     bind=bind,
-    leaf_shape=lambda params: None,
     config_of=config_of,
+    arrays={"b": ArrayRole(side="out", fast=True), "d": ArrayRole(rank_axis=-1)},
     weigh=weigh,
     check=check,
     peft=PEFT,

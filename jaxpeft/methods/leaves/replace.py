@@ -15,11 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.ops.linear import materialise, shape_of
 from jaxpeft.ops.quant import QuantTensor
+
+ARRAYS = {"value": ArrayRole(replaces="whole")}
+"""What a trained copy is to code outside of its family."""
 
 
 def replacement(kind: str, leaves: dict[str, Any]) -> Adapter:
@@ -34,7 +38,15 @@ def replacement(kind: str, leaves: dict[str, Any]) -> Adapter:
 
 
 def require_dense(kind: str, leaves: Mapping[str, Any]) -> None:
-    """Raises a UserError unless all leaves are arrays that can be trained."""
+    """Checks that all leaves are arrays that can be trained.
+
+    Args:
+        kind: The kind of the adapter, for messages.
+        leaves: The base's leaves by path.
+
+    Raises:
+        UserError: One is quantised.
+    """
     for path, leaf in leaves.items():
         require_values(leaf, f"{path}: {kind!r} starts from the base's own values")
         if isinstance(leaf, QuantTensor):

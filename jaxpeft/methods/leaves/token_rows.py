@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.family import Leaf, require_values
@@ -26,6 +27,18 @@ from jaxpeft.ops.linear import OnBase, attend, embed, linear, materialise, shape
 
 PLACES = (paths.EMBEDDING, paths.HEAD)
 """Where rows may be trained."""
+
+ARRAYS = {
+    "rows": ArrayRole(
+        replaces="part",
+        unreached="the batches so far hold none of these tokens; compare method.token_ids with the "
+        "tokens of data.train",
+    )
+}
+"""What trained rows are to code outside of their family."""
+
+COMPARED = ("ids",)
+"""What must be the same where a run goes on from saved rows."""
 
 
 @flax.struct.dataclass
@@ -100,7 +113,15 @@ class TokenHead(_TokenWeight):
 
 
 def check_ids(owner: str, ids: Any) -> tuple[int, ...]:
-    """Token ids as a tuple; a ValueError that begins with `owner` unless they can be some."""
+    """Checks token ids and makes a tuple of them.
+
+    Args:
+        owner: The field that holds them; messages begin with it.
+        ids: A sequence of whole numbers.
+
+    Raises:
+        ValueError: They are not distinct whole numbers of at least 0, one or more.
+    """
     try:
         known = tuple(ids)
     except TypeError:
@@ -138,7 +159,11 @@ def start(params: dict, path: str, ids: Sequence[int], owner: str) -> tuple[dict
 
 
 def require_known(ids: Sequence[int], vocab_size: int, where: Any) -> None:
-    """Raises a UserError if a token id is beyond the vocabulary."""
+    """Checks that token ids belong to a vocabulary.
+
+    Raises:
+        UserError: One is not below `vocab_size`; the message begins with `where`.
+    """
     if beyond := [token for token in ids if token >= vocab_size]:
         raise UserError(
             f"{where}: token id {beyond[0]} is outside the model's vocabulary of {vocab_size}; "
@@ -154,7 +179,11 @@ def bind(leaf: Leaf) -> dict[str, Any]:
 
 
 def check(params: dict, adapter: Adapter) -> None:
-    """Raises a UserError unless all trained rows of an adapter have the width of the base's."""
+    """Checks that all trained rows of an adapter are as wide as those of the base.
+
+    Raises:
+        UserError: They have another width.
+    """
     for path in PLACES:
         rows = paths.get(adapter.params, f"{path}/rows")
         if rows is None:

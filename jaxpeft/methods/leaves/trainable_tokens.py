@@ -109,9 +109,13 @@ def config_from_peft(values: Values) -> TrainableTokens:
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """An adapter from PEFT's config and tensors; see `PeftFormat`.
+    """Reads an adapter from PEFT's config and tensors; see `PeftFormat`.
 
-    Of a tied model PEFT stores the rows for the head, too; they must be the same.
+    For a tied model PEFT stores the rows a second time, for the head; the two must be the same.
+
+    Raises:
+        UserError: The token ids are wrong, the two differ, or only the head of a tied model is
+            named.
     """
     try:
         ids = token_rows.check_ids("token_indices", values.ints("token_indices"))
@@ -177,6 +181,8 @@ KIND = Kind(
     config=TrainableTokens,
     bind=token_rows.bind,
     config_of=config_of,
+    arrays=token_rows.ARRAYS,
+    compared=token_rows.COMPARED,
     check=token_rows.check,
     peft=PEFT,
 )

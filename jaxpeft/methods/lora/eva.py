@@ -226,7 +226,11 @@ def captured(
 
 
 def check(config: Any) -> None:
-    """Raises a ValueError unless a `jaxpeft.LoRA` with ``init_weights="eva"`` makes sense."""
+    """Checks the EVA fields of a `jaxpeft.LoRA` with ``init_weights="eva"``.
+
+    Raises:
+        ValueError: One is out of its range.
+    """
     if not 1.0 <= config.eva_rho < math.inf:
         raise ValueError(f"LoRA.eva_rho must be finite and at least 1, got {config.eva_rho!r}.")
     if not 0.0 <= config.eva_tau <= 1.0:

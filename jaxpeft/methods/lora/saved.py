@@ -64,7 +64,11 @@ def bind(leaf: Leaf) -> dict[str, Any]:
 
 
 def check(config: Any) -> None:
-    """Raises a ValueError unless the fields of a `jaxpeft.LoRA` about all this go together."""
+    """Checks the fields of a `jaxpeft.LoRA` about biases and modules that are saved whole.
+
+    Raises:
+        ValueError: One is wrong, or they do not go together.
+    """
     if config.bias not in BIASES:
         known = ", ".join(map(repr, BIASES))
         raise ValueError(f"LoRA.bias must be one of {known}, got {config.bias!r}.")
@@ -150,7 +154,15 @@ def start(
 
 
 def require_apart(factors: Iterable[str], copies: Iterable[str]) -> None:
-    """Raises a UserError if a kernel is adapted in some layers and saved whole in others."""
+    """Checks that no kernel is adapted in some layers and saved whole in others.
+
+    Args:
+        factors: Paths of kernels that are adapted.
+        copies: Paths of kernels that are saved whole.
+
+    Raises:
+        UserError: A path is in both.
+    """
     if both := sorted(set(factors) & set(copies)):
         raise UserError(
             f"{both[0]}: some of its layers are saved whole and others adapted, which one adapter "

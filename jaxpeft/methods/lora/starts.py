@@ -157,7 +157,11 @@ def of_stack(
 
 
 def check(config: Any) -> None:
-    """Raises a ValueError unless the fields of a `jaxpeft.LoRA` about its start go together."""
+    """Checks the fields of a `jaxpeft.LoRA` about its start.
+
+    Raises:
+        ValueError: One is wrong, or they do not go together.
+    """
     name = config.init_weights
     if name not in ("default", "eva", *BY_NAME):
         known = ", ".join(map(repr, ("default", "eva", *BY_NAME)))
@@ -171,6 +175,31 @@ def check(config: Any) -> None:
         )
     if not is_count(config.loftq_steps):
         raise ValueError(f"LoRA.loftq_steps must be at least 1, got {config.loftq_steps!r}.")
+
+
+def check_quantization(config: Any, quantization: str | None, double: bool) -> None:
+    """Checks that LoftQ has something to start from; see `Method.check_quantization`.
+
+    Args:
+        config: A `jaxpeft.LoRA`.
+        quantization: How the base is going to be quantised, None for not at all.
+        double: Whether the scales of its blocks are quantised, too.
+
+    Raises:
+        UserError: The base is not quantised as LoftQ's start assumes.
+    """
+    if config.init_weights != "loftq":
+        return
+    if (quantization, double) != ("nf4", False):
+        raise UserError(
+            "method.init_weights: 'loftq' makes up for what NF4 loses of the base; set "
+            "model.quantization to nf4 and leave double_quantization out, or choose another start."
+        )
+    if config.loftq_steps != 1:
+        raise UserError(
+            "method.loftq_steps: further steps belong to a base that is rounded otherwise than "
+            "model.quantization rounds it; set it to 1."
+        )
 
 
 def without_start(leaf: Leaf) -> tuple[Any, Any, Any]:

@@ -39,9 +39,12 @@ class Module(NamedTuple):
 
 
 def check(config: Any) -> None:
-    """Raises a ValueError unless the fields of a `jaxpeft.LoRA` about modules make sense.
+    """Checks the fields of a `jaxpeft.LoRA` that choose modules.
 
-    It also puts them into the form that they are kept in: tuples, and mappings that don't change.
+    It also puts them into the form in which they are kept: tuples and immutable mappings.
+
+    Raises:
+        ValueError: One is wrong, or they do not go together.
     """
     keep_names(config, "targets", "exclude", "layers_pattern")
     patterns, layers = config.layers_pattern, config.layers
@@ -112,7 +115,17 @@ def select(config: Any, params: Mapping, leave: Iterable[str] = ()) -> dict[str,
 
 
 def check_rank(field: str, rank: int, path: str, params: Mapping) -> None:
-    """Raises a UserError if the rank that a field gives exceeds a side of the kernel at a path."""
+    """Checks a rank against the sides of a kernel.
+
+    Args:
+        field: The field of the config that gives the rank, for messages.
+        rank: The rank.
+        path: The path of the kernel in `params`.
+        params: The base's leaves by path.
+
+    Raises:
+        UserError: The rank exceeds the smaller side.
+    """
     d_in, d_out = shape_of(weight_at(params, path))[-2:]
     if rank > min(d_in, d_out):
         raise UserError(

@@ -128,7 +128,11 @@ def keys(folder: Folder) -> set[str]:
 
 
 def check_folder(folder: Folder) -> None:
-    """Raises a UserError unless all rows are there, and no other array has their place."""
+    """Checks that a folder has all rows of tokens, and no other array in their place.
+
+    Raises:
+        UserError: Rows are missing, or another array has their place.
+    """
     config, base, place = folder.config, folder.base, folder.tensors.file
     for path, ids in config.tokens.items():
         token_rows.require_known(ids, base.config.vocab_size, f"{place}: {KEY}")

@@ -14,7 +14,11 @@ from jaxpeft.methods.peft.values import CONFIG, FORMATS, PeftFormat, Values, req
 
 
 def read_method(config: Any, revision: str | None = None) -> Any:
-    """The `Method` that a PEFT config describes; see `jaxpeft.LoRA.from_peft`."""
+    """Reads the `Method` that a PEFT config describes; see `jaxpeft.LoRA.from_peft`.
+
+    Raises:
+        UserError: It is no PEFT config, or has a type, setting or value that is not supported.
+    """
     if isinstance(config, str | os.PathLike):
         local = storage.expanded(config)
         place: Any = (
@@ -44,7 +48,11 @@ def read_method(config: Any, revision: str | None = None) -> Any:
 
 
 def find_config(folder: Place) -> Place:
-    """The config in an adapter's folder, or in that of a run."""
+    """Finds the config in the folder of an adapter or of a run.
+
+    Raises:
+        UserError: There is none.
+    """
     if not (folder / CONFIG).exists() and (folder / "adapter").is_dir():
         folder = folder / "adapter"
     if not (folder / CONFIG).is_file():
@@ -58,7 +66,11 @@ def find_config(folder: Place) -> Place:
 
 
 def format_of(values: Mapping[str, Any], place: Any) -> PeftFormat:
-    """The format that a config's ``peft_type`` names; a UserError if it is none of ours."""
+    """The format that a config's ``peft_type`` names.
+
+    Raises:
+        UserError: It is not supported.
+    """
     kind = values.get("peft_type")
     if other_folders.is_mlx(values):
         raise UserError(f"{place}: {other_folders.MLX_ADAPTER}.")

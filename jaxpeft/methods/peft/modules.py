@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.adapter import RANK, Adapter
 from jaxpeft.ops.linear import shape_of
 
 
@@ -50,7 +50,7 @@ def modules_of(adapter: Adapter) -> Iterator[tuple[str, str, Any]]:
         ``np.asarray(leaf)[index]`` (``()`` where nothing is stacked).
     """
     for path in adapter.spec.paths:
-        rank = np.asarray(paths.get(adapter.buffers, f"{path}/rank"))
+        rank = np.asarray(paths.get(adapter.buffers, f"{path}/{RANK}"))
         for layer in range(len(rank)) if paths.is_stacked(path) else [None]:
             index = () if layer is None else layer
             if rank[index] > 0:
@@ -84,7 +84,11 @@ def contiguous(array: Any) -> np.ndarray:
 
 
 def require_finite(name: str, *arrays: Any) -> None:
-    """Raises a UserError if a module's trained values are not finite."""
+    """Checks the trained values of a module.
+
+    Raises:
+        UserError: Some are not finite.
+    """
     if not all(np.isfinite(array).all() for array in arrays):
         raise UserError(f"{name}: the adapter holds values that are not finite; it diverged.")
 
@@ -105,3 +109,18 @@ def shortest_decimal(value: Any, divisor: float = 1.0) -> float:
     exact = float(value) * divisor
     candidates = (float(f"{exact:.{digits}g}") for digits in range(1, 17))
     return next((c for c in candidates if np.float32(c / divisor) == value), exact)
+
+
+def one_dropout(adapter: Adapter) -> float:
+    """The dropout rate of an adapter whose layers must all have the same.
+
+    Raises:
+        UserError: They differ.
+    """
+    rates = {
+        shortest_decimal(np.asarray(paths.get(adapter.buffers, f"{path}/dropout"))[at])
+        for _, path, at in modules_of(adapter)
+    }
+    if len(rates) > 1:
+        raise UserError(f"layers of this adapter differ in dropout: {sorted(rates)}.")
+    return rates.pop() if rates else 0.0

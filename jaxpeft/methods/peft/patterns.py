@@ -29,7 +29,11 @@ def keep_names(config: Any, *fields: str) -> None:
 
 
 def check_regex(where: str, pattern: str) -> None:
-    """Raises a ValueError unless `pattern` is a regex."""
+    """Checks that `pattern` is a regex.
+
+    Raises:
+        ValueError: It is none; the message begins with `where`.
+    """
     try:
         re.compile(pattern)
     except (re.error, OverflowError) as error:
@@ -99,7 +103,11 @@ class Selection:
         return self.layers is None or layer_of(name, self.layers_pattern) in self.layers
 
     def select(self, sites: Mapping[str, paths.Site], where: Any) -> dict[str, paths.Site]:
-        """The selected part of `sites`; selecting nothing is a UserError about the file `where`."""
+        """The selected part of `sites`.
+
+        Raises:
+            UserError: Nothing is selected; the message begins with `where`.
+        """
         chosen = {name: site for name, site in sites.items() if self.selects(name)}
         if not chosen:
             raise UserError(

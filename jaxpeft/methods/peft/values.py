@@ -94,34 +94,58 @@ class Values:
         return UserError(f"{self.file}: {key}: expected {expected}, got {self.get(key)!r:.60}.")
 
     def only(self, key: str, *allowed: Any) -> None:
-        """Raises a UserError unless the key has one of these values."""
+        """Checks that a key has one of the allowed values.
+
+        Raises:
+            UserError: It has another.
+        """
         if self.get(key) not in allowed:
             expected = " or ".join(json.dumps(value) for value in allowed)
             raise self.wrong(key, f"{expected}, as nothing else has a counterpart in jaxpeft")
 
     def probability(self, key: str) -> float:
-        """A number in [0, 1)."""
+        """A number in [0, 1).
+
+        Raises:
+            UserError: The key has another value.
+        """
         value = self.number(key)
         if not 0.0 <= value < 1.0:
             raise self.wrong(key, "a probability in [0, 1)")
         return float(value)
 
     def number(self, key: str) -> int | float:
-        """A finite number that float32 holds."""
+        """A finite number that float32 holds.
+
+        Raises:
+            UserError: The key has another value.
+        """
         return self._number(key, self.get(key))
 
     def count(self, key: str, least: int = 1) -> int:
-        """A whole number of at least `least`."""
+        """A whole number of at least `least`.
+
+        Raises:
+            UserError: The key has another value.
+        """
         return self._count(key, self.get(key), least)
 
     def flag(self, key: str) -> bool:
-        """True or false."""
+        """True or false.
+
+        Raises:
+            UserError: The key has another value.
+        """
         if not isinstance(value := self.get(key), bool):
             raise self.wrong(key, "true or false")
         return value
 
     def names(self, key: str, empty: Any = ()) -> str | tuple[str, ...]:
-        """A regex, or a list of names; `empty` for null."""
+        """A regex, or a list of names; `empty` for null.
+
+        Raises:
+            UserError: The key has another value.
+        """
         value = self.get(key)
         if value is None:
             return empty
@@ -133,7 +157,11 @@ class Values:
         return tuple(value)
 
     def ints(self, key: str) -> tuple[int, ...] | None:
-        """A whole number or a list of them, or None."""
+        """A tuple of whole numbers, from one number or a list of them; None for null.
+
+        Raises:
+            UserError: The key has another value.
+        """
         value = self.get(key)
         if value is None:
             return None
@@ -143,7 +171,11 @@ class Values:
         return tuple(value)
 
     def pattern(self, key: str, *, whole: bool) -> dict[str, Any]:
-        """Numbers by name or regex; whole ones of at least 1, or any."""
+        """A dict from names or regexes to numbers; to whole ones of at least 1 if `whole`.
+
+        Raises:
+            UserError: The key has another value.
+        """
         value = self.get(key) or {}
         if not isinstance(value, dict):
             raise self.wrong(key, "an object of names and numbers")
@@ -153,7 +185,11 @@ class Values:
         return {name: check(key, item) for name, item in value.items()}
 
     def selection(self, default: str | tuple[str, ...] = PEFT_TARGETS) -> Selection:
-        """Which modules the config adapts; `default` where it names none."""
+        """The modules that the config adapts; `default` where it names none.
+
+        Raises:
+            UserError: A regex is none.
+        """
         layers, pattern = self.ints("layers_to_transform"), self.names("layers_pattern")
         for name in pattern:
             self._require_regex(name, "layers_pattern")
@@ -190,7 +226,16 @@ class Values:
 
 
 def require_supported(values: Mapping[str, Any], file: Any, peft: PeftFormat) -> None:
-    """Raises a UserError for settings that say something and are not understood."""
+    """Checks that all settings of a config are known and supported.
+
+    Args:
+        values: The config.
+        file: Its file, for messages.
+        peft: The format that the config belongs to.
+
+    Raises:
+        UserError: A setting is unknown, or has a value that means something unsupported.
+    """
     task = values.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise UserError(f"{file}: task_type: only 'CAUSAL_LM' is supported, got {task!r}.")
@@ -228,11 +273,14 @@ class Tensors:
         self.file, self.shapes, self.dtypes, self._read = file, dict(shapes), dict(dtypes), read
 
     def require(self, wanted: Mapping[str, Sequence[int]], base_name: str) -> None:
-        """Raises a UserError unless the file holds exactly these keys, in shape and as floats.
+        """Checks that the file holds exactly these tensors.
 
         Args:
             wanted: Shape by key.
-            base_name: What the base is called.
+            base_name: What the base is called, for messages.
+
+        Raises:
+            UserError: There are others, or some are missing, of another shape, or not floats.
         """
         self._require_there(wanted, base_name)
         extra = sorted(self.shapes.keys() - wanted.keys())
@@ -244,7 +292,11 @@ class Tensors:
         self.require_some(wanted, base_name)
 
     def require_some(self, wanted: Mapping[str, Sequence[int]], base_name: str) -> None:
-        """Raises a UserError unless the file holds these keys, in shape and as floats."""
+        """Checks that the file holds these tensors; it may hold others. See `require`.
+
+        Raises:
+            UserError: Some are missing, of another shape, or not floats.
+        """
         self._require_there(wanted, base_name)
         wrong = [
             f"{key} is {list(self.shapes[key])}, expected {list(shape)}"
@@ -267,7 +319,11 @@ class Tensors:
             )
 
     def require_floats(self, keys: Iterable[str]) -> None:
-        """Raises a UserError unless these tensors hold float32, float16 or bfloat16."""
+        """Checks that tensors hold float32, float16 or bfloat16.
+
+        Raises:
+            UserError: Some hold another dtype.
+        """
         odd = [f"{key} is {self.dtypes[key]}" for key in keys if self.dtypes[key] not in FLOATS]
         if odd:
             raise UserError(
@@ -280,7 +336,11 @@ class Tensors:
         return self._read(key)
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor as float32; a value that is not finite is an error."""
+        """Reads one tensor as float32.
+
+        Raises:
+            UserError: A value is not finite.
+        """
         value = self.raw(key).astype(np.float32)
         if count := int(np.count_nonzero(~np.isfinite(value))):
             raise UserError(

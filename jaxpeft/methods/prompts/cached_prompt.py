@@ -11,7 +11,11 @@ from jaxpeft.core.errors import UserError
 
 
 def require_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Raises a UserError unless there are ids, all of them within the vocabulary."""
+    """Checks the ids of a prompt.
+
+    Raises:
+        UserError: There are none, or one is outside the vocabulary.
+    """
     outside = [token for token in ids if not 0 <= token < vocab_size]
     if not ids:
         raise UserError("prompt: it has no tokens.")

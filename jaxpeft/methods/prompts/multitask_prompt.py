@@ -24,6 +24,7 @@ from jaxpeft.methods.family import Kind, Leaf
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
 from jaxpeft.methods.prompts import prompt
+from jaxpeft.methods.prompts.fields import require_count
 from jaxpeft.ops.linear import shape_of
 
 STDDEV = 0.02
@@ -51,7 +52,7 @@ class MultitaskPromptTuning(Method):
 
     def __post_init__(self):
         for field in ("num_tokens", "num_tasks", "rank"):
-            prompt.require_count(self, field)
+            require_count(self, field)
         prompt.require_start(self)
 
     @property

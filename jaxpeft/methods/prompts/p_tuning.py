@@ -33,6 +33,7 @@ from jaxpeft.methods.family import Kind, Leaf
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
 from jaxpeft.methods.prompts import prompt
+from jaxpeft.methods.prompts.fields import require_choice, require_count
 from jaxpeft.ops.linear import shape_of
 
 Encoder = Literal["mlp", "lstm", "none"]
@@ -57,10 +58,10 @@ class PTuning(Method):
     hidden_size: int | None = None
 
     def __post_init__(self):
-        prompt.require_count(self, "num_tokens")
-        prompt.require_choice(self, "encoder", Encoder)
+        require_count(self, "num_tokens")
+        require_choice(self, "encoder", Encoder)
         if self.hidden_size is not None:
-            prompt.require_count(self, "hidden_size")
+            require_count(self, "hidden_size")
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -167,7 +168,11 @@ def config_of(adapter: Adapter) -> PTuning:
 
 
 def config_from_peft(values: Values) -> PTuning:
-    """The config that PEFT's describes; see `PeftFormat`."""
+    """Reads the config that PEFT's config describes; see `PeftFormat`.
+
+    Raises:
+        UserError: The encoder is of an unknown kind.
+    """
     encoder, hidden = _encoder(values)
     if encoder == "lstm":  # PEFT's MLP has neither
         values.only("encoder_num_layers", LSTM_LAYERS)
@@ -187,7 +192,13 @@ def _encoder(values: Values) -> tuple[Encoder, int | None]:
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """The adapter of a PEFT folder, which holds no encoder: its rows are what is trained on."""
+    """Reads the adapter of a PEFT folder.
+
+    The folder holds the encoder's outputs, not the encoder: those rows are what is trained on.
+
+    Raises:
+        UserError: The encoder is of an unknown kind.
+    """
     sizes = prompt.read_sizes(values, base)
     tensors.require({prompt.EMBEDDINGS: sizes}, base.name)
     encoder, hidden = _encoder(values)
@@ -220,6 +231,7 @@ KIND = Kind(
     bind=bind,
     own_axes=prompt.OWN_AXES,
     config_of=config_of,
+    notes=("trained_with",),
     no_merge=prompt.NO_MERGE,
     virtual_tokens=prompt.virtual_tokens,
     check=prompt.check,

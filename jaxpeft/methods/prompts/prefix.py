@@ -35,12 +35,11 @@ from jaxpeft.methods.family import Kind, Leaf
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
 from jaxpeft.methods.prompts.cached_prompt import keys_and_values, require_ids
+from jaxpeft.methods.prompts.fields import require_choice, require_count
 from jaxpeft.methods.prompts.prompt import (
     EMBEDDINGS,
     SIZES,
     read_count,
-    require_choice,
-    require_count,
     write_tensors,
 )
 from jaxpeft.models.attention import Prefix
@@ -195,7 +194,11 @@ def project(
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The prefix, beside the base's parameters."""
+    """Puts the prefix beside the base's parameters.
+
+    Raises:
+        UserError: There is another prefix already.
+    """
     if leaf.base is not None:
         raise UserError("two prefixes cannot stand in front of one base; pass one of them.")
     return {leaf.path: Prefix(*project(leaf.params))}
@@ -214,7 +217,11 @@ def length(adapter: Adapter) -> int:
 
 
 def check(params: dict, adapter: Adapter) -> None:
-    """Raises a UserError unless layers and width of the keys are those of the base."""
+    """Checks that the keys have the base's number of layers and width.
+
+    Raises:
+        UserError: They have others.
+    """
     arrays = adapter.params[PATH]
     plain = "k" in arrays
     shape = arrays["k" if plain else "mlp_1_bias"].shape
@@ -254,7 +261,11 @@ def config_from_peft(values: Values) -> PrefixTuning:
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """The adapter of a PEFT folder: layer by layer the keys, then the values, of every token."""
+    """Reads the adapter of a PEFT folder, whose rows hold every layer's keys, then its values.
+
+    Raises:
+        UserError: The config describes another base.
+    """
     config, count = base.config, read_count(values)
     heads = (config.num_kv_heads, config.head_dim)
     sizes = {

@@ -13,7 +13,6 @@ Reference:
 """
 
 import dataclasses
-import typing
 from typing import Any, ClassVar, Literal
 
 import flax.struct
@@ -29,6 +28,7 @@ from jaxpeft.methods.family import Kind, Leaf, require_values
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import contiguous, require_finite
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
+from jaxpeft.methods.prompts.fields import require_choice, require_count
 from jaxpeft.ops.linear import OnBase, attend, embed, materialise, shape_of
 
 Initial = Literal["sampled", "random", "text"]
@@ -82,26 +82,12 @@ class PromptTuning(Method):
         return prompt_adapter(self.name, {"prompt": rows}, shape_of(table)[0])
 
 
-def require_count(method: Any, field: str) -> None:
-    """Raises a ValueError unless a config's field is a whole number of at least 1."""
-    value = getattr(method, field)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"{type(method).__name__}.{field} must be a whole number of at least 1, got {value!r}."
-        )
-
-
-def require_choice(method: Any, field: str, choices: Any) -> None:
-    """Raises a ValueError unless a config's field is one of the values of a Literal."""
-    value, known = getattr(method, field), typing.get_args(choices)
-    if value not in known:
-        raise ValueError(
-            f"{type(method).__name__}.{field} must be one of {', '.join(known)}, got {value!r}."
-        )
-
-
 def require_start(method: Any) -> None:
-    """Raises a ValueError unless a config's `initial` and `text` say where a prompt starts."""
+    """Checks the fields that say what a prompt starts from.
+
+    Raises:
+        ValueError: `initial` is unknown, or `text` is not given exactly where it is "text".
+    """
     require_choice(method, "initial", Initial)
     if (method.initial == "text") != bool(method.text):
         raise ValueError(
@@ -126,7 +112,11 @@ def first_rows(
 
 
 def text_ids(text: str, count: int, vocab_size: int, tokenizer: Any) -> Int[Array, "count"]:
-    """Ids of a text, cut or repeated to `count`."""
+    """Tokenises a text, and cuts or repeats its ids to `count`.
+
+    Raises:
+        UserError: There is no tokenizer, or the text gives no ids of the vocabulary.
+    """
     if tokenizer is None:
         raise UserError(
             'initial "text" needs a tokenizer: pass the model itself to init_adapter, and put its '
@@ -190,7 +180,11 @@ class PromptTable(OnBase):
 
 
 def bind_rows(leaf: Leaf, rows: Float[Array, "rows d_model"]) -> dict[str, Any]:
-    """The table with these rows of virtual tokens."""
+    """Puts rows of virtual tokens behind the table's own rows.
+
+    Raises:
+        UserError: The table has such rows already.
+    """
     if isinstance(leaf.base, PromptTable):
         raise UserError("two soft prompts cannot stand on one base; pass one of them.")
     return {leaf.path: PromptTable(leaf.base, rows)}
@@ -207,7 +201,11 @@ def virtual_tokens(adapter: Adapter) -> int:
 
 
 def check(params: dict, adapter: Adapter) -> None:
-    """Raises a UserError unless the table has the size that the prompt was made for."""
+    """Checks that the table has the size that the prompt was made for.
+
+    Raises:
+        UserError: It has another size.
+    """
     ours = shape_of(paths.get(params, paths.EMBEDDING))
     width = arrays_of(adapter)["prompt"].shape[-1]
     theirs = (dict(adapter.spec.options)["vocab_size"], width)
@@ -222,8 +220,6 @@ def config_of(adapter: Adapter) -> PromptTuning:
     """The config of an adapter; where it started from is not kept."""
     return PromptTuning(num_tokens=virtual_tokens(adapter))
 
-
-# HF PEFT.
 
 SIZES: dict[str, Any] = {
     "modules_to_save": None,
@@ -247,14 +243,22 @@ INITIAL: dict[str, Any] = {
 
 
 def read_count(values: Values) -> int:
-    """How many virtual tokens a soft prompt of a decoder has."""
+    """The number of virtual tokens in a PEFT config.
+
+    Raises:
+        UserError: The prompt was made for a model with an encoder.
+    """
     if values.get("num_transformer_submodules") not in (None, 1):
         raise values.wrong("num_transformer_submodules", "1, for a decoder")
     return values.count("num_virtual_tokens")
 
 
 def read_sizes(values: Values, base: Any) -> tuple[int, int]:
-    """Rows and width of a prompt, after a look whether they belong to `base`."""
+    """Rows and width of a prompt in a PEFT config.
+
+    Raises:
+        UserError: The width is not that of `base`.
+    """
     count, width = read_count(values), base.config.d_model
     if values.get("token_dim") not in (None, width):
         raise UserError(
@@ -277,14 +281,18 @@ def write_sizes(count: int, base: Any) -> dict[str, Any]:
 
 
 def write_tensors(**arrays: Any) -> dict[str, np.ndarray]:
-    """Tensors as PEFT names them; values that are not finite are a UserError."""
+    """Tensors as PEFT names them; values that are not finite are an error."""
     for name, value in arrays.items():
         require_finite(name, value)
     return {name: contiguous(value) for name, value in arrays.items()}
 
 
 def read_start(values: Values) -> dict[str, Any]:
-    """Where PEFT's config starts a prompt: the fields `initial` and `text`."""
+    """The fields `initial` and `text` that say what PEFT's config starts a prompt from.
+
+    Raises:
+        UserError: The start is unknown, has no text, or needs another tokenizer.
+    """
     known = {"RANDOM": "random", "SAMPLE_VOCAB": "sampled", "TEXT": "text"}
     initial = known.get(str(values.get("prompt_tuning_init")))
     if initial is None:

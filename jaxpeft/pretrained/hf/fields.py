@@ -33,7 +33,11 @@ class Fields:
         return default if value is None else value
 
     def size(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number from `least` up to what `jaxpeft.core.limits` allows."""
+        """A whole number from `least` up to what `jaxpeft.core.limits` allows.
+
+        Raises:
+            UserError: The field has another value.
+        """
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             what = "a positive whole number" if least else "a whole number of at least 0"
@@ -44,7 +48,11 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive, finite number."""
+        """A positive, finite number.
+
+        Raises:
+            UserError: The field has another value.
+        """
         value = self.get(key, default)
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         if not numeric or not 0 < value <= sys.float_info.max:  # no NaN, no Infinity
@@ -52,14 +60,22 @@ class Fields:
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """True or false; false where there is none."""
+        """True or false; false where there is none.
+
+        Raises:
+            UserError: The field has another value.
+        """
         value = self.get(key, False)
         if not isinstance(value, bool):
             raise self.error(key, f"expected true or false, got {value!r}")
         return value
 
     def token(self, key: str) -> int | None:
-        """A token id; None where there is none, or a negative one."""
+        """A token id; None where there is none, or a negative one.
+
+        Raises:
+            UserError: The field has another value.
+        """
         value = self.get(key)
         if value is None:
             return None

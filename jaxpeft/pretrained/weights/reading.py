@@ -162,7 +162,16 @@ class Reader:
 
 
 def read_into(view: memoryview, file: Ranges, offset: int) -> None:
-    """Fills a buffer from a place in a file."""
+    """Fills a buffer from a place in a file.
+
+    Args:
+        view: The buffer.
+        file: The file.
+        offset: Where to begin, in bytes.
+
+    Raises:
+        EOFError: The file ends before the buffer is full.
+    """
     done = 0
     while done < len(view):
         count = file.read_into(view[done:], offset + done)

@@ -29,6 +29,7 @@ from jaxpeft.core import limits
 from jaxpeft.core.errors import ResourceError, UserError, first_few
 from jaxpeft.files import storage
 from jaxpeft.files.folders import remove_leftovers
+from jaxpeft.files.local_copy import on_disk
 from jaxpeft.files.storage import Place
 from jaxpeft.mesh.processes import from_first, is_first, together
 from jaxpeft.pretrained.save import same_folder
@@ -105,7 +106,7 @@ def check_folder(
             f"{output}: holds a run, and --resume never was given; add --overwrite to discard "
             "it, or choose another output_dir."
         )
-    with storage.on_disk(output, [CONFIG]) as folder:
+    with on_disk(output, [CONFIG]) as folder:
         old = run_config.load_written(str(folder / CONFIG))
     check_config(old, config, accepted, output)
 

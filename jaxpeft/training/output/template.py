@@ -11,6 +11,7 @@ from jaxpeft.config import run_config
 from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core.errors import UserError
 from jaxpeft.files import storage
+from jaxpeft.files.local_copy import on_disk
 from jaxpeft.files.storage import Place
 from jaxpeft.pretrained.chat_template import override_template, read_template
 from jaxpeft.pretrained.load import load_tokenizer
@@ -123,7 +124,7 @@ def _is_same(path: str, place: Place) -> bool:
 
 def _path_before(output: Place) -> str | None:
     """The ``model.chat_template`` that the run in a folder has gone by so far."""
-    with storage.on_disk(output, [CONFIG]) as folder:
+    with on_disk(output, [CONFIG]) as folder:
         return run_config.load_written(str(folder / CONFIG)).model.chat_template
 
 

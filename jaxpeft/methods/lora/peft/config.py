@@ -138,7 +138,11 @@ class PeftLoraConfig:
 
 
 def parse(values: Values) -> PeftLoraConfig:
-    """The meaning of an ``adapter_config.json``; wrong or unsupported values are UserErrors."""
+    """Reads the meaning of an ``adapter_config.json``.
+
+    Raises:
+        UserError: A value is wrong or not supported.
+    """
     start = subtracted(values)
     bias, saved = values.get("bias"), values.names("modules_to_save")
     if bias not in BIASES:
@@ -164,7 +168,11 @@ def parse(values: Values) -> PeftLoraConfig:
 
 
 def fields(values: Values) -> dict[str, Any]:
-    """The fields of the `jaxpeft.LoRA` that a config describes; see `PeftFormat`."""
+    """The fields of the `jaxpeft.LoRA` that a config describes; see `PeftFormat`.
+
+    Raises:
+        UserError: A name in ``modules_to_save`` means more modules to PEFT than to jaxpeft.
+    """
     start = start_fields(values)
     plain = Values({**values.values, "init_lora_weights": True}, values.file, values.defaults)
     config = parse(plain)

@@ -49,7 +49,11 @@ def keys(folder: Folder) -> set[str]:
 
 
 def check(folder: Folder) -> None:
-    """Raises a UserError unless the factors are those that config and base ask for."""
+    """Checks that the factors are those that config and base ask for.
+
+    Raises:
+        UserError: Some are missing, unexpected or of another shape.
+    """
     modules = _pairs(folder)
     sites = sites_of(folder.base.params)
     _check_modules(folder, modules, sites)
@@ -57,12 +61,20 @@ def check(folder: Folder) -> None:
 
 
 def width(folder: Folder) -> int:
-    """The largest rank."""
+    """The largest rank.
+
+    Raises:
+        UserError: The folder holds no factors, or only one of a pair.
+    """
     return max(folder.config.rank_of(name) for name in _pairs(folder))
 
 
 def read(folder: Folder, width: int) -> Arrays:
-    """The factors of every kernel, stacked and padded to `width`."""
+    """The factors of every kernel, stacked over the layers and padded to rank `width`.
+
+    Raises:
+        UserError: The folder holds no factors, or only one of a pair.
+    """
     config, tensors, base = folder.config, folder.tensors, folder.base
     layers = {}
     for name in _pairs(folder):
@@ -97,7 +109,12 @@ def read(folder: Folder, width: int) -> Arrays:
 
 
 def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Config values and tensors of the factors; see `Part`."""
+    """Config values and tensors of the factors; see `Part`.
+
+    Raises:
+        ValueError: The padding of factors is not zero.
+        UserError: The adapter adapts no module, or layers differ in dropout.
+    """
     tensors: dict[str, np.ndarray] = {}
     options = dict(adapter.spec.options)
     ranks, alphas, dropouts, rslora = numbers_of(adapter)

@@ -103,13 +103,16 @@ def subtracted(values: Values) -> str:
 
 
 def require_weights(file: Any, config: Any, sites: Mapping[str, paths.Site], params: Any) -> None:
-    """Raises a UserError unless the start of a folder can be repeated on this base.
+    """Checks that the start of a folder can be repeated on this base.
 
     Args:
         file: The config's file.
         config: A `jaxpeft.methods.lora.peft.config.PeftLoraConfig`.
         sites: All modules that LoRA can adapt.
         params: Parameters of the base.
+
+    Raises:
+        UserError: The start needs weights that are quantised, not loaded, or of another size.
     """
     where = f"{file}: init_lora_weights: {config.start!r}"
     for name, site in sites.items():
