@@ -13,16 +13,13 @@ places share (VeRA's matrices) lies under the key ``shared``.
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import flax.struct
 import jax
 import numpy as np
 
 from jaxpeft.core import paths
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +72,12 @@ class Adapter:
     base_name: Label = flax.struct.field(pytree_node=False, default=Label(""))
     base_revision: Label = flax.struct.field(pytree_node=False, default=Label(""))
     chat: Label = flax.struct.field(pytree_node=False, default=Label(""))
+
+    if TYPE_CHECKING:  # flax adds it
+
+        def replace(self, **updates: Any) -> Self:
+            """A copy with other values in some fields."""
+            ...
 
     def __repr__(self) -> str:
         """One line instead of all arrays."""
