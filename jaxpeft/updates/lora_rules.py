@@ -1,16 +1,17 @@
-"""LoRA+ and LoRA-FA: which factors move, and how fast, as optax transformations.
+"""LoRA+ and LoRA-FA as optax transformations: learning rates and gradients of the factors.
 
 **LoRA+**: ``B`` learns at `ratio` times the rate of ``A``. The groups are those of PEFT's
-``create_loraplus_optimizer``: "a" (factors A, AdaLoRA's singular values and whole matrices, the
-rate), "b" (factors B and vectors, the rate times the ratio), "b_no_decay" (biases, the same without
-weight decay) and "embedding" (factors of the embedding table, a rate of their own).
+``create_loraplus_optimizer``: "a" (factors A, AdaLoRA's singular values and whole matrices, at the
+usual rate), "b" (factors B and vectors, at the rate times the ratio), "b_no_decay" (biases, at the
+same rate without weight decay) and "embedding" (factors of the embedding table, at a rate of their
+own).
 
-**LoRA-FA**: ``A`` stays as it was drawn, is not trained at all, and ``B`` moves along
+**LoRA-FA**: ``A`` keeps its initial values, and the gradient of ``B`` becomes
 
     g_B <- (1 / scale^2) (A^T A + 1e-8 I)^-1 g_B
 
-which is the step of ``A B`` nearest to that of full fine-tuning. Factors of the embedding table,
-whose A starts at zero, are trained as without it.
+which makes the change of ``A B`` the nearest one to that of full fine-tuning. Factors of the
+embedding table, whose A starts at zero, are trained as usual.
 
 References:
     Hayou, Ghosh and Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024,
@@ -30,10 +31,10 @@ from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 
 EMBEDDING_RATE = 1e-6
-"""Peak learning rate of the embedding's factors in LoRA+, PEFT's default."""
+"""Peak learning rate of the embedding table's factors in LoRA+, which is PEFT's default."""
 
 DAMPING = 1e-8
-"""What LoRA-FA adds to the diagonal of ``A^T A``."""
+"""The number that LoRA-FA adds to the diagonal of ``A^T A``."""
 
 
 def lora_plus(
@@ -42,13 +43,13 @@ def lora_plus(
     """The update rules of LoRA+, by group of leaves.
 
     Args:
-        make_rule: ``make_rule(factor, decay)``: a rule whose peak learning rate is `factor`
-            times the usual one, or `EMBEDDING_RATE` for a factor of 0, and which decays weights or
-            not.
+        make_rule: ``make_rule(factor, decay)`` makes a rule. Its peak learning rate is `factor`
+            times the usual one, or `EMBEDDING_RATE` for a factor of 0; `decay` says whether it
+            decays weights.
         ratio: Learning rate of B over that of A.
 
     Returns:
-        A transformation over ``{"base": ..., "adapter": ...}``, frozen leaves of it masked.
+        A transformation over ``{"base": ..., "adapter": ...}`` whose frozen leaves are masked.
     """
     rules: dict[Hashable, optax.GradientTransformation] = {
         "a": make_rule(1.0, True),
@@ -60,7 +61,7 @@ def lora_plus(
 
 
 def lora_plus_groups(tree: Any) -> Any:
-    """The group of every leaf, as a tree of labels.
+    """Labels every leaf with its group.
 
     Raises:
         UserError: If no leaf is a factor ``b``.
@@ -75,12 +76,12 @@ def lora_plus_groups(tree: Any) -> Any:
 
 
 def project_b() -> optax.GradientTransformationExtraArgs:
-    """LoRA-FA's gradient of B.
+    """Replaces the gradients of B by those of LoRA-FA.
 
     Returns:
-        A transformation without state. Its update wants two extra arguments: ``whole=``, the tree
-        with its frozen leaves, for A (`jaxpeft.masked` passes it), and ``buffers=``, for the scales
-        (the training step does).
+        A stateless transformation whose update takes two extra arguments: ``whole=``, the tree with
+            its frozen leaves, which holds A (`jaxpeft.masked` passes it), and ``buffers=``, which
+            hold the scales (the training step passes them).
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -108,7 +109,8 @@ def project_b() -> optax.GradientTransformationExtraArgs:
 def projected(g: jax.Array, a: jax.Array, scale: Any) -> jax.Array:
     """``(1 / scale^2) pinv(A^T A + 1e-8 I) g``; zero in layers whose scale is zero.
 
-    The pseudo-inverse cuts what float32 cannot tell from zero: the padding of smaller ranks.
+    The pseudo-inverse drops singular values that float32 cannot tell from zero: the padding of
+    smaller ranks.
 
     Args:
         g: Gradient of B, ``(*stack, rank, d_out)``.
@@ -124,9 +126,9 @@ def projected(g: jax.Array, a: jax.Array, scale: Any) -> jax.Array:
 
 
 def without_a(trainable: Any) -> Any:
-    """A tree of booleans over an adapter's arrays, with the factors ``a`` of kernels switched off.
+    """Copies a tree of booleans over an adapter's arrays, False at the factors ``a`` of kernels.
 
-    The embedding's factors, whose first one starts at zero, both go on, as in PEFT.
+    Both factors of the embedding table stay trained, as in PEFT, because the first starts at zero.
     """
     return jax.tree_util.tree_map_with_path(
         lambda keys, on: on and not _name(keys).endswith("kernel/a"), trainable
@@ -168,6 +170,6 @@ def _group(name: str, ndim: int) -> str:
     if "bias" in name:
         return "b_no_decay"
     vector = ndim - paths.is_stacked(place) == 1
-    # AdaLoRA's singular values are no vector but a matrix of one column in PEFT.
+    # In PEFT, AdaLoRA's singular values are a matrix with one column, not a vector.
     vector &= not _is_factor(name, "e")
     return "b" if vector or _is_factor(name, "b") else "a"

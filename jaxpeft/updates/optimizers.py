@@ -1,7 +1,7 @@
-"""Optimizers and schedules, all from optax, behind one small config.
+"""Optimizers and schedules from optax, behind one small config.
 
-``masked`` puts any optax transformation behind a label tree, so that frozen leaves have no
-moments and are never looked at: clipping, norms and weight decay act within the trained part.
+``masked`` restricts any optax transformation by a tree of labels: frozen leaves have no moments,
+and clipping, norms and weight decay apply to the trained leaves only.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig(Record):
-    """How trained arrays move.
+    """The optimizer and schedule of a run.
 
     Attributes:
         name: "adamw", "adafactor", "lion" or "sgd" (b1 is its momentum).
@@ -37,7 +37,7 @@ class OptimConfig(Record):
             paths, such as "norm/scale".
         lora_plus_ratio: LoRA+: how many times faster factors B learn than factors A; None for
             the same rate. See `jaxpeft.updates.lora_rules`.
-        lora_fa: LoRA-FA: factors A stay as they were drawn, and B's gradient is projected.
+        lora_fa: LoRA-FA: factors A keep their initial values, and B's gradient is projected.
     """
 
     in_float32: ClassVar[bool] = True
@@ -86,7 +86,7 @@ class OptimConfig(Record):
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by number of updates done.
+    """The learning rate as a function of the number of updates done.
 
     Args:
         config: The peak, the shape, and the warm-up.
@@ -116,11 +116,11 @@ def make_optimizer(
     Args:
         config: Which rule, with its numbers.
         steps: Updates of the whole run, for the schedule.
-        wrap: ``wrap(rule, steps)``: the rule with what a method adds to it, such as
-            `Method.wrap_optimizer`; its gradients are clipped.
+        wrap: ``wrap(rule, steps)`` returns the rule with a method's additions, such as
+            `Method.wrap_optimizer`; its gradients are clipped already.
 
     Returns:
-        A transformation over the trained leaves; `masked` keeps it off the others.
+        A transformation over the trained leaves; `masked` restricts it to them.
     """
     if config.lora_plus_ratio is None:
         rule = make_rule(config, steps)
@@ -151,7 +151,7 @@ def make_rule(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     if config.name == "lion":
         return optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=decay)
     if config.name == "adafactor":
-        # optax's own decay is not multiplied with the learning rate.
+        # optax's own decay is not multiplied by the learning rate.
         return optax.adafactor(
             rate,
             multiply_by_parameter_scale=False,
@@ -184,9 +184,9 @@ def masked(
             a function from that tree to the booleans.
 
     Returns:
-        ``optax.partition`` over the labels "trainable" and "frozen" of the whole tree. Its
-        gradients may hold None at frozen leaves, its updates then do too. `tx` gets the whole
-        tree, frozen leaves too, as the extra argument ``whole=``. It carries ``labels`` for
+        ``optax.partition`` over the labels "trainable" and "frozen" of the whole tree. Gradients
+        may be None at frozen leaves; the updates then are too. `tx` gets the whole tree with its
+        frozen leaves as the extra argument ``whole=``. The attribute ``labels`` is for
         `jaxpeft.make_train_step`.
     """
 
