@@ -1,4 +1,4 @@
-"""Checks of a run that need sizes alone: they are made before a weight is read."""
+"""Checks of a run that need only sizes; they are made before any weight is read."""
 
 import re
 from collections.abc import Callable
@@ -34,10 +34,11 @@ from jaxpeft.updates.lora_rules import check_factors
 
 
 def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> None:
-    """Finds out from sizes alone whether method and optimizer fit a model.
+    """Checks from sizes alone whether method and optimizer fit a model.
 
     Raises:
-        UserError: A pattern matches nothing, a rank is too large, or a choice excludes another.
+        UserError: A pattern matches nothing, a rank is too large, or two choices exclude each
+            other.
     """
     check_dense_start(config)
     optim, shapes = config.optim, param_shapes(model)
@@ -66,7 +67,7 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
     both = [path for path in spec.paths if paths.ends_in(path, optim.trainable)]
     if both:
         raise UserError(f"optim.trainable: the method trains {first_few(both)} already.")
-    if optim.name == "adafactor":  # ranks are values; the zeros are never made
+    if optim.name == "adafactor":  # ranks are values, so jit it; the zeros are never made
         buffers, params = jax.jit(lambda: start().buffers)(), jax.eval_shape(start).params
         for path in spec.paths:
             rank = paths.get(buffers, f"{path}/rank")
@@ -82,7 +83,7 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
 def start_on_zeros(
     config: RunConfig, model: ModelConfig, tokenizer: Any = None
 ) -> Callable[[], Adapter]:
-    """A function to trace: a new adapter on a base of zeros, which need not be made for it."""
+    """A function to trace that makes a new adapter on a base of zeros; no base is allocated."""
     context = Context(config=model, tokenizer=tokenizer, shapes_only=True)
 
     def start() -> Adapter:
@@ -93,7 +94,7 @@ def start_on_zeros(
 
 
 def starts_dense(config: RunConfig, restored: bool) -> bool:
-    """Whether the adapter starts from the weights as they are before they are quantised."""
+    """Whether the adapter starts from the weights before they are quantised."""
     return config.method.starts_dense and config.method.init_from is None and not restored
 
 
@@ -101,7 +102,8 @@ def check_dense_start(config: RunConfig) -> None:
     """Checks that a run with LoftQ quantises its base as LoftQ assumes.
 
     Raises:
-        UserError: It does not, or takes LoftQ's further steps.
+        UserError: The base is not quantised to NF4 with float32 scales, or LoftQ takes several
+            steps.
     """
     method, model = config.method, config.model
     if not starts_dense(config, restored=False):
@@ -171,9 +173,10 @@ def check_unchanged(what: str, saved: str, now: str, output: Place) -> None:
 def check_sources(
     config: RunConfig, model: ModelConfig, tokenizer: Any, steps: int, *, overwrite: bool
 ) -> None:
-    """Reads what can be read of weights and of a saved adapter before anything is written.
+    """Checks the files of weights and of a saved adapter, before anything is written.
 
-    A run that has begun needs the adapter it began from no more, and a finished one no weights.
+    A run that has begun no longer needs the adapter it started from, and a finished run needs no
+    weights.
 
     Raises:
         UserError: Something is missing, damaged or does not fit.
@@ -189,15 +192,15 @@ def check_sources(
 
 
 def check_steps_done(latest: int, steps: int, config: RunConfig) -> None:
-    """Checks that a run has not done more steps than it shall have.
+    """Checks that a run has not done more steps than the config asks for.
 
     Args:
-        latest: Steps that are done.
-        steps: Steps that the run shall have.
+        latest: The number of steps done.
+        steps: The number of steps that the run is to have.
         config: Its config.
 
     Raises:
-        UserError: It has done more.
+        UserError: More steps are done.
     """
     output, epochs = storage.as_path(config.output_dir), config.train.epochs
     if latest <= steps:
