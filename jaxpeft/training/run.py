@@ -318,7 +318,7 @@ class Run:
         return rows, summary.describe_adapter(self.base_shapes, adapter, trained)
 
     def _trainable(self, tree: dict) -> dict:
-        """The label tree over base and adapter: the adapter, and the leaves that the config names."""
+        """The label tree over base and adapter: the adapter and leaves that the config names."""
         patterns, on = self.config.optim.trainable, self.config.method.trainable(tree["adapter"])
         return {
             "base": paths.unflatten(
