@@ -68,9 +68,9 @@ if TYPE_CHECKING:
 
 
 def _read_homes() -> dict[str, str]:
-    """The module of every name in the block above, which is the one list of public names."""
+    """The module of every name in the first block above, the one list of public names."""
     tree = ast.parse(pathlib.Path(__file__).read_text(encoding="utf-8"))
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
     lines = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     return {name.name: str(line.module) for line in lines for name in line.names}
 
@@ -80,13 +80,15 @@ _HOMES = _read_homes()
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
-    """Imports a public name from its module and keeps it."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker takes every name for known where there is a __getattr__
+
+    def __getattr__(name: str) -> Any:
+        """Imports a public name from its module and keeps it."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

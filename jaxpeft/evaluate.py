@@ -5,7 +5,7 @@ Command: ``python -m jaxpeft.evaluate --model PATH --data FILE [--adapter DIR ..
 
 from jaxpeft.cli import arguments, exits, huge_pages
 
-if __name__ == "__main__":  # before anything heavy is imported: it starts the program anew
+if __name__ == "__main__":  # before heavy imports, because it restarts the program
     huge_pages.enable_huge_pages()
 
 import sys
@@ -20,7 +20,7 @@ CUT_HINT = "note: answers were cut inside of their thinking; raise max_new_token
 
 
 def print_results(results: Mapping[str, Mapping[str, float]], stream: Any) -> None:
-    """Prints one line for every entry of what `evaluate_file` returns."""
+    """Prints one line for every entry in the result of `evaluate_file`."""
     from rich import box
     from rich.table import Table
 
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} must be at least 1, got {value}.")
     from jaxpeft.data.rows.kinds import read_rows
 
-    read_rows(args.data)  # its problems are told before the model takes its time
+    read_rows(args.data)  # reports bad rows before the slow load of the model
     base = arguments.load_base(args)
     adapters: dict[str, Adapter | None] = {} if args.no_base else {"base": None}
     adapters |= {path: arguments.load_adapter(args, path, base) for path in args.adapter}

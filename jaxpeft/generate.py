@@ -5,7 +5,7 @@ Command: ``python -m jaxpeft.generate --model PATH [--adapter DIR] PROMPT [PROMP
 
 from jaxpeft.cli import arguments, exits, huge_pages
 
-if __name__ == "__main__":  # before anything heavy is imported: it starts the program anew
+if __name__ == "__main__":  # before heavy imports, because it restarts the program
     huge_pages.enable_huge_pages()
 
 from jaxpeft.cli import inputs

@@ -7,7 +7,7 @@ from jaxpeft.cli import arguments, exits
 
 
 def main(argv: list[str]) -> None:
-    """Writes the merged model and says where."""
+    """Writes the merged model and prints where."""
     parser = arguments.make_parser("merge", "Writes base and adapter as one Hugging Face model.")
     parser.add_argument("--model", required=True, help="HF folder, hub id or GGUF file")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     require_place(args.output, overwrite=args.overwrite, source=args.model)
     # Sums are rounded once either way: `merge` computes in float32.
     read_as = None if args.dtype is None else "float32"
-    arguments.chat_template(args)  # its problems are told before the model takes its time
+    arguments.chat_template(args)  # reports a bad file before the slow load of the model
     base = load_model(args.model, revision=args.revision, dtype=read_as)
     adapter = arguments.load_adapter(args, args.adapter, base)
     save_model(args.output, base, adapter=adapter, dtype=args.dtype, overwrite=args.overwrite)

@@ -1,8 +1,8 @@
 """Says what a run will do and need, before a weight is loaded or a machine is rented.
 
-From ``config.json`` and shapes alone: what is trained, what the data give, what a step costs, and
-what every device must hold, by compiling the real training step for this machine or for TPUs that
-need not be there (`jaxpeft.planning.memory`).
+From ``config.json`` and shapes alone it tells what is trained, what the data give, what a step
+costs, and what every device must hold. For the memory it compiles the real training step for this
+machine or for TPUs that need not be present (`jaxpeft.planning.memory`).
 
 Command: ``python -m jaxpeft.plan CONFIG [--topology v5e:4x4] [--json] [--section.key value ...]``
 """
@@ -17,7 +17,7 @@ from jaxpeft.planning.report import print_plan
 
 EXAMPLE = "python -m jaxpeft.plan configs/quickstart.yaml"
 DOES_NOT_FIT = 5
-"""Exit code: out of memory."""
+"""The exit code if the run does not fit into memory."""
 
 
 def main(argv: list[str]) -> int:
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def say(text: str) -> None:
-    """Tells on standard error what takes time."""
+    """Prints a line on standard error before work that takes time."""
     print(f"plan: {text}", file=sys.stderr, flush=True)
 
 

@@ -5,7 +5,7 @@ Command: ``python -m jaxpeft.train CONFIG [--section.key value ...]``
 
 from jaxpeft.cli import arguments, exits, huge_pages
 
-if __name__ == "__main__":  # before anything heavy is imported: it starts the program anew
+if __name__ == "__main__":  # before heavy imports, because it restarts the program
     huge_pages.enable_huge_pages()
 
 import contextlib
@@ -127,18 +127,18 @@ def train(
     accepted: tuple[str, ...] = (),
     profile: range = range(0),
 ) -> None:
-    """Does a whole run, or what is left of it.
+    """Makes a whole run, or the rest of one.
 
     Args:
         config: The run.
-        resume: Go on from the newest checkpoint of the same run in ``output_dir``.
+        resume: Continue the same run in ``output_dir`` from its newest checkpoint.
         overwrite: Discard the run that is there.
         accepted: Keys that may have changed since it began, see `jaxpeft.training.output.resume`.
         profile: Steps to trace into ``output_dir/profile``.
 
     Raises:
-        UserError: Bad input (then nothing was written), divergence, a full disk, or an
-            interruption after saving; ``exit_code`` tells them apart.
+        UserError: Bad input (then nothing was written), divergence, a full disk, or an interruption
+            after saving; ``exit_code`` tells them apart.
     """
     output, speaks = storage.as_path(config.output_dir), is_first()
     if profile and storage.is_remote(output):
@@ -159,7 +159,7 @@ def train(
     require_same("config and training data", run_config.to_yaml(config) + rows.plan.hash + template)
     with contextlib.ExitStack() as stack:
         made = from_first(lambda: make_folder(output))
-        stack.callback(remove_empty, made if speaks else [])  # if nothing was begun in them
+        stack.callback(remove_empty, made if speaks else [])  # if the run did not begin
         check_shared(output)
         lock = run_lock.hold(output)
         from_first(lambda: stack.enter_context(lock) and None)
@@ -179,7 +179,7 @@ def train(
             check_steps_done(latest, rows.steps, config)
             notes += checkpoints.notes_on_scores() if config.checkpoint.best else []
         if latest == rows.steps and from_first(lambda: is_exported(config)):
-            if not storage.is_remote(output):  # of which this run would first have to become owner
+            if not storage.is_remote(output):  # a bucket must be owned first
                 from_first(lambda: clean(config) or checkpoints.tidy())
             if speaks:
                 print(f"{output}: already finished, {export_path(config)} is ready.")
@@ -195,7 +195,7 @@ def train(
         if latest is not None:
             run.restore(checkpoints, latest)
             run.notes = notes
-        # Only now: what can be wrong with the new run has been seen.
+        # Only now, after everything that can be wrong with the new run was checked.
         from_first(
             lambda: take_folder(config, template, checkpoints, latest, lock, overwrite=overwrite)
         )
@@ -214,13 +214,13 @@ def train(
 def load_base(
     config: RunConfig, layout: sharding.Layout, template: str = "", *, restored: bool
 ) -> Model:
-    """The base on its devices; quantised unless a new adapter starts from the weights before.
+    """Loads the base onto its devices, quantised unless a new adapter needs the dense weights.
 
     Args:
         config: The run.
         layout: The devices.
         template: The chat template that overrides the tokenizer's; "" for none.
-        restored: Whether the run goes on from a checkpoint.
+        restored: Whether the run continues from a checkpoint.
     """
     section, quantised = config.model, not starts_dense(config, restored)
     base = load_model(
@@ -299,29 +299,29 @@ def loop(
             if evaluates(run, step) and (best or not stop.requested):
                 with contextlib.suppress(InterruptedRunError):
                     scores = log.evaluation(step, at_once if best else stop.run_interruptible)
-            interrupted = stop.requested  # asked once: the answer may change at any time
+            interrupted = stop.requested  # read once: it may change at any time
             if interrupted:
                 raise interrupted_at(run, functools.partial(save, scores), stop)
             decides = bool(best and scores)
             if due(step, config.checkpoint.every, last) or decides:
-                save(scores, wait=decides or step == last)  # a score cannot be saved later
+                save(scores, wait=decides or step == last)  # the score must be saved too
                 log.start_clock()
         require_good(run)
 
 
 def due(step: int, every: int | None, last: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens now."""
+    """Whether an event that happens every so many steps, and at the end, happens now."""
     return step == last or (every is not None and step % every == 0)
 
 
 def evaluates(run: Run, step: int) -> bool:
-    """Whether an evaluation belongs to this step: at the start, every so many steps, at the end."""
+    """Whether this step has an evaluation: at the start, every so many steps, and at the end."""
     every, last = run.config.evaluation.every, run.rows.steps
     return run.rows.eval_examples is not None and (step == 0 or due(step, every, last))
 
 
 def at_once(work: Callable[[], Any], doing: str) -> Any:
-    """Does the work; takes the place of `StopRequest.run_interruptible`."""
+    """Calls `work` directly; it replaces `StopRequest.run_interruptible`."""
     del doing
     return work()
 

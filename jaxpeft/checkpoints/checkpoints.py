@@ -1,9 +1,9 @@
-"""Checkpoints of a run: whole or invisible, verified before use, kept within a few.
+"""Checkpoints of a run: complete or invisible, verified before use, and limited in number.
 
-Orbax writes the arrays in the background; what makes a folder a checkpoint is ours. Orbax does not
-notice a flipped bit, takes a bare folder for the latest step and casts dtypes silently, so every
-step gets a manifest (`jaxpeft.checkpoints.manifest`) once Orbax is done, and exists only with it
-(`jaxpeft.checkpoints.folder`). What is saved for each leaf is in `jaxpeft.checkpoints.leaves`.
+Orbax writes the arrays in the background; this package decides which folders are checkpoints. Orbax
+does not notice a flipped bit, takes a bare folder for the latest step and casts dtypes silently. So
+every step gets a manifest (`jaxpeft.checkpoints.manifest`) after Orbax is done, and exists only
+with it (`jaxpeft.checkpoints.folder`). `jaxpeft.checkpoints.leaves` describes how leaves are saved.
 
 Example:
     >>> import tempfile, jax, jax.numpy as jnp
@@ -42,18 +42,18 @@ from jaxpeft.mesh.processes import from_first, together
 class Checkpoints:
     """The checkpoints of one run in one folder. Use it as a context manager.
 
-    With several processes every method is called by all of them; the first process writes
-    manifests, verifies and deletes. Without a call of `save`, nothing is changed.
+    If there are several processes, all of them call every method; the first process writes
+    manifests, verifies and deletes. Nothing is changed until `save` is called.
 
     Args:
         directory: The folder, on disk or in a bucket (``gs://``), made at the first save.
         keep: How many of the newest steps to keep.
         warn: Called with one line when a step is damaged or set aside; prints to stderr by default.
-        check_owner: Raises a UserError if the folder is not this run's. The first process calls it
-            before it sets damaged steps aside and, in a thread, before a step begins to exist and
-            before old ones go.
-        scored_on: What the metrics given to `save` are of, such as a hash of evaluation data;
-            `best` compares none of anything else.
+        check_owner: Raises a UserError if the folder does not belong to this run. The first process
+            calls it before it sets damaged steps aside, and in a thread before a step begins to
+            exist and before old steps are deleted.
+        scored_on: What the metrics given to `save` were computed on, such as a hash of evaluation
+            data. `best` compares only metrics of the same data.
 
     Raises:
         UserError: `directory` is a file or a URL of another kind, or `keep` is below 1.
@@ -78,7 +78,7 @@ class Checkpoints:
         self._orbax: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._last = (-1, 0)  # step and bytes of the save begun last
+        self._last = (-1, 0)  # step and bytes of the last save
         self._has_damaged = False  # the same in all processes
 
     def save(
@@ -89,24 +89,24 @@ class Checkpoints:
         meta: dict[str, Any],
         metric: float | None = None,
     ) -> None:
-        """Starts saving `state` and returns as soon as its values are copied off the devices.
+        """Starts saving `state`; returns as soon as its values are copied off the devices.
 
-        Every method but `steps`, `newest_whole`, `tidy` and `best` waits for its end first and
-        reports what went wrong. A step that exists already is left as it is; those that `latest`
-        found damaged are set aside in `damaged/` first.
+        Every method except `steps`, `newest_whole`, `tidy` and `best` first waits for a save in
+        progress and raises its error. A step that exists is left as it is; steps that `latest`
+        found damaged are first set aside in `damaged/`.
 
         Args:
             step: The number of updates done.
             state: Nested dicts of arrays; may be donated as soon as this returns.
             meta: JSON values to find again with `meta` (config, data hash, ...).
-            metric: The step with the lowest one is kept beside the newest.
+            metric: The step with the lowest metric is kept beside the newest steps.
 
         Raises:
-            ResourceError: No room or no permission, now or in the save before; what was saved
-                earlier is untouched.
-            CheckpointError: A newer step exists, or the save before failed otherwise.
+            ResourceError: No room or no permission, now or in the save before; earlier steps are
+                safe.
+            CheckpointError: A newer step exists, or the save before failed for another reason.
             TypeError: A leaf is not an array or number, or `meta` is not JSON.
-            ValueError: `meta` holds NaN or infinity, which JSON has no word for.
+            ValueError: `meta` holds NaN or infinity, which JSON cannot express.
         """
         self.wait()
         leaves = checkpoint_leaves.flatten(state)
@@ -137,7 +137,7 @@ class Checkpoints:
             response = self._checkpointer().save_async(
                 step, checkpoint_leaves.to_orbax(leaves), force=True
             )
-        except Exception as error:  # Orbax waits for the others in there: who failed is not known
+        except Exception as error:  # Orbax waits for the others here: any may have failed
             failed = self._failure(error)
             failed.alone = jax.process_count() > 1
             raise failed from error
@@ -160,14 +160,14 @@ class Checkpoints:
         found, self._has_damaged = from_first(
             lambda: (self.newest_whole(), bool(self._folder.damaged))
         )
-        self._forget()  # what is damaged may be saved again
+        self._forget()  # a damaged step may be saved again
         return found
 
     def tidy(self) -> None:
         """Removes what killed saves left, and steps beyond those to keep.
 
-        One process calls it, after `latest`, once the folder is its run's. While steps are damaged
-        nothing is removed: the next save sets them aside first.
+        One process calls it, after `latest`, once the folder belongs to its run. While steps are
+        damaged nothing is removed, because the next save sets them aside first.
         """
         if self._has_damaged or not self._folder.steps():
             return
@@ -176,15 +176,15 @@ class Checkpoints:
         self._folder.prune(self._keep, self._check_owner)
 
     def newest_whole(self) -> int | None:
-        """What `latest` gives, found by one process alone."""
+        """The result of `latest`, found by one process alone."""
         return self._folder.newest_whole()
 
     def best(self) -> int | None:
-        """The step saved with the lowest metric, the newest of equals; None if none has one."""
+        """The step with the lowest metric, the newest among equals; None if none has a metric."""
         return from_first(self._folder.best)
 
     def notes_on_scores(self) -> list[str]:
-        """What a person should know of steps whose metric is, or may be, of other data."""
+        """Notes for the user about steps whose metric may be of other data."""
         return notes_on_scores(*from_first(self._folder.scored_otherwise), self._scored_on)
 
     def restore(self, step: int, like: Any) -> Any:
@@ -218,24 +218,24 @@ class Checkpoints:
         return checkpoint_leaves.from_orbax(tree, like)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The `meta` given to `save`, with `environment`: versions, device kind, XLA flags."""
+        """The `meta` given to `save`, and versions, device kind and XLA flags as `environment`."""
         self.wait()
         self._folder.existing(step)
         return self._folder.read(step)["meta"]
 
     def wait(self) -> None:
-        """Waits until the save under way exists; in all processes, or it failed for all.
+        """Waits until the save in progress is complete in all processes, or has failed in all.
 
         Raises:
-            ResourceError: It found no room, or no permission.
+            ResourceError: There was no room, or no permission.
             StoreError: The store failed.
-            UserError: The folder is not this run's any more.
-            CheckpointError: It failed in another way.
+            UserError: The folder does not belong to this run any more.
+            CheckpointError: The save failed for another reason.
         """
         if self._thread is None and self._error is None:
             return
-        # The others are done before the first process has committed the step: none may leave, and
-        # thereby end the first one, until it has.
+        # The others finish before the first process has committed the step. None of them may leave
+        # until it has, because that would end the first process too.
         try:
             together(self._wait)
         except UserError:
@@ -243,7 +243,7 @@ class Checkpoints:
             raise
 
     def _wait(self) -> None:
-        """Waits for this process's part of the save under way."""
+        """Waits for this process's part of the save in progress."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -252,13 +252,13 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def close(self) -> None:
-        """Waits for the save under way, as far as this process makes it, and lets go of Orbax.
+        """Waits for this process's part of the save in progress, and closes Orbax's checkpointer.
 
         Raises:
-            UserError: The save under way failed.
+            UserError: The save in progress failed.
         """
         try:
-            self._wait()  # not for the others: one that failed comes here alone
+            self._wait()  # not for the others: a process that failed is alone here
         finally:
             self._forget()
 
@@ -288,7 +288,7 @@ class Checkpoints:
         return self._orbax
 
     def _make_room(self, needed_bytes: int) -> None:
-        """Sees to it that a save can begin; in all processes, or it fails for all."""
+        """Prepares a save; it succeeds in all processes, or fails in all."""
         fresh = self._orbax is None
 
         def tried(act: Callable[[], None]) -> None:
@@ -301,7 +301,7 @@ class Checkpoints:
             if not self._folder.remote:
                 self._folder.directory.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=self._folder.directory):
-                    pass  # fails here if the folder is not writable
+                    pass  # an unwritable folder fails here
             if fresh and jax.process_index() == 0:
                 self._folder.clean()
 
@@ -320,7 +320,7 @@ class Checkpoints:
             raise
 
     def _finish(self, step: int, fields: dict[str, Any], response: Any) -> None:
-        """Runs in a thread: lets what Orbax wrote exist, then drops old steps."""
+        """Runs in a thread: commits the step that Orbax wrote, then deletes old steps."""
         try:
             response.result()
             if jax.process_index() == 0:
@@ -331,14 +331,14 @@ class Checkpoints:
             self._error = error
 
     def _failure(self, error: BaseException) -> UserError:
-        """Cleans up after a failed save and says what went wrong."""
+        """Cleans up after a failed save and returns the error to raise."""
         step, needed_bytes = self._last
         described = failures.describe(error, self._folder.path(step), needed_bytes)
-        # Orbax raises a failed save's error again at every later call: begin with a new one.
+        # Orbax repeats the error of a failed save at every later call, so a new one is opened.
         self._orbax, self._last = None, (-1, 0)
         failures.drop_coroutines(error)
         if jax.process_index() == 0:
-            with contextlib.suppress(OSError, UserError):  # what was said first is the reason
-                self._check_owner()  # another run's unfinished step is not ours to remove
+            with contextlib.suppress(OSError, UserError):  # the first error is the reason
+                self._check_owner()  # never removes another run's unfinished step
                 self._folder.remove_leftovers(unfinished=step)
         return described

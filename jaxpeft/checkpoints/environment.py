@@ -1,4 +1,4 @@
-"""Where a checkpoint was written: versions, devices, processes."""
+"""The environment that a checkpoint is written in: versions, devices, processes."""
 
 import importlib.metadata
 import os
@@ -8,7 +8,7 @@ import jax
 
 
 def environment() -> dict[str, Any]:
-    """Versions of packages, kind and number of devices, number of processes, flags of XLA."""
+    """Versions of packages, kind and number of devices, number of processes, and XLA's flags."""
     versions = {}
     for name in ("jaxpeft", "jax", "jaxlib", "flax", "orbax-checkpoint"):
         try:

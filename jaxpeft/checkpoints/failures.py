@@ -1,4 +1,4 @@
-"""What went wrong in a save, in one line: no room, no permission, or something else."""
+"""Explains a failed save in one line: no room, no permission, or another reason."""
 
 import errno
 import gc
@@ -20,16 +20,16 @@ _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def describe(error: BaseException, path: Place, needed_bytes: int) -> UserError:
-    """The error a user gets for a failed save; call it before cleaning up, while the disk is full.
+    """The error to raise for a failed save; call it before cleaning up, while the disk is full.
 
     Args:
         error: What Orbax, TensorStore or the file system raised.
         path: The step that was being saved.
-        needed_bytes: About how much it takes.
+        needed_bytes: About how many bytes the step takes.
 
     Returns:
-        A `ResourceError` that names the room or the permission missing, or a disk that fails; a
-        `StoreError` for what goes wrong in a bucket, else a `CheckpointError`.
+        A `ResourceError` if room or permission is missing or a disk fails, a `StoreError` for a
+        failure of a bucket, else a `CheckpointError`.
     """
     missing = isinstance(error.__cause__, FileNotFoundError)
     if isinstance(error, UserError) and not (isinstance(error, StoreError) or missing):
@@ -58,13 +58,13 @@ def describe(error: BaseException, path: Place, needed_bytes: int) -> UserError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 300 characters of it."""
+    """The first line of an exception's text, at most 300 characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 
 def drop_coroutines(error: BaseException | None) -> None:
-    """Frees what a failed save left in its frames: Python warns of its coroutines at exit."""
+    """Frees the coroutines in the frames of a failed save; Python would warn of them at exit."""
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         while error is not None:
             traceback.clear_frames(error.__traceback__)
@@ -73,7 +73,7 @@ def drop_coroutines(error: BaseException | None) -> None:
 
 
 def silence_orbax_tracebacks() -> None:
-    """Orbax logs the traceback of a failed save several times over; we raise it once."""
+    """Silences Orbax, which logs a failed save's traceback several times; it is raised once."""
     logging.getLogger("absl").addFilter(_is_not_an_orbax_traceback)
 
 
@@ -89,7 +89,7 @@ def _free_text(directory: Place) -> str:
 
 
 def _error_number(error: BaseException | None) -> int | None:
-    """The errno behind an error; TensorStore has it in the text only."""
+    """The errno of an exception; TensorStore gives it in the text only."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno

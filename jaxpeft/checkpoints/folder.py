@@ -1,17 +1,19 @@
-"""The folder of a run's checkpoints on disk: which steps exist, are whole, stay or go.
+"""The folder of a run's checkpoints: which steps exist, are complete, are kept or deleted.
 
     checkpoints/
-      100/  state/...  manifest.json     a checkpoint; Orbax reads it as it stands
+      100/  state/...  manifest.json     a checkpoint, which Orbax can read too
       120/  state/...                    killed before its manifest: does not exist
-      120.unfinished                     says that 120 is ours to remove; else it is set aside
+      120.unfinished                     allows us to remove 120; without it 120 is set aside
       140.orbax-checkpoint-tmp/          killed while Orbax wrote: removed at the next save
       damaged/80/                        differs from its manifest: never used, never deleted; it is
                                          set aside at the next save, when the run owns the folder
 
-A step goes by rename (`N.deleting`) before its files do, so no half-deleted folder looks whole.
+A step is renamed (`N.deleting`) before its files are deleted, so no half-deleted folder looks
+complete.
 
-In a bucket (``gs://``) nothing is renamed: a step is its manifest, an object written last and
-removed first. What has none was never finished, and is removed at the next save.
+In a bucket (``gs://``) nothing is renamed. A step exists if its manifest does, an object that is
+written last and removed first. A step without one was never finished, and is removed at the next
+save.
 """
 
 import contextlib
@@ -31,15 +33,15 @@ _UNFINISHED = re.compile(r"(\d+)\.unfinished")
 
 
 class CheckpointFolder:
-    """The steps under `directory`; nothing is made or changed by looking.
+    """The steps under `directory`. Looking at them makes and changes nothing.
 
     Args:
-        directory: A folder, on disk or in a bucket; need not exist yet.
+        directory: A folder, on disk or in a bucket; it need not exist yet.
         warn: Called with one line when something is damaged, set aside or cannot be deleted.
-        scored_on: What metrics are of, see `best`.
+        scored_on: What the current metrics are computed on, see `best`.
 
     Attributes:
-        damaged: Steps that `newest_whole` found so, newer than the one it gave.
+        damaged: Damaged steps that `newest_whole` found, newer than the one it returned.
 
     Raises:
         UserError: `directory` is a file, or a URL but not of a bucket.
@@ -63,7 +65,7 @@ class CheckpointFolder:
         self.damaged: set[int] = set()
 
     def path(self, step: int) -> Place:
-        """Where a step is, or will be."""
+        """The path of a step, whether it exists or not."""
         return self.directory / str(step)
 
     def steps(self) -> list[int]:
@@ -78,7 +80,7 @@ class CheckpointFolder:
         """The path of a step that exists.
 
         Raises:
-            CheckpointError: It does not; the text lists the steps that do.
+            CheckpointError: The step does not exist; the text lists the steps that do.
         """
         steps = self.steps()
         if step not in steps:
@@ -91,7 +93,7 @@ class CheckpointFolder:
 
         Raises:
             CheckpointError: The manifest is damaged.
-            StoreError: The store does not answer; so for all that reads.
+            StoreError: The store does not answer; all methods that read raise it.
         """
         try:
             return manifest.read(self.path(step))
@@ -99,7 +101,9 @@ class CheckpointFolder:
             raise CheckpointError(f"{self.path(step)}: damaged: {error}") from error
 
     def verify(self, step: int) -> dict[str, Any]:
-        """The fields of a step's manifest, every file checked (once for each step and object).
+        """The fields of a step's manifest, after all its files are checked.
+
+        Files are checked once for each step and object.
 
         Raises:
             CheckpointError: A file is missing, cut or altered; the text names it.
@@ -114,9 +118,9 @@ class CheckpointFolder:
         return fields
 
     def newest_whole(self) -> int | None:
-        """The newest step that verifies, or None if there are no steps.
+        """The newest step whose files are intact, or None if there are no steps.
 
-        Damaged ones are left where they are until `set_damaged_aside`.
+        Damaged steps are left where they are until `set_damaged_aside`.
 
         Raises:
             CheckpointError: Steps exist and all of them are damaged.
@@ -140,7 +144,7 @@ class CheckpointFolder:
         return None
 
     def set_damaged_aside(self) -> None:
-        """Moves the steps in `damaged` that still are; only the folder's owner may call it.
+        """Moves the steps in `damaged` that are still damaged; only the folder's owner may call it.
 
         Raises:
             ResourceError: The disk does not let us move them.
@@ -159,10 +163,10 @@ class CheckpointFolder:
         self.damaged.clear()
 
     def best(self) -> int | None:
-        """The step with the lowest metric, the newest of equals; None if none has a metric.
+        """The step with the lowest metric, the newest among equals; None if none has a metric.
 
-        Metrics of other data are not compared; those of a version that did not write down what
-        they are of are.
+        Metrics on other data are not compared. Metrics from versions that did not record the data
+        are.
         """
         found = [
             (metric, -step)
@@ -172,13 +176,13 @@ class CheckpointFolder:
         return -min(found)[1] if found else None
 
     def scored_otherwise(self) -> tuple[list[int], list[int]]:
-        """The steps with a metric of other data, and those with one of data that are not known."""
+        """The steps with a metric on other data, and the steps with a metric on unknown data."""
         found = list(self._metrics())
         others = [step for step, _, scored_on in found if scored_on not in (None, self._scored_on)]
         return others, [step for step, _, scored_on in found if scored_on is None]
 
     def _metrics(self) -> Iterator[tuple[int, float, str | None]]:
-        """Of every step that has a metric: the step, the metric, and what it is of."""
+        """For every step with a metric: the step, the metric, and the data it was computed on."""
         for step in self.steps():
             try:
                 fields = manifest.read(self.path(step))
@@ -188,7 +192,7 @@ class CheckpointFolder:
                 yield step, fields["metric"], fields.get("scored_on")
 
     def begin(self, step: int) -> None:
-        """Notes that a step is about to be written: without a manifest it may then be removed.
+        """Notes that a step is about to be written; without a manifest it may be removed later.
 
         Raises:
             OSError: The disk is full or does not let us write.
@@ -200,7 +204,7 @@ class CheckpointFolder:
         return self.directory / f"{step}.unfinished"
 
     def commit(self, step: int, fields: dict[str, Any]) -> None:
-        """Makes what was written for a step durable and lets the step exist.
+        """Makes the files of a step durable and writes its manifest; from then on the step exists.
 
         Raises:
             OSError: The disk is full or does not let us write.
@@ -208,20 +212,20 @@ class CheckpointFolder:
         manifest.write(self.path(step), fields)
         self._verified.add(step)
         if not self.remote:
-            with contextlib.suppress(OSError):  # the step is whole, with the note or without
+            with contextlib.suppress(OSError):  # the step is complete without the note too
                 self._note(step).unlink(missing_ok=True)
 
     def prune(self, keep: int, check_owner: Callable[[], None]) -> None:
-        """Deletes all but the newest `keep` steps and the best; a failure is only a warning.
+        """Deletes all steps but the newest `keep` and the best; a failure is only a warning.
 
         Args:
             keep: How many to keep.
-            check_owner: Raises a UserError if the folder is not ours any more.
+            check_owner: Raises a UserError if the folder does not belong to this run any more.
         """
         try:
             check_owner()
             steps, best = self.steps(), self.best()
-        except (OSError, UserError) as error:  # which one is the best is not known
+        except (OSError, UserError) as error:  # the best step is not known
             self._warn(f"{self.directory}: no old step is deleted: {error}")
             return
         for step in steps[:-keep]:
@@ -242,7 +246,7 @@ class CheckpointFolder:
         shutil.rmtree(doomed)
 
     def clean(self) -> None:
-        """Before a save: removes what saves and deletions left, sets other bare steps aside.
+        """Prepares a save: removes leftovers, and sets aside other steps without a manifest.
 
         Raises:
             ResourceError: The folder cannot be read.
@@ -256,7 +260,7 @@ class CheckpointFolder:
                 self._warn(f"{self.path(step)}: has no manifest; set aside in {target}")
 
     def remove_leftovers(self, *, unfinished: int | None = None) -> None:
-        """Removes what an unfinished save or deletion left; `unfinished` is a step to drop too.
+        """Removes what unfinished saves and deletions left, and the step `unfinished` if given.
 
         Raises:
             ResourceError: The folder in the bucket cannot be read.
@@ -290,7 +294,7 @@ class CheckpointFolder:
         return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
 
     def _set_aside(self, step: int) -> Place:
-        """Moves a step into `damaged/`, under a name not taken yet."""
+        """Moves a step into `damaged/`, under a name that is free."""
         target = self.directory / "damaged" / str(step)
         number = 1
         while storage.exists(target):
@@ -306,12 +310,12 @@ class CheckpointFolder:
 
 
 def notes_on_scores(others: list[int], unknown: list[int], scored_on: str) -> list[str]:
-    """What a person should know of steps whose metric is, or may be, of other data.
+    """Notes for the user about steps whose metric was, or may have been, computed on other data.
 
     Args:
-        others: Steps whose metric is of other data.
-        unknown: Steps of which nobody knows what it is of.
-        scored_on: What metrics are of now; "" if that is not known either.
+        others: Steps with a metric on other data.
+        unknown: Steps with a metric on unknown data.
+        scored_on: What metrics are computed on now; "" if that is not known either.
     """
     notes = []
 

@@ -1,11 +1,11 @@
-"""A training state as named leaves: what Orbax gets to write, and how it comes back.
+"""A training state as named leaves: what is given to Orbax, and how it comes back.
 
-Orbax writes nested dicts of arrays. It joins keys with ".", so that ``{"a.b": x}`` and
-``{"a": {"b": y}}`` silently overwrite each other; it refuses empty arrays and numpy scalars; and it
-casts to whatever dtype is asked for. So a state is flattened here into leaves with unambiguous
-names, each with a signature such as ``float32[30,576,8]`` that the checkpoint's manifest keeps, and
-`check` compares those signatures before anything is read. Typed PRNG keys are stored as the
-``uint32`` data they hold. ``None`` and empty containers have no leaves and come from `like`.
+Orbax writes nested dicts of arrays. It joins keys with ".", so that ``{"a.b": x}`` and ``{"a":
+{"b": y}}`` silently overwrite each other; it refuses empty arrays and numpy scalars; and it casts
+to whatever dtype is asked for. So a state is flattened here into leaves with unambiguous names. The
+checkpoint's manifest holds a signature such as ``float32[30,576,8]`` for each, and `check` compares
+the signatures before anything is read. Typed PRNG keys are stored as their ``uint32`` data.
+``None`` and empty containers have no leaves and are taken from `like`.
 """
 
 from typing import Any
@@ -51,12 +51,12 @@ def signature(leaf: Any) -> str:
 
 
 def num_bytes(leaves: Leaves) -> int:
-    """Bytes the leaves take in memory."""
+    """The number of bytes that the leaves take in memory."""
     return sum(int(np.prod(v.shape)) * v.dtype.itemsize for v in map(_stored, leaves.values()))
 
 
 def check(like: Leaves, saved: dict[str, str], where: str) -> None:
-    """Compares the leaves a run wants with the signatures a checkpoint has.
+    """Compares the leaves that a run wants with the signatures in a checkpoint.
 
     Args:
         like: Leaves with shape and dtype.
@@ -94,15 +94,15 @@ def to_orbax(leaves: Leaves) -> dict[str, Any]:
 
 
 def targets(like: Leaves) -> dict[str, Any]:
-    """What Orbax is asked to load: the tree of `to_orbax` with a shape, dtype and sharding each."""
+    """What Orbax shall load: the tree of `to_orbax`, each leaf a shape, dtype and sharding."""
     return to_orbax({name: _target(leaf) for name, leaf in like.items() if 0 not in leaf.shape})
 
 
 def from_orbax(tree: dict[str, Any], like: Any) -> Any:
     """Puts loaded arrays into the structure of `like`.
 
-    Arrays `like` never placed on a device by name (uncommitted ones) come back uncommitted, so
-    they go on mixing with arrays on any mesh.
+    Leaves that are uncommitted in `like` come back uncommitted, so they can be combined with arrays
+    on any mesh.
 
     Args:
         tree: What Orbax loaded for `targets`.
@@ -112,7 +112,7 @@ def from_orbax(tree: dict[str, Any], like: Any) -> Any:
         A tree of the structure of `like` with the loaded values.
 
     Raises:
-        CheckpointError: `like` holds a PRNG key of a kind that JAX does not name.
+        CheckpointError: `like` holds a PRNG key of an unknown kind.
     """
     values = []
     for name, leaf in flatten(like).items():
@@ -142,7 +142,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _stored(leaf: Any) -> Any:
-    """Shape and dtype of what is written for a leaf."""
+    """The shape and dtype in which a leaf is stored."""
     return jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
 
 
@@ -160,7 +160,7 @@ def _target(leaf: Any) -> Any:
 
 
 def _place(value: Any, like: Any) -> Any:
-    """A loaded array as the kind of array `like` is."""
+    """A loaded array, converted to the kind and place of `like`."""
     if isinstance(like, np.ndarray):
         return np.asarray(value)
     committed = getattr(like, "committed", getattr(like, "sharding", None) is not None)

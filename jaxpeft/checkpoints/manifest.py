@@ -1,10 +1,11 @@
-"""The manifest of a checkpoint folder: what must be in it, to the bit.
+"""The manifest of a checkpoint folder, which fixes its content to the bit.
 
 `manifest.json` lists size and sha256 of every file beside it, the shape and dtype of every saved
-leaf, and what the run was. For objects of a bucket it has the store's own CRC-32C instead, which is
-known without reading them back. It is written last, so a folder without one is no checkpoint, and a
-folder that differs from its manifest in a single bit is a damaged one. The manifest protects
-itself: it holds the sha256 of its own other fields, and must be byte for byte what `write` makes.
+leaf, and the config and environment of the run. For objects in a bucket it has the store's CRC-32C
+instead of a sha256, which is known without reading them back. The manifest is written last, so a
+folder without one is no checkpoint, and a folder that differs from its manifest in a single bit is
+damaged. The manifest protects itself: it holds the sha256 of its own other fields, and must be byte
+for byte what `write` makes.
 """
 
 import base64
@@ -23,26 +24,26 @@ FORMAT = 1
 
 
 class DamageError(ValueError):
-    """The folder is not what its manifest says; the text names the file and what is wrong."""
+    """The folder differs from its manifest; the text names the file and what is wrong."""
 
 
 def write(folder: Place, fields: dict[str, Any]) -> None:
     """Makes every file of `folder` durable, then commits the folder by writing its manifest.
 
-    Files and folders are fsynced before they are hashed; the manifest goes to a temporary name,
-    is fsynced, and takes its own name in one rename. In a bucket it is one object, written last. A
-    crash at any moment leaves the folder either without a manifest or with a whole one.
+    Files and folders are fsynced before they are hashed. The manifest is written under a temporary
+    name, fsynced, and renamed. In a bucket it is one object, written last. A crash at any moment
+    leaves the folder either without a manifest or with a complete one.
 
     Args:
         folder: The folder to commit.
-        fields: JSON values to keep with it (`format`, `files` and `sha256` are added).
+        fields: JSON values to keep in it (`format`, `files` and `sha256` are added).
 
     Raises:
         OSError: The disk is full or does not let us write.
     """
     files = _objects(folder) if storage.is_remote(folder) else _sync_and_hash(folder)
     body = {**fields, "format": FORMAT, "files": files}
-    body = json.loads(json.dumps(body))  # keys as JSON has them, so that `read` sorts them alike
+    body = json.loads(json.dumps(body))  # keys as text, so that `read` sorts them alike
     if storage.is_remote(folder):
         storage.write_objects(folder, {NAME: _encode(body)})
         return
@@ -57,14 +58,14 @@ def write(folder: Place, fields: dict[str, Any]) -> None:
 
 
 def read(folder: Place) -> dict[str, Any]:
-    """Reads the manifest and checks it against itself, not the files (see `verify`).
+    """Reads a manifest and checks that it is intact; `verify` checks the files too.
 
     Returns:
         The fields given to `write`, with `format` and `files`.
 
     Raises:
         DamageError: The manifest is missing, cut, altered, or of a newer format.
-        StoreError: The store does not let us read it, which says nothing about the manifest.
+        StoreError: The store does not let us read it, so nothing is known about it.
     """
     try:
         data = storage.read_bytes(folder / NAME)
@@ -85,10 +86,10 @@ def read(folder: Place) -> dict[str, Any]:
 
 
 def verify(folder: Place) -> dict[str, Any]:
-    """Reads the manifest and checks size and sha256 of every file it lists.
+    """Reads a manifest and checks size and sha256 of every file it lists.
 
     Returns:
-        The manifest, as `read` gives it.
+        The fields, as `read` returns them.
 
     Raises:
         DamageError: A file is missing, cut or altered.
@@ -118,7 +119,7 @@ def verify(folder: Place) -> dict[str, Any]:
 
 
 def _encode(body: dict[str, Any]) -> bytes:
-    """The only bytes a manifest with these fields may have."""
+    """The exact bytes that a manifest with these fields must have."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     text = json.dumps({**body, "sha256": digest}, sort_keys=True, indent=1, allow_nan=False)
@@ -147,7 +148,7 @@ def _sha256(path: Place) -> str:
 
 
 def _crc32c(path: Place) -> str:
-    """As stores write it; for a checkpoint that was copied from a bucket to a disk."""
+    """The CRC-32C in the form of stores, for a checkpoint that was copied from a bucket to disk."""
     try:
         module = importlib.import_module("google_crc32c")
     except ImportError as error:
@@ -169,7 +170,7 @@ def _objects(folder: Place) -> dict[str, dict[str, Any]]:
 
 
 def _sync(path: Path) -> None:
-    """Makes a file's bytes, or the names in a folder, survive a power loss."""
+    """Makes a file's bytes, or the names in a folder, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

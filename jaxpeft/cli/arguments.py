@@ -1,14 +1,20 @@
-"""Arguments that all ``python -m jaxpeft.VERB`` share, and overrides of a config's keys."""
+"""Arguments that all commands ``python -m jaxpeft.VERB`` share, and overrides of config keys."""
 
 import argparse
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxpeft.cli.exits import note_command
 from jaxpeft.config.schema import Schema, describe
 from jaxpeft.core import limits, notes
 from jaxpeft.core.errors import UserError, nearest
+
+if TYPE_CHECKING:  # --help must not import JAX
+    from jaxpeft.methods.adapter import Adapter
+    from jaxpeft.pretrained.model import Model
+else:
+    Adapter = Model = Any
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +35,7 @@ def make_parser(verb: str, description: str, schema: Schema | None = None) -> Pa
     Args:
         verb: The module's name.
         description: What the command does.
-        schema: Where given, ``--help`` lists the config's keys.
+        schema: If given, ``--help`` lists the config's keys.
     """
     note_command(verb)
     keys = f"keys of CONFIG that may follow:\n{describe(schema)}" if schema else None
@@ -52,10 +58,10 @@ def add_compilation_cache(parser: Parser) -> None:
 
 
 def keep_compiled(args: argparse.Namespace) -> None:
-    """Lets JAX find programs that an earlier process compiled, unless a flag says no.
+    """Lets JAX reuse programs that an earlier process compiled, unless a flag turns that off.
 
-    They are kept where JAX_COMPILATION_CACHE_DIR says, else in ``jaxpeft/compiled`` of the user's
-    cache folder; those that took less than a second are not kept.
+    They are stored in JAX_COMPILATION_CACHE_DIR, by default in ``jaxpeft/compiled`` of the user's
+    cache folder. Programs that compiled in less than a second are not stored.
     """
     import jax
 
@@ -79,8 +85,8 @@ def add_base(parser: Parser) -> None:
     add_compilation_cache(parser)
 
 
-def load_base(args: argparse.Namespace) -> Any:
-    """The `jaxpeft.Model` that the flags of `add_base` name."""
+def load_base(args: argparse.Namespace) -> Model:
+    """Loads the base that the flags of `add_base` name."""
     from jaxpeft.pretrained.chat_template import override_template
     from jaxpeft.pretrained.load import load_model
 
@@ -114,10 +120,10 @@ def chat_template(args: argparse.Namespace) -> str:
     )
 
 
-def load_adapter(args: argparse.Namespace, path: str, base: Any) -> Any:
-    """An adapter for a base; it chats with the template that a flag names.
+def load_adapter(args: argparse.Namespace, path: str, base: Model) -> Adapter:
+    """Loads an adapter for a base, with the chat template that a flag may name.
 
-    What is not known of the two is said on standard error.
+    Notes about facts that cannot be checked are printed on standard error.
     """
     from jaxpeft.pretrained import adapters
     from jaxpeft.pretrained.chat_template import override_in_adapter
@@ -131,10 +137,10 @@ def load_adapter(args: argparse.Namespace, path: str, base: Any) -> Any:
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: list[str], schema: Schema | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parses a command line, keeping config overrides apart.
+    """Parses a command line, and separates config overrides from other arguments.
 
     Args:
-        parser: Knows the command's own options.
+        parser: The parser of the command's own options.
         argv: The arguments after the command.
         schema: The config's keys; without it there are no overrides.
 
@@ -142,7 +148,7 @@ def parse_arguments(
         The parser's namespace, and the overrides for `jaxpeft.config.run_config.load_config`.
 
     Raises:
-        UserError: For an unknown option, with the nearest known one.
+        UserError: An option is unknown; the message names the nearest known one.
     """
     own = list(parser._option_string_actions)
     plain = {key.path for key in schema.keys if "." not in key.path} if schema else set()
@@ -176,7 +182,7 @@ def parse_arguments(
 
 
 def _explain(name: str, own: list[str], schema: Schema | None) -> str:
-    """What to say about an unknown option."""
+    """The error text for an unknown option."""
     known = [flag for flag in own if flag.startswith("--")]
     if schema is not None:
         leaf = name.replace("-", "_")

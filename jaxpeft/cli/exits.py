@@ -1,4 +1,4 @@
-"""How commands end: what an error means to the user, in one line, and the exit code.
+"""The end of a command: one line that explains an error, and the exit code.
 
 Exit codes: 0 done, 2 bad config or input, 3 diverged, 4 no usable checkpoint, 5 out of disk or
 memory or a bucket failed, 6 interrupted but saved, 7 another process of the run is lost, 70 a bug,
@@ -17,7 +17,7 @@ from jaxpeft.core.errors import UserError
 from jaxpeft.files.storage import explain, is_store_error, shown
 
 _running: list[str] = []
-"""The commands whose parser was made, the last one is running: hints name its options."""
+"""The commands whose parser was made. The last one is running, and hints name its options."""
 
 
 def note_command(verb: str) -> None:
@@ -28,7 +28,7 @@ def note_command(verb: str) -> None:
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Calls `main` with the command line's arguments and exits.
 
-    What is the user's to mend is printed as ``error: ...`` without a traceback; only a bug in
+    An error that the user can mend is printed as ``error: ...`` without a traceback; only a bug in
     jaxpeft shows one.
 
     Args:
@@ -51,7 +51,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def report(error: Exception) -> int:
-    """Prints what an exception means to the user; the exit code."""
+    """Prints an explanation of an exception; returns the exit code."""
     if isinstance(error, UserError):
         return _say(str(error), error.exit_code)
     if is_store_error(error):
@@ -82,7 +82,7 @@ def report(error: Exception) -> int:
 
 
 def _has_config() -> bool:
-    """Whether the command that runs reads a config; so do those that are not known."""
+    """Whether the running command reads a config; unknown commands count as such."""
     return not _running or _running[-1] not in ("generate", "evaluate", "merge")
 
 

@@ -1,4 +1,4 @@
-"""Which processes make a run: from flags, variables, or what the cluster says."""
+"""Finds the processes of a run from flags, environment variables, or the cluster."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ _VARIABLES = {
     "process_id": "JAX_PROCESS_ID",
 }
 _CLUSTERS = ("gcetpu", "gketpu", "slurm")
-_CLUSTER_SIGNS = (  # JAX itself sets the second where it finds TPUs
+_CLUSTER_SIGNS = (  # JAX itself sets the second one if it finds TPUs
     *("SLURM_JOB_ID", "TPU_ML_PLATFORM", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"),
     "TPU_PROCESS_ADDRESSES",
 )
@@ -26,10 +26,10 @@ class Hosts:
 
     Attributes:
         timeout: Seconds to wait for the others at the start.
-        heartbeat: Seconds of silence after which a process is lost.
-        coordinator: ``host:port`` of process 0; None where JAX finds it.
-        num_processes: How many there are; None where JAX finds it.
-        process_id: Which of them this is; None where JAX finds it.
+        heartbeat: Seconds of silence after which a process counts as lost.
+        coordinator: ``host:port`` of process 0; None if JAX finds it.
+        num_processes: The number of processes; None if JAX finds it.
+        process_id: The number of this process; None if JAX finds it.
         cluster: JAX's name of the cluster that was detected.
     """
 
@@ -55,11 +55,11 @@ def find_hosts(args: argparse.Namespace) -> Hosts | None:
     """The processes of this run.
 
     Each value comes from its flag, else from the environment (JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES, JAX_PROCESS_ID), else from what JAX finds out on TPU VMs and under SLURM.
-    One process is alone, whatever else is said of it.
+    JAX_NUM_PROCESSES, JAX_PROCESS_ID), else from JAX's detection on TPU VMs and under SLURM. If the
+    number of processes is one, the other values are ignored.
 
     Args:
-        args: With the flags of `add_flags`.
+        args: The values of the flags of `add_flags`.
 
     Returns:
         None for a run of one process; then nothing was contacted.
@@ -98,8 +98,8 @@ def _detect_cluster() -> tuple[str | None, int]:
     """The kind of cluster that JAX finds this process in, and how many processes it has."""
     if not any(name in os.environ for name in _CLUSTER_SIGNS):
         return None, 1
-    # JAX has no public name for it, and to ask jax.distributed.initialize would start a service
-    # where there is nothing to share.
+    # JAX has no public function for it, and jax.distributed.initialize would start a service even
+    # if there is only one process.
     try:
         from jax._src.clusters import ClusterEnv
 
@@ -137,7 +137,7 @@ def _whole(args: argparse.Namespace, name: str, least: int) -> int:
 
 
 def cannot_meet(hosts: Hosts) -> str:
-    """What to say if the processes of a run do not meet."""
+    """The error text for a run whose processes cannot connect."""
     where = hosts.coordinator or f"the coordinator that {hosts.cluster} names"
     return (
         f"the processes of this run did not meet at {where} within {hosts.timeout} s; start all of "

@@ -1,8 +1,8 @@
-"""What a runtime writes on standard error as it ends a process: kept back, and dropped if known.
+"""Holds back what JAX's runtime writes on standard error while it ends a process.
 
-When a peer is lost JAX's runtime logs what its services met, then a stack trace of C++, and aborts
-the process. What it means is said in one line by the parent (`jaxpeft.cli.hosts`); so the parent
-passes on what the child's C++ code writes, but for what follows the first sign of that end.
+When a peer is lost, JAX's runtime logs the failures of its services, then a C++ stack trace, and
+aborts the process. The parent (`jaxpeft.cli.hosts`) explains this in one line. So the parent passes
+on what the child's C++ code writes, except for what follows the first sign of such an end.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ _MOST_BYTES = 1 << 20
 
 
 class Relay:
-    """Passes lines on, until one is a sign of the end; those from there on wait.
+    """Passes lines on until one is a sign of the end; that line and later ones are held back.
 
     Args:
-        write: Takes what is passed on.
-        seconds: How long lines wait: whoever lives longer than that was not about to end.
-        clock: Seconds, for tests.
+        write: A function that takes the bytes to pass on.
+        seconds: How long lines are held back; a process that lives longer was not about to end.
+        clock: A function that gives seconds, for tests.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Relay:
         self._lock = threading.Lock()
 
     def take(self, data: bytes) -> None:
-        """Takes bytes as they come; a line waits for its end."""
+        """Takes bytes as they arrive; an incomplete line is held until its end."""
         with self._lock:
             *lines, self._begun = (self._begun + data).split(b"\n")
             for line in lines:
@@ -63,7 +63,7 @@ class Relay:
         self._waiting.append(line)
 
     def end(self, *, drop: bool) -> None:
-        """The process has ended: what waits is dropped, if its end is known, or passed on."""
+        """Ends the relay after the process: drops the lines held back, or passes them on."""
         with self._lock:
             if drop and self._waiting:
                 self._waiting, self._begun = [], b""
@@ -78,7 +78,7 @@ class Relay:
 
 
 def follow(pipe: int, relay: Relay) -> threading.Thread:
-    """Feeds a relay from a pipe, in a thread, until nobody has its other end."""
+    """Feeds a relay from a pipe, in a thread, until the other end of the pipe is closed."""
 
     def read() -> None:
         with contextlib.suppress(OSError):
@@ -91,7 +91,7 @@ def follow(pipe: int, relay: Relay) -> threading.Thread:
 
 
 def keep_python_apart(pipe: int) -> None:
-    """Leads file descriptor 2 into a pipe, but for what Python prints on `sys.stderr`."""
+    """Redirects file descriptor 2 into a pipe, except for what Python prints on `sys.stderr`."""
     sys.stderr.flush()
     own = os.dup(2)
     sys.stderr = open_lossy(own, sys.stderr)

@@ -1,8 +1,8 @@
-"""One run in several processes: how they meet, stop together, and notice that one is lost.
+"""A run in several processes: how they connect, stop together, and notice a lost one.
 
-`jax.distributed` does the work. It ends a process whose peers are lost by SIGABRT, whatever the
-process is doing, so each one runs in a child of its own: the parent says in one line what its end
-means. The parent lives as long as the child, hands signals on to it, and does nothing else.
+`jax.distributed` does the work. It ends a process whose peers are lost by SIGABRT, at any moment.
+So each process runs in a child of its own, and the parent explains its end in one line. The parent
+lives as long as the child, passes signals on to it, and does nothing else.
 
 Reference:
     https://docs.jax.dev/en/latest/multi_process.html
@@ -45,15 +45,15 @@ def joined(hosts: Hosts | None) -> Iterator[None]:
         _connect(hosts)
         os.write(tell, JOINED)
         yield
-        _meet("the end")  # the first process may have more to write than the others
+        _meet("the end")  # the first process may still be writing
     except Exception as error:
         if not isinstance(error, UserError):
-            # Collectives fail when their other side is lost. Then JAX ends this process meanwhile.
+            # A collective fails if its other side is lost. In that case JAX ends this process here.
             time.sleep(min(hosts.heartbeat, 30) + 10)
         code = exits.report(error)
     os.write(tell, bytes([code]))
     if code:
-        silence()  # if the others go on, JAX ends this process with a trace
+        silence()  # JAX ends this process with a trace if the others go on
         with contextlib.suppress(RuntimeError):
             jax.distributed.shutdown()
         raise SystemExit(code)
@@ -61,10 +61,10 @@ def joined(hosts: Hosts | None) -> Iterator[None]:
 
 
 class StopTogether(StopRequest):
-    """Takes the place of `StopRequest` in a run of several processes.
+    """Replaces `StopRequest` in a run of several processes.
 
-    JAX itself notices SIGTERM and tells all processes, which agree on a step to stop after. Until
-    there are steps to do, a request waits. A second signal is the parent's business.
+    JAX itself notices SIGTERM and tells all processes, which agree on a step to stop after. Before
+    the first step, a request waits. A second signal is handled by the parent.
 
     Reference:
         ``jax.experimental.multihost_utils.reached_preemption_sync_point``
@@ -77,28 +77,28 @@ class StopTogether(StopRequest):
         pass
 
     def note(self, step: int) -> None:
-        """Notes a stop once all processes have to stop after this step."""
+        """Sets `requested` once all processes have agreed to stop after this step."""
         from jax.experimental import multihost_utils
 
         if multihost_utils.reached_preemption_sync_point(step):
             self.requested = "SIGTERM"
 
     def run_interruptible(self, call: Any, doing: str = "") -> Any:
-        """Does the work: what one process left out the others would wait for."""
+        """Calls `call` without interruption, since the other processes would wait for this one."""
         del doing
         return call()
 
 
 def stop_request() -> StopRequest:
-    """What asks this run to stop."""
+    """The object that tells this run to stop."""
     return StopRequest() if jax.process_count() == 1 else StopTogether()
 
 
 def _connect(hosts: Hosts) -> None:
     """Joins the other processes."""
-    if hosts.coordinator is not None and hosts.process_id:  # not where it may turn out to be 0
+    if hosts.coordinator is not None and hosts.process_id:  # an unknown number may turn out to be 0
         _await_coordinator(hosts.coordinator, hosts.timeout)
-    with silenced():  # in vain it ends with a trace; the parent says what it means
+    with silenced():  # a failure prints a trace, which the parent explains
         try:
             jax.distributed.initialize(
                 hosts.coordinator,
@@ -115,7 +115,7 @@ def _connect(hosts: Hosts) -> None:
 
 
 def _await_coordinator(address: str, seconds: int) -> None:
-    """Waits until process 0 listens: JAX would end this process if it did not."""
+    """Waits until process 0 listens; without it, JAX would end this process."""
     host, _, port = address.rpartition(":")
     last: OSError | None = None
     end = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""Memory of commands in huge pages, where the kernel leaves that to programs."""
+"""Huge pages for the memory of commands, where the kernel leaves the choice to programs."""
 
 import os
 import sys
@@ -10,13 +10,13 @@ _THP_MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def enable_huge_pages() -> None:
-    """Starts this command once more, in the same process, with malloc using huge pages.
+    """Restarts this command, in the same process, with huge pages for malloc.
 
-    On Linux with glibc 2.35 or newer, ``GLIBC_TUNABLES=glibc.malloc.hugetlb=1`` lets malloc ask
-    for transparent huge pages where the kernel leaves that to programs (mode "madvise"); it is
-    read when a process starts, so the program is executed again with the same arguments and
-    process id. Call this before anything else of the command. It does nothing on other systems,
-    under pytest, where the variable is set already, or with ``JAXPEFT_HUGE_PAGES=0``.
+    On Linux with glibc 2.35 or newer, ``GLIBC_TUNABLES=glibc.malloc.hugetlb=1`` makes malloc ask
+    for transparent huge pages if the kernel leaves the choice to programs (mode "madvise"). The
+    variable is read when a process starts, so the program is executed again with the same arguments
+    and process id. Call this before anything else in the command. It does nothing on other systems,
+    under pytest, if the variable is set already, or with ``JAXPEFT_HUGE_PAGES=0``.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     unwanted = (

@@ -1,4 +1,4 @@
-"""What commands read beside their flags: lines of prompts, and JSON in files and arguments."""
+"""Inputs of commands other than flags: lines of prompts, and JSON in files and arguments."""
 
 import json
 import sys
@@ -15,10 +15,10 @@ def read_lines(stream: Any = None) -> list[str]:
     text.
 
     Args:
-        stream: Standard input by default; its bytes are read where it has some.
+        stream: A text stream, standard input by default; if it has a byte buffer, bytes are read.
 
     Returns:
-        The lines without their ends; nothing follows the last newline.
+        The lines without their ends; a newline at the very end starts no further line.
 
     Raises:
         UserError: The bytes are not UTF-8.
@@ -39,10 +39,10 @@ def read_lines(stream: Any = None) -> list[str]:
 
 
 def require_text(name: str, text: str) -> None:
-    """Checks the bytes of an argument.
+    """Checks that an argument is UTF-8.
 
     Raises:
-        UserError: They are not UTF-8.
+        UserError: The bytes of the argument are not UTF-8.
     """
     try:
         text.encode("utf-8")
@@ -51,14 +51,14 @@ def require_text(name: str, text: str) -> None:
 
 
 def read_objects(flag: str, path: str) -> list[dict[str, Any]]:
-    """The objects of a JSON file with one list of them.
+    """Reads a JSON file that holds one list of objects.
 
     Args:
-        flag: What the file was given by, for errors.
+        flag: The flag that names the file, for errors.
         path: The file.
 
     Raises:
-        UserError: If it cannot be read, or holds something else.
+        UserError: The file cannot be read, or holds something else.
     """
     try:
         text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
@@ -72,10 +72,10 @@ def read_objects(flag: str, path: str) -> list[dict[str, Any]]:
 
 
 def parse_object(flag: str, text: str) -> dict[str, Any]:
-    """The JSON object that follows a flag.
+    """Parses the JSON object after a flag.
 
     Raises:
-        UserError: If it is none.
+        UserError: The text is no JSON object.
     """
     value = _parse_json(flag, text)
     if not isinstance(value, dict):

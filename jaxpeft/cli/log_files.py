@@ -1,4 +1,4 @@
-"""Standard output and error as files that may fill their disk: what is refused is lost, no more."""
+"""Standard output and error as files on a disk that may be full; lost lines do no harm."""
 
 import errno
 import io
@@ -10,7 +10,7 @@ _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _Lossy(io.RawIOBase):
-    """A file descriptor whose disk may be full; it is not closed."""
+    """A file descriptor whose disk may be full. Closing this object does not close it."""
 
     def __init__(self, descriptor: int):
         self._descriptor = descriptor
@@ -31,20 +31,20 @@ class _Lossy(io.RawIOBase):
 
 
 def open_lossy(descriptor: int, like: Any) -> io.TextIOWrapper:
-    """A text stream to a file descriptor, line by line, that loses what its disk refuses.
+    """A line-buffered text stream to a file descriptor; lines that a full disk refuses are lost.
 
     Args:
-        descriptor: Where to; it stays open.
-        like: The stream whose encoding is taken over.
+        descriptor: The file descriptor; it stays open.
+        like: The stream whose encoding is used.
     """
     stream = io.BufferedWriter(_Lossy(descriptor))
     return io.TextIOWrapper(stream, like.encoding, "backslashreplace", line_buffering=True)
 
 
 def survive_full_disks() -> None:
-    """Lets this program go on where standard output or error is a file on a full disk.
+    """Lets this program go on if standard output or error is a file on a full disk.
 
-    For programs whose result is elsewhere, such as a training run. Terminals stay as they are.
+    This is for programs whose result is elsewhere, such as a training run. Terminals are unchanged.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

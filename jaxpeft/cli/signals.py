@@ -1,9 +1,9 @@
 """Stopping on SIGTERM and SIGINT: the first asks the run to save and stop, the second ends it.
 
-Python runs a signal handler in the main thread, between two bytecodes, so it waits for a compile
-or a device to return. Two things help: a thread reads every signal's number from a pipe that the
+Python runs a signal handler in the main thread, between two bytecodes, so it waits for a compile or
+a device to return. Two things help. A thread reads every signal's number from a pipe that the
 C-level handler writes to (`signal.set_wakeup_fd`), so the second signal ends the process even while
-the main thread is inside XLA; and `StopRequest.run_interruptible` moves a long call that cannot be
+the main thread is inside XLA. And `StopRequest.run_interruptible` moves a long call that cannot be
 stopped, such as a compile, out of the main thread.
 """
 
@@ -27,9 +27,9 @@ _left_behind: list[threading.Thread] = []
 class StopRequest:
     """Notes SIGTERM and SIGINT while its ``with`` block runs; the loop asks `requested`.
 
-    The second signal exits at once with status 128 + its number; the last checkpoint is whole,
-    as always. In another thread than the main one nothing is installed. Forked children get the
-    handlers from before. On leaving the block the old handlers come back.
+    The second signal exits at once with status 128 + its number; the last checkpoint is complete in
+    any case. Outside of the main thread nothing is installed. Forked children get the earlier
+    handlers, and leaving the block restores them.
 
     Attributes:
         requested: The name of the signal seen ("SIGTERM", "SIGINT"), or None.
@@ -72,23 +72,24 @@ class StopRequest:
         self._close()
 
     def note(self, step: int) -> None:
-        """Called after every step; several processes agree here to stop."""
+        """Is called after every step; several processes agree here to stop."""
 
     def run_interruptible(self, call: Callable[[], T], doing: str = "compiling") -> T:
-        """Runs `call` in a thread and gives up waiting for it when a stop is requested.
+        """Runs `call` in a thread, and stops waiting for it when a stop is requested.
 
-        Meant for what happens before there is anything to save: ``lowered.compile()``, loading.
-        JAX's context managers (meshes, default precision) belong to a thread, so lower first and
-        pass only the compile, or enter them inside `call`. When a stop comes first, the thread is
-        left alone; as C++ code in it would outlive the interpreter's end, the process then skips
-        that end (after flushing output, with exit code 6) should the thread still be busy.
+        It is meant for work before there is anything to save: ``lowered.compile()``, loading. JAX's
+        context managers (meshes, default precision) belong to a thread, so lower first and pass
+        only the compile, or enter them inside `call`. If a stop comes first, the thread is left
+        running. C++ code in it would outlive the interpreter, so if it is still busy at the end,
+        the process exits without the interpreter's shutdown (after flushing output, with exit code
+        6).
 
         Args:
             call: The work.
-            doing: What it is, for the error.
+            doing: A name for the work, for the error.
 
         Returns:
-            What `call` returns; what it raises is raised here.
+            The result of `call`; its exceptions are raised here.
 
         Raises:
             InterruptedRunError: A stop was requested before `call` was done.
@@ -132,7 +133,7 @@ class StopRequest:
             _say(f"{name}: stopping after the steps under way; a second signal stops at once")
 
     def _leave_to_parent(self) -> None:
-        """In a forked child: its signals are not the run's."""
+        """In a forked child: restores handlers, because the child's signals are not the run's."""
         self._restore()
         self._close()
 
@@ -151,15 +152,15 @@ class StopRequest:
 
 
 def leave_behind(thread: threading.Thread) -> None:
-    """Notes a thread that cannot be ended: `end` does not wait for it, nor for what it started."""
+    """Records a thread that cannot be ended; `end` waits neither for it nor for its children."""
     _left_behind.append(thread)
 
 
 def end(code: Any) -> NoReturn:
-    """Ends the program with an exit code, at once where a thread was left behind.
+    """Ends the program with an exit code, at once if a thread was left behind.
 
     Raises:
-        SystemExit: Unless a thread was.
+        SystemExit: No thread was left behind.
     """
     if any(thread.is_alive() for thread in _left_behind):
         _flush()

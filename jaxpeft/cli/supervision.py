@@ -1,4 +1,4 @@
-"""A process of several runs in a child: the parent says in one line why the runtime ended it."""
+"""Runs a process of several in a child; the parent explains in one line why it was ended."""
 
 import contextlib
 import ctypes
@@ -13,15 +13,16 @@ from jaxpeft.cli.find_hosts import Hosts, cannot_meet
 from jaxpeft.core.errors import UserError
 
 LOST_EXIT_CODE = 7
-LEAVING_SECONDS = 10  # in which a process that failed waits for others to fail alike
+LEAVING_SECONDS = 10  # how long a failed process waits for others to fail too
 JOINED = b"\xff"
 
 
 def run_in_child(hosts: Hosts) -> int:
-    """Goes on in a child process, in which it returns.
+    """Forks, and returns in the child process only.
 
     Returns:
-        Where the child writes what the parent should know: that it has joined, and its exit code.
+        A file descriptor. The child writes to it what the parent must know: that it has joined, and
+        its exit code.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -37,21 +38,21 @@ def run_in_child(hosts: Hosts) -> int:
     os.close(errors)
     host_errors.keep_python_apart(runtime)
     with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not without its parent
-    if os.getppid() != parent:  # it was killed before that
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with its parent
+    if os.getppid() != parent:  # the parent died before that
         os._exit(128 + signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the parent too
     return tell
 
 
 def _supervise(child: int, hear: int, errors: int, hosts: Hosts) -> NoReturn:
-    """Waits for the child, hands signals on to it, and ends as it does.
+    """Waits for the child, passes signals on to it, and exits with its code.
 
     Args:
         child: Its process id.
-        hear: What it tells, see `run_in_child`.
-        errors: What its C++ code writes on standard error.
-        hosts: For messages.
+        hear: The pipe that the child writes to, see `run_in_child`.
+        errors: The pipe with what its C++ code writes on standard error.
+        hosts: The processes of the run, for messages.
     """
     seen = []
     relay = host_errors.Relay(_write_error, hosts.heartbeat + 60)
@@ -68,7 +69,7 @@ def _supervise(child: int, hear: int, errors: int, hosts: Hosts) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hand_on)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    reading.join(1)  # processes that it started may live on
+    reading.join(1)  # its own children may live on and hold the pipe
     relay.end(drop=status == -signal.SIGABRT)
     told = os.read(hear, 64)
     code = 128 - status if status < 0 else status
@@ -99,7 +100,7 @@ def _write_error(text: bytes) -> None:
 
 
 def silence() -> None:
-    """Drops what is still written on standard error."""
+    """Drops everything written on standard error from now on."""
     sys.stderr.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -108,7 +109,7 @@ def silence() -> None:
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Drops what the block, C++ code included, writes on standard error."""
+    """Drops everything that the block writes on standard error, C++ code included."""
     before = os.dup(2)
     silence()
     try:

@@ -1,6 +1,6 @@
-"""The config of a run: the small configs of every part, composed, read, written and compared.
+"""The config of a run: its sections composed, read, written, hashed and compared.
 
-Each part validates itself when it is built; what concerns two parts is checked here.
+Each section validates itself when it is built; checks that concern two sections are made here.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class RunConfig(Record):
 
     Attributes:
         model: The base.
-        method: What is trained; its class is chosen by the key ``name``.
+        method: The adapter's family and options; its key ``name`` chooses the class.
         data: The rows.
         optim: The optimizer and its schedule.
         train: Length and batches.
@@ -125,9 +125,9 @@ def load_config(path: str, overrides: Sequence[str] = (), example: str = EXAMPLE
     Args:
         path: A YAML file.
         overrides: Flags as on a command line: ``["--optim.learning_rate", "3e-4"]`` or
-            ``["--optim.learning_rate=3e-4"]``; lists as ``[a, b]`` or ``a,b``, names with values
-            as ``{a: 1}``; the last one wins.
-        example: A command to name where there is no such file.
+            ``["--optim.learning_rate=3e-4"]``. Lists are written ``[a, b]`` or ``a,b``, mappings
+            ``{a: 1}``. If a key is given several times, the last value counts.
+        example: A command that works, for the error about a missing file.
 
     Returns:
         The validated config.
@@ -140,7 +140,7 @@ def load_config(path: str, overrides: Sequence[str] = (), example: str = EXAMPLE
 
 
 def load_written(path: str) -> RunConfig:
-    """Reads the ``config.yaml`` of a run, which may be larger than the file it was made from.
+    """Reads the ``config.yaml`` of a run, which may be larger than a config file that people write.
 
     Raises:
         UserError: It is no config, or was changed into one that is not valid.
@@ -149,26 +149,25 @@ def load_written(path: str) -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The config as YAML, every default written out; `load_config` gives back an equal one."""
+    """The config as YAML with every default written out; `load_config` reads it back."""
     return yaml_writer.dumps(config)
 
 
 def config_hash(config: RunConfig) -> str:
-    """The sha256, in hex, of what determines the states a run goes through.
+    """The sha256, in hex, of the settings that determine the states a run goes through.
 
-    Left out is what may change when a run goes on: ``output_dir``, ``track``, ``evaluation``,
-    ``checkpoint``, ``data.eval``, ``data.workers`` (batches do not depend on it), ``mesh``
-    (another mesh gives the same rows in the same order and differs by rounding only) and
-    ``model.chat_template`` (its text counts, see `jaxpeft.training.output.template`).
-    Values that are the default are left out, too, so that a new key with its default changes no
-    hash.
+    Settings that may change when a run is resumed are left out: ``output_dir``, ``track``,
+    ``evaluation``, ``checkpoint``, ``data.eval``, ``data.workers`` (batches do not depend on it),
+    ``mesh`` (another mesh gives the same rows in the same order and differs by rounding only) and
+    ``model.chat_template`` (its text counts instead, see `jaxpeft.training.output.template`).
+    Values equal to the default are left out too, so that a new key does not change any hash.
     """
-    text = json.dumps(hashed_values(config))  # in mappings the order of names says something
+    text = json.dumps(hashed_values(config))  # the order of a mapping's keys matters
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hashed_values(config: RunConfig) -> dict[str, Any]:
-    """What `config_hash` covers, by path."""
+    """The values that `config_hash` covers, by path."""
     keys = (key for key in SCHEMA.keys if key.variant in ("", config.method.name))
     defaults = {key.path: as_plain(key.default) for key in keys}
     return {
@@ -179,14 +178,14 @@ def hashed_values(config: RunConfig) -> dict[str, Any]:
 
 
 def hashed(config: RunConfig) -> dict[str, Any]:
-    """The values that decide about the states of a run, by path."""
+    """The values that determine the states of a run, by path."""
     return {path: value for path, value in flatten(config).items() if not _NOT_HASHED.match(path)}
 
 
 def diff(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    """The keys that differ and decide about states, as (path, old value, new value).
+    """The keys that determine the states of a run and differ, as (path, old value, new value).
 
-    A value is None where one config does not have the key.
+    A value is None if one config does not have the key.
     """
     before, after = hashed(old), hashed(new)
     return [

@@ -1,8 +1,8 @@
-"""Which keys a config has, read off its dataclasses, and what to answer to any other key.
+"""The keys of a config, read from its dataclasses, and the errors for all other keys.
 
 A config is a frozen dataclass whose fields are values or *sections* (dataclasses again). A field
 with ``metadata={"variants": registry}`` holds one of several dataclasses, chosen by the key
-``name``; every variant class carries that name as a class variable.
+``name``; every variant class has that name as a class variable.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ class Key:
     Attributes:
         path: Dotted, e.g. "optim.learning_rate".
         hint: Its type.
-        default: ``dataclasses.MISSING`` where it must be given.
-        variant: Which variant of the section has it, "" where all do.
-        doc: The first sentence of the class's docstring on it.
+        default: The default, or ``dataclasses.MISSING`` if the key is required.
+        variant: The variant of the section that has the key, "" if all have it.
+        doc: The first sentence about the key in the docstring of its class.
     """
 
     path: str
@@ -44,8 +44,8 @@ class Schema:
 
     Attributes:
         root: A frozen dataclass.
-        foreign: Other libraries' names.
-        values: Other libraries' values of our keys, by path: what to write instead.
+        foreign: Names of keys in other libraries.
+        values: By path, values in other libraries and the values to write instead.
     """
 
     root: type
@@ -66,21 +66,21 @@ class Schema:
         return [key for key in self.keys if key.path == path]
 
     def advice(self, path: str, value: str) -> str:
-        """What to write instead of another library's value of a key, as "; write ..."; or ""."""
+        """A hint "; write ..." for a value that another library uses for this key; else ""."""
         known = self.values.get(path, {}).get(value.strip().lower().replace("_", "-"))
         return f"; {known}" if known else ""
 
     def explain(self, section: str, name: str, allowed: Sequence[str], variant: str = "") -> str:
-        """What to say about the unknown key `name` found in `section`.
+        """A clause about the unknown key `name` in `section`.
 
         Args:
             section: Dotted path of the section, "" at the top level.
             name: The key as written.
-            allowed: The keys this section has.
-            variant: The section's variant, where it has some.
+            allowed: The keys that this section has.
+            variant: The section's variant, if it has variants.
 
         Returns:
-            A clause: why it is wrong, and which key was probably meant.
+            Why the key is wrong, and which key was probably meant.
         """
         if section and name in self.sections():
             return f'unknown key here, "{name}" is a section at the top level'
@@ -126,12 +126,12 @@ def is_section(field: dataclasses.Field, hint: Any) -> bool:
 
 
 def is_mapping(hint: Any) -> bool:
-    """Whether a value of this type is names with values, such as ``Mapping[str, int]``."""
+    """Whether values of this type are mappings, such as ``Mapping[str, int]``."""
     return typing.get_origin(hint) is Mapping
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """A config as nested dicts of plain values; variants say their ``name`` first."""
+    """A config as nested dicts of plain values; variants have their ``name`` first."""
     plain: dict[str, Any] = {}
     for field, hint in fields_of(type(config)):
         value = getattr(config, field.name)
@@ -148,7 +148,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def describe(schema: Schema) -> str:
-    """All keys, one a line, with defaults and their documentation; for ``--help``."""
+    """All keys, one per line, with defaults and their documentation; for ``--help``."""
     lines = []
     for key in schema.keys:
         default = "required" if key.default is dataclasses.MISSING else _show(key.default)
@@ -206,7 +206,7 @@ def _flatten(config: Any, path: str):
 
 
 def as_plain(value: Any) -> Any:
-    """A value as YAML and JSON have it."""
+    """A value in the types of YAML and JSON."""
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, tuple) else value
@@ -221,7 +221,7 @@ def _normal(name: str) -> str:
 
 
 def _unique(items: Iterable) -> list:
-    """Drops repetitions; two variants' keys of one path count as one."""
+    """Drops repetitions; keys of several variants with the same path count as one."""
     return list({getattr(item, "path", item): item for item in items}.values())
 
 

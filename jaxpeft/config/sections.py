@@ -1,4 +1,4 @@
-"""The sections of a config beside those of data, method and optimizer."""
+"""The sections of a config, except those of data, method and optimizer."""
 
 import dataclasses
 import math
@@ -24,9 +24,9 @@ class ModelSection(Record):
         revision: Branch, tag or commit of a hub id.
         chat_template: A file, on disk or in a bucket, with the chat template to use; null is the
             tokenizer's own. Its text is saved with the run and with the adapter.
-        dtype: Of the stored base parameters.
-        compute_dtype: Of activations; "auto" is float32 on CPU and `dtype` elsewhere. On a CPU that
-            multiplies bfloat16 itself (AMX, AVX-512 BF16) bfloat16 for both is the quickest.
+        dtype: Dtype of the stored base parameters.
+        compute_dtype: Dtype of activations; "auto" is float32 on CPU and `dtype` elsewhere. On a
+            CPU with bfloat16 products (AMX, AVX-512 BF16), bfloat16 for both is the fastest.
         quantization: "nf4", "int4" or "int8" for the kernels of the layers (QLoRA); null for none.
         double_quantization: Keep the scales of quantised blocks in 8 bits too.
     """
@@ -59,17 +59,17 @@ class ModelSection(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSection(Record):
-    """How long, and in which portions.
+    """The length of training and its batches.
 
     Attributes:
         steps: Number of updates; give this or `epochs`.
-        epochs: Passes over the training rows; may be a fraction. Steps are rounded up: in one
-            pass every row is seen.
+        epochs: Passes over the training rows; may be a fraction. Steps are rounded up, so that
+            one pass sees every row.
         batch_size: Sequences per update, over all devices.
         microbatch_size: Sequences computed at once, a divisor of `batch_size`; null is all.
-        remat: What the backward pass computes again: "none", "dots" (all but matrix products)
-            or "full" (every layer).
-        seed: Of the initial adapter, the order of rows, and dropout.
+        remat: What the backward pass recomputes: "none", "dots" (all but matrix products) or
+            "full" (every layer).
+        seed: Seed of the initial adapter, the order of rows, and dropout.
     """
 
     steps: int | None = None
@@ -113,10 +113,10 @@ class EvaluationSection(Record):
     """When and how to evaluate; it needs ``data.eval``.
 
     Attributes:
-        every: Steps between evaluations; null is at the start and the end only.
+        every: Steps between evaluations; null evaluates at the start and the end only.
         exact_match: Whether to generate answers and compare them.
         max_new_tokens: Longest answer to generate.
-        max_rows: Only the first rows of the file; null is all.
+        max_rows: Evaluate only this many rows of the file, the first ones; null is all.
         batch_size: Sequences computed at once.
     """
 
@@ -140,9 +140,9 @@ class CheckpointSection(Record):
     """When to save, and what to keep.
 
     Attributes:
-        every: Steps between checkpoints; null is at the end and on a signal only.
-        keep: How many of the newest checkpoints stay.
-        best: The evaluation metric by which the exported adapter is chosen; null is the last.
+        every: Steps between checkpoints; null saves at the end and on a signal only.
+        keep: How many of the newest checkpoints are kept.
+        best: The evaluation metric by which the exported adapter is chosen; null is the last step.
     """
 
     every: int | None = None
@@ -159,13 +159,13 @@ class CheckpointSection(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSection(Record):
-    """Sizes of the device mesh; one axis may be -1, the devices that are left.
+    """Sizes of the device mesh; one axis may be -1 for all remaining devices.
 
     Attributes:
         data: Copies of the base that see different rows.
-        fsdp: Devices the base is spread over, that see different rows too.
-        tensor: Devices each matrix is cut over.
-        rules: How leaves of the base are cut, in front of our own table: patterns of whole paths
+        fsdp: Devices that the base is spread over; they see different rows too.
+        tensor: Devices that each matrix is cut over.
+        rules: Sharding rules that take precedence over the built-in ones: patterns of whole paths
             with the mesh axis of every dimension, "-" for none, as in
             ``{layers/mlp/up_proj/kernel: "- fsdp tensor"}``.
     """
@@ -188,7 +188,7 @@ class MeshSection(Record):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Devices along every axis, as `jaxpeft.make_mesh` takes them."""
+        """The number of devices along every axis, for `jaxpeft.make_mesh`."""
         return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
 
 
@@ -212,10 +212,10 @@ def check_all(*tests: tuple[bool, str]) -> None:
     """Checks the fields of a section.
 
     Args:
-        tests: Pairs of whether a check failed, and the text for that.
+        tests: Pairs of whether a check failed, and the error text.
 
     Raises:
-        ValueError: A check failed; the message has the texts of all that did, one a line.
+        ValueError: A check failed. The message has one line for each failed check.
     """
     texts = [text for failed, text in tests if failed]
     if texts:
@@ -231,7 +231,7 @@ def _one_of(name: str, value: Any, choices: tuple) -> tuple[bool, str]:
 
 
 def batch_fits(name: str, batch_size: int, max_length: int) -> tuple[bool, str]:
-    """A test for `check_all`: whether a batch has too many tokens, and what to say then."""
+    """A pair for `check_all`: whether a batch has too many tokens, and the error text."""
     limit, tokens = limits.BATCH_TOKENS, batch_size * max_length
     return tokens > limit.most, (
         f"{name} times data.max_length must be at most {limit.most:,}, got {batch_size:,} and "

@@ -1,4 +1,4 @@
-"""A config file and command line flags as one graph of YAML nodes that know where they stand."""
+"""A config file and command-line flags as one graph of YAML nodes that know their place."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ _NULL = ("", "~", "null", "Null", "NULL")
 
 
 class Place(NamedTuple):
-    """Where something was written; sorts by line, then flags in their order.
+    """The place where something was written; sorts by line, then by the order of flags.
 
     Attributes:
         order: (0, line) in the file, (1, index) for a flag.
-        text: How an error names it.
+        text: The place in words, for errors.
     """
 
     order: tuple[int, int]
@@ -28,14 +28,14 @@ class Place(NamedTuple):
 
 
 class _FlagMark(NamedTuple):
-    """Stands in for PyYAML's marks in nodes that come from a flag."""
+    """Replaces PyYAML's marks in nodes that come from a flag."""
 
     flag: str
     index: int
 
 
 def place_of(node: yaml.Node | None, file: str) -> Place:
-    """Where a node was written; the file as a whole for None."""
+    """The place where a node was written; the whole file for None."""
     mark: Any = None if node is None else node.start_mark
     if isinstance(mark, _FlagMark):
         return Place((1, mark.index), mark.flag)
@@ -45,17 +45,17 @@ def place_of(node: yaml.Node | None, file: str) -> Place:
 
 
 def is_null(node: yaml.Node | None) -> bool:
-    """Whether the node is a plain null or nothing at all."""
+    """Whether the node is a plain null or empty."""
     return isinstance(node, yaml.ScalarNode) and not is_quoted(node) and node.value in _NULL
 
 
 def is_quoted(node: yaml.Node) -> bool:
-    """Whether a scalar is marked as text."""
+    """Whether a scalar is quoted, and so is text."""
     return getattr(node, "style", None) is not None
 
 
 def show(node: yaml.Node) -> str:
-    """What was written, for an error."""
+    """The text of a node as it was written, for an error."""
     if isinstance(node, yaml.SequenceNode):
         return "a list"
     if isinstance(node, yaml.MappingNode):
@@ -67,23 +67,23 @@ def show(node: yaml.Node) -> str:
 
 
 def empty_section() -> yaml.MappingNode:
-    """A section that was not written."""
+    """The node of a section that is missing in the file."""
     return yaml.MappingNode("", [])
 
 
 def read_text(path: str, example: str = "", limit: limits.Limit | None = None) -> str:
-    """The text of a config file.
+    """Reads a config file as text.
 
     Args:
         path: The file.
-        example: A command that works, to end an error with.
-        limit: How large it may be; as `limits.CONFIG_BYTES` says for None.
+        example: A command that works, which ends the error about a missing file.
+        limit: The largest size; None for `limits.CONFIG_BYTES`.
 
     Returns:
-        Text that holds something.
+        The text, which is not empty.
 
     Raises:
-        UserError: If it is missing, a folder, empty, not UTF-8, or far too large.
+        UserError: The file is missing, a folder, empty, not UTF-8, or far too large.
     """
     file, limit = Path(storage.require_path(path)), limit or limits.CONFIG_BYTES
     hint = f"; for example: {example}" if example else ""
@@ -93,7 +93,7 @@ def read_text(path: str, example: str = "", limit: limits.Limit | None = None) -
             holds = f" (it holds {', '.join(inside[:5])})" if inside else ""
             raise UserError(f"{path}: a folder, not a config file{holds}{hint}")
         with file.open("rb") as stream:
-            data = stream.read(limit.most + 1)  # a device says no size
+            data = stream.read(limit.most + 1)  # a device has no size
         limits.require_bytes(path, max(len(data), file.stat().st_size), limit)
         text = data.decode("utf-8-sig")
     except FileNotFoundError:
@@ -114,7 +114,7 @@ def compose(text: str, file: str) -> yaml.MappingNode:
     """The graph of a config's text.
 
     Raises:
-        UserError: If it is not YAML, has tags, or is no mapping.
+        UserError: The text is not YAML, has tags, or is no mapping.
     """
     try:
         _check_events(text, lambda line: f"{file}:{line}")
@@ -137,11 +137,14 @@ def compose(text: str, file: str) -> yaml.MappingNode:
 
 
 def _check_events(text: str, where: Callable[[int], str]) -> None:
-    """Raises a UserError for tags, and for nesting that would end in a recursion.
+    """Refuses tags, and nesting so deep that recursion would fail.
 
     Args:
         text: YAML.
-        where: From a line, counted from 1, to how an error names it.
+        where: A function from a line, counted from 1, to its name in errors.
+
+    Raises:
+        UserError: The text has a tag or is nested too deeply.
     """
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -158,7 +161,7 @@ def split_flags(overrides: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs of flag and value from ``--a.b value`` and ``--a.b=value``.
 
     Raises:
-        UserError: For a flag without a value, or a value without a flag.
+        UserError: A flag has no value, or a value has no flag.
     """
     pairs, rest = [], list(overrides)
     while rest:
@@ -174,16 +177,16 @@ def split_flags(overrides: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def flag_node(flag: str, index: int, value: str, *, text: bool, lists: bool, keys: bool) -> Any:
-    """The node for a flag's value: the text as it stands, a list, or keys for a whole section.
+    """The node for a flag's value: its text, a list, or a mapping.
 
     Args:
         flag: The flag, which becomes the node's place.
         index: Its position among the flags.
-        value: What follows it.
-        text: Whether the flag's field may hold text: then only plain words with commas make a
-            list, for a regex may hold commas too.
+        value: The text after the flag.
+        text: Whether the flag's field may hold text. Then only plain words with commas are read as
+            a list, because a regex may hold commas too.
         lists: Whether the field may hold a list.
-        keys: Whether the flag names a section, or a field of names with values.
+        keys: Whether the flag names a section, or a field that holds a mapping.
 
     Raises:
         UserError: The value is nested too deeply or holds a YAML tag.
@@ -208,7 +211,7 @@ def put(root: yaml.MappingNode, flag: str, new: yaml.Node) -> yaml.MappingNode:
     """A copy of the graph with the node `new` at the path of `flag`.
 
     Raises:
-        KeyError: With the path of a value on the way, which cannot have keys.
+        KeyError: A part of the path is a value and cannot have keys; the exception has its path.
     """
     mark, names = new.start_mark, flag[2:].split(".")
     root = node = yaml.MappingNode("", list(root.value), root.start_mark)

@@ -1,10 +1,10 @@
-"""Strict YAML into frozen dataclasses: every problem with its line, all of them at once.
+"""Strict YAML into frozen dataclasses; all problems are reported at once, with their lines.
 
-The file is read as a graph of nodes, so that every key keeps its line and a key given twice is
-seen. Scalars are resolved by the type of the field they are for, from their text and by YAML
-1.2's core schema: ``1e-4`` is a number, only ``true`` and ``false`` are booleans, ``no`` and
-``010`` stay text in a text field. Tags and merge keys are refused. Command line overrides are
-put into the same graph, and named by their flag in an error.
+The file is read as a graph of nodes, so that every key keeps its line and repeated keys are found.
+Scalars are resolved from their text by the type of their field and YAML 1.2's core schema: ``1e-4``
+is a number, only ``true`` and ``false`` are booleans, and ``no`` and ``010`` stay text in a text
+field. Tags and merge keys are refused. Command-line overrides are put into the same graph, and
+errors name them by their flag.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ def load(schema: Schema, path: str, overrides: Sequence[str] = (), example: str 
         schema: The classes to fill.
         path: A YAML file.
         overrides: Flags as on a command line: ``["--optim.learning_rate", "3e-4"]`` or
-            ``["--optim.learning_rate=3e-4"]``; lists as ``[a, b]`` or ``a,b``, names with values
-            as ``{a: 1}``; the last one wins.
+            ``["--optim.learning_rate=3e-4"]``. Lists are written ``[a, b]`` or ``a,b``, mappings
+            ``{a: 1}``. If a key is given several times, the last value counts.
         example: A command that works, for the error about a missing file.
 
     Returns:
@@ -96,7 +96,7 @@ def loads(schema: Schema, text: str, file: str, overrides: Sequence[str] = ()) -
 
 
 class _Reader:
-    """Turns nodes into dataclasses, noting every problem and where each key was written."""
+    """Turns nodes into dataclasses, and collects every problem with its place."""
 
     def __init__(self, schema: Schema, file: str):
         self.schema, self.file = schema, file
@@ -112,7 +112,7 @@ class _Reader:
         return _BAD
 
     def section(self, cls: type, node: yaml.Node, path: str, variant: str) -> Any:
-        """An instance of `cls`, or `_BAD` after noting why not."""
+        """An instance of `cls`, or `_BAD` after noting the problems."""
         given = self.pairs(node, path)
         if variant:
             given.pop("name", None)
@@ -120,7 +120,7 @@ class _Reader:
         allowed = [field.name for field, _ in fields] + (["name"] if variant else [])
         for index, name in enumerate(name for name in given if name not in allowed):
             text = "unknown key"
-            if index < _MAX_PROBLEMS:  # to look for near names takes time
+            if index < _MAX_PROBLEMS:  # searching for similar names takes time
                 text = self.schema.explain(path, name, allowed, variant)
             self.problem(self.place(given[name][0]), _join(path, name), text)
         values = {}
@@ -156,7 +156,7 @@ class _Reader:
         key, child = self.pairs(node, path).get("name", (None, None))
         if len(self.problems) > before and key is None:
             return _BAD
-        del self.problems[before:]  # `section` finds them again
+        del self.problems[before:]  # `section` will find them again
         if child is None:
             return self.problem(self.place(node), f"{path}.name", f"missing, one of: {names}")
         name = child.value if isinstance(child, yaml.ScalarNode) else ""
@@ -168,7 +168,7 @@ class _Reader:
         return self.section(variants[name], node, path, name)
 
     def pairs(self, node: yaml.Node, path: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-        """The keys of a mapping node, each once."""
+        """The keys and values of a mapping node; repeated keys are a problem."""
         self.places.setdefault(path, self.place(node if path else None))
         if is_null(node):
             return {}
@@ -193,7 +193,7 @@ class _Reader:
         return pairs
 
     def value(self, hint: Any, node: yaml.Node, path: str, place: Place) -> Any:
-        """The value of a field, or `_BAD` after noting why not."""
+        """The value of a field, or `_BAD` after noting the problem."""
         mapping = next(filter(is_mapping, kinds_of(hint)), None)
         if mapping is not None and isinstance(node, yaml.MappingNode):
             item = typing.get_args(mapping)[1]
@@ -213,7 +213,7 @@ class _Reader:
             return self.problem(place, path, text)
 
     def rejected(self, cls: type, path: str, line: str) -> None:
-        """Notes what a class said about its values, at the line of the field it names."""
+        """Notes the errors of a class about its values, at the lines of the fields they name."""
         names = {field.name for field, _ in fields_of(cls)}
         for prefix in (f"{cls.__name__}.", f"{path}." if path else ""):
             line = line.replace(prefix, "") if prefix else line

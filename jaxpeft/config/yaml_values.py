@@ -1,4 +1,4 @@
-"""One value of a config: from a YAML node to the type of its field, strictly, as YAML 1.2 says."""
+"""Converts a YAML node to the type of a config's field, strictly, by the rules of YAML 1.2."""
 
 import math
 import re
@@ -22,12 +22,12 @@ _LONGEST_RANGE = 16
 
 
 def is_scalar(node: yaml.Node) -> bool:
-    """Whether a node is one value, no list and no mapping."""
+    """Whether a node is a single value, not a list or a mapping."""
     return isinstance(node, yaml.ScalarNode)
 
 
 class Mismatch(Exception):
-    """The node does not fit the type; the text may say more."""
+    """The node does not fit the type; the text may give a reason."""
 
 
 def resolve(hint: Any, node: yaml.Node) -> Any:
@@ -63,14 +63,14 @@ def resolve(hint: Any, node: yaml.Node) -> Any:
 
 
 def kinds_of(hint: Any) -> list[Any]:
-    """Members of a union, text last: everything else is also text."""
+    """The members of a union, with text last, because every value is also text."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     members = list(typing.get_args(hint)) if union else [hint]
     return sorted(members, key=lambda kind: kind is str)
 
 
 def expected(hint: Any) -> str:
-    """What a type is called in an error, such as "a whole number or null"."""
+    """The name of a type in an error, such as "a whole number or null"."""
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     parts, nullable = [], False
     for kind in kinds_of(hint):
@@ -88,7 +88,7 @@ def expected(hint: Any) -> str:
 
 
 def advice_on(hint: Any, node: yaml.Node) -> str:
-    """How to write what was probably meant, "" where that is not clear."""
+    """How to write the value that was probably meant; "" if that is not clear."""
     if not isinstance(node, yaml.ScalarNode):
         return ""
     kinds = kinds_of(hint)
@@ -120,7 +120,7 @@ def _list_advice(item: Any, text: str) -> str:
 
 
 def _fits(hint: Any, text: str) -> bool:
-    """Whether a plain word in the file would be a value of this type."""
+    """Whether a plain word in the file is a value of this type."""
     try:
         resolve(hint, yaml.ScalarNode("", text))
     except Mismatch:

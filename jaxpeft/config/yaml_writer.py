@@ -1,4 +1,4 @@
-"""A config written as YAML that reads back to the same config."""
+"""Writes a config as YAML that reads back to the same config."""
 
 import math
 import re
@@ -10,9 +10,9 @@ from jaxpeft.config.schema import to_plain
 
 
 def dumps(config: Any) -> str:
-    """A config as YAML with every default written out; `loads` gives it back.
+    """A config as YAML with every default written out; `loads` reads it back.
 
-    Lists of numbers, which may be long, stand on one line each.
+    Lists of numbers, which may be long, are on one line each.
     """
     return yaml.dump(
         to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf

@@ -1,6 +1,6 @@
-"""What is chosen by the kind of device that a program is compiled for: the one place.
+"""Choices that depend on the kind of device a program is compiled for; they are made here alone.
 
-The results are the same for every choice, to rounding; speed and memory are not.
+Results are the same for every choice, up to rounding. Speed and memory differ.
 """
 
 import contextlib
@@ -15,21 +15,22 @@ _PLATFORM = jax.make_user_context(None)
 
 
 class Choices(NamedTuple):
-    """What suits a backend.
+    """The choices for one backend.
 
     Attributes:
-        tile: How many queries, and keys, make a tile of attention: small tiles are skipped more
-            often, but on an accelerator each costs the launch of its kernels.
-        dense: The longest row whose attention is one product.
-        loss_tokens: About how many tokens' logits exist at once.
-        turn_a: Whether the gradient of LoRA's A is a product with rank rows, turned afterwards:
-            of two products of the same size the one that takes a quarter of the time.
-        float32: Whether activations are in float32, whatever the weights are, if nothing is asked.
-        unstack: Whether decoding reads layers one by one instead of slices of a stack.
-        native_bfloat16: Whether XLA multiplies, computes with and stacks bfloat16 as it is; what
-            is done where it does not: `jaxpeft.ops.products`.
-        splash: Whether longer rows go through JAX's kernel for TPUs where it is exact. On GPU no
-            kernel that comes with JAX takes packed segments: there tiles are the choice.
+        tile: Queries (and keys) in a tile of attention. Smaller tiles are skipped more often, but
+            on an accelerator every tile costs the launch of its kernels.
+        dense: The longest row, in tokens, whose attention is computed as one product.
+        loss_tokens: About how many tokens have their logits in memory at the same time.
+        turn_a: Compute the gradient of LoRA's A transposed, ``(rank, d_in)``, then transpose it: on
+            CPU this takes a quarter of the time.
+        float32: Whether activations are float32 by default, whatever dtype the weights have.
+        unstack: Whether decoding reads each layer from an array of its own instead of slicing a
+            stack.
+        native_bfloat16: Whether XLA multiplies, computes and stacks in bfloat16 natively;
+            `jaxpeft.ops.products` describes what is done otherwise.
+        splash: Whether rows longer than `dense` use JAX's attention kernel for TPUs where it is
+            exact. No GPU kernel that comes with JAX takes packed segments, so GPUs use tiles.
     """
 
     tile: int
@@ -58,7 +59,7 @@ TPU = ACCELERATOR._replace(splash=True)
 
 
 def choices() -> Choices:
-    """What suits the backend that programs are traced for."""
+    """The choices for the platform that programs are traced for."""
     return {"cpu": CPU, "tpu": TPU}.get(platform(), ACCELERATOR)
 
 
@@ -69,7 +70,7 @@ def platform() -> str:
 
 @contextlib.contextmanager
 def traced_for(platform: str) -> Iterator[None]:
-    """Traces programs for another platform ("cpu", "cuda", "rocm", "tpu") than is there.
+    """Traces programs for a platform ("cpu", "cuda", "rocm", "tpu") that need not be present.
 
     A jitted function that was traced for another platform before is traced again. Other threads
     are not affected.
@@ -79,9 +80,9 @@ def traced_for(platform: str) -> Iterator[None]:
 
 
 def give_back_memory() -> None:
-    """Gives memory that is free, but that malloc holds, back to the system; glibc can.
+    """Returns memory to the system that is free but still held by malloc; this works with glibc.
 
-    Compilation leaves hundreds of megabytes of it.
+    Compilation leaves hundreds of megabytes of such memory.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)

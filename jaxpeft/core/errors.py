@@ -1,15 +1,15 @@
-"""Errors that are the user's to mend, each with the exit code a command ends with.
+"""Errors that the user can mend, each with the exit code of a command that fails with it.
 
-A command prints them as one line, ``error: <text>``, and never as a traceback.
+A command prints such an error as one line, ``error: <text>``, and never as a traceback.
 """
 
 
 class UserError(ValueError):
-    """Bad config, data, model or adapter: the text says where, what, why and the way out.
+    """A bad config, data file, model or adapter. The text says where, what, why and the way out.
 
     Attributes:
-        alone: Whether it happened in one of several processes while the others went on, so that
-            this one must end, and not try again what they would have to do with it.
+        alone: Whether only one of several processes met the error while the others went on. Then
+            this process must end and may not repeat work that needs the others.
     """
 
     exit_code = 2
@@ -23,41 +23,41 @@ class DivergedError(UserError):
 
 
 class CheckpointError(UserError):
-    """No usable checkpoint."""
+    """There is no usable checkpoint."""
 
     exit_code = 4
 
 
 class ResourceError(UserError):
-    """Out of disk or memory."""
+    """The disk or the memory is full."""
 
     exit_code = 5
 
 
 class LostWorkerError(UserError):
-    """A process that reads data ended; the same command may do later."""
+    """A process that reads data ended. Running the same command again may succeed."""
 
     exit_code = 5
 
 
 class StoreError(UserError):
-    """An object store refuses or does not answer; the same command may do later."""
+    """An object store refuses or does not answer. Running the same command again may succeed."""
 
     exit_code = 5
 
 
 class HubError(StoreError):
-    """The Hugging Face hub does not answer, or not as a hub does; it may do later."""
+    """The Hugging Face hub gives no answer or a wrong one; the command may succeed later."""
 
 
 class InterruptedRunError(UserError):
-    """Stopped by a signal after saving; the same command goes on."""
+    """A signal stopped the run after it was saved. The same command continues it."""
 
     exit_code = 6
 
 
 def of_exit_code(code: int) -> type[UserError]:
-    """The class of errors that a command ends with this exit code for."""
+    """The class of the errors that make a command end with this exit code."""
     kinds = (DivergedError, CheckpointError, ResourceError, InterruptedRunError)
     return next((kind for kind in kinds if kind.exit_code == code), UserError)
 

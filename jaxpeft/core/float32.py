@@ -1,7 +1,8 @@
-"""Which numbers of a config survive in float32, in which everything is trained.
+"""Checks that numbers of a config keep their meaning in float32, the dtype of training.
 
-A number above the largest one becomes infinite, one below the smallest normal one becomes 0
-(devices round subnormal numbers to 0), and a share just below 1 becomes 1: one minus it is 0.
+A number above the largest float32 becomes infinite. One below the smallest normal float32 becomes
+0, because devices round subnormal numbers to 0. A share just below 1 becomes 1, so one minus that
+share becomes 0.
 """
 
 import typing
@@ -14,14 +15,16 @@ LARGEST = float.fromhex("0x1.fffffep+127")
 SMALLEST = float.fromhex("0x1p-126")
 """The smallest normal number."""
 ONE = 1.0 - 2.0**-25
-"""The least number that is rounded to 1."""
+"""The smallest number that float32 rounds to 1."""
 
 _SHARES = frozenset({"dropout", "b1", "b2", "beta1", "beta2"})
-"""Fields of configs that lie below 1."""
+"""Fields of configs whose values must be below 1."""
 
 
 def misfit(value: Any) -> str:
-    """Why float32 does not hold a number, "" where it does; infinities and NaN are others' to tell.
+    """Why float32 cannot hold a number, as a clause; "" if it can.
+
+    Infinities and NaN are not reported here: the configs themselves refuse them.
 
     Example:
         >>> misfit(1e-46)
@@ -37,17 +40,17 @@ def misfit(value: Any) -> str:
 
 
 def require(where: str, value: Any) -> None:
-    """Checks that float32 holds a number.
+    """Checks that float32 can hold a number.
 
     Raises:
-        ValueError: It does not; the message begins with `where`.
+        ValueError: It cannot. The message begins with `where`.
     """
     if text := misfit(value):
         raise ValueError(f"{where} {text}.")
 
 
 def require_fields(owner: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """Checks that float32 holds the numbers of a config.
+    """Checks that float32 can hold the numbers of a config.
 
     Args:
         owner: What to call the config.
@@ -55,7 +58,7 @@ def require_fields(owner: str, values: Mapping[str, Any], hints: Mapping[str, An
         hints: Their types; a field whose type contains no float is skipped.
 
     Raises:
-        ValueError: It does not hold one of them.
+        ValueError: It cannot hold one of them.
     """
     for name, value in values.items():
         if not _has_float(hints.get(name)):

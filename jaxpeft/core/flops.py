@@ -1,8 +1,9 @@
-"""Counts the floating-point operations of a program, loops with their trip counts.
+"""Counts the floating-point operations of a program, with the trip counts of its loops.
 
-XLA's ``cost_analysis`` counts the body of a loop once, so under ``nn.scan`` a model of 2 and one
-of 32 layers report the same. Here matrix products are counted from the jaxpr, after dead code is
-removed: a product of ``(m, k)`` and ``(k, n)`` is ``2 m k n``; everything else is left out.
+XLA's ``cost_analysis`` counts the body of a loop once, so under ``nn.scan`` a model of 2 layers and
+one of 32 report the same. This module counts matrix products in the jaxpr, after dead code is
+removed: a product of ``(m, k)`` and ``(k, n)`` takes ``2 m k n`` operations. Everything else is
+left out.
 """
 
 import contextlib
@@ -24,19 +25,20 @@ def count_flops(function: Callable, *args: Any, **kwargs: Any) -> int:
         **kwargs: More of them.
 
     Returns:
-        The count. Of the branches of a ``cond`` the most expensive one counts; the body of a
-        ``while`` whose trip count is data counts as often as `at_most` says, else once. So rows of
-        packed segments, whose attention skips tiles, take less than is counted. The body of a
-        kernel counts as often as `at_most` says, else once for every point of its grid; what
-        every device does of its own, for all of them.
+        The count. Of the branches of a ``cond`` the most expensive one is counted. The body of a
+        ``while`` loop whose trip count depends on data counts `at_most` times, else once; so the
+        count is an upper bound for rows of packed segments, whose attention skips tiles. A kernel's
+        body counts `at_most` times, else once per grid point. Work under ``shard_map`` counts for
+        every device.
     """
     return _count(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
 
 def at_most(times: int) -> contextlib.AbstractContextManager[Any]:
-    """A context for a loop whose trip count is data: `count_flops` takes it for `times`.
+    """In this context `count_flops` uses `times` as the trip count of loops that depend on data.
 
-    For a kernel it is how often its body does anything, for each of what ``vmap`` maps over.
+    For a kernel, `times` is how often its body does any work, for each element that ``vmap`` maps
+    over.
     """
     return jax.named_scope(f"at_most_{times}_times")
 
@@ -51,7 +53,7 @@ def _count(jaxpr: Any, said: int | None = None) -> int:
 
 
 def _equation(equation: Any, said: int | None) -> int:
-    """The count of one equation; `said` is what `at_most` says about what it is part of."""
+    """The count of one equation; `said` is the trip count of the enclosing `at_most`, if any."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]

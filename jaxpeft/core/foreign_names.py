@@ -1,7 +1,7 @@
-"""What PEFT, TRL and the Hugging Face Trainer call things, and what they are called here.
+"""Names of settings in PEFT, TRL and the Hugging Face Trainer, and the names they have here.
 
-A config that uses one of these names is answered with ours. An empty path means that there is
-no such setting here; the remark says why, or what to do instead.
+A config that uses one of these names gets an error that says which name to use instead. An empty
+path means that there is no such setting here; the remark then says why, or what to do instead.
 """
 
 from typing import NamedTuple
@@ -11,8 +11,8 @@ class Foreign(NamedTuple):
     """A setting of another library.
 
     Attributes:
-        library: Whose name it is.
-        path: Our dotted path, or "" where there is none.
+        library: The library that uses the name.
+        path: The dotted path of the setting here, or "" if there is none.
         remark: What differs, or what to do instead.
     """
 
@@ -25,7 +25,7 @@ class Foreign(NamedTuple):
         return f"{self.library}'s {name}" if self.library else f'"{name}"'
 
     def ours(self, name: str, path: str) -> str:
-        """That a key is unknown, and that it is called `path` here."""
+        """The error text: the key is unknown, and the setting is called `path` here."""
         remark = f" ({self.remark})" if self.remark else ""
         return f'unknown key, {self.whose(name)} is "{path}" here{remark}'
 
@@ -196,7 +196,7 @@ ELSEWHERE: dict[str, Foreign] = {
         *(f"data.{name}" for name in ("max_length", "packing")),
     )
 }
-"""Our own keys that people look for in a method: a class answers with the section they are in."""
+"""Keys of other sections that people often give to a method; the answer names their section."""
 
 
 _FOUR = "write nf4 (or int4: whole numbers)"
@@ -234,16 +234,16 @@ VALUES = {
     },
     "train.remat": {"true": "write full", "false": "write none", "on": "write full"},
 }
-"""Values that other libraries have for our keys, in small letters with "-", and ours instead."""
+"""Values that other libraries use for our keys (in lower case, with "-"), and our values."""
 
 
 def quantization_advice(kind: str) -> str:
-    """What to write instead of another library's name for a quantisation, as "; ..."; or ""."""
+    """A hint "; ..." if another library uses this name for a quantisation; else ""."""
     known = _QUANTIZATION.get(kind.strip().lower().replace("_", "-"))
     return f"; {known.replace('write null', 'leave it out')}" if known else ""
 
 
 def dtype_advice(dtype: str) -> str:
-    """What to write instead of another library's name for a dtype of weights, as "; ..."; or ""."""
+    """A hint "; ..." if another library uses this name for a dtype of weights; else ""."""
     known = _DTYPE.get(str(dtype).strip().lower())
     return f"; {'write float16' if known == _HALF else known}" if known else ""

@@ -1,4 +1,4 @@
-"""Mappings as values of configs: they never change, and can be hashed."""
+"""Immutable, hashable mappings for the fields of configs."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 class FrozenMap(Mapping[str, Any]):
     """A mapping that never changes, so that a config with one can be hashed.
 
-    The order of its keys is part of it: of patterns, the first that matches wins.
+    The order of the keys matters: where the keys are patterns, the first match wins.
 
     Example:
         >>> FrozenMap({"down_proj": 16}) == {"down_proj": 16}

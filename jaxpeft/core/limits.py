@@ -1,7 +1,7 @@
-"""How large the numbers of a config, of a model and of files may be.
+"""The largest values allowed in a config, in a model and for the sizes of files.
 
-What is larger is refused from what configs, headers and file sizes say, before memory is taken for
-it. Nothing real comes near: every limit is many times what is in use anywhere.
+A larger value is refused as soon as a config, a header or the size of a file shows it, before
+memory is allocated. Every limit is many times the largest value in real use.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class Limit:
 
     Attributes:
         most: The value.
-        why: What it stands for, and what exceeds all that is in use.
+        why: What the value counts, and why it exceeds everything in use.
     """
 
     most: int
@@ -28,7 +28,7 @@ class Limit:
 
 
 WHOLE = Limit(2**31 - 1, "whole numbers are int32 on devices")
-"""Of every whole number in a config that has no limit of its own."""
+"""The limit of every whole number in a config that has no limit of its own."""
 
 CONFIG = {
     "steps": Limit(10**7, "a run of this many updates at one a second takes four months"),
@@ -49,7 +49,7 @@ CONFIG = {
     "terms": Limit(100, "terms of a series that is written out in the program"),
     "loftq_steps": Limit(1000, "decompositions of every kernel before the first update"),
 }
-"""Of the keys of a config, and of command line options of these names."""
+"""Limits of the keys of a config, and of command-line options with the same names."""
 
 BATCH_TOKENS = Limit(2**28, "batch_size times max_length; the largest trainings use 64 million")
 PROMPT_TOKENS = Limit(2**22, "num_tokens times num_tasks")
@@ -64,7 +64,7 @@ MODEL = {
     "head_dim": Limit(2**16, "the widest heads have 256 channels"),
     "vocab_size": Limit(2**24, "the largest vocabularies have some 260,000 tokens"),
 }
-"""Of the sizes of a model, under our names of them."""
+"""Limits of the sizes of a model, under jaxpeft's names."""
 
 ROW_BYTES = Limit(16 * MIB, "one row of a data file; a token has some 4 bytes")
 ROW_DEPTH = Limit(100, "objects and lists in one another in a row; real rows have some 10")
@@ -89,7 +89,7 @@ FILES = {
     "GGUF_HEADER_BYTES": GGUF_HEADER_BYTES,
     "GGUF_ITEMS": GGUF_ITEMS,
 }
-"""Of files."""
+"""Limits of the sizes of files, in bytes."""
 
 TEMPLATES = {
     "TEMPLATE_CHARS": Limit(250_000, "characters of a chat template; the longest have some 40,000"),
@@ -100,20 +100,20 @@ TEMPLATES = {
     "TEMPLATE_BITS": Limit(20_000, "bits of one whole number that a chat template computes"),
     "TEMPLATE_DEPTH": Limit(200, "lists in one another that a chat template makes"),
 }
-"""Of the rendering of a chat template, which counts its work rather than its seconds."""
+"""Limits of the rendering of a chat template; they count work, not seconds."""
 
 _MOST_BITS = 1024
-"""Of a whole number of any kind: more than the largest float has; messages may show all of them."""
+"""The limit of any whole number, in bits. No float is as large; all such numbers can be printed."""
 
 _NO_LIMIT = ("seed",)  # checked where it is used: up to 2**32
 
 
 def exceeds(name: str, value: Any) -> str:
-    """What to say of a key's value that is too large, as "must be at most ..."; "" if it is not.
+    """A clause "must be at most ..." for a value that is too large; "" for one that is not.
 
     Args:
         name: The key, without its section.
-        value: Any value; a list is too long, or holds a number that is too large.
+        value: Any value. A list may be too long, or hold a number that is too large.
     """
     huge = isinstance(value, int) and value.bit_length() > _MOST_BITS
     if huge and (value < 0 or name in _NO_LIMIT):
@@ -154,7 +154,7 @@ def require_fields(cls_name: str, values: Mapping[str, Any]) -> None:
 
 
 def size_of_model(name: str) -> int:
-    """The largest size of a model that is read, under our name of it."""
+    """The largest supported size of a model, by jaxpeft's name for it."""
     return MODEL[name].most if name in MODEL else WHOLE.most
 
 

@@ -1,7 +1,7 @@
-"""Names of things: "/"-joined paths into trees, Hugging Face module names, PEFT's target rules.
+"""Names of modules and arrays: paths into trees, Hugging Face names, and PEFT's target rules.
 
-A base leaf has one path (``layers/self_attn/q_proj/kernel``); because layers are stacked it
-stands for one Hugging Face module a layer (``model.layers.0.self_attn.q_proj``, ...). Targets
+A leaf of the base has one path (``layers/self_attn/q_proj/kernel``). Because layers are stacked,
+the leaf holds one Hugging Face module per layer (``model.layers.0.self_attn.q_proj``, ...). Targets
 are matched against those full names, by the rules of HF PEFT 0.21
 (``tuners_utils.check_target_module_exists``).
 """
@@ -22,12 +22,12 @@ EMBEDDING = "embed_tokens/embedding"
 
 
 def flatten(tree: Mapping) -> dict[str, Any]:
-    """The leaves of nested dicts by "/"-joined path; empty dicts vanish."""
+    """The leaves of nested dicts, by path with "/" between the keys; empty dicts vanish."""
     return traverse_util.flatten_dict(dict(tree), sep="/")
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict:
-    """Nested dicts from "/"-joined paths; the inverse of `flatten`."""
+    """Nested dicts made of leaves by path; the inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
@@ -55,7 +55,7 @@ def get(tree: Mapping, path: str, default: Any = None) -> Any:
 
 
 def put(tree: Mapping, values: Mapping[str, Any]) -> dict:
-    """A copy of `tree` with `values` set at their paths; what is not touched is shared."""
+    """A copy of `tree` with `values` set at their paths; untouched parts are shared."""
     result = dict(tree)
     for path, value in values.items():
         first, _, rest = path.partition("/")
@@ -70,13 +70,13 @@ def without(tree: Mapping, paths: Iterable[str]) -> dict:
 
 
 def ends_in(path: str, ends: Sequence[str]) -> bool:
-    """Whether a path is one of `ends`, or whole parts at its end are."""
+    """Whether a path is one of `ends`, or ends in "/" and one of them."""
     return any(path == end or path.endswith("/" + end) for end in ends)
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """Where a module's weight lives.
+    """The place of a module's weight.
 
     Attributes:
         path: Path of the leaf in the base parameters.
@@ -88,7 +88,7 @@ class Site:
 
 
 def is_stacked(path: str) -> bool:
-    """Whether the leaf at `path` has one axis of layers in front."""
+    """Whether the leaf at `path` has an axis of layers in front."""
     return path.startswith(LAYERS)
 
 
@@ -108,14 +108,14 @@ def module_name(path: str, layer: int | None = None) -> str:
 
 
 def module_names(params: Mapping, leaf: str = "kernel") -> dict[str, Site]:
-    """Hugging Face names of all modules that own a `leaf`, in the order of the layers.
+    """The Hugging Face names of all modules that own a `leaf`, in the order of the layers.
 
     Args:
         params: Base parameters: arrays, nodes or shapes.
         leaf: Last part of the path: "kernel" for linear modules.
 
     Returns:
-        Full module name to the place of its weight.
+        A dict from full module names to the places of their weights.
     """
     sites: dict[str, Site] = {}
     for path, value in sorted(flatten(params).items()):
@@ -141,12 +141,12 @@ def match(
     *,
     what: str = "linear module",
 ) -> dict[str, Site]:
-    """Selects the modules to adapt, as PEFT does, but strictly.
+    """Selects the modules to adapt, by PEFT's rules but strictly.
 
     Args:
-        targets: "all-linear" (every kernel but the head's, no table), a regex matched in full
+        targets: "all-linear" (every kernel but the head's, and no table), a regex matched in full
             against the full name, or a list of names or dotted suffixes.
-        exclude: The same forms, evaluated first; empty for nothing.
+        exclude: Modules to leave out, in the same forms; empty for none. It wins over `targets`.
         names: All candidates, from `module_names`.
         what: What a candidate is, for errors.
 
@@ -154,8 +154,8 @@ def match(
         The selected part of `names`.
 
     Raises:
-        UserError: If any one pattern matches nothing (PEFT is silent when one of several
-            does), or a regex is malformed.
+        UserError: A pattern matches nothing (PEFT says nothing as long as another one matches), or
+            a regex is malformed.
     """
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         chosen = {name: s for name, s in names.items() if s.path not in (HEAD, EMBEDDING)}

@@ -1,4 +1,4 @@
-"""What configs have in common: a wrong name is answered as in YAML, with the right one."""
+"""The base class of configs: it explains wrong names as the YAML reader does."""
 
 import dataclasses
 import functools
@@ -15,20 +15,21 @@ class Record:
     """Base of the frozen dataclasses that make a config.
 
     Attributes:
-        in_float32: Whether the numbers of this class are computed with in float32.
+        in_float32: Whether the numbers of this class are used in float32.
 
     Raises:
-        UserError: For a keyword that is no field; it says which one is meant, also where the name
-            is another library's; or a number beyond `jaxpeft.core.limits`.
-        ValueError: For a number that float32 does not hold, where the class is `in_float32`.
+        UserError: A keyword is no field, or a number exceeds `jaxpeft.core.limits`. For a wrong
+            keyword the message names the field that is probably meant, also if it is a name of
+            another library.
+        ValueError: The class is `in_float32`, and float32 cannot hold a number.
     """
 
     in_float32: ClassVar[bool] = False
 
-    if not TYPE_CHECKING:  # whose signature is the dataclass's own
+    if not TYPE_CHECKING:  # it would hide the dataclass's signature
 
         def __new__(cls, *args, **kwargs):
-            """A new object for ``__init__`` to fill."""
+            """Makes an empty object for ``__init__`` to fill."""
             known = inspect.signature(cls.__init__).parameters
             catches_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
             wrong = [] if catches_all else [name for name in kwargs if name not in known]
@@ -62,7 +63,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _explain(cls: type, name: str) -> str:
-    """Why a config has no such field, and which was probably meant, as far as the class knows."""
+    """Why a config has no such field, and which field was probably meant."""
     fields = [field.name for field, _ in fields_of(cls)]
     foreign = FOREIGN.get(name) or ELSEWHERE.get(name)
     if foreign is None:

@@ -1,7 +1,7 @@
-"""The files of a model folder that stand beside its weights and its ``config.json``.
+"""The files in a model folder beside its weights and its ``config.json``.
 
-They say how text becomes tokens and how generation goes. A model that is saved again gets them as
-they are, byte by byte, so that other programs read what they read of the base.
+They describe tokenization and generation. When a model is saved again they are copied byte by byte,
+so that other programs find what they found in the base.
 """
 
 import fnmatch
@@ -32,7 +32,7 @@ COMPANIONS = (
     TEMPLATE_JSON,
     f"{TEMPLATES}/*.jinja",
 )
-"""Patterns of names within the folder, of all files that a tokenizer is read from."""
+"""Patterns, relative to the folder, of all files from which a tokenizer is read."""
 
 _MORE = (
     "sentencepiece.bpe.model",
@@ -41,11 +41,11 @@ _MORE = (
     "tiktoken.model",
     "tokenizer.model.v*",
 )
-"""Vocabularies that some tokenizer classes look for; copied, but never downloaded."""
+"""Vocabularies that some tokenizer classes look for. They are copied, but never downloaded."""
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file of this name within a model folder stands beside the weights."""
+    """Whether a file with this name in a model folder is one of the files beside the weights."""
     return any(
         fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
         for pattern in (*COMPANIONS, *_MORE)
@@ -53,16 +53,16 @@ def is_companion(name: str) -> bool:
 
 
 def find_companions(folder: Place) -> dict[str, Place]:
-    """The files beside the weights of a folder.
+    """Finds the files beside the weights of a folder.
 
     Args:
-        folder: On disk or in a bucket.
+        folder: A folder on disk or in a bucket.
 
     Returns:
-        Their places by their names within the folder, sorted.
+        A sorted dict from names within the folder to places.
 
     Raises:
-        UserError: One of them is a link that leads out of the folder, and to no model's file.
+        UserError: A file is a link out of the folder that does not lead to a file of a model.
         StoreError: The store refuses or does not answer.
     """
     found = {}
@@ -82,10 +82,10 @@ def find_companions(folder: Place) -> dict[str, Place]:
 
 
 def read_companions(folder: Place) -> dict[str, bytes]:
-    """The content of the files beside the weights, by their names within the folder.
+    """Reads the files beside the weights; a dict from names within the folder to contents.
 
     Raises:
-        UserError: As `find_companions`, or a file cannot be read.
+        UserError: A file cannot be read, or is refused by `find_companions`.
         StoreError: The store refuses or does not answer.
     """
     contents = {}
@@ -98,9 +98,10 @@ def read_companions(folder: Place) -> dict[str, bytes]:
 
 
 def _require_inside(folder: pathlib.Path, name: str, file: pathlib.Path) -> None:
-    """Refuses a link out of the folder, unless it leads to a model's file.
+    """Refuses a link that leads out of the folder, unless it leads to a file of a model.
 
-    That is a blob of the hub's cache, or a file of this name in another model's folder.
+    Such a file is a blob in the hub's cache, or a file with the same name in another model's
+    folder.
     """
     root, target = folder.resolve(), file.resolve()
     roots = [root]
@@ -117,5 +118,5 @@ def _require_inside(folder: pathlib.Path, name: str, file: pathlib.Path) -> None
 
 
 def _is_model_with(folder: pathlib.Path, name: str, file: pathlib.Path) -> bool:
-    """Whether a folder is a model's, and `file` its file of this name."""
+    """Whether `folder` is a model folder in which `file` has this name."""
     return file == folder / name and (folder / "config.json").is_file()

@@ -1,13 +1,13 @@
-"""Folders written whole or not at all.
+"""Writes folders completely or not at all.
 
-The new folder is written beside its place, synced, and moved there; only then does an older one
-go away. A process killed at any moment leaves the old folder, the new one, or, for the instant
-between two renames, both under hidden names beside the place; the next writer clears those away,
-and brings an old folder back that has no place. A rename that fails brings it back too.
+A new folder is written beside its place, synced, and moved there; only then is an older one
+removed. A process killed at any moment leaves the old folder or the new one. Between two renames,
+for an instant, it leaves both under hidden names beside the place; the next writer removes the
+leftovers, and moves an old folder back if its place is empty. A failed rename moves it back too.
 
-In a bucket (``gs://``) nothing is renamed: files are written as objects one after the other, last
-the one that makes the folder whole. An older one goes first: a process killed meanwhile leaves a
-folder that is not whole.
+In a bucket (``gs://``) nothing is renamed. Files are written as objects, one after the other, and
+the object that marks the folder as complete is written last. The older marker is removed first, so
+a process killed meanwhile leaves a folder that is recognisably incomplete.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def write_folder(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
 
     Args:
         path: The folder. It may exist and hold files of these names, but no others.
-        files: Content by file name; the last one makes the folder whole.
+        files: Content by file name; the last file marks the folder as complete.
 
     Raises:
         UserError: If `path` is a file, holds other files, or cannot be written.
@@ -50,22 +50,22 @@ def write_folder(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, last: str = "") -> Iterator[pathlib.Path]:
-    """A folder to fill, which takes its place at `path` if the block succeeds.
+    """Gives an empty folder to fill, and moves it to `path` if the block succeeds.
 
-    Whatever is at `path` is replaced: ask first whether it may go (`require_replaceable`).
+    Whatever is at `path` is replaced; call `require_replaceable` first.
 
     Args:
-        path: The folder to make, with its parents; a link is followed.
-        last: The file that makes the folder whole, where files become objects of a bucket.
+        path: The folder to make, with its parents. A link is followed.
+        last: The file that marks the folder as complete if `path` is in a bucket.
 
     Yields:
-        An empty folder on disk, beside `path` if that is. It is gone afterwards: moved or copied
-        there, or removed.
+        An empty folder on disk, beside `path` if `path` is on disk. After the block it is gone: it
+        was moved or copied to `path`, or removed.
 
     Raises:
-        UserError: If something cannot be written, also within the block; `path` is then as before,
-            but for one in a bucket that failed meanwhile.
-        ResourceError: If the disk is full; `path` is then as before.
+        UserError: Something cannot be written, in the block or after it. A `path` on disk is then
+            unchanged; one in a bucket may be incomplete.
+        ResourceError: The disk is full; `path` is then unchanged.
     """
     folder = real_path(path)
     if storage.is_remote(folder):
@@ -96,14 +96,14 @@ def new_folder(path: str | os.PathLike, last: str = "") -> Iterator[pathlib.Path
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Clears away what killed writers of a folder left beside it; what still writes is left alone.
+    """Removes what killed writers of a folder left beside it, except where one is still writing.
 
     Args:
-        path: The folder that they wrote. If it is not there but an older one that had stepped
-            aside is, that one comes back.
+        path: The folder that they wrote. If it is missing and an older version had been moved
+            aside, that version is moved back.
 
     Raises:
-        OSError: The disk does not let us look, or bring the older one back.
+        OSError: The disk does not let us look, or move the older version back.
     """
     folder = real_path(path)
     if storage.is_remote(folder) or not folder.parent.is_dir():
@@ -114,7 +114,7 @@ def remove_leftovers(path: str | os.PathLike) -> None:
         for file in folder.parent.iterdir()
         if pattern.fullmatch(file.name) and file.is_dir() and not file.is_symlink()
     }
-    for name in sorted(found, reverse=True):  # the older ones first
+    for name in sorted(found, reverse=True):  # older versions first
         new = folder.parent / name.removesuffix(_OLD)
         with _locked(new if new.exists() else found[name]) as free:
             if free and name.endswith(_OLD) and not folder.exists():
@@ -125,7 +125,7 @@ def remove_leftovers(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[bool]:
-    """Locks a folder; False if another process holds it, it went, or the disk has no locks."""
+    """Locks a folder; gives False if it is locked by others or gone, or the disk has no locks."""
     descriptor = -1
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -141,13 +141,13 @@ def _locked(folder: pathlib.Path) -> Iterator[bool]:
 
 
 def real_path(path: str | os.PathLike) -> Place:
-    """The absolute path behind all links: what is replaced is the folder, not a link to it."""
+    """The absolute path with links resolved: the folder is replaced, not a link to it."""
     text = storage.require_path(path)
     return storage.as_path(text if storage.is_remote(text) else os.path.realpath(text))
 
 
 def require_replaceable(folder: Place, names: Container[str]) -> None:
-    """Checks that saving into a folder removes nothing but an earlier save.
+    """Checks that saving into a folder replaces nothing but an earlier save.
 
     Args:
         folder: Where to save.
@@ -171,13 +171,13 @@ def require_replaceable(folder: Place, names: Container[str]) -> None:
 
 @contextlib.contextmanager
 def _sibling(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new folder beside `folder`, removed if it is still there at the end."""
+    """Gives a new folder beside `folder`, and removes it after the block if it is still there."""
     temporary = pathlib.Path(tempfile.mkdtemp(".tmp", f".{folder.name}.", folder.parent))
     umask = os.umask(0)
     os.umask(umask)
     temporary.chmod(0o777 & ~umask)
     try:
-        with _locked(temporary):  # so that others see that it is no leftover
+        with _locked(temporary):  # others then see that it is in use
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -198,7 +198,7 @@ def _sync(path: pathlib.Path) -> None:
 
 
 def _move_into_place(temporary: pathlib.Path, folder: pathlib.Path) -> None:
-    """Renames; an older folder steps aside first and comes back if the second rename fails."""
+    """Renames `temporary` to `folder`; an older folder is moved aside, and back if that fails."""
     if not folder.exists():
         temporary.rename(folder)
         return

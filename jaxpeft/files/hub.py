@@ -1,8 +1,8 @@
-"""Downloads from the Hugging Face hub: what goes wrong is one line, and nothing waits for ever.
+"""Downloads from the Hugging Face hub, with one-line errors and a time limit on every request.
 
 huggingface_hub asks some questions without a time limit, and repeats others up to five times. Here
-every request has a limit (HF_HUB_ETAG_TIMEOUT, 10 seconds if it is not set), and a hub that fails
-to answer twice in a row is given up.
+every request has a limit (HF_HUB_ETAG_TIMEOUT, 10 seconds by default), and after two failures in a
+row the download is given up.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 from jaxpeft.core.errors import HubError, ResourceError, UserError
 
 _TRIES = 2  # failures in a row
-_LONGEST_WAIT = 20  # seconds that a hub may ask us to wait
+_LONGEST_WAIT = 20  # seconds that the hub may tell us to wait
 _BUSY = (408, 429, 500, 502, 503, 504)
 _LATER = "try again later"
 _ADDRESS = "look at HF_ENDPOINT and at proxies, or " + _LATER
@@ -37,9 +37,9 @@ def download(text: str, revision: str | None, files: Iterable[str], what: str) -
         The folder in the cache.
 
     Raises:
-        UserError: There is no such repository or revision, it may not be read, or the hub is
-            switched off.
-        HubError: The hub does not answer, or not as a hub does; the same command may do later.
+        UserError: There is no such repository or revision, access is denied, or the hub is switched
+            off.
+        HubError: The hub gives no answer or a wrong one; the same command may succeed later.
         ResourceError: The disk of the cache is full.
     """
     import huggingface_hub
@@ -57,7 +57,7 @@ def download(text: str, revision: str | None, files: Iterable[str], what: str) -
 
 
 def explain(error: Exception, text: str, revision: str | None, what: str) -> UserError:
-    """What an exception of huggingface_hub means, for the caller to raise."""
+    """The error to raise for an exception of huggingface_hub."""
     name = f"{text} (revision {revision})" if revision else text
     kinds = {cls.__name__ for cls in type(error).__mro__}
     if "OfflineModeIsEnabled" in kinds:
@@ -112,7 +112,7 @@ def explain(error: Exception, text: str, revision: str | None, what: str) -> Use
 
 
 def _explain_connection(error: Exception, kinds: set[str], name: str) -> UserError:
-    """What an exception means that is no answer of the hub."""
+    """The error for an exception that is not an answer of the hub."""
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"{name}: no space left for it in the hub's local cache; free some")
@@ -157,19 +157,19 @@ def _offline() -> Exception:
 
 
 def _first_line(error: Exception) -> str:
-    """The start of an exception's text, in one line."""
+    """The first line of an exception's text, shortened."""
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status that an exception brings."""
+    """The HTTP status that an exception carries."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
-    """Lets every request to the hub in this block end in time."""
+    """Gives every request to the hub in this block a time limit."""
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
@@ -188,24 +188,24 @@ def _bounded() -> Iterator[None]:
 
 
 class _Failures:
-    """Counts failures that follow one another."""
+    """Counts consecutive failures."""
 
     def __init__(self):
         self._count = 0
 
     def succeed(self) -> None:
-        """Begins to count anew."""
+        """Resets the count."""
         self._count = 0
 
     def fail(self, how: str, wait: float = 0) -> None:
-        """Counts one more; the last one that is borne raises a `_GivenUpError`."""
+        """Counts a failure; raises a `_GivenUpError` when there were too many in a row."""
         self._count += 1
         if self._count > _TRIES or wait > _LONGEST_WAIT:
             raise _GivenUpError(how)
 
 
 def _watched(client: Any, seconds: float, failures: _Failures) -> Any:
-    """A client whose requests end after some seconds without an answer, and not too often."""
+    """A client whose requests have a time limit, and which gives up after repeated failures."""
     build, send = client.build_request, client.send
     client.timeout = seconds
 

@@ -1,4 +1,4 @@
-"""JSON files that are objects: read strictly, with the file named in every error."""
+"""Reads JSON files that hold one object, strictly; every error names the file."""
 
 import json
 from typing import Any
@@ -10,10 +10,10 @@ from jaxpeft.files.storage import Place
 
 
 def read_json(path: Place) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
-        UserError: Not UTF-8, not JSON, not an object, or a key given twice.
+        UserError: The file is not UTF-8, not JSON or not an object, or has a key twice.
         StoreError: The store refuses or does not answer.
     """
     try:

@@ -1,4 +1,4 @@
-"""Copies of small files in a bucket, for packages that read no URLs."""
+"""Copies small files from a bucket to disk, for packages that do not read URLs."""
 
 import contextlib
 import fnmatch
@@ -13,12 +13,15 @@ from jaxpeft.files.storage import Place
 
 @contextlib.contextmanager
 def on_disk(folder: Place, patterns: Iterable[str]) -> Iterator[pathlib.Path]:
-    """A folder with its small files on disk, for packages that read no URLs.
+    """Gives a folder on disk that holds some files of `folder`.
 
     Args:
-        folder: A folder on disk, which is given as it stands, or in a bucket.
-        patterns: Which files in it are copied from a bucket, such as ``*.json``, or in a folder
-            of it, ``more/*.json``.
+        folder: A folder on disk, which is given as it is, or a folder in a bucket.
+        patterns: Which files to copy from a bucket, such as ``*.json``, or ``more/*.json`` for
+            files in a folder inside it.
+
+    Yields:
+        The folder on disk; a copy is removed after the block.
     """
     if not storage.is_remote(folder):
         yield pathlib.Path(folder)

@@ -1,4 +1,4 @@
-"""From what the user wrote to a folder or file on this machine."""
+"""Finds the folder or file that the user's text means: a path, a bucket or a hub id."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ _ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth")
 
 
 def locate(path: str | os.PathLike, revision: str | None = None, *, weights: bool) -> Place:
-    """Finds a model, downloading it from the Hugging Face hub only when given a hub id.
+    """Finds a model; it downloads from the Hugging Face hub only if given a hub id.
 
     Args:
         path: A folder, on disk or in a bucket (``gs://``), a ``.gguf`` file, or a hub id such as
@@ -30,7 +30,7 @@ def locate(path: str | os.PathLike, revision: str | None = None, *, weights: boo
         An existing folder or ``.gguf`` file.
 
     Raises:
-        UserError: Nothing there, something else there, or the hub has no such model.
+        UserError: Nothing is there, it is something else, or the hub has no such model.
     """
     text = storage.require_path(path)
     if storage.is_remote(text):
@@ -55,14 +55,14 @@ def locate(path: str | os.PathLike, revision: str | None = None, *, weights: boo
 
 
 def locate_again(path: str | os.PathLike, revision: str | None = None) -> Place | None:
-    """Where a model lies that was loaded from `path`, as far as no download is needed.
+    """Finds a model that was loaded from `path` before, without downloading anything.
 
     Args:
         path: What `locate` was given.
         revision: Branch, tag or commit of a hub id.
 
     Returns:
-        A folder or a ``.gguf`` file; None if it is not there any more.
+        A folder or a ``.gguf`` file; None if it is no longer there.
 
     Raises:
         StoreError: The bucket refuses or does not answer.
@@ -85,18 +85,18 @@ def locate_again(path: str | os.PathLike, revision: str | None = None) -> Place 
 
 
 def locate_adapter(path: str | os.PathLike, revision: str | None, files: Iterable[str]) -> Place:
-    """Finds an adapter's folder, downloading it only when given a hub id.
+    """Finds an adapter's folder; it downloads only if given a hub id.
 
     Args:
         path: A folder, on disk or in a bucket (``gs://``), or a hub id "org/name".
         revision: Branch, tag or commit of a hub id.
-        files: Names of the files that are wanted from the hub, the config first.
+        files: Names of the files to download from the hub, the config first.
 
     Returns:
         An existing folder.
 
     Raises:
-        UserError: Nothing there, or the hub has no such adapter.
+        UserError: Nothing is there, or the hub has no such adapter.
     """
     text, files = storage.require_path(path), tuple(files)
     if storage.is_remote(text):
@@ -115,7 +115,7 @@ def locate_adapter(path: str | os.PathLike, revision: str | None, files: Iterabl
 
 
 def looks_local(text: str) -> bool:
-    """Whether `text` can only mean a path: its form is none of a hub id's."""
+    """Whether `text` can only be a path, because a hub id does not look like that."""
     return (
         text.startswith((".", "/", "~"))
         or "\\" in text
@@ -127,7 +127,7 @@ def looks_local(text: str) -> bool:
 
 
 def _in_bucket(text: str, revision: str | None, names: tuple[str, ...]) -> Place:
-    """A folder in a bucket that holds an object of one of these names."""
+    """A folder in a bucket, checked to hold an object with one of these names."""
     if revision is not None:
         raise UserError(f"{text}: revision {revision!r} has no meaning in a bucket; drop it")
     folder = storage.as_path(text)
@@ -164,6 +164,6 @@ def _near(local: pathlib.Path) -> str:
     while not parent.is_dir():
         local, parent = parent, parent.parent
     close: list[str] = []
-    with contextlib.suppress(OSError):  # a folder that may not be listed
+    with contextlib.suppress(OSError):  # listing the folder may be forbidden
         close = nearest(local.name, [p.name for p in parent.iterdir()])
     return f"near names: {', '.join(str(parent / name) for name in close)}; " if close else ""

@@ -1,7 +1,7 @@
-"""What a folder or file is that is not the model or adapter it was given as, and what to give.
+"""Explains a folder or file that is no model or adapter, and names what to give instead.
 
-Everything here ends an error's text: a clause that names the place to give instead, or "" where
-nothing is known that would help.
+Every function returns the end of an error's text: a clause that names the place to give instead, or
+"" if nothing helpful is known.
 """
 
 import json
@@ -29,7 +29,7 @@ _INDEX = (
 
 
 def instead_of_model(folder: pathlib.Path) -> str:
-    """What a folder without ``config.json`` is, and what to give as the model."""
+    """What a folder without ``config.json`` is, and what to give as the model instead."""
     if cached := _cached(folder, "config.json"):
         return cached
     names = _names(folder)
@@ -61,7 +61,7 @@ def instead_of_model(folder: pathlib.Path) -> str:
 
 
 def instead_of_adapter(folder: pathlib.Path) -> str:
-    """What a folder without ``adapter_config.json`` is, and what to give as the adapter."""
+    """What a folder without ``adapter_config.json`` is, and what to give as the adapter instead."""
     if cached := _cached(folder, "adapter_config.json"):
         return cached
     names = _names(folder)
@@ -124,12 +124,12 @@ def no_weights(folder: pathlib.Path) -> str:
 
 
 def is_mlx(values: Any) -> bool:
-    """Whether an ``adapter_config.json`` is one of MLX's."""
+    """Whether an ``adapter_config.json`` was written by MLX."""
     return "peft_type" not in values and any(key in values for key in MLX_KEYS)
 
 
 def _cached(folder: pathlib.Path, wanted: str) -> str:
-    """What to give instead of a folder of the hub's cache, "" for another folder."""
+    """What to give instead of a folder in the hub's cache; "" for any other folder."""
     match = _CACHED.fullmatch(folder.name)
     if folder.name in ("snapshots", "blobs", "refs") and _CACHED.fullmatch(folder.parent.name):
         match, folder = _CACHED.fullmatch(folder.parent.name), folder.parent
@@ -154,7 +154,7 @@ def _cached(folder: pathlib.Path, wanted: str) -> str:
 
 
 def _inside(folder: pathlib.Path, wanted: str) -> str:
-    """The folders in a folder that hold a file."""
+    """The folders inside a folder that hold the `wanted` file."""
     found = sorted(str(file.parent) for file in _safe(folder.glob(f"*/{wanted}")))
     return f"{wanted} lies in {first_few(found, 3)}; give that folder" if found else ""
 
@@ -164,7 +164,7 @@ def _names(folder: pathlib.Path) -> set[str]:
 
 
 def _safe(entries: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-    """Entries of a folder; none where it cannot be read."""
+    """The entries of a folder; empty if it cannot be read."""
     try:
         return list(entries)
     except OSError:

@@ -1,4 +1,4 @@
-"""What failed because of a disk or a store is tried again a few times, with growing waits."""
+"""Repeats work that failed because of a disk or a store, a few times with growing waits."""
 
 import time
 from collections.abc import Callable
@@ -9,25 +9,25 @@ from jaxpeft.core.errors import ResourceError, StoreError, UserError
 T = TypeVar("T")
 
 DELAYS = (1, 5, 15)
-"""Seconds between tries; all of them fit into the grace time of a machine that goes away."""
+"""Seconds between tries. Their sum fits into the grace time of a machine that is shut down."""
 
 
 def persist(act: Callable[[], T], tell: Callable[[str], None]) -> T:
-    """Does something until it succeeds, or has failed once more than there are `DELAYS`.
+    """Calls a function until it succeeds, at most once more than there are `DELAYS`.
 
-    Where several processes act together, it must succeed or fail in all of them alike.
+    If several processes act together, `act` must succeed or fail in all of them alike.
 
     Args:
-        act: What to do; it may be done several times.
+        act: The function; it may be called several times.
         tell: Called with a line of text before every further try.
 
     Returns:
-        What `act` returns.
+        The result of `act`.
 
     Raises:
-        ResourceError: The disk is still full, or refuses.
+        ResourceError: The disk is still full or still refuses.
         StoreError: The store still refuses or does not answer.
-        UserError: What is of another kind is raised at once.
+        UserError: `act` failed for another reason, which is not retried.
     """
     for delay in DELAYS:
         try:
@@ -46,9 +46,9 @@ def persist(act: Callable[[], T], tell: Callable[[str], None]) -> T:
 
 
 def _may_pass(error: UserError) -> bool:
-    """Whether an error is one of the disk or the store, which somebody may mend meanwhile.
+    """Whether an error of the disk or the store may disappear if somebody mends it meanwhile.
 
-    One that other processes do not have is none of them.
+    An error that only this process has is not retried, since the other processes go on.
     """
     if error.alone:
         return False

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensors it holds, and where their bytes lie."""
+"""Reads the header of a safetensors file: its tensors, and where their bytes lie."""
 
 import json
 import struct
@@ -12,10 +12,10 @@ from jaxpeft.files.tensors import PLAIN_DTYPES, TensorInfo, expected_nbytes
 
 
 def read_header(path: Place) -> dict[str, TensorInfo]:
-    """Every tensor's place in one safetensors file.
+    """Reads the place of every tensor in a safetensors file.
 
     Raises:
-        UserError: The file is something else, cut short, or its header is inconsistent.
+        UserError: The file is something else or cut short, or its header is inconsistent.
     """
     size = storage.size(path)
     with path.open("rb") as file:
@@ -56,11 +56,11 @@ def read_header(path: Place) -> dict[str, TensorInfo]:
 
 
 def describe_bytes(start: bytes, kind: str = "safetensors") -> str:
-    """Says in words what a file is that begins with `start`, and the way out.
+    """Describes a file that is not of the expected kind, and names the way out.
 
     Args:
-        start: Its first 64 bytes.
-        kind: What it should be: "safetensors" or "GGUF".
+        start: The first 64 bytes of the file.
+        kind: The expected kind: "safetensors" or "GGUF".
     """
     text = start.lstrip().lower()
     if not start:
@@ -84,7 +84,7 @@ def describe_bytes(start: bytes, kind: str = "safetensors") -> str:
 
 
 _DOWNLOAD_AGAIN = "download it again"
-_PLAUSIBLE = 1 << 40  # a length beyond it is no length, but the start of another file
+_PLAUSIBLE = 1 << 40  # a greater "length" is the start of another kind of file
 
 
 def _tensor_info(path: Place, base: int, name: str, entry: dict) -> TensorInfo:
@@ -101,7 +101,7 @@ def _tensor_info(path: Place, base: int, name: str, entry: dict) -> TensorInfo:
 
 
 def _check_layout(path: Place, base: int, tensors: dict[str, TensorInfo]) -> None:
-    """Tensors must follow one another without overlaps or holes, as the format says."""
+    """Checks that tensors follow one another without overlaps or gaps, as the format requires."""
     position = base
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != position:

@@ -1,10 +1,10 @@
-"""Where files lie: on a disk, or as objects in a bucket (``gs://bucket/name``).
+"""Reads and writes files on a disk, or objects in a bucket (``gs://bucket/name``).
 
-`as_path` gives a `pathlib.Path`, or for a URL an `etils.epath.Path`, which has the same methods and
-reaches the store through gcsfs. Orbax reads and writes arrays there through TensorStore.
+`as_path` returns a `pathlib.Path`, or for a URL an `etils.epath.Path`, which has the same methods
+and uses gcsfs. Orbax reads and writes arrays in buckets through TensorStore.
 
-An object appears whole once it is written, or not at all. There is no renaming, appending or
-locking, and a folder is there as long as objects begin with its name.
+An object appears completely once it is written, or not at all. Objects cannot be renamed, appended
+to or locked. A folder exists as long as the names of some objects begin with its name.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from jaxpeft.core.errors import StoreError, UserError
 
-# What `as_path` gives: epath's paths have the methods of `pathlib.Path`, but are none.
+# The type that `as_path` returns. epath's paths have the methods of `pathlib.Path`, but do not
+# inherit from it.
 if TYPE_CHECKING:
     Place = pathlib.Path
 else:
@@ -26,12 +27,12 @@ else:
 
 SCHEME = "gs://"
 MAX_NAME_BYTES = 255
-"""The longest name of one file or folder that Linux's and macOS's file systems take."""
+"""The longest name of a file or folder in the file systems of Linux and macOS."""
 MAX_PATH_BYTES = 4095
-"""The longest path that Linux takes (PATH_MAX without the NUL at its end)."""
+"""The longest path in Linux (PATH_MAX without the NUL at its end)."""
 _CLIENTS = ("aiohttp", "gcsfs", "google.api_core", "google.auth", "google.cloud", "tensorstore")
 _MAX_REQUEST_BYTES = 64 << 20
-_reached: set[str] = set()  # the schemes of the stores that this process has had to do with
+_reached: set[str] = set()  # schemes of the stores that this process has used
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -57,10 +58,10 @@ def problem_of(path: str | os.PathLike) -> str:
 
 
 def require_path(path: str | os.PathLike) -> str:
-    """The text of a path that a file can have.
+    """Checks that a file can have this path, and returns it as text.
 
     Raises:
-        UserError: It holds a NUL character, is not UTF-8, or is too long.
+        UserError: The path holds a NUL character, is not UTF-8, or is too long.
     """
     if problem := problem_of(path):
         raise UserError(f"{shown(path)}: {problem}")
@@ -68,11 +69,11 @@ def require_path(path: str | os.PathLike) -> str:
 
 
 def shown(path: str | os.PathLike) -> str:
-    """A path for a message: what cannot be printed is escaped, the middle of a long one left out.
+    r"""A path for a message: unprintable characters escaped, the middle of a long path left out.
 
     Example:
-        >>> shown("a\\0b")
-        "'a\\\\x00b'"
+        >>> shown("a\0b")
+        "'a\\x00b'"
     """
     text = os.fspath(path)
     if len(text) > 120:
@@ -84,7 +85,7 @@ def expanded(path: str | os.PathLike) -> pathlib.Path:
     """A path on disk with ``~`` replaced by a home folder.
 
     Raises:
-        UserError: No file can have this path, or nobody here has the name behind the ``~``.
+        UserError: No file can have this path, or there is no user with the name behind the ``~``.
     """
     text = require_path(path)
     try:
@@ -96,11 +97,11 @@ def expanded(path: str | os.PathLike) -> pathlib.Path:
 
 
 def as_path(path: str | os.PathLike) -> Place:
-    """The path of a file or folder, on disk or in a bucket. Looks at nothing.
+    """The path of a file or folder, on disk or in a bucket, without looking whether it exists.
 
     Raises:
-        UserError: A path that no file can have, a URL of another kind, without a bucket, or gcsfs
-            is not installed.
+        UserError: No file can have this path, the URL is of another kind or names no bucket, or
+            gcsfs is not installed.
     """
     text = require_path(path)
     if not is_remote(text):
@@ -117,15 +118,15 @@ def as_path(path: str | os.PathLike) -> Place:
 
 @contextlib.contextmanager
 def explained(path: str | os.PathLike) -> Iterator[None]:
-    """Explains what goes wrong with a bucket in its block.
+    """Turns exceptions about a bucket in its block into errors with an explanation.
 
-    Errors of paths on disk are left as they are.
+    Exceptions about paths on disk are left as they are.
 
     Args:
         path: The bucket, folder or object, for messages.
 
     Raises:
-        UserError: Something is not there.
+        UserError: The object or bucket does not exist.
         StoreError: The store refuses or does not answer.
     """
     try:
@@ -140,7 +141,7 @@ def explained(path: str | os.PathLike) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str:
-    """What an error of the store means, in one line."""
+    """What an exception of the store means, in one line."""
     text = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, FileNotFoundError):
         return "nothing is there, or there is no such bucket"
@@ -154,7 +155,7 @@ def explain(error: BaseException) -> str:
 
 
 def _is_forbidden(error: BaseException) -> bool:
-    """Whether an error is gcsfs's plain OSError for a request that is not allowed."""
+    """Whether an exception is the plain OSError that gcsfs raises for a forbidden request."""
     return isinstance(error, OSError) and str(error).startswith("Forbidden")
 
 
@@ -185,9 +186,9 @@ def size(path: Place) -> int:
 
 
 def exists(path: Place) -> bool:
-    """Whether a file, folder or object is there.
+    """Whether a file, folder or object exists.
 
-    The `exists` of epath's paths reads a failed request as a no; this does not.
+    The `exists` of epath's paths returns False for a failed request; this function raises.
 
     Raises:
         UserError: A package that buckets need is not installed.
@@ -204,9 +205,9 @@ def exists(path: Place) -> bool:
 
 
 class Ranges:
-    """A file or object that is read at any place, without a position of its own.
+    """A file or object that is read at any offset; it keeps no position.
 
-    An object is read by range requests; nothing of it is kept on disk.
+    An object is read by range requests, and nothing of it is stored on disk.
     """
 
     def __init__(self, path: Place):
@@ -215,9 +216,10 @@ class Ranges:
         self._file = -1 if self._client else os.open(path, os.O_RDONLY)
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """Fills `view` from `offset` on, or a part of it; the number of bytes, 0 at the end.
+        """Fills `view`, or a part of it, from `offset` on; gives the number of bytes, 0 at the end.
 
-        What one request gives lies in memory once more, so it is not asked for everything.
+        The answer to a request is in memory a second time, so one request does not ask for
+        everything.
         """
         if self._client is None:
             return os.preadv(self._file, [view], offset)
@@ -241,7 +243,8 @@ class Ranges:
 def write_objects(folder: Place, files: Mapping[str, bytes]) -> None:
     """Writes objects under `folder` one after the other; readers look for the last one.
 
-    Of several, an older one of the last one's name goes first, so that it marks nothing mixed.
+    If there are several, an older object with the last one's name is removed first, so that it
+    never marks a mixture of old and new objects as complete.
     """
     *others, last = files
     with explained(folder):
@@ -252,13 +255,13 @@ def write_objects(folder: Place, files: Mapping[str, bytes]) -> None:
 
 
 def upload(local: pathlib.Path, folder: Place, last: str) -> None:
-    """Makes objects of the files of a folder on disk, in place of those there.
+    """Writes the files of a folder on disk as objects, in place of the objects there.
 
     Args:
-        local: The folder.
-        folder: Where to; objects of other names are removed.
-        last: The file that readers look for first: it is removed before anything else changes,
-            and written last.
+        local: The folder on disk.
+        folder: The folder in the bucket; objects with other names are removed.
+        last: The file that readers look for first. It is removed before anything else changes, and
+            written last.
 
     Raises:
         UserError: A package that buckets need is not installed.
@@ -276,7 +279,7 @@ def upload(local: pathlib.Path, folder: Place, last: str) -> None:
 
 
 def objects(folder: Place) -> dict[str, dict[str, Any]]:
-    """Size and the store's own CRC-32C of every object under a folder, by its name there.
+    """A dict from the name of every object under a folder to its size and the store's CRC-32C.
 
     Raises:
         UserError: A package that buckets need is not installed.
@@ -293,7 +296,7 @@ def objects(folder: Place) -> dict[str, dict[str, Any]]:
 
 
 def remove(folder: Place) -> None:
-    """Removes all objects under a folder; nothing need be there.
+    """Removes all objects under a folder, if there are any.
 
     Raises:
         UserError: A package that buckets need is not installed.
@@ -304,9 +307,9 @@ def remove(folder: Place) -> None:
 
 
 def move(folder: Place, target: Place, first: str) -> None:
-    """Copies all objects under a folder, then removes them, `first` before the others.
+    """Copies all objects under a folder, then removes the originals, `first` before the others.
 
-    A process killed meanwhile leaves the old objects whole, or without `first`.
+    A process killed meanwhile leaves the originals complete, or without `first`.
 
     Raises:
         UserError: A package that buckets need is not installed.
@@ -320,7 +323,7 @@ def move(folder: Place, target: Place, first: str) -> None:
 
 
 def _client(url: str) -> Any:
-    """The file system of gcsfs. It keeps no listings: other processes write too."""
+    """The file system of gcsfs, without its cache of listings: other processes write too."""
     try:
         import fsspec
         from fsspec.config import conf
@@ -328,7 +331,7 @@ def _client(url: str) -> Any:
         importlib.import_module("gcsfs")
     except ImportError as error:
         raise UserError(f"{url}: needs pip install 'jaxpeft[gcs]' ({error})") from error
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises, with a trace
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs every error with a trace
     conf.setdefault("gcs", {})["use_listings_cache"] = False
     _reached.add(SCHEME)
-    return fsspec.filesystem("gcs", finalize_on_close=True)  # as epath makes it
+    return fsspec.filesystem("gcs", finalize_on_close=True)  # with the arguments that epath uses

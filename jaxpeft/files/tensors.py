@@ -1,4 +1,4 @@
-"""A tensor in a file, whatever the container: where its bytes lie, how they become numbers."""
+"""A tensor in a file of any format: where its bytes lie, and how they are decoded."""
 
 import dataclasses
 import math
@@ -15,21 +15,21 @@ PLAIN_DTYPES = {
 }
 
 
-# Bytes of a block of 32 values, as ggml lays them out.
+# Bytes of a block of 32 values in ggml's layouts.
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 BLOCK_VALUES = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies.
+    """The place and type of one tensor.
 
     Attributes:
         file: The file that holds it.
         offset: First byte in the file.
         nbytes: Length in bytes.
         dtype: "F32", "F16", "BF16", or a ggml block type.
-        shape: As in torch: rows first, a linear weight is ``(out, in)``.
+        shape: The shape in torch's order: a linear weight is ``(out, in)``.
     """
 
     file: Place
@@ -40,11 +40,11 @@ class TensorInfo:
 
 
 def expected_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of this dtype and shape.
+    """The number of bytes of a tensor with this dtype and shape.
 
     Raises:
         ValueError: The last axis is no multiple of the block length.
-        KeyError: The dtype is none of ours.
+        KeyError: The dtype is not supported.
     """
     count = math.prod(shape)
     if dtype in PLAIN_DTYPES:
@@ -58,7 +58,7 @@ def expected_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 def decode(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
     """Turns raw bytes into floats in the shape of `info`.
 
-    Plain dtypes are views of `raw`; block types are dequantised to float32 by the gguf package.
+    Plain dtypes become views of `raw`; block types are dequantised to float32 by the gguf package.
     """
     if info.dtype in PLAIN_DTYPES:
         return raw.view(PLAIN_DTYPES[info.dtype]).reshape(info.shape)

@@ -1,7 +1,7 @@
-"""Prompts for generation: the very tokens that training puts in front of an answer.
+"""Prompts for generation, with exactly the tokens that training puts in front of an answer.
 
-Chat messages are rendered with the template, the arguments and the tokens that end a turn which an
-adapter was trained with, see `jaxpeft.methods.chat_settings`.
+Chat messages are rendered with the template, the arguments and the end-of-turn tokens of the
+adapter's training, see `jaxpeft.methods.chat_settings`.
 """
 
 import dataclasses
@@ -40,21 +40,21 @@ def encode_prompts(
     documents: Sequence[dict] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Token ids of prompts, the very ones that training puts in front of an answer.
+    """Token ids of prompts, exactly those that training puts in front of an answer.
 
     Args:
         base: The model, with its tokenizer.
-        prompts: Texts, or lists of chat messages up to where the assistant begins to speak.
-        adapter: Its chat settings are used.
+        prompts: Texts, or lists of chat messages that end before the assistant's turn.
+        adapter: The adapter whose chat settings are used.
         tools: JSON schemas of tools that chats may call.
         documents: Documents that chats may answer from.
-        chat_template_kwargs: Variables of the chat template, on top of the adapter's.
+        chat_template_kwargs: Variables of the chat template; they override the adapter's.
 
     Returns:
         The ids of every prompt.
 
     Raises:
-        UserError: No tokenizer, no chat template, or messages that it refuses.
+        UserError: There is no tokenizer or no chat template, or the template refuses messages.
     """
     from jaxpeft.data.chat.kept import check_prompt
     from jaxpeft.data.chat.renderer import Renderer
@@ -116,8 +116,8 @@ def stop_ids(
 
     Args:
         base: The model, whose config and tokenizer name some.
-        adapter: Names those that ended what it learned.
-        chat: Whether chats are answered: then the chat template's end of a turn is one of them.
+        adapter: The adapter, which names those that ended the turns it learned.
+        chat: Whether chats are answered; then the chat template's end of a turn is included.
         tools: JSON schemas of tools that chats may call.
     """
     from jaxpeft.data.chat.template import Chat

@@ -1,8 +1,8 @@
 """Decoding with a key/value cache: greedy, or by temperature, top-k and top-p.
 
-Prompts of different lengths share a batch: they are padded on the left, so that every row writes
+Prompts of different lengths share a batch. They are padded on the left, so that every row writes
 the same slot of the cache; padding is in segment 0, which no token sees. Prompt length and the
-number of new slots are rounded up to buckets, and there is one compile a bucket: the adapter, the
+number of new slots are rounded up to buckets, and each bucket is compiled once: the adapter, the
 limit on new tokens and the sampling parameters are arguments.
 """
 
@@ -32,8 +32,8 @@ from jaxpeft.pretrained.model import Model
 
 BUCKET = 32
 LONG = 128
-"""From how many new tokens layers stand one by one where that is faster (`jaxpeft.models.unstack`):
-a token takes less time, but compiling takes longer, the more layers there are."""
+"""The number of new tokens from which separate layers are used, where they are faster (see
+`jaxpeft.models.unstack`). A token takes less time, but compiling takes longer."""
 
 
 def generate(
@@ -57,23 +57,22 @@ def generate(
 
     Args:
         base: The model, with its tokenizer.
-        prompts: Texts, continued as they are (behind the tokenizer's first special token, as in
+        prompts: Texts, continued as they are (after the tokenizer's first special token, as in
             training), or lists of chat messages, rendered with the tokenizer's chat template.
-        adapter: What to put on the base.
-        max_new_tokens: Longest continuation.
+        adapter: One adapter, several that act together, or None for the base alone.
+        max_new_tokens: Length of the longest continuation, in tokens.
         temperature: Divides the logits before sampling; 0 takes the likeliest token.
         top_k: Sample among the k likeliest tokens; 0 is off.
         top_p: Sample among the fewest tokens that reach this probability together; 1 is off.
         key: Typed PRNG key, needed to sample. A prompt's draws depend on the key and on its place
             in `prompts`, not on the batch it is decoded in.
         batch_size: Prompts decoded at once.
-        task: Which task's soft prompt, for multitask prompt tuning: a number, or one a prompt.
-        index: For adapters from `jaxpeft.stack_adapters`, which of them each prompt gets, -1 for
-            none.
+        task: For multitask prompt tuning, the task: one number, or one per prompt.
+        index: For adapters from `jaxpeft.stack_adapters`, the adapter of each prompt, -1 for none.
         tools: JSON schemas of tools that chats may call.
         documents: Documents that chats may answer from.
-        chat_template_kwargs: Variables of the chat template, on top of those that the adapter was
-            trained with.
+        chat_template_kwargs: Variables of the chat template; they override those that the adapter
+            was trained with.
 
     Returns:
         The new text of every prompt, without special tokens, in the order of `prompts`.
@@ -123,16 +122,16 @@ def generate_ids(
     """Continues prompts given as token ids; see `generate`.
 
     Args:
-        base: The model; its tokenizer, if there is one, tells one more id that ends a turn.
+        base: The model; its tokenizer, if there is one, names one more id that ends a turn.
         prompts: Token ids of every prompt.
-        adapter: What to put on the base.
-        max_new_tokens: Longest continuation.
-        sampling: How to choose; greedy by default.
+        adapter: One adapter, several that act together, or None for the base alone.
+        max_new_tokens: Length of the longest continuation, in tokens.
+        sampling: How tokens are chosen; greedy by default.
         key: Typed PRNG key, needed to sample.
         batch_size: Prompts decoded at once.
-        task: Which task's soft prompt, for multitask prompt tuning: a number, or one a prompt.
-        index: Which of stacked adapters each prompt gets, -1 for none.
-        stops: Ids that end an answer; default: those that the model's config, its tokenizer and
+        task: For multitask prompt tuning, the task: one number, or one per prompt.
+        index: For stacked adapters, the adapter of each prompt, -1 for none.
+        stops: Ids that end an answer. By default those that the model's config, its tokenizer and
             the adapter name, see `jaxpeft.inference.chat_prompts.stop_ids`.
 
     Returns:
@@ -203,7 +202,11 @@ def _check_sizes(
     batch_size: int,
     virtual: int,
 ) -> None:
-    """Raises a UserError for numbers out of range and for prompts that the model cannot read."""
+    """Checks the numbers, and that the model can read the prompts.
+
+    Raises:
+        UserError: A number is out of range, or a prompt is empty, too long or has unknown ids.
+    """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}.")
@@ -226,7 +229,7 @@ def _check_sizes(
 
 
 def _pad_left(rows: list[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and segments ``(batch, bucket)``; what is real stands at the right."""
+    """Token ids and segments ``(batch, bucket)``, padded on the left."""
     width = _round_up(max(len(row) for row in rows))
     tokens = np.zeros((len(rows), width), np.int32)
     segments = np.zeros((len(rows), width), np.int32)
@@ -262,14 +265,14 @@ def _decode(
     new_slots: int,
     greedy: bool,
 ) -> Int[Array, "batch new_slots"]:
-    """New ids of left-padded prompts; what follows a stop or the limit is no answer."""
+    """New ids of left-padded prompts; ids after a stop or the limit are to be ignored."""
     batch, width = tokens.shape
     variables = bind(base.params, adapter, index=index)
     head = head_weight(variables)
     lengths = segments.sum(axis=1)
 
     def run(variables: Any, ids: Any, segment_ids: Any, positions: Any, cache: Any) -> Any:
-        """Logits behind the last token of every row, and the cache with all tokens."""
+        """Logits after the last token of every row, and the cache with all tokens."""
         hidden, cache = base.module.apply(
             variables,
             ids,

@@ -31,10 +31,10 @@ class Sample:
     """One answered row.
 
     Attributes:
-        prompt: What was asked: the text, or the last message before the answer.
-        reference: The answer of the file.
+        prompt: The question: the text, or the last message before the answer.
+        reference: The answer in the file.
         answer: The generated text, without thinking.
-        cut: Whether ``max_new_tokens`` ended the answer inside of its thinking.
+        cut: Whether ``max_new_tokens`` ended the answer while the model was still thinking.
     """
 
     prompt: str
@@ -43,13 +43,13 @@ class Sample:
     cut: bool = False
 
     def values(self) -> dict[str, Any]:
-        """What `samples.jsonl` says of it; `cut` only where it is true."""
+        """The line of `samples.jsonl`; it has `cut` only if that is true."""
         values = dataclasses.asdict(self)
         return values if self.cut else {k: v for k, v in values.items() if k != "cut"}
 
     @property
     def correct(self) -> bool:
-        """Whether both texts are equal but for white space around them."""
+        """Whether both texts are equal except for white space around them."""
         return self.answer.strip() == self.reference.strip()
 
 
@@ -64,8 +64,8 @@ def evaluate_loss(
     Args:
         base: The model.
         batches: From `jaxpeft.data.batches.eval_batches`.
-        adapter: What to put on the base.
-        put: Places a batch on devices; default: as it is.
+        adapter: One adapter, several that act together, or None for the base alone.
+        put: Places a batch on devices; None leaves it as it is.
 
     Returns:
         ``eval_loss`` (mean negative log-likelihood in nats), ``eval_perplexity`` and
@@ -106,19 +106,18 @@ def exact_match(
     batch_size: int = 32,
     reading: Reading | None = None,
 ) -> tuple[float, list[Sample]]:
-    """Answers every row greedily and compares with what was learned of it.
+    """Answers every row greedily and compares the answer with the row's own.
 
-    Blocks of thinking in front of an answer do not count, neither in the answer nor in the row.
+    Blocks of thinking in front of an answer are ignored, in the generated text and in the row.
 
     Args:
         base: The model, with its tokenizer.
-        rows: Rows of data, or questions from `jaxpeft.data.questions.make_questions`; rows of plain
-        text
-            have no reference and are left out.
-        adapter: What to put on the base.
-        max_new_tokens: Longest answer.
+        rows: Rows of data, or questions from `jaxpeft.data.questions.make_questions`. Rows of
+            plain text have no reference and are left out.
+        adapter: One adapter, several that act together, or None for the base alone.
+        max_new_tokens: Length of the longest answer, in tokens.
         batch_size: Prompts decoded at once.
-        reading: How rows are read; default: as the adapter was trained.
+        reading: How rows are read; by default as in the adapter's training.
 
     Returns:
         The share of answers that equal their reference, and all answers.
@@ -164,13 +163,13 @@ def exact_match(
 
 
 def count_cut(samples: Sequence[Sample]) -> dict[str, float]:
-    """How many answers ended inside of their thinking, as a metric; none where there are none."""
+    """The number of answers cut while the model was thinking, as a metric; empty for none."""
     cut = sum(sample.cut for sample in samples)
     return {CUT: float(cut)} if cut else {}
 
 
 def reading_of(base: Model, adapter: Adapter | None) -> Reading:
-    """How rows are read to evaluate an adapter: as it was trained."""
+    """How rows are read to evaluate an adapter: as in its training."""
     settings = chat_of(adapter)
     names = ("learn", "end_of_turn", "special_tokens_in_content")
     chosen: Any = {name: getattr(settings, name) for name in names if getattr(settings, name)}
@@ -196,11 +195,11 @@ def evaluate_file(
     Args:
         base: The model, with its tokenizer.
         path: File of rows.
-        adapters: Adapters by the name to report them under; None is the base alone.
-        max_length: Longest row in tokens.
-        max_rows: Only the first rows; None is all.
-        max_new_tokens: Longest answer.
-        batch_size: Packed sequences computed at once, and a quarter of the prompts.
+        adapters: Adapters by the name under which they are reported; None is the base alone.
+        max_length: Length of the longest row allowed, in tokens.
+        max_rows: Evaluate only this many rows, the first ones; None is all.
+        max_new_tokens: Length of the longest answer, in tokens.
+        batch_size: Packed sequences computed at once; four times as many prompts are decoded.
 
     Returns:
         Metrics by name; ``eval_exact_match`` where the rows have answers.

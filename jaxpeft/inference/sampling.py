@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedily, or by temperature, top-k and top-p.
+"""The choice of the next token: greedy, or by temperature, top-k and top-p.
 
 Reference:
     Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020,
@@ -40,7 +40,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the largest logit wins: also where float32 rounds the temperature to 0."""
+        """Whether the largest logit wins, also because float32 rounds the temperature to 0."""
         return self.temperature < float(np.finfo(np.float32).tiny)
 
 
@@ -51,7 +51,7 @@ def draw(
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
 ) -> Int[Array, "batch"]:
-    """A token for every row, by its own key; see `Sampling` for the numbers."""
+    """A token for every row, drawn with the row's own key; `Sampling` explains the numbers."""
     # Below 0, so that a small temperature cannot overflow.
     scores = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     scores = jax.lax.cond(
@@ -69,13 +69,13 @@ def filter_logits(
     """Sets logits to -inf outside the top k and outside the nucleus of mass `top_p`.
 
     Args:
-        logits: Already divided by the temperature.
-        top_k: 0 is off.
-        top_p: In (0, 1]; 1 is off. It applies to what top-k has left.
+        logits: Logits, already divided by the temperature.
+        top_k: How many logits are kept; 0 is off.
+        top_p: In (0, 1]; 1 is off. It applies to the logits that top-k keeps.
 
     Returns:
-        The logits with at least the largest of every row left; what ties with the smallest one
-        left stays too.
+        The logits. At least the largest of every row is kept, and so is every logit equal to the
+        smallest one kept.
     """
     ranked = jnp.sort(logits, axis=-1, descending=True)
     within = (jnp.arange(logits.shape[-1]) < top_k) | (top_k == 0)

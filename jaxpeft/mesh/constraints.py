@@ -1,10 +1,10 @@
-"""What lives where inside a program on a mesh: rows over data and fsdp, weights whole over fsdp.
+"""Sharding constraints inside a program: rows over data and fsdp, weights gathered over fsdp.
 
-XLA spreads a program over a mesh from where its arguments live. Left alone it may just as well
-move activations as weights. Model code says here what FSDP and tensor parallelism mean: activations
-keep their rows, a layer's weights are gathered over fsdp where they are used, once a pass, and
-heads stay on the shard of the tensor axis that made them. Without a layout, and on one device,
-nothing is said.
+XLA derives the sharding of a program from the sharding of its arguments, and left alone it may move
+activations instead of weights. The model's code states here what FSDP and tensor parallelism mean:
+activations keep their rows, a layer's weights are gathered over fsdp when they are used, once in
+each pass, and heads stay on the shard of the tensor axis that computed them. Without a layout, and
+on one device, there are no constraints.
 
 References:
     Zhao et al., "PyTorch FSDP", 2023, https://arxiv.org/abs/2304.11277, section 3.
@@ -41,7 +41,7 @@ _IN_GROUP = jax.make_user_context(False)
 
 @contextlib.contextmanager
 def traced_on(layout: Layout | None) -> Iterator[None]:
-    """Programs that are traced inside are for this layout.
+    """Programs traced in this block are for this layout.
 
     A jitted function that was traced for another layout before is traced again. Other threads are
     not affected.
@@ -58,7 +58,7 @@ def traced_on(layout: Layout | None) -> Iterator[None]:
 
 
 def layout_of(params: Mapping, model: Any = None) -> Layout | None:
-    """The layout of arrays that live on a mesh, by the table's own rules; None elsewhere."""
+    """The layout of parameters that are on a mesh, with the rules of `RULES`; None for others."""
     leaf = jax.tree.leaves(params)[0]
     where = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(where, NamedSharding) or not {*AXES} <= {*where.mesh.axis_names}:
@@ -73,7 +73,7 @@ def _several() -> Layout | None:
 
 
 def on_mesh() -> bool:
-    """Whether the program that is traced is for several devices."""
+    """Whether the program being traced is for several devices."""
     return _several() is not None
 
 
@@ -83,13 +83,13 @@ def knows_devices() -> bool:
 
 
 def row_shards() -> int:
-    """Over how many devices the rows of a batch are spread."""
+    """The number of devices that the rows of a batch are spread over."""
     layout = _several()
     return 1 if layout is None else layout.shape["data"] * layout.shape["fsdp"]
 
 
 def keep_rows(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
-    """Activations, each device with whole rows of its own."""
+    """Constrains activations so that every device holds whole rows."""
     if not on_mesh() or x.shape[0] % row_shards():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
@@ -98,10 +98,11 @@ def keep_rows(x: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
 def keep_heads(
     x: Float[Array, "batch seq heads head_dim"], q_heads: int
 ) -> Float[Array, "batch seq more_heads head_dim"]:
-    """Keys, or values, with heads spread over the tensor axis, repeated where it has more shards.
+    """Spreads the heads of keys or values over the tensor axis.
 
-    Head ``i`` of queries reads head ``i // group`` of keys before and after. Where the heads of
-    queries cannot be spread nothing is done.
+    If the axis has more shards than there are heads, heads are repeated. Head ``i`` of the queries
+    reads head ``i // group`` of the keys before and after. If the heads of the queries do not
+    divide by the axis, nothing is done.
     """
     layout = _several()
     if layout is None or q_heads % layout.shape["tensor"]:
@@ -122,18 +123,18 @@ def on_own_heads(
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Calls a function that XLA cannot partition on every device's own rows and heads.
 
-    Rows, or heads, that do not divide are done by every device of the axis.
+    If rows or heads do not divide by an axis, every device of the axis computes all of them.
 
     Args:
         function: Attention, ``function(q, k, v, segment_ids, *rest)``.
         q: Queries.
-        k: Keys as `keep_heads` gives them.
-        v: Values, like keys.
+        k: Keys from `keep_heads`.
+        v: Values from `keep_heads`.
         segment_ids: Segment of each slot.
         *rest: More arrays, which every device gets whole.
 
     Returns:
-        What it gives, of all rows and heads.
+        The function's result for all rows and heads.
     """
     layout = _several()
     if layout is None:
@@ -149,17 +150,17 @@ def on_own_heads(
 
 
 def _place_of_heads(layout: Layout, batch: int, heads: int) -> PartitionSpec:
-    """Where ``(batch, seq, heads, head_dim)`` lives, as far as rows and heads divide."""
+    """The spec of ``(batch, seq, heads, head_dim)``; an axis that does not divide is not spread."""
     rows = ROWS if batch % row_shards() == 0 else None
     side = "tensor" if heads % layout.shape["tensor"] == 0 else None
     return PartitionSpec(rows, None, side, None)
 
 
 def look_up(ids: Int[Array, "batch seq"], table: Any) -> Float[Array, "batch seq d_model"]:
-    """Rows of the embedding table, which stays where it lives.
+    """Looks ids up in the embedding table without gathering it.
 
-    With features over fsdp each device looks up its part of the rows of all its peers, and they
-    are exchanged: that is less than the table.
+    With features sharded over fsdp, each device looks up its slice of its peers' rows and they
+    exchange slices: less traffic than gathering the table.
     """
     layout = _several()
     if layout is None:
@@ -173,9 +174,9 @@ def look_up(ids: Int[Array, "batch seq"], table: Any) -> Float[Array, "batch seq
 
 
 def rows_of_peers(x: Shaped[Array, "batch *rest"]) -> Shaped[Array, "batch *rest"]:
-    """What is multiplied with the vocabulary, where each device has a part of that: all rows.
+    """Gathers the rows that the fsdp and tensor devices share.
 
-    All of those that the devices along fsdp and tensor share.
+    Each of these devices can then multiply all of them with its slice of the vocabulary.
     """
     layout = _several()
     if layout is None or not layout.spreads_vocab or x.shape[0] % groups_of_rows():
@@ -184,7 +185,7 @@ def rows_of_peers(x: Shaped[Array, "batch *rest"]) -> Shaped[Array, "batch *rest
 
 
 def keep_vocab(logits: Float[Array, "batch *rest vocab"]) -> Float[Array, "batch *rest vocab"]:
-    """Logits of `rows_of_peers`, each device with its part of the vocabulary."""
+    """Constrains logits of `rows_of_peers`: each device holds its slice of the vocabulary."""
     layout = _several()
     if layout is None or not layout.spreads_vocab or logits.shape[0] % groups_of_rows():
         return logits
@@ -193,7 +194,10 @@ def keep_vocab(logits: Float[Array, "batch *rest vocab"]) -> Float[Array, "batch
 
 
 def groups_of_rows() -> int:
-    """The devices of the data axis: rows of different ones never meet but in sums."""
+    """The number of groups of rows, one for each device of the data axis.
+
+    Rows of different groups only meet in sums.
+    """
     layout = _several()
     return 1 if layout is None or _IN_GROUP.value else layout.shape["data"]
 
@@ -203,14 +207,14 @@ def _group_axis() -> str | None:
 
 
 def by_group(function: Callable[[Any, Array], Array], groups: int) -> Callable[[Any, Array], Array]:
-    """A function of weights and rows, with weights of their own for each group of rows.
+    """Maps a function of weights and rows over groups of rows; each group has its own weights.
 
-    Gradients of the weights are then not summed over the data axis where they arise, but later,
-    by `sum_groups`: once for many of them.
+    Gradients of the weights are then not summed over the data axis where they arise, but later, by
+    `sum_groups`: once for many of them.
 
     Args:
         function: ``function(weights, rows)``.
-        groups: From `groups_of_rows`; with 1 it is the function.
+        groups: From `groups_of_rows`; with 1 the function is returned unchanged.
 
     Returns:
         A function that takes weights from `copy_for_groups`.
@@ -228,7 +232,7 @@ def by_group(function: Callable[[Any, Array], Array], groups: int) -> Callable[[
 
 
 def copy_for_groups(weights: Any, groups: int) -> Any:
-    """Every array with a leading axis of groups, each on the devices of its group."""
+    """Adds a leading axis of groups to every array; each copy is on the devices of its group."""
     if groups == 1:
         return weights
 
@@ -240,18 +244,18 @@ def copy_for_groups(weights: Any, groups: int) -> Any:
 
 
 def sum_groups(weights: Any, groups: int) -> Any:
-    """Takes the leading axis of `copy_for_groups` away."""
+    """Sums over the leading axis that `copy_for_groups` added."""
     return weights if groups == 1 else jax.tree.map(lambda leaf: leaf.sum(axis=0), weights)
 
 
 def gathered(path: str, weight: Any) -> Any:
-    """A weight of the base as it is used: whole along the fsdp axis, or as `HEADS` have it.
+    """Gathers a weight of the base for use: unsharded over fsdp, or as `HEADS` prescribes.
 
-    Of an adapter's node it is the base inside.
+    In the node of an adapter, the base inside is gathered.
 
     Args:
-        path: The base leaf's path, as `jaxpeft.mesh.layout.RULES` has it.
-        weight: An array, a quantised kernel (its codes are gathered), or a node.
+        path: The base leaf's path, as in `jaxpeft.mesh.layout.RULES`.
+        weight: An array, a quantised kernel (whose codes are gathered), or a node.
     """
     layout = _several()
     if layout is None:
@@ -259,7 +263,7 @@ def gathered(path: str, weight: Any) -> Any:
     if isinstance(weight, Node) and hasattr(weight, "base"):
         base = gathered(path, weight.base)  # pyright: ignore[reportAttributeAccessIssue]
         return weight.replace(base=base)  # pyright: ignore[reportAttributeAccessIssue]
-    # Inside a layer the axis of layers is gone; the table has it.
+    # Rules include the axis of layers, which is gone inside a layer.
     stacked = path.startswith("layers/")
     lead = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), weight)
     places = leaf_sharding(

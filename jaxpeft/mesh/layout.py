@@ -1,14 +1,14 @@
-"""Where arrays live: one table of path patterns over the mesh ``("data", "fsdp", "tensor")``.
+"""The placement of arrays: a table of path patterns over the mesh ``("data", "fsdp", "tensor")``.
 
-A base leaf takes the first rule whose pattern matches its whole path; a config may put rules of
-its own in front. Dimensions that do not divide, heads that would be cut, and leaves without a rule,
-are replicated, and `unsharded` names them. An adapter's
-factors keep their kernel's tensor axis, are replicated over fsdp, and never split the rank; the
-optimizer's moments follow their parameter. Batches are split over data and fsdp.
+A leaf of the base follows the first rule whose pattern matches its whole path; a config may put
+rules of its own in front. A dimension is replicated if the axis does not divide it, if heads would
+be cut, or if there is no rule; `unsharded` names such leaves. An adapter's factors follow their
+kernel's tensor axis, are replicated over fsdp, and never split the rank. The optimizer's moments
+follow their parameter. Batches are split over data and fsdp.
 
 Reference:
-    Shoeybi et al., "Megatron-LM", 2019, https://arxiv.org/abs/1909.08053, section 3 (which side
-    of each matrix the tensor axis cuts).
+    Shoeybi et al., "Megatron-LM", 2019, https://arxiv.org/abs/1909.08053, section 3 (which side of
+    each matrix the tensor axis cuts).
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (".*/bias", ()),
     (".*scale", ()),
 )
-"""Pattern of a base path, and the mesh axis of each dimension."""
+"""Pairs of a pattern of base paths and the mesh axis of each dimension."""
 
 VOCAB = ("tensor", "fsdp")
 
@@ -45,12 +45,12 @@ HEADS: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
     paths.HEAD: (None, VOCAB),
     paths.EMBEDDING: (VOCAB, None),
 }
-"""Where what makes logits lives meanwhile: each device has its part of the vocabulary."""
+"""Sharding of the head while logits are computed: each device holds a slice of the vocabulary."""
 
 
 @runtime_checkable
 class Sizes(Protocol):
-    """What of a model decides which cuts are allowed; `jaxpeft.ModelConfig` has it."""
+    """The sizes of a model that decide which cuts are allowed; `jaxpeft.ModelConfig` has them."""
 
     @property
     def vocab_size(self) -> int:
@@ -70,14 +70,15 @@ class Sizes(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh with what decides where a leaf lives on it.
+    """A mesh, with the rules that place leaves on it.
 
     Attributes:
         mesh: Over ``data``, ``fsdp`` and ``tensor``.
         rules: Rules in front of `RULES`, see `parse_rules`.
-        model: Sizes of the model, so that the tensor axis never cuts a head: with more shards than
-            key/value heads their projections are replicated. None allows any cut that divides.
-        gathered: Where weights live while they are used: without fsdp, and `HEADS` as they say.
+        model: Sizes of the model, so that the tensor axis never cuts a head: if the axis has more
+            shards than there are key/value heads, their projections are replicated. None allows any
+            cut that divides.
+        gathered: The sharding of weights while in use: unsharded over fsdp, heads as in `HEADS`.
     """
 
     mesh: Mesh
@@ -87,17 +88,17 @@ class Layout:
 
     @property
     def shape(self) -> Mapping[str, int]:
-        """Devices along every axis of the mesh."""
+        """The number of devices along every axis of the mesh."""
         return self.mesh.shape
 
     @property
     def spreads_vocab(self) -> bool:
-        """Whether every device of the fsdp and tensor axes can have its part of the vocabulary."""
+        """Whether every device of the fsdp and tensor axes can hold a slice of the vocabulary."""
         shards = self.shape["tensor"] * self.shape["fsdp"]
         return self.model is not None and self.model.vocab_size % shards == 0
 
     def axes(self, path: str) -> tuple[Any, ...] | None:
-        """The mesh axes of a base leaf's dimensions as far as heads allow; None without a rule."""
+        """The mesh axes of a base leaf's dimensions, never cutting a head; None without a rule."""
         if self.gathered and self.spreads_vocab and path in HEADS:
             return HEADS[path]
         axes = spec_of(path, self.rules)
@@ -105,7 +106,7 @@ class Layout:
         return axes and tuple(None if axis in left_out else axis for axis in axes)
 
     def cut_heads(self, path: str) -> int:
-        """How many heads the tensor axis would have to cut in this leaf; 0 if it cuts none."""
+        """The number of heads that the tensor axis would have to cut in this leaf; 0 for none."""
         found = re.search(r"self_attn/(q|k|v|o)_proj/", path)
         if found is None or self.model is None:
             return 0
@@ -114,23 +115,24 @@ class Layout:
 
 
 def as_layout(mesh: Mesh | Layout, model: Sizes | None = None) -> Layout:
-    """A layout of a mesh, or one given, that knows the model's sizes."""
+    """The layout of a mesh, or a given layout, with the model's sizes."""
     layout = mesh if isinstance(mesh, Layout) else Layout(mesh)
     return layout if model is None else dataclasses.replace(layout, model=model)
 
 
 def parse_rules(rules: Mapping[str, str]) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
-    """Rules as a config writes them.
+    """Parses rules from a config.
 
     Args:
-        rules: Patterns of whole base paths, and the mesh axis of each dimension, "-" for none:
-            ``{"layers/mlp/up_proj/kernel": "- fsdp tensor"}``. What is left out is none.
+        rules: A dict from patterns of whole base paths to the mesh axis of each dimension, "-" for
+            none: ``{"layers/mlp/up_proj/kernel": "- fsdp tensor"}``. Dimensions that are left out
+            have none.
 
     Returns:
-        The same as `RULES` is written.
+        Rules in the form of `RULES`.
 
     Raises:
-        ValueError: A pattern that is no regular expression, an unknown axis, or one given twice.
+        ValueError: A pattern is no regular expression, or an axis is unknown or given twice.
 
     Example:
         >>> parse_rules({"norm/scale": "fsdp"})
@@ -164,9 +166,10 @@ def make_mesh(
 
     Args:
         data: Devices that hold copies of the base and see different rows.
-        fsdp: Devices the base is spread over; they see different rows too.
-        tensor: Devices each matrix is cut over. One axis may be -1: what is left.
-        devices: Which devices; None is all of them, of all processes.
+        fsdp: Devices that the base is spread over; they see different rows too.
+        tensor: Devices that each matrix is cut over. One of the three may be -1: all devices that
+            the others leave.
+        devices: Which devices; None for all devices of all processes.
 
     Returns:
         A mesh with axes "data", "fsdp" and "tensor", of type Auto.
@@ -191,7 +194,7 @@ def make_mesh(
 
 
 def spec_of(path: str, rules: Sequence[tuple] = ()) -> tuple[str | None, ...] | None:
-    """The mesh axes that the first rule of `rules` and `RULES` wants; None without a rule."""
+    """The mesh axes in the first matching rule of `rules` and `RULES`; None without a rule."""
     for pattern, axes in (*rules, *RULES):
         if re.fullmatch(pattern, path):
             return axes

@@ -1,4 +1,4 @@
-"""Arrays on a mesh: the sharding of every leaf, and putting leaves where it says."""
+"""The sharding of every leaf, and the functions that place leaves on a mesh."""
 
 import dataclasses
 import math
@@ -16,12 +16,12 @@ from jaxpeft.ops.quant import QuantTensor
 
 
 def param_sharding(path: str, shape: tuple[int, ...], mesh: Mesh | Layout) -> NamedSharding:
-    """Where a base leaf lives; dimensions that do not divide are replicated."""
+    """The sharding of a base leaf; dimensions that do not divide are replicated."""
     return _place(as_layout(mesh).axes(path) or (), shape, mesh)
 
 
 def leaf_sharding(path: str, leaf: Any, mesh: Mesh | Layout) -> Any:
-    """Where an array, or every array of a quantised kernel, lives.
+    """The sharding of an array, or of every array of a quantised kernel.
 
     A device holds whole blocks of a quantised kernel.
 
@@ -31,7 +31,7 @@ def leaf_sharding(path: str, leaf: Any, mesh: Mesh | Layout) -> Any:
         mesh: The mesh, or a layout.
 
     Returns:
-        A sharding, or a tree of them like the leaf.
+        A sharding, or a tree of them with the structure of the leaf.
     """
     if not isinstance(leaf, QuantTensor):
         return param_sharding(path, leaf.shape, mesh)
@@ -78,12 +78,12 @@ def adapter_sharding(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp; further dimensions whole."""
+    """The sharding of a batch: rows over data and fsdp, further dimensions whole."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> list[int] | None:
-    """Which rows of a batch the devices of this process hold; None for all, of one process."""
+    """The rows of a batch on this process's devices; None for all, in a run of one process."""
     if jax.process_count() == 1:
         return None
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
@@ -91,15 +91,15 @@ def process_rows(mesh: Mesh, batch_size: int) -> list[int] | None:
 
 
 def put_batch(batch: Mapping, mesh: Mesh, batch_size: int) -> dict:
-    """A batch on the mesh.
+    """Puts a batch on the mesh.
 
     Args:
-        batch: Arrays of the rows that `process_rows` names.
+        batch: Arrays with the rows that `process_rows` names.
         mesh: The mesh.
-        batch_size: Rows of all processes.
+        batch_size: Number of rows of all processes.
 
     Returns:
-        Whole arrays, rows split over data and fsdp.
+        Whole arrays, with rows split over data and fsdp.
     """
     where = batch_sharding(mesh)
     if jax.process_count() == 1:
@@ -111,7 +111,7 @@ def put_batch(batch: Mapping, mesh: Mesh, batch_size: int) -> dict:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """The sharding of an array that is the same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -119,7 +119,7 @@ def state_shardings(state: Any, mesh: Mesh | Layout, arrays: Mapping[str, ArrayR
     """Shardings for a `jaxpeft.updates.step.TrainState` (or its shapes), leaf by leaf.
 
     Trained arrays and their moments are found by the part of their path behind ``adapter`` or
-    ``base``; counters, keys, and moments of another shape than their array (Adafactor's) are
+    ``base``. Counters, keys, and moments whose shape differs from their array's (Adafactor's) are
     replicated.
 
     Args:
@@ -128,7 +128,7 @@ def state_shardings(state: Any, mesh: Mesh | Layout, arrays: Mapping[str, ArrayR
         arrays: As `adapter_sharding` takes it.
 
     Returns:
-        A tree like `state` of shardings.
+        A tree of shardings with the structure of `state`.
     """
 
     def owner_of(path: Any) -> tuple[str, str] | None:
@@ -160,15 +160,15 @@ def placed_shapes(tree: Any, shardings: Any) -> Any:
 
 
 def shard_params(params: Mapping, mesh: Mesh | Layout) -> dict:
-    """Base parameters placed on the mesh by the table.
+    """Places base parameters on the mesh by the rules.
 
     Args:
         params: Base parameters, a nested dict.
         mesh: Over ``data``, ``fsdp`` and ``tensor``, see `make_mesh`; or a layout.
 
     Returns:
-        The same tree; leaves that fit no rule or do not divide are replicated (`unsharded` names
-        them).
+        The same tree. Leaves without a rule, or whose dimensions do not divide, are replicated;
+        `unsharded` names them.
     """
     return paths.unflatten(
         {
@@ -179,7 +179,7 @@ def shard_params(params: Mapping, mesh: Mesh | Layout) -> dict:
 
 
 def unsharded(params: Mapping, mesh: Mesh | Layout) -> list[str]:
-    """Names base leaves that are replicated for want of a rule or of divisibility, and why."""
+    """Names the base leaves that are replicated for lack of a rule or of divisibility, and why."""
     layout, notes = as_layout(mesh), []
     for path, leaf in paths.flatten(params).items():
         axes = layout.axes(path)
@@ -200,7 +200,7 @@ def unsharded(params: Mapping, mesh: Mesh | Layout) -> list[str]:
 def _uneven_blocks(
     path: str, leaf: QuantTensor, axes: Sequence[str | None], layout: Layout
 ) -> list[str]:
-    """What of a quantised kernel is replicated: devices hold whole blocks."""
+    """Says what of a quantised kernel is replicated because devices hold whole blocks."""
     blocks, _, columns = leaf.codes.shape[-3:]
     sizes = zip((blocks, columns), axes[-2:], ("blocks of 64", "columns"), strict=True)
     return [

@@ -1,7 +1,7 @@
-"""What the processes of one run have together: one that writes, answers, and whole arrays.
+"""Communication between the processes of a run: shared answers, shared errors, whole arrays.
 
-Every function here is called by all processes of a run in the same order, and costs nothing in a
-run of one process. `jaxpeft.cli.hosts` lets them meet.
+All processes of a run call these functions in the same order. In a run of one process they cost
+nothing. `jaxpeft.cli.hosts` connects the processes.
 """
 
 import hashlib
@@ -20,26 +20,26 @@ T = TypeVar("T")
 
 _ANSWER_BYTES = 1 << 14
 _FRAME_BYTES = 2048
-"""What `exchange` sends at once, length included; more needs a second round."""
+"""Bytes that `exchange` sends at once, length included; longer data needs a second round."""
 _LENGTH_BYTES = 8
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and speaks."""
+    """Whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def from_first(find: Callable[[], T]) -> T:
-    """Calls `find` in the first process only and gives its answer, or its failure, to all.
+    """Calls `find` in the first process only, and gives its result or its error to all.
 
     Args:
-        find: Its answer must be short and JSON.
+        find: Its result must be short and JSON.
 
     Returns:
-        The answer of the first process.
+        The result in the first process.
 
     Raises:
-        UserError: What `find` raised there.
+        UserError: `find` raised it in the first process.
     """
     if jax.process_count() == 1:
         return find()
@@ -65,15 +65,15 @@ def together(act: Callable[[], T], shared: bool = True) -> T:
     A process that raised alone would leave the others waiting in the next collective.
 
     Args:
-        act: What to do; it must not wait for other processes.
-        shared: Whether the others do the same; else it is just called.
+        act: The function; it must not wait for other processes.
+        shared: Whether the other processes call it too; if not, it is simply called.
 
     Returns:
-        What `act` returns here.
+        The result of `act` in this process.
 
     Raises:
-        UserError: In every process the same one, of the first process where `act` failed.
-        Exception: Another error is raised as it is where it happened.
+        UserError: The same error in every process: that of the first process where `act` failed.
+        Exception: Errors of other kinds are raised unchanged in the process where they happened.
     """
     if not shared or jax.process_count() == 1:
         return act()
@@ -95,7 +95,7 @@ def together(act: Callable[[], T], shared: bool = True) -> T:
 
 
 def exchange(data: bytes) -> list[bytes]:
-    """What each process has given, in the order of their numbers; all must call."""
+    """The data of every process, in the order of their numbers; all processes must call."""
     first = _gather(_framed(data, _FRAME_BYTES))
     lengths = [int.from_bytes(frame[:_LENGTH_BYTES], "little") for frame in first]
     most = _LENGTH_BYTES + max(lengths)
@@ -140,7 +140,7 @@ def spans_processes(mesh: jax.sharding.Mesh | Layout | None) -> bool:
 
 
 def _failure(error: UserError) -> dict[str, Any]:
-    """What the others are told of an error; escaped for JSON it fits into a frame."""
+    """What the other processes are told of an error; escaped for JSON it fits into a frame."""
     text = str(error).encode(errors="replace")[: _ANSWER_BYTES // 8].decode(errors="ignore")
     return {"error": text, "code": error.exit_code}
 
@@ -172,7 +172,7 @@ def require_same(what: str, mine: str) -> None:
 def whole(array: Any) -> Any:
     """An array with all its values on this process's devices.
 
-    Arrays that are there already, as all are in a run of one process, stay as they are.
+    Arrays that are there already stay as they are; in a run of one process all are.
     """
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return array

@@ -17,16 +17,13 @@ declares, see `jaxpeft.methods.family.Kind`.
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import flax.struct
 import jax
 import numpy as np
 
 from jaxpeft.core import paths
-
-if TYPE_CHECKING:
-    pass
 
 RANK = "rank"
 """The buffer that holds the rank of every layer of a place, 0 for a layer that is left as it is."""
@@ -88,6 +85,12 @@ class Adapter:
     base_name: Label = flax.struct.field(pytree_node=False, default=Label(""))
     base_revision: Label = flax.struct.field(pytree_node=False, default=Label(""))
     chat: Label = flax.struct.field(pytree_node=False, default=Label(""))
+
+    if TYPE_CHECKING:  # flax adds it
+
+        def replace(self, **updates: Any) -> Self:
+            """A copy with other values in some fields."""
+            ...
 
     def __repr__(self) -> str:
         """One line instead of all arrays."""

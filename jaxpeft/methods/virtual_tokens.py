@@ -7,7 +7,7 @@ its own.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +70,18 @@ def num_tasks(adapter: Adapter | Sequence[Adapter] | None) -> int:
     return max(found, default=0)
 
 
+@overload
+def with_prompt(
+    adapter: Adapter | Sequence[Adapter] | None,
+    input_ids: Int[Array | np.ndarray, "batch seq"],
+    segment_ids: None = None,
+    *,
+    task: Any = 0,
+    index: None = None,
+) -> Int[Array | np.ndarray, "batch longer"]: ...
+
+
+@overload
 def with_prompt(
     adapter: Adapter | Sequence[Adapter] | None,
     input_ids: Int[Array | np.ndarray, "batch seq"],
@@ -77,7 +89,17 @@ def with_prompt(
     *,
     task: Any = 0,
     index: Any = None,
-) -> Any:
+) -> Prompted: ...
+
+
+def with_prompt(
+    adapter: Adapter | Sequence[Adapter] | None,
+    input_ids: Int[Array | np.ndarray, "batch seq"],
+    segment_ids: Int[Array | np.ndarray, "batch seq"] | None = None,
+    *,
+    task: Any = 0,
+    index: Any = None,
+) -> Int[Array | np.ndarray, "batch longer"] | Prompted:
     """Writes a soft prompt's virtual ids in front of every segment.
 
     Args:

@@ -1,12 +1,12 @@
 """Causal attention over packed rows.
 
-One mask serves every caller: a query sees a key if both are in the same segment, the key's
-position is not later, and it is less than the layer's window behind. In a row that is not cached
-it sees no later slot either, whatever its position, and those keys are not read at all. A prefix
-stands in front of all keys, and every segment sees it.
+All callers use the same mask. A query sees a key if both are in the same segment, the key's
+position is not later, and it is less than the layer's window behind. Without a cache, a query also
+sees no later slot, whatever its position, and those keys are not read at all. A prefix stands in
+front of all keys, and every segment sees it.
 
-Few queries (decoding, short rows) are one product with all keys; longer rows go in tiles, or
-through a kernel where the backend has one that is exact.
+With few queries (decoding, short rows) all queries are multiplied with all keys in one product.
+Longer rows are computed in tiles, or by a kernel if the backend has one that is exact.
 """
 
 import math
@@ -29,11 +29,11 @@ class Prefix:
     """Keys and values that stand in front of every segment, at positions 0 to n - 1.
 
     Attributes:
-        k: ``(n, kv_heads, head_dim)``, or ``(batch, n, kv_heads, head_dim)`` where rows differ,
-            used as they are; outside of a layer with the axis of layers in front.
+        k: ``(n, kv_heads, head_dim)``, or ``(batch, n, kv_heads, head_dim)`` if rows differ; not
+            rotated again. Outside of a layer there is an axis of layers in front.
         v: The same shape.
-        used: ``(batch,)`` booleans: which rows have a prefix at all; None for every row. Outside
-            of a layer with the axis of layers in front, too.
+        used: ``(batch,)`` booleans: which rows have a prefix; None for every row. Outside of a
+            layer there is an axis of layers in front.
     """
 
     k: Any
@@ -42,11 +42,11 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """How many positions it takes."""
+        """The number of positions that it takes."""
         return self.k.shape[-3]
 
     def shift(self, positions: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
-        """Positions behind the prefixes of all layers.
+        """Moves positions behind the prefixes of all layers.
 
         Raises:
             UserError: If the batch has another number of rows than `used`.
@@ -87,10 +87,10 @@ def attention(
         k_segments: Segment of each key; 0 is padding or an empty slot of a cache.
         window: How many positions back a query sees, itself included; 0 or None for all.
         windows: All values that `window` may take, where they are known.
-        prefix: What stands in front of the keys; positions of queries and keys begin behind it.
-        in_order: Whether queries and keys are the same tokens, whose positions count up slot by
-            slot in every segment. A kernel may be used then: see `_kernel_serves`.
-        block: How many queries, and keys, make a tile; None for what suits the backend.
+        prefix: Keys and values in front of all others; positions of `q` and `k` begin behind it.
+        in_order: Whether queries and keys are the same tokens and their positions count up slot by
+            slot in every segment. A kernel may be used then, see `_kernel_serves`.
+        block: Queries (and keys) in a tile; None for the backend's choice.
 
     Returns:
         Values averaged with softmax weights (computed in float32), in the dtype of `q`; zero for
@@ -139,10 +139,10 @@ def positions_of(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"
 
 
 def _kernel_serves(q: Any, window: Any, windows: tuple[int, ...]) -> bool:
-    """Whether the kernel can do what it is asked for.
+    """Whether the kernel can compute this attention.
 
-    It goes by slots and has static windows, takes two dtypes, and XLA cannot partition it: where
-    arrays may live on several devices a layout must say how. Short rows are quicker without it.
+    The kernel goes by slots, has static windows and takes two dtypes. XLA cannot partition it, so
+    where arrays may be on several devices there must be a layout. Short rows are faster without it.
     """
     return (
         q.shape[1] > choices().dense
@@ -156,7 +156,7 @@ def _in_front(
     first: Float[Array, "*batch n kv_heads head_dim"],
     then: Float[Array, "batch slots kv_heads head_dim"],
 ) -> Float[Array, "batch more kv_heads head_dim"]:
-    """Both along the axis of slots, in the dtype of the second."""
+    """Concatenates both along the axis of slots, in the dtype of the second."""
     first = jnp.broadcast_to(first.astype(then.dtype), (then.shape[0], *first.shape[-3:]))
     return jnp.concatenate([first, then], axis=1)
 
@@ -167,11 +167,11 @@ def _attend(
     v: Float[Array, "batch columns kv_heads head_dim"],
     mask: Bool[Array, "batch rows columns"],
 ) -> Float[Array, "batch rows heads head_dim"]:
-    """All queries with all keys; the heads of a group become rows of one product a kv head."""
+    """All queries with all keys; the query heads of a key/value head share one product."""
     batch, rows, heads, head_dim = q.shape
     kv_heads, columns = k.shape[2], k.shape[1]
     group = heads // kv_heads
-    # In decoding one axis for rows and heads: products read the cache as it lies.
+    # In decoding rows and heads share an axis, so that products read the cache without copying it.
     lead = (batch * kv_heads,) if rows == 1 and not on_mesh() else (batch, kv_heads)
     q = q.reshape(batch, rows, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(*lead, group * rows, head_dim)

@@ -1,4 +1,4 @@
-"""The key/value cache of a decoder: what earlier tokens leave behind for later ones."""
+"""The key/value cache of a decoder: keys and values of earlier tokens."""
 
 import dataclasses
 from typing import Any
@@ -15,11 +15,11 @@ class Cache:
     """Keys and values of earlier tokens, for decoding.
 
     Attributes:
-        k: ``(layers, batch, kv_heads, slots, head_dim)``, rotated; or as `by_layer` gives it.
+        k: ``(layers, batch, kv_heads, slots, head_dim)``, rotated; or in the form of `by_layer`.
         v: The same shape.
         positions: ``(batch, slots)``.
-        segment_ids: ``(batch, slots)``; 0 marks padding and slots not written yet.
-        used: Scalar: slots written so far; the next tokens go there in every row.
+        segment_ids: ``(batch, slots)``; 0 marks padding and slots that are not written yet.
+        used: Scalar: the number of slots written so far; in every row the next tokens follow them.
     """
 
     k: Any
@@ -39,14 +39,14 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache
 
 
 def append(cache: Cache, positions: Any, segment_ids: Any) -> Cache:
-    """The cache with places of new tokens, ``(batch, new)``, written behind the used slots."""
+    """The cache with positions and segments of new tokens, ``(batch, new)``, behind used slots."""
     places = (cache.positions, cache.segment_ids)
     positions, segment_ids = _write(places, (positions, segment_ids), cache.used, axis=1)
     return dataclasses.replace(cache, positions=positions, segment_ids=segment_ids)
 
 
 def append_slots(old: Any, new: Any, used: Any) -> tuple[Any, ...]:
-    """Keys and values ``(..., slots, head_dim)`` with those of new tokens behind the used slots."""
+    """Keys or values ``(..., slots, head_dim)`` with those of new tokens behind the used slots."""
     return _write(old, new, used, axis=-2)
 
 
@@ -58,14 +58,14 @@ def _write(old: Any, new: Any, used: Any, axis: int) -> tuple[Any, ...]:
 
 
 def by_layer(cache: Cache) -> Cache:
-    """The same with keys and values of the layers one by one, and rows and heads on one axis.
+    """The cache with separate arrays for each layer, and one axis for rows and heads.
 
-    So a product takes them as they lie. With an axis for each, XLA on CPU copies a layer's part
-    four times a token.
+    Products can then read the arrays as they are. With two axes, XLA on CPU copies a layer's arrays
+    four times per token.
     """
     return dataclasses.replace(cache, k=merge_heads(cache.k), v=merge_heads(cache.v))
 
 
 def merge_heads(arrays: Any) -> tuple[Any, ...]:
-    """Each of some ``(batch, kv_heads, slots, head_dim)`` with its first two axes made one."""
+    """Merges the first two axes of ``(batch, kv_heads, slots, head_dim)`` arrays."""
     return tuple(x.reshape(-1, *x.shape[2:]) for x in arrays)

@@ -1,4 +1,4 @@
-"""What shapes a decoder: one frozen record for every supported architecture."""
+"""The architecture of a decoder: one frozen record for every supported family."""
 
 import dataclasses
 import math

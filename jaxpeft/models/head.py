@@ -1,4 +1,4 @@
-"""What makes logits of hidden states: the head's kernel, or the tied embedding table."""
+"""Logits from hidden states, by the head's kernel or the tied embedding table."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def head_weight(variables: dict) -> Any:
         An array or a node, for `head_logits`.
 
     Raises:
-        ValueError: There is neither.
+        ValueError: The variables have neither a head nor a table.
     """
     shared = variables.get(SHARED, {})
     for path in (paths.HEAD, paths.EMBEDDING):

@@ -24,7 +24,7 @@ def weight(
         name: The parameter's name.
         shape: Its logical shape, without the layer axis.
         init: Linen initialiser.
-        gather: Take it as it is used, see `jaxpeft.mesh.constraints.gathered`; else as it lives.
+        gather: Gather it for use, see `jaxpeft.mesh.constraints.gathered`; else it stays sharded.
 
     Returns:
         An array or a node.
@@ -45,7 +45,7 @@ def weight(
 
 
 class Weight(nn.Module):
-    """Owns one parameter and hands it out as it lives: the embedding table, the head."""
+    """Owns one parameter and returns it as it is sharded: the embedding table, the head."""
 
     leaf: str
     shape: tuple[int, ...]

@@ -18,15 +18,15 @@ from jaxpeft.ops.products import chain_dtype
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Rotation speed of every pair of channels, in radians a position: ``(head_dim / 2,)``."""
+    """The rotation speed of every pair of channels in radians per position, ``(head_dim / 2,)``."""
     return frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-    """`inverse_frequencies` of a model with these settings, in float64.
+    """The `inverse_frequencies` of a model with these settings, in float64.
 
     Raises:
-        ValueError: An unknown kind of scaling.
+        ValueError: The kind of scaling is unknown.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     speeds = 1.0 / theta**exponent

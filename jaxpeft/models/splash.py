@@ -1,14 +1,14 @@
-"""Attention on TPUs: JAX's splash kernel, exact for packed rows.
+"""Attention on TPUs by JAX's splash kernel, exact for packed rows.
 
-The kernel goes by slots: a query sees the keys of its segment that are not in later slots, and
-less than the window behind. That is what `jaxpeft.models.attention` promises where positions count
-up slot by slot in every segment. Scores stay on the chip, forward and backward; in main memory
-nothing grows with the square of the row's length but a list of tiles, of which the kernel leaves
-out those that causality or the window forbid.
+The kernel goes by slots: a query sees the keys of its segment that are not in later slots, and are
+less than the window behind. This equals the mask of `jaxpeft.models.attention` where positions
+count up slot by slot in every segment. Scores stay on the chip, forward and backward. In main
+memory only the list of tiles grows with the square of the row's length, and the kernel leaves out
+tiles that causality or the window forbid.
 
-Masks of the kernel are static: layers of different windows are branches of one program.
+Masks of the kernel are static: layers with different windows are branches of one program.
 
-The kernel comes with JAX. Its successor in tokamax asks for Python 3.12 and JAX 0.11.
+The kernel comes with JAX. Its successor in tokamax needs Python 3.12 and JAX 0.11.
 
 Reference:
     Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691, section 3.1 (both passes).
@@ -29,7 +29,7 @@ from jaxpeft.mesh.constraints import on_own_heads
 from jaxpeft.models.tiles import KEPT, even_block
 
 LANES = 128
-"""What the chip's vector unit takes at once; blocks are a multiple of it."""
+"""Width of the chip's vector unit in numbers; blocks are a multiple of it."""
 
 
 def splash_attention(
@@ -52,7 +52,7 @@ def splash_attention(
         segment_ids: Segment of each slot; 0 is padding.
         window: How many slots back a query sees, itself included; 0 or None for all.
         windows: All values that `window` may take.
-        block: About how many queries, and keys, make a block.
+        block: About how many queries (and keys) are in a block.
         interpret: Whether the kernel is interpreted, for tests on other backends.
 
     Returns:
@@ -63,7 +63,7 @@ def splash_attention(
     windows = (0,) if window is None else windows
     known = tuple(sorted({0 if size >= seq else size for size in windows}))
     which = jnp.int32(0)
-    if window is not None:  # One as long as the row is not there by its name, and 0 is first.
+    if window is not None:  # A window as long as the row equals none, which is 0 and comes first.
         which = jnp.argmax(jnp.asarray(known) == window).astype(jnp.int32)
     size = even_block(seq, block, LANES)
     # The kernel does not scale scores; the scale itself, in bfloat16, would be off by 1 in 256.
@@ -83,9 +83,9 @@ def _attend(
     segment_ids: Array,
     which: Array,
 ) -> Array:
-    """Attention of the rows and heads of a device; the window is ``windows[which]``."""
+    """Attention of the rows and heads on one device; the window is ``windows[which]``."""
     seq, heads, head_dim = q.shape[1:]
-    # Of narrower heads the chip would keep 128 numbers as well, in twice the room and more.
+    # The chip would pad narrower heads to 128 numbers anyway, and take more than twice the memory.
     kept = KEPT if head_dim % LANES == 0 else None
     blocks = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
@@ -113,7 +113,7 @@ def _attend(
 
 
 def _mask(seq: int, window: int, block: int) -> tuple[Any, int]:
-    """The mask of slots, and in how many of its tiles somebody sees somebody."""
+    """The mask of slots, and the number of its tiles that hold a visible pair."""
     first = np.arange(0, seq, block)
     behind = first[:, None] - first
     seen = behind >= 0
@@ -124,5 +124,5 @@ def _mask(seq: int, window: int, block: int) -> tuple[Any, int]:
 
 
 def _pad(x: Array, block: int) -> Array:
-    """Zeros behind the row, up to whole blocks."""
+    """Pads the row with zeros to whole blocks."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))

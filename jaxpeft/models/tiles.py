@@ -1,14 +1,14 @@
-"""Attention in tiles, forward and backward, that visits only tiles somebody sees.
+"""Attention in tiles, forward and backward, that visits only tiles with a visible pair.
 
 Queries and keys are cut into blocks; a tile is one block of each. Which tiles hold a visible pair
-is data (segments, positions, windows), so the tiles to visit are listed first and a loop runs as
-often as there are some: a row of short packed segments costs less than one long segment. Softmax
-is summed up tile by tile; the backward pass computes each tile's weights again from the
-log-sum-exp of its queries. Nothing grows with the square of the row's length but the list of
-tiles, one number for every pair of blocks.
+depends on data (segments, positions, windows), so the tiles to visit are listed first, and a loop
+visits them: a row of short packed segments costs less than one long segment. Softmax is accumulated
+tile by tile. The backward pass recomputes the weights of each tile from the log-sum-exp of its
+queries. Only the list of tiles, one number for every pair of blocks, grows with the square of the
+row's length.
 
-The list is one for all rows of a batch, which keeps every array whole along the batch: with rows
-spread over devices each device works on its own. A tile is left out if no row needs it, so the
+All rows of a batch share one list, so every array stays whole along the batch: if rows are spread
+over devices, each device works on its own rows. A tile is skipped only if no row needs it, so the
 more rows of short segments there are, the less is saved.
 
 Reference:
@@ -33,7 +33,7 @@ EVERYONE = -(2**30)
 """The segment of keys that every token sees; segments of data lie between it and ``2**30``."""
 
 KEPT = "attention"
-"""Name of what a policy of ``jax.checkpoint`` may keep, so that no tile is visited a third time."""
+"""Tag of the results that a remat policy may keep, so that no tile is computed a third time."""
 
 _FAR = 2**30
 _LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -46,7 +46,7 @@ def visible(
     k_segments: Int[Array, "batch columns"],
     window: Int[Array, ""] | None,
 ) -> Bool[Array, "batch rows columns"]:
-    """Which keys each query may see; segment 0 sees nothing and is not seen."""
+    """Which keys each query may see; slots of segment 0 see nothing and are not seen."""
     behind = q_positions[:, :, None] - k_positions[:, None, :]
     ours, theirs = q_segments[:, :, None], k_segments[:, None, :]
     seen = ((ours == theirs) | (theirs == EVERYONE)) & (ours != 0) & (behind >= 0)
@@ -56,13 +56,13 @@ def visible(
 
 
 def earlier(q_first: Any, rows: int, k_first: Any, columns: int, behind: int) -> Any:
-    """Which slots are not after ``query + behind``, ``(rows, columns)``, from these slots on."""
+    """A mask ``(rows, columns)`` of slots not after ``query + behind``, from these slots on."""
     queries, keys = q_first + jnp.arange(rows), k_first + jnp.arange(columns)
     return keys <= queries[:, None] + behind
 
 
 class Places(NamedTuple):
-    """Where queries and keys stand: positions and segments, as `visible` takes them."""
+    """The positions and segments of queries and keys, which `visible` takes."""
 
     q_positions: Any
     k_positions: Any
@@ -83,17 +83,17 @@ def tiled_attention(
     """Softmax attention with grouped key/value heads.
 
     Args:
-        block: About how many queries, and keys, make a block.
+        block: About how many queries (and keys) are in a block.
         behind: Query ``i`` sees no key after slot ``i + behind``; None for no such limit.
         q: Queries, rotated.
         k: Keys, rotated.
         v: Values.
-        places: Who sees whom.
+        places: Positions and segments, which decide the pairs that are visible.
 
     Returns:
         Values averaged with softmax weights (computed in float32), in the dtype of `q`; zero for
-        queries that see nothing. It has first derivatives in reverse mode, and ``jax.jvp`` of
-        those (not of bfloat16 on CPU); forward mode alone it has not.
+        queries that see nothing. There are first derivatives in reverse mode, and ``jax.jvp`` of
+        those (not in bfloat16 on CPU), but there is no forward mode alone.
     """
     return _forward(block, behind, q, k, v, places)[0]
 
@@ -171,7 +171,7 @@ def _put(x: Array, y: Array, i: Array) -> Array:
 
 
 class _Cut(NamedTuple):
-    """Arrays cut into blocks, blocks in front; the heads of a group are rows of one product."""
+    """Arrays cut into blocks, blocks first; the heads of a group share one product."""
 
     q_block: int
     k_block: int
@@ -212,7 +212,7 @@ class _Cut(NamedTuple):
         return x.reshape(batch, blocks * rows, kv_heads, d)[:, : self.slots]
 
     def scores(self, queries: Array, keys: Array, i: Array, j: Array) -> tuple[Array, Array]:
-        """A tile's mask and scores, the lowest number where the mask is False."""
+        """The mask and the scores of a tile; masked scores are the lowest number."""
         mask = visible(
             _at(self.q_positions, i),
             _at(self.k_positions, j),
@@ -230,7 +230,7 @@ class _Cut(NamedTuple):
         return mask, jnp.where(mask, scores, _LOWEST)
 
     def visit_all(self, visit: Any, start: Any) -> Any:
-        """Calls ``visit(query block, key block, carry)`` for all tiles in which a pair is seen."""
+        """Calls ``visit(query block, key block, carry)`` for all tiles with a visible pair."""
         q_blocks, k_blocks = self.q_positions.shape[0], self.k_positions.shape[0]
         reached = np.ones((q_blocks, k_blocks), bool)
         if self.behind is not None:
@@ -242,7 +242,7 @@ class _Cut(NamedTuple):
             return jax.lax.fori_loop(0, needed.sum(), lambda n, x: visit(i[n], j[n], x), start)
 
     def needed(self) -> Bool[Array, "q_blocks k_blocks"]:
-        """Which tiles may hold a visible pair, in some row of the batch."""
+        """Which tiles may hold a visible pair in some row of the batch."""
         real = self.q_segments != 0
         first, last = _range(self.q_segments, real)
         early, late = _range(self.q_positions, real)
@@ -258,7 +258,7 @@ class _Cut(NamedTuple):
 
 
 def _range(x: Int[Array, "n batch rows"], real: Bool[Array, "n batch rows"]) -> tuple[Any, Any]:
-    """Smallest and largest value that is real: a range that meets none where there is none."""
+    """The smallest and largest value that is real; without any, a range that overlaps no other."""
     return jnp.where(real, x, _FAR).min(axis=-1), jnp.where(real, x, -_FAR).max(axis=-1)
 
 
@@ -281,7 +281,7 @@ def _cut(block: int, behind: int | None, q: Any, k: Any, places: Places) -> _Cut
 
 
 def even_block(length: int, block: int, unit: int = 8) -> int:
-    """A multiple of `unit`, no more than `block` if that is one, that wastes little padding."""
+    """The multiple of `unit`, at most `block`, that wastes little padding."""
     return -(-length // (-(-length // block) * unit)) * unit
 
 

@@ -1,8 +1,8 @@
 """A decoder-only transformer in Flax Linen: Llama, SmolLM2, Mistral, Qwen2 and Qwen3.
 
 Layers are stacked on a leading axis and run under ``nn.scan(nn.remat(Block))``, so compile time
-does not grow with depth. What differs by layer (the window) is an array that is scanned along.
-Parameters are named like Hugging Face's modules; a parameter may be an array or a node (see
+does not grow with depth. A setting that differs by layer (the window) is an array that is scanned
+along. Parameters are named like Hugging Face's modules; a parameter may be an array or a node (see
 `jaxpeft.ops.linear`).
 
 Reference:
@@ -34,7 +34,7 @@ from jaxpeft.ops.products import chain_dtype, kept_input
 
 _POLICIES = jax.checkpoint_policies
 STREAM = "stream"
-"""Name of a layer's input where it is kept as bits, see `jaxpeft.ops.products.kept_input`."""
+"""Tag of a layer's input that is kept as bits, see `jaxpeft.ops.products.kept_input`."""
 
 _KEEP_ATTENTION = _POLICIES.save_only_these_names(KEPT, STREAM)
 REMAT_POLICIES: dict[str, Any] = {
@@ -42,22 +42,22 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": _KEEP_ATTENTION,
     "dots": _POLICIES.save_only_these_names(KEPT, STREAM, PRODUCT),
 }
-"""What the backward pass keeps of a layer, by name; "none" keeps everything but the weights that
-a mesh gathers for it.
+"""Policies for what is kept of a layer for the backward pass.
 
-Beside the layer's input, "full" keeps what attention in tiles gave, ``heads * head_dim`` numbers a
-token, and its log-sum-exp, ``heads`` more; of rows whose attention is one product it keeps
-nothing. "dots" also keeps what linear modules gave and what adapters need of their own products: no
-product of tokens with a kernel is computed again, and all that lies between is, which takes less
-time on CPU than keeping it. (LoHa of a high rank and LoKr form their factors' product again.)
+"none" rematerialises nothing: everything is kept except weights that a mesh gathers for the layer.
+"full" keeps the layer's input and, where attention runs in tiles, its result (``heads * head_dim``
+numbers per token) and its log-sum-exp (``heads`` numbers per token). "dots" also keeps the products
+of linear modules and of adapters: no product of tokens with a kernel is computed again. Operations
+between the products are, which takes less time on CPU than keeping their results. (LoHa of a high
+rank and LoKr multiply their factors again.)
 """
 
 
 @flax.struct.dataclass
 class Shared:
-    """What all layers read: positions, segments and rotations of queries and keys.
+    """Inputs that all layers read: positions, segments and rotations of queries and keys.
 
-    `one_by_one` says that layers are not scanned, and the cache is as `by_layer` gives it.
+    `one_by_one` says that layers are not scanned, and that the cache has the form of `by_layer`.
     """
 
     cos: Any
@@ -80,7 +80,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "batch seq d_model"], layer: dict, shared: Shared
     ) -> tuple[Float[Array, "batch seq d_model"], Any]:
-        """Returns the layer's output and, if there is a cache, what it must remember."""
+        """Returns the layer's output and, if there is a cache, the layer's new keys and values."""
         c = self.config
         batch, seq, _ = x.shape
 
@@ -100,7 +100,7 @@ class Attention(nn.Module):
             if shared.one_by_one:
                 stored = append_slots(layer["cache"], merge_heads(new), shared.used)
                 whole = (x.reshape(batch, c.num_kv_heads, -1, c.head_dim) for x in stored)
-            else:  # out of a scan the whole cache would be copied once more: the new tokens' alone
+            else:  # only the new tokens' part: a scan would copy the whole cache once more
                 stored, whole = new, append_slots(layer["cache"], new, shared.used)
             k, v = (x.swapaxes(1, 2) for x in whole)
         out = attention(
@@ -143,7 +143,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq d"], layer: dict, shared: Shared) -> Any:
-        """Returns the stream and the layer's part of the cache, as ``nn.scan`` wants it."""
+        """Returns the residual stream and the layer's part of the cache, a pair for ``nn.scan``."""
         eps = self.config.rms_eps
         x = kept_input(x, STREAM)
         h = RMSNorm(eps, name="input_layernorm")(x)
@@ -182,24 +182,24 @@ class Transformer(nn.Module):
         Args:
             input_ids: Token ids; they must lie within the vocabulary.
             segment_ids: Which packed segment each token is in; 0 is padding. Default: all 1.
-            positions: Position within the segment. Default: 0, 1, 2, ..., going on where the
-                cache ends; padded prompts in a cache need their own. A prefix is not counted, and
-                without a cache every segment then begins at 0.
-            in_order: Whether given positions count up slot by slot in every segment, as those of
-                packed batches do and as they do by default: attention may use a kernel then.
-            cache: Keys and values so far; the tokens are appended to it.
+            positions: Position within the segment. Default: 0, 1, 2, ..., continuing where the
+                cache ends; padded prompts in a cache need explicit positions. Positions do not
+                count a prefix; with a prefix and without a cache, every segment begins at 0.
+            in_order: Whether the given positions count up slot by slot in every segment, like
+                those of packed batches. Attention may use a kernel then. The default positions do.
+            cache: Keys and values of earlier tokens; the new tokens are appended to it.
             return_hidden: Return the final hidden states ``(batch, seq, d_model)`` instead.
 
         Returns:
             Logits ``(batch, seq, vocab)`` in float32, or hidden states; with a cache, a pair of
-            that and the new cache.
+            these and the new cache.
         """
         c = self.config
         if segment_ids is None:
             segment_ids = jnp.ones(input_ids.shape, jnp.int32)
         prefix, in_order = self._prefix(), cache is None and (in_order or positions is None)
         if positions is None and prefix is not None and cache is None:
-            positions = positions_of(segment_ids)  # distances to the prefix count
+            positions = positions_of(segment_ids)  # because distances to the prefix matter
         if positions is None:
             first = 0 if cache is None else cache.used
             positions = jnp.broadcast_to(first + jnp.arange(input_ids.shape[1]), input_ids.shape)
@@ -261,7 +261,7 @@ class Transformer(nn.Module):
         return isinstance(self.variables.get("params", {}).get("layers"), tuple)
 
     def _run_each(self, x: Any, layer: dict, shared: Shared) -> Any:
-        """The layers one after the other, see `jaxpeft.models.unstack`."""
+        """Runs the layers one after the other, see `jaxpeft.models.unstack`."""
         given, block, stored = self.variables, Block(self.config, parent=None), []
         shared = dataclasses.replace(shared, one_by_one=True)
         for index, params in enumerate(given["params"]["layers"]):
@@ -276,7 +276,7 @@ class Transformer(nn.Module):
         return x, tuple(zip(*stored, strict=True))
 
     def _prefix(self) -> Prefix | None:
-        """Trained keys and values of all layers, if an adapter has some."""
+        """Trained keys and values of all layers, if an adapter has a prefix."""
         if not self.has_variable("params", "prefix"):
             return None
         prefix, c = self.get_variable("params", "prefix"), self.config

@@ -1,9 +1,9 @@
-"""Layers one by one instead of stacked: for decoding on CPU.
+"""Separate instead of stacked layers, for decoding on CPU.
 
 A loop over stacked layers reads each kernel as a slice, and XLA on CPU copies the slice before it
-multiplies with it. For few tokens the copy takes longer than the product. `views` hands the
-kernels out as arrays of their own, in the memory of the stack, and `unstack` gives them to the
-model in place of the stack.
+multiplies with it. For few tokens the copy takes longer than the product. `views` returns the
+kernels as separate arrays in the memory of the stack, and `unstack` gives them to the model in
+place of the stack.
 """
 
 import functools
@@ -19,14 +19,14 @@ LAYERS = "layers"
 
 
 def views(params: dict) -> list[list[jax.Array]] | None:
-    """Every layer's part of every stacked array, without a copy.
+    """The part of every stacked array that belongs to each layer, without a copy.
 
     Args:
         params: Base parameters; concrete arrays.
 
     Returns:
-        For each leaf of the stack a list with one array a layer; None where it would not help or
-        would copy: on other backends, and for arrays that are spread over devices.
+        For each stacked leaf a list with one array per layer. None where separate arrays would not
+        help or would be copies: on other backends, and for arrays that are spread over devices.
     """
     leaves = jax.tree.leaves(params[LAYERS])
     if not choices().unstack or any(len(leaf.devices()) > 1 for leaf in leaves):
@@ -39,21 +39,23 @@ def views(params: dict) -> list[list[jax.Array]] | None:
 
 
 def unstack(variables: dict, params: dict, layers: Sequence[Sequence[Any]]) -> dict:
-    """Variables whose layers stand one by one, inside the traced function.
+    """Variables with separate layers; for use inside the traced function.
 
     Args:
-        variables: What `jaxpeft.bind` made of `params`.
-        params: Base parameters, as `bind` got them: a leaf of theirs is known by identity.
+        variables: The result of `jaxpeft.bind` for `params`.
+        params: Base parameters, the same objects that `bind` got: their leaves are recognised by
+            identity.
         layers: From `views`.
 
     Returns:
-        Variables with a tuple of one tree a layer for the stack; what an adapter brings is sliced.
+        Variables with a tuple of one tree per layer instead of the stack; arrays of an adapter are
+        sliced.
     """
     own = {id(leaf): at for at, leaf in enumerate(jax.tree.leaves(params[LAYERS]))}
 
     def take(leaf: Any, index: int) -> Any:
         at = own.get(id(leaf))
-        # Sliced once, before the loop over tokens, not in every turn of it.
+        # This slices once, before the loop over tokens, and not in every iteration.
         return jax.lax.optimization_barrier(leaf[index]) if at is None else layers[at][index]
 
     bound = variables["params"]

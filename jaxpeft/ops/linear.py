@@ -16,21 +16,21 @@ model code calls   an array does            a node answers        shapes
 =================  =======================  ====================  =============================
 
 **Layer axis.** Stacked layers put one axis in front of *every* leaf of a node, scalars
-included (a scale is an ``(L,)`` array), and ``nn.scan`` slices it off: inside a layer a node
-looks as if it had never been stacked. `materialise`, `shape_of` and `dtype_of` also answer for
-the whole stack. What all layers share (VeRA's matrices) is a node's field ``shared``: `take_shared`
-moves it to a second collection, which ``nn.scan`` broadcasts, and `give_shared` puts it back
-inside the layer.
+included (a scale is an ``(L,)`` array), and ``nn.scan`` slices it off, so inside a layer a node
+has no layer axis. `materialise`, `shape_of` and `dtype_of` also accept a whole stack. Arrays that
+all layers share (VeRA's matrices) are in a node's field ``shared``: `take_shared` moves them to a
+second collection, which ``nn.scan`` broadcasts, and `give_shared` puts them back inside the layer.
 
 **Tied heads.** A model whose head is the embedding table has no ``lm_head/kernel``; `Transposed`
-stands for the table in that role, and a node that is looked up differently from how it is attended
-says so with ``attends_base``.
+wraps the table as a head's kernel. A node sets ``attends_base`` if `attend` must read the frozen
+base although `lookup` reads trained values.
 
-**Changes.** A node that stands for ``base + A @ B`` gives these factors by `OnBase.product`, so
-that what converts it need not form the sum.
+**Changes.** A node that stands for ``base + A @ B`` returns these factors from `OnBase.product`,
+so that a conversion need not form the sum.
 
-**dtype.** Results have the dtype of `x`; a table is read in its own dtype and its reader casts.
-A method adds a node class (around a base: `OnBase`), nothing else changes;
+**dtype.** Results have the dtype of `x`. A table is read in its own dtype, and the caller casts.
+
+A method adds a node class (a node around a base derives from `OnBase`); nothing else changes.
 ``tests/ops/test_linear.py`` runs every node through scan, remat, vmap, grad and jit, also on a
 sharded base.
 """
@@ -46,21 +46,21 @@ from jaxtyping import Array, Float, Int
 from jaxpeft.ops.products import kept, product, scores
 
 PRODUCT = "product"
-"""Name of products with kernels, for policies of ``jax.checkpoint``; see `linear`."""
+"""The tag of products with kernels, for policies of ``jax.checkpoint``; see `linear`."""
 
 SHARED = "shared"
-"""What all layers, or all places of an adapter, share: a collection, a field, a key of trees."""
+"""Name of the collection, the field and the tree key for arrays that all layers share."""
 
 CAPTURE = "capture"
-"""The collection in which linear modules keep their inputs, where it is mutable."""
+"""The collection in which linear modules store their inputs while it is mutable."""
 
 
 class Node:
     """Base class of weights that are more than an array. See the module's table.
 
     Attributes:
-        attends_base: Whether `attend` reads the frozen base alone: what is trained in the table
-            then does not reach a tied head.
+        attends_base: Whether `attend` reads the frozen base alone. Trained values in the table then
+            do not affect a tied head.
     """
 
     attends_base: ClassVar[bool] = False
@@ -120,7 +120,7 @@ class Node:
 
 
 class OnBase(Node):
-    """A node around another weight, its `base`, whose shape and dtype it has.
+    """A node around another weight, its `base`, with the shape and dtype of that weight.
 
     Attributes:
         base: An array or a node.
@@ -144,17 +144,17 @@ class OnBase(Node):
 
 
 def linear(x: Float[Array, "*batch d_in"], kernel: Any) -> Float[Array, "*batch d_out"]:
-    """Multiplies activations with a kernel of logical shape ``(d_in, d_out)``.
+    """Multiplies activations ``(*, d_in)`` with a kernel of logical shape ``(d_in, d_out)``.
 
-    What arrays give, and what nodes give, is named `PRODUCT`: under a policy that keeps these names
-    the backward pass multiplies with no kernel again. A node names so what its own gradient needs.
+    Every product is tagged `PRODUCT`. A remat policy that saves that name lets the backward pass
+    reuse the product instead of multiplying again. A node tags whatever its own gradient needs.
     """
     y = kernel.multiply(x) if isinstance(kernel, Node) else product(x, kernel.astype(x.dtype))
     return kept(y, PRODUCT)
 
 
 def embed(ids: Int[Array, "*batch"], table: Any) -> Float[Array, "*batch d_model"]:
-    """Looks ids up in a table ``(vocab, d_model)``; ids are checked in the data pipeline."""
+    """Looks ids up in a table ``(vocab, d_model)``; the data pipeline has checked the ids."""
     if isinstance(table, Node):
         return table.lookup(ids)
     return jnp.take(table, ids, axis=0, mode="clip")
@@ -170,7 +170,7 @@ def attend(x: Float[Array, "*batch d_model"], table: Any) -> Float[Array, "*batc
 def materialise(weight: Any) -> Any:
     """The weight as one array of its logical shape, stacked or not.
 
-    What only stands for a weight, see `jaxpeft.pretrained.shapes`, is given back as it is.
+    A stand-in without values, see `jaxpeft.pretrained.shapes`, is returned as it is.
     """
     return weight.materialise() if isinstance(weight, Node) else weight
 
@@ -181,13 +181,13 @@ def shape_of(weight: Any) -> tuple[int, ...]:
 
 
 def dtype_of(weight: Any) -> Any:
-    """The dtype of a weight, that of its innermost base."""
+    """The dtype of a weight, which is the dtype of its innermost base."""
     return weight.dtype
 
 
 @flax.struct.dataclass
 class Transposed(Node):
-    """An embedding table in the role of a head's kernel.
+    """An embedding table used as the kernel of a head.
 
     Attributes:
         table: ``(vocab, d_model)``, an array or a node.
@@ -206,11 +206,11 @@ class Transposed(Node):
         return dtype_of(self.table)
 
     def multiply(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
-        """Scores of all rows, in the dtype of `x`."""
+        """Scores of all rows of the table, in the dtype of `x`."""
         return attend(x, self.table).astype(x.dtype)
 
     def materialise(self) -> Float[Array, "d_model vocab"]:
-        """The transpose of what `attend` scores with."""
+        """The transpose of the table that `attend` reads."""
         table = self.table
         while getattr(table, "attends_base", False):
             table = table.base
@@ -218,14 +218,14 @@ class Transposed(Node):
 
 
 def take_shared(tree: Mapping) -> tuple[dict, dict]:
-    """Moves what the layers of nodes share out of a bound tree.
+    """Moves the arrays that all layers share out of a bound tree.
 
     Args:
         tree: Nested dicts of arrays and nodes.
 
     Returns:
-        The tree with None in the nodes' fields ``shared``, and those fields by the same paths: a
-        tuple of them, outermost node first. Places without any are left out.
+        The tree with None in the nodes' fields ``shared``, and a dict from paths to those fields: a
+        tuple per path, outermost node first. Places without such fields are left out.
     """
     rest, shared = {}, {}
     for key, value in tree.items():
@@ -239,7 +239,7 @@ def take_shared(tree: Mapping) -> tuple[dict, dict]:
 
 
 def give_shared(node: Any, shared: tuple) -> Any:
-    """Puts back what `take_shared` took off a node: the inverse, inside a layer."""
+    """Puts back into a node, inside a layer, what `take_shared` moved out of it."""
     if not isinstance(node, Node) or not shared:
         return node
     own, rest = (shared[0], shared[1:]) if hasattr(node, "shared") else (None, shared)

@@ -1,12 +1,14 @@
-"""Products of activations with kernels, and how what they gave is kept for the backward pass.
+"""Products of activations with kernels, and how their results are kept for the backward pass.
 
-This is plain JAX but for bfloat16 on CPU (see `Choices.native_bfloat16`). There XLA has quick
-products of bfloat16 (AVX-512, AMX) only where the result is float32, forward and backward; it
-rounds after every operation of a chain; and it has no stacks of bfloat16: whenever a layer under a
-scan writes its part of a stack, all of it is converted to float32 and back. So products give
-float32 here and are rounded, chains are computed in float32, and what ``jax.checkpoint`` keeps by
-name is kept as bits. All of that has first derivatives in reverse mode and no others; a model that
-computes in float32 has them.
+This is plain JAX except for bfloat16 on CPU (see `Choices.native_bfloat16`). There XLA has three
+weaknesses. It has fast products of bfloat16 (AVX-512, AMX) only if the result is float32, forward
+and backward. It rounds after every operation of a chain. It cannot update a stack of bfloat16 in
+place: whenever a layer under a scan writes its part of a stack, the whole stack is converted to
+float32 and back.
+
+So on CPU products return float32 and are then rounded, chains of operations run in float32, and
+arrays that ``jax.checkpoint`` keeps by name are kept as bits. These functions have first
+derivatives in reverse mode only. A model that computes in float32 has all derivatives.
 """
 
 import functools
@@ -23,44 +25,45 @@ from jaxpeft.core.errors import UserError
 
 
 def wide_dtype(x: Any) -> Any:
-    """What sums and softmax of `x` are computed in: float32, or the dtype of `x` if it is wider."""
+    """The dtype for sums and softmax of `x`: float32, or the dtype of `x` if that is wider."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def chain_dtype(x: Any) -> Any:
-    """What a chain of operations on `x` is computed in, to be rounded once at its end."""
+    """The dtype for a chain of operations on `x`, whose result is rounded once at its end."""
     return x.dtype if _is_native(x) else wide_dtype(x)
 
 
 def product(
     x: Float[Array, "*batch d_in"], w: Float[Array, "d_in d_out"]
 ) -> Float[Array, "*batch d_out"]:
-    """``x @ w``, for arrays of one dtype."""
+    """``x @ w`` for arrays of the same dtype."""
     return x @ w if _is_native(x) else _rounded(x, w)
 
 
 def scores(
     x: Float[Array, "*batch d"], table: Float[Array, "rows d"]
 ) -> Float[Array, "*batch rows"]:
-    """``x @ table.T`` in float32, or in the dtype of `x` if it is wider; arrays of one dtype.
+    """``x @ table.T`` in float32, or in the dtype of `x` if that is wider.
 
-    Where bfloat16 is not native the gradient that arrives is rounded to it.
+    Both arrays have the same dtype. Where bfloat16 is not native, the incoming cotangent is rounded
+    to bfloat16.
     """
     return _scores_of(x, table) if _is_native(x) else _scores(x, table)
 
 
 def kept(x: Array, name: str) -> Array:
-    """`x`, under a name that policies of ``jax.checkpoint`` may keep."""
+    """`x`, tagged with a name that policies of ``jax.checkpoint`` may keep."""
     return checkpoint_name(x, name) if _is_native(x) else _kept(x, name)
 
 
 def kept_by_rule(x: Array, name: str) -> Array:
-    """`kept` for the forward half of a ``jax.custom_vjp``, which is not differentiated."""
+    """`kept` for the forward half of a ``jax.custom_vjp``, which JAX does not differentiate."""
     return checkpoint_name(x, name) if _is_native(x) else _through_bits(x, name)
 
 
 def kept_input(x: Array, name: str) -> Array:
-    """The input of what ``jax.checkpoint`` wraps: kept in any case, see `kept` for how."""
+    """The input of a function that ``jax.checkpoint`` wraps. It is always kept; `kept` says how."""
     return x if _is_native(x) else _kept(x, name)
 
 
@@ -78,7 +81,7 @@ _kept.defvjp(lambda x, name: (_through_bits(x, name), None), lambda name, _, slo
 
 
 def _through_bits(x: Array, name: str) -> Array:
-    """`x`, read from its bits, which have the name. Bits have no derivative: none may be asked."""
+    """`x` read back from its bits, which carry the tag; bits have no derivative."""
     bits = jax.lax.bitcast_convert_type(_constant(x), jnp.uint16)
     return jax.lax.bitcast_convert_type(checkpoint_name(bits, name), x.dtype)
 
@@ -110,7 +113,7 @@ def _scores_of(x: Array, table: Array) -> Array:
 
 
 def _forward(function: Any, x: Any, w: Any) -> Any:
-    """What a product gives, and what it keeps: only what the gradients that are asked for need."""
+    """A product, and the operands that the requested gradients need."""
     return function(x.value, w.value), (
         x.value if w.perturbed else None,
         w.value if x.perturbed else None,
@@ -118,7 +121,7 @@ def _forward(function: Any, x: Any, w: Any) -> Any:
 
 
 def _backward(out_axis: int, known: Any, slope: Any) -> Any:
-    """Gradients of a product whose result has this axis of `w`, which it contracts the other of."""
+    """Gradients of a product; `out_axis` is the axis of `w` that the result has."""
     if isinstance(slope, SymbolicZero):
         return None, None
     x, w = known

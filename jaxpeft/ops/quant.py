@@ -2,8 +2,8 @@
 
 Every block is divided by its largest magnitude, and each number becomes a code: the nearest of 16
 values (``nf4``), or a whole number in -7..7 (``int4``) or -127..127 (``int8``). Two codes of 4 bits
-share a byte: the first half of a block in the low bits, the second half in the high ones. Scales
-are float32, or 8-bit numbers themselves (double quantisation, section 3).
+share a byte: the first half of a block is in the low bits, the second half in the high bits. Scales
+are float32, or are quantised to 8 bits as well (double quantisation, section 3).
 
 ==================  ===============  =================
 kind                bytes a weight   double-quantised
@@ -48,21 +48,23 @@ NF4 = np.array(
 Quantization = Literal["nf4", "int4", "int8"]
 BLOCK = 64
 SCALE_GROUP = 256
-"""How many scales, neighbours along d_out, share one float32 when they are quantised too."""
+"""How many neighbouring scales along d_out share one float32 when the scales are quantised."""
 
 
 @flax.struct.dataclass
 class QuantTensor(Node):
-    """A kernel ``(d_in, d_out)`` as codes and scales; stacked, one axis in front of every leaf.
+    """A kernel ``(d_in, d_out)`` as codes and scales.
+
+    A stack of kernels has an axis of layers in front of every leaf.
 
     Attributes:
         codes: ``(blocks, 32, d_out)`` bytes of two codes each, or ``(blocks, 64, d_out)`` int8.
         scale: ``(blocks, d_out)``, float32, or int8 where `group_scale` is given.
-        group_scale: ``(blocks, groups)``, float32: what int8 scales are multiplied with.
-        offset: Scalar that is added to them: the mean of all scales.
+        group_scale: ``(blocks, groups)``, float32: the factors of int8 scales.
+        offset: Scalar that is added to int8 scales: the mean of all scales.
         kind: "nf4", "int4" or "int8".
         d_in: Rows of the kernel; the last block may have fewer than 64.
-        dtype_name: The dtype the kernel had.
+        dtype_name: The dtype of the kernel before quantisation.
     """
 
     codes: Any
@@ -80,7 +82,7 @@ class QuantTensor(Node):
 
     @property
     def dtype(self) -> Any:
-        """The dtype the kernel had."""
+        """The dtype of the kernel before quantisation."""
         return jnp.dtype(self.dtype_name)
 
     @property
@@ -102,7 +104,7 @@ class QuantTensor(Node):
         return self.scale.astype(jnp.float32) * wide + self.offset[..., None, None]
 
     def dequantise(self, dtype: Any = jnp.float32) -> Float[Array, "*stack d_in d_out"]:
-        """The kernel that codes and scales stand for."""
+        """The kernel in `dtype`, computed from codes and scales."""
         if self.kind == "int8":
             values = self.codes.astype(jnp.float32)
         else:
@@ -114,11 +116,11 @@ class QuantTensor(Node):
         return values.reshape(*stack, blocks * block, d_out)[..., : self.d_in, :]
 
     def multiply(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        """``x`` times the kernel; the backward pass dequantises again and keeps nothing wide."""
+        """``x`` times the kernel; the backward pass dequantises again instead of keeping it."""
         return _product(x, self)
 
     def materialise(self) -> Float[Array, "*stack d_in d_out"]:
-        """The kernel in the dtype it had; also of a stack."""
+        """The kernel, or a stack of kernels, in the dtype before quantisation."""
         return self.dequantise(self.dtype)
 
 
@@ -139,7 +141,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def _select(codes: Any) -> Any:
-    """NF4 values of codes, by a tree of selections: it vectorises where a look-up does not."""
+    """NF4 values of codes by nested selections, which vectorise better than a table look-up."""
     values: list[Any] = [jnp.float32(value) for value in NF4]
     for bit in range(4):
         on = (codes >> bit) & 1 == 1
@@ -154,15 +156,16 @@ def _signed(codes: Any) -> Any:
 def quantize_kernel(
     kernel: Float[Array | np.ndarray, "*stack d_in d_out"], kind: str = "nf4", double: bool = False
 ) -> QuantTensor:
-    """One kernel, or a stack of them, in codes and scales.
+    """Quantises one kernel or a stack of kernels.
 
     Args:
-        kernel: The kernel; blocks run along ``d_in``, the last one may be shorter.
+        kernel: ``(d_in, d_out)`` or ``(layers, d_in, d_out)``; blocks run along ``d_in``, and the
+            last one may be shorter.
         kind: "nf4", "int4" or "int8".
         double: Quantise the scales to 8 bits too.
 
     Returns:
-        The node that stands for it.
+        The node that stands for the kernel.
 
     Example:
         >>> quantize_kernel(jnp.array([[2.0], [0.3], [-2.0]])).dequantise()[:, 0]
@@ -199,7 +202,7 @@ def _quantize_blocks(
 
 @jax.jit
 def quantize_scales(scale: Float[Array, "*stack blocks d_out"]) -> dict[str, Any]:
-    """Scales less their mean as int8, a float32 for every 256 of them (equation 6).
+    """Subtracts the mean of the scales and quantises them to int8, in groups of 256 (equation 6).
 
     Returns:
         The fields of a `QuantTensor`: `scale`, `group_scale` and `offset`.
@@ -217,14 +220,14 @@ def quantize_scales(scale: Float[Array, "*stack blocks d_out"]) -> dict[str, Any
 
 
 def nf4_round_trip(kernel: Float[Array, "*stack d_in d_out"]) -> Float[Array, "*stack d_in d_out"]:
-    """A kernel as it is after quantisation to NF4 and back, in float32; scales stay float32."""
+    """A kernel after quantisation to NF4 and back, in float32; its scales stay float32."""
     return quantize_kernel(kernel).dequantise()
 
 
 def quantize(
     params: Mapping, kind: str = "nf4", *, double: bool = False, head: bool = False
 ) -> dict:
-    """A base with the kernels of its layers quantised; embeddings, norms and biases stay.
+    """Quantises the kernels of a base's layers; embeddings, norms and biases stay as they are.
 
     Args:
         params: Base parameters.
@@ -278,7 +281,7 @@ def check_kind(kind: str | None, double: bool = False) -> None:
 
 
 def is_quantised(path: str, head: bool = False) -> bool:
-    """Whether the leaf at `path` is a kernel that is quantised."""
+    """Whether the leaf at `path` is a kernel that `quantize` quantises."""
     return path.endswith("/kernel") and (head or path != paths.HEAD)
 
 
@@ -291,7 +294,7 @@ def scheme_of(params: Mapping) -> str:
 
 
 def relative_change(kernel: Any, other: Any) -> float:
-    """The length of the difference of two arrays over the length of the first, in float64."""
+    """The norm of the difference of two arrays, divided by the norm of the first, in float64."""
     wide = np.asarray(kernel, np.float64)
     change = np.asarray(other, np.float64) - wide
     return math.sqrt(float(np.sum(change**2)) / max(float(np.sum(wide**2)), 1e-300))

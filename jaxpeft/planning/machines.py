@@ -1,4 +1,4 @@
-"""The devices that a plan is made for: those of this machine, or TPUs that need not be there."""
+"""The devices that a plan is made for: those of this machine, or TPUs that need not be present."""
 
 import contextlib
 import importlib.util
@@ -18,8 +18,8 @@ class Chip(NamedTuple):
 
     Attributes:
         hbm_bytes: Memory of a chip.
-        axes: Dimensions of its topologies.
-        options: What libtpu must know beside the topology's name.
+        axes: Number of dimensions of its topologies.
+        options: What libtpu needs besides the topology's name.
     """
 
     hbm_bytes: int
@@ -33,21 +33,22 @@ CHIPS = {
     "v5p": Chip(95 * GIB, 3, {}),
     "v6e": Chip(32 * GIB, 2, {}),
 }
-"""TPUs by name. HBM a chip as in Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of
-the Cloud TPU documentation, https://cloud.google.com/tpu/docs/v5e and so on; XLA keeps some of it
-for itself, and a program that needs more than the rest is refused when it is compiled."""
+"""TPUs by name. The HBM per chip is from the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of
+the Cloud TPU documentation (https://cloud.google.com/tpu/docs/v5e and so on). XLA reserves some of
+it, and refuses to compile a program that needs more than the rest.
+"""
 
 
 class Place(NamedTuple):
-    """Where a run is to be.
+    """The devices that a plan is made for.
 
     Attributes:
         name: Such as "v5e:2x4", or "this machine (cpu)".
-        devices: All devices; None is those of this process.
-        count: How many they are.
-        unit: What a person calls one of them.
-        device_bytes: Memory of each.
-        platform: What programs are traced for; None is what is there.
+        devices: All devices; None for those of this process.
+        count: The number of devices.
+        unit: The word for one of them in messages.
+        device_bytes: Memory of each device.
+        platform: The platform that programs are traced for; None for the one that is present.
     """
 
     name: str
@@ -59,14 +60,14 @@ class Place(NamedTuple):
 
 
 def find_place(topology: str | None) -> Place:
-    """This machine's devices, or those of a TPU topology that need not be there.
+    """This machine's devices, or those of a TPU topology that need not be present.
 
     Args:
         topology: Such as "v5e:2x4" or "v5p:2x2x4"; None for this machine.
 
     Raises:
-        UserError: No such topology, libtpu is not installed, or devices that do not say what they
-            hold.
+        UserError: There is no such topology, libtpu is not installed, or this machine's devices do
+            not report their memory.
     """
     if topology is not None:
         return _find_tpu(topology)
@@ -103,7 +104,7 @@ def _find_tpu(text: str) -> Place:
     from jax.experimental import topologies
 
     options = dict(chip.options)
-    if max(sizes) == 1:  # else a host has four chips
+    if max(sizes) == 1:  # larger topologies have hosts with four chips
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         described = topologies.get_topology_desc(text, "tpu", **options)
@@ -115,7 +116,7 @@ def _find_tpu(text: str) -> Place:
 
 
 def _host_bytes() -> int:
-    """Memory of this machine, or what its control group may take of it."""
+    """The memory of this machine, or the part that its control group may use."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:
         total = min(total, int(file.read()))

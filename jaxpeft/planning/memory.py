@@ -1,9 +1,9 @@
-"""Memory of the training step, by XLA's own count, on devices that need not be there.
+"""The memory of the training step, counted by XLA, on devices that need not be present.
 
 The step of a run is compiled ahead of time from shapes alone, for this machine or for a TPU
-topology, and the compiled program says what a device must hold: arguments (the base, the trained
-arrays, the optimizer's state, a batch), what is computed in between, and the program itself.
-Nothing is estimated: where a run does not fit, its alternatives are compiled, too.
+topology. The compiled program tells what a device must hold: arguments (the base, the trained
+arrays, the optimizer's state, a batch), temporaries, and the program itself. Nothing is estimated:
+if a run does not fit, its alternatives are compiled too.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from jaxpeft.training.run import Run
 
 
 class Memory(NamedTuple):
-    """What a compiled program takes of one device, in bytes, as XLA counts it.
+    """The memory of a compiled program on one device, in bytes, as XLA counts it.
 
     Attributes:
         arguments: Base, state and batch.
-        results: New state and metrics that don't take the place of arguments.
-        temporaries: What is computed in between, at its peak.
+        results: New state and metrics, except those that reuse the memory of arguments.
+        temporaries: Intermediate values, at their peak.
         code: The program.
     """
 
@@ -45,13 +45,13 @@ class Memory(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What compiling the step showed.
+    """The result of compiling the step.
 
     Attributes:
         run: The run, as shapes.
-        memory: By kind; None where XLA refused the program for want of memory.
-        device_bytes: What a device must hold.
-        fits: Whether it can.
+        memory: Memory by kind; None if XLA refused the program for lack of memory.
+        device_bytes: The bytes that a device must hold.
+        fits: Whether a device can hold them.
         seconds: How long compiling took.
     """
 
@@ -62,14 +62,14 @@ class Measured(NamedTuple):
     seconds: float
 
     def line(self, place: Place) -> str:
-        """All of it in a line."""
+        """The result in one line."""
         has, verdict = place.device_bytes / GIB, "fits" if self.fits else "does not fit"
         needs = f"{self.device_bytes / GIB:.2f} of {has:.2f} GiB a {place.unit}"
         return f"{needs}: {verdict} ({self.seconds:.0f} s)"
 
 
 def make_run(config: RunConfig, model: ModelConfig, rows: Rows, place: Place) -> Run:
-    """The run that training would make, as shapes on the devices of a place.
+    """The run that training would make, with shapes on the devices of a place.
 
     Raises:
         UserError: Mesh or batches do not fit the devices.
@@ -92,7 +92,7 @@ def make_run(config: RunConfig, model: ModelConfig, rows: Rows, place: Place) ->
 
 @contextlib.contextmanager
 def tracing_for(place: Place) -> Iterator[None]:
-    """Whatever is traced inside is traced for the devices of a place."""
+    """Programs traced in this block are for the devices of a place."""
     with contextlib.nullcontext() if place.platform is None else traced_for(place.platform):
         yield
 
@@ -103,7 +103,7 @@ def measure(config: RunConfig, model: ModelConfig, rows: Rows, place: Place) -> 
     Args:
         config: The run.
         model: Its architecture.
-        rows: Its data; decides the shape of a batch.
+        rows: Its data, which decide the shape of a batch.
         place: The devices.
 
     Raises:
@@ -129,7 +129,7 @@ def measure(config: RunConfig, model: ModelConfig, rows: Rows, place: Place) -> 
 
 
 def needed_bytes(text: str) -> int | None:
-    """How much memory XLA says a program needs that it refused to compile; None if it doesn't.
+    """The memory that a program needs, from XLA's text refusing it; None if the text does not say.
 
     Example:
         >>> needed_bytes("Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm.")
@@ -144,9 +144,9 @@ def needed_bytes(text: str) -> int | None:
 
 
 def levers(config: RunConfig, place: Place) -> list[list[dict[str, Any]]]:
-    """What of a config can be turned to save memory: for each, values from mild to strong.
+    """The keys of a config that save memory, each with values from mild to strong.
 
-    Rematerialisation, fewer rows at a time (the update is the same), a base that is spread over
+    They are rematerialisation, fewer rows at a time (the update is the same), a base spread over
     the devices, and a quantised base.
     """
     train, mesh, found = config.train, config.mesh, []
@@ -168,7 +168,7 @@ def levers(config: RunConfig, place: Place) -> list[list[dict[str, Any]]]:
 
 
 def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """A config with other values, by the paths of their keys."""
+    """A config with some values replaced, given by the paths of their keys."""
     sections: dict[str, dict[str, Any]] = {}
     for path, value in changes.items():
         section, _, name = path.partition(".")
@@ -181,12 +181,12 @@ def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 
 class Alternative(NamedTuple):
-    """Other values of some keys, and what compiling with them showed.
+    """Other values of some keys, and the result of compiling with them.
 
     Attributes:
         changes: Values by the paths of their keys.
-        device_bytes: What a device must hold.
-        fits: Whether it can.
+        device_bytes: The bytes that a device must hold.
+        fits: Whether a device can hold them.
         seconds: How long compiling took.
     """
 
@@ -204,24 +204,24 @@ def find_fitting(
     tokenizer: Any = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Alternative]:
-    """Measures what would make a run fit: each lever alone, and, if none does, several at once.
+    """Compiles changes that may make a run fit: each lever alone, then several together.
 
     Args:
         config: A run that does not fit.
         model: Its architecture.
         rows: Its data.
         place: The devices.
-        tokenizer: Its tokenizer, for methods that read it.
+        tokenizer: Its tokenizer, for methods that need it.
         say: Called with a line before and after each compilation.
 
     Returns:
-        Everything that was tried, in that order; a lever's values are tried up to the first that
-        fits.
+        Everything that was tried, in that order. The values of a lever are tried up to the first
+        that fits.
     """
     found, strongest = [], []
 
     def tried(changes: dict[str, Any]) -> bool | None:
-        """Whether it fits; None where it is not possible."""
+        """Whether the changed run fits; None if the changes are not possible."""
         names = ", ".join(f"{name}: {value}" for name, value in changes.items())
         say(f"compiling with {names}")
         try:

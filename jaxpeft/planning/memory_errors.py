@@ -1,4 +1,4 @@
-"""What a run that lacks memory says: what takes it, and which values of the config take less."""
+"""Explains a lack of memory: what uses it, and which values of the config use less."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -16,15 +16,16 @@ _SIGNS = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
 
 @contextlib.contextmanager
 def memory_explained(config: RunConfig, devices: int, begun: Sequence[Run]) -> Iterator[None]:
-    """Turns a lack of memory in the block into a `ResourceError` that helps.
+    """Turns a lack of memory in its block into a `ResourceError` that helps.
 
     Args:
         config: The run.
-        devices: How many it is on.
-        begun: Has the run as soon as its base and state are on their devices.
+        devices: The number of devices.
+        begun: A list that gets the run as soon as its base and state are on their devices.
 
     Raises:
-        ResourceError: Says what takes memory, and what would take less.
+        ResourceError: The memory is not enough. The text says what uses memory, and what would use
+            less.
     """
     try:
         yield
@@ -61,7 +62,7 @@ def _size(tree: Any) -> str:
 
 
 def _changes(config: RunConfig, devices: int) -> list[str]:
-    """Values of keys that take less memory than this config, the harmless ones first."""
+    """Values of keys that use less memory than this config, the harmless ones first."""
     from jaxpeft.planning.machines import Place
     from jaxpeft.planning.memory import levers
 

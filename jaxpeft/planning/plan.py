@@ -1,7 +1,7 @@
-"""The plan of a run, from shapes alone: what is trained, what the data give, what a step costs.
+"""The plan of a run, from shapes alone: trained parameters, data, and the cost of a step.
 
-What every device must hold is found by compiling the real training step, for this machine or for
-TPUs that need not be there (`jaxpeft.planning.memory`).
+The memory of a device is found by compiling the real training step, for this machine or for TPUs
+that need not be present (`jaxpeft.planning.memory`).
 """
 
 import dataclasses
@@ -39,10 +39,10 @@ SAMPLES = 3
 
 
 def compile_only() -> None:
-    """Lets JAX use no device but the CPU, and libtpu be loaded where no TPU is.
+    """Restricts JAX to the CPU, and allows libtpu to be loaded where there is no TPU.
 
-    It must come before JAX looks for devices. libtpu would ask the cloud what machine this is, and
-    keep other processes from loading it.
+    Call it before JAX looks for devices. Otherwise libtpu would ask the cloud what machine this is,
+    and keep other processes from loading it.
     """
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
@@ -55,19 +55,19 @@ def compile_only() -> None:
 def make_plan(
     config: RunConfig, topology: str | None = None, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """The plan of a run.
+    """Makes the plan of a run.
 
     Args:
         config: The run.
-        topology: TPUs such as "v5e:2x4", which need not be there; None for this machine.
-        say: Called with a line before and after what takes time.
+        topology: TPUs such as "v5e:2x4", which need not be present; None for this machine.
+        say: Called with a line before and after work that takes time.
 
     Returns:
         JSON values; sizes are in bytes.
 
     Raises:
-        UserError: What training would refuse as well, but for data and tokenizer that are not
-            there; or there is no such topology.
+        UserError: Training would refuse the run too, for a reason other than missing data or
+            tokenizer; or there is no such topology.
     """
     place = find_place(topology)
     model = load_config(config.model.path, config.model.revision)
@@ -107,7 +107,7 @@ def make_plan(
 
 
 def full_rows(config: RunConfig, model: ModelConfig) -> Rows:
-    """Stands for data that are not there: every row is full."""
+    """Rows that stand for missing data: every one is full."""
     length, count = config.data.max_length, config.train.batch_size
     examples = Examples.of_tokens([np.zeros(length, np.int32)] * count, config.data.train)
     plan = Plan(
@@ -117,7 +117,7 @@ def full_rows(config: RunConfig, model: ModelConfig) -> Rows:
 
 
 def describe(run: Run, model: ModelConfig, tokenizer: Any) -> dict[str, Any]:
-    """What is trained, and what is saved of it."""
+    """Describes what is trained, and what is saved of it."""
     config, plan = run.config, run.rows.plan
     adapter = run.state.adapter
     trained = config.method.trainable(adapter.params)
@@ -154,7 +154,7 @@ def describe(run: Run, model: ModelConfig, tokenizer: Any) -> dict[str, Any]:
 
 
 def rank_buffers(config: RunConfig, model: ModelConfig, tokenizer: Any) -> dict:
-    """The ranks of an adapter's layers, which are values: the only arrays that a plan computes."""
+    """The ranks of an adapter's layers. They are values, the only ones that a plan computes."""
     start: Callable[[], Adapter] = start_on_zeros(config, model, tokenizer)
 
     def ranks() -> dict:
@@ -167,7 +167,7 @@ def rank_buffers(config: RunConfig, model: ModelConfig, tokenizer: Any) -> dict:
 def describe_data(
     rows: Rows, missing: str | None, tokenizer: Any, vocab_size: int
 ) -> dict[str, Any]:
-    """What an epoch is, and three rows as the step sees them."""
+    """Describes an epoch, and three rows as the step sees them."""
     if missing is not None:
         return {"missing": missing}
     plan = rows.plan
@@ -192,7 +192,7 @@ def sample_rows(
     """The first rows that training sees, decoded from the arrays of its batches.
 
     Returns:
-        For each its line of the file, and its text in parts: what is learned, and what is not.
+        For each its line in the file, and its text in parts that are learned or not.
     """
     found = []
     for step in range(plan.steps_per_epoch):
@@ -201,7 +201,7 @@ def sample_rows(
         for tokens, weights, segments in zip(*arrays, strict=True):
             for segment in range(1, segments.max() + 1):
                 inside = segments == segment
-                # A weight belongs to the target, which is the token after.
+                # A weight belongs to the target, which is the next token.
                 learned = np.concatenate([[False], weights[inside][:-1] > 0])
                 parts = decode_parts(tokens[inside], learned, tokenizer, vocab_size)
                 found.append({"line": next(lines), "parts": parts})
@@ -213,7 +213,7 @@ def sample_rows(
 def decode_parts(
     tokens: np.ndarray, learned: np.ndarray, tokenizer: Any, vocab_size: int
 ) -> list[dict[str, Any]]:
-    """Text of runs of tokens that are learned, or not; virtual tokens are counted."""
+    """The text of each run of tokens that are learned or not; virtual tokens are only counted."""
     parts = []
     kinds = zip(learned.tolist(), (tokens >= vocab_size).tolist(), strict=True)
     at = 0
@@ -227,7 +227,7 @@ def decode_parts(
 
 
 def describe_memory(measured: Measured) -> dict[str, Any]:
-    """What a device must hold."""
+    """Describes the memory that a device needs."""
     by_kind = {} if measured.memory is None else measured.memory._asdict()
     return {
         "device_bytes": measured.device_bytes,
@@ -238,5 +238,5 @@ def describe_memory(measured: Measured) -> dict[str, Any]:
 
 
 def describe_place(place: Place) -> str:
-    """Such as "8 v5e chips (v5e:2x4)"."""
+    """Describes the devices, such as "8 v5e chips (v5e:2x4)"."""
     return f"{place.count} {place.unit}{'s' if place.count > 1 else ''} ({place.name})"

@@ -1,4 +1,4 @@
-"""How a plan is shown to a person; `jaxpeft.plan` makes it."""
+"""Prints a plan for people; `jaxpeft.plan` makes the plan."""
 
 import sys
 from collections.abc import Sequence
@@ -36,23 +36,23 @@ def print_plan(plan: dict[str, Any], stream: Any = None) -> None:
 
 
 def mark_learned(parts: Sequence[dict[str, Any]], marks: tuple[str, str]) -> str:
-    """The text of an example, with marks around what is learned.
+    """The text of an example, with marks around learned text.
 
     Args:
         parts: From `jaxpeft.planning.plan.decode_parts`.
-        marks: What stands before and behind learned text.
+        marks: The marks before and after learned text.
     """
     return "".join(_shown(part, marks) for part in parts)
 
 
 def _marks(stream: Any) -> tuple[str, str]:
-    """What stands around learned text."""
+    """The marks before and after learned text on this stream."""
     encoding = (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "")
     return ("\u27e6", "\u27e7") if encoding.startswith("utf") else ("[[", "]]")
 
 
 def _shown(part: dict[str, Any], marks: tuple[str, str]) -> str:
-    """Text of a part, its middle left out where it is long."""
+    """The text of a part; the middle of a long one is left out."""
     text = part["text"]
     if len(text) > _LONGEST:
         half = _LONGEST // 2
@@ -65,7 +65,7 @@ def _gib(count: int) -> str:
 
 
 def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the plan says before any memory, as names and values."""
+    """The plan without memory, as names and values."""
     base, trained = plan["base_parameters"], plan["trainable_parameters"]
     batch, found, dtypes = plan["batch"], plan["data"], plan["dtypes"]
     devices = plan["devices"]
@@ -124,7 +124,7 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _verdict(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the plan says about memory, as names and values."""
+    """The plan's memory, as names and values."""
     memory, devices = plan["memory"], plan["devices"]
     unit, rows = devices["unit"], []
     if memory["by_kind"]:

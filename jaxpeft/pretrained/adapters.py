@@ -42,6 +42,7 @@ from jaxpeft.methods.peft.values import (
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.pretrained.base_check import adapter_notes, check_base, describe_base
 from jaxpeft.pretrained.identity import Identity
+from jaxpeft.pretrained.model import Model
 from jaxpeft.pretrained.shapes import load_shapes
 
 TENSORS = "adapter_model.safetensors"
@@ -53,7 +54,7 @@ BASE_NAME = "base_model_name_or_path"
 OURS = frozenset({CONFIG, TENSORS, CARD, SIDE})
 
 
-def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Any) -> None:
+def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Model) -> None:
     """Writes an adapter as a folder that HF PEFT, vLLM and `load_adapter` read.
 
     The folder is written beside its place, synced, and moved there whole; an older adapter in
@@ -86,7 +87,7 @@ def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Any) -> None:
 
 def load_adapter(
     path: str | os.PathLike,
-    base: Any = None,
+    base: Model | None = None,
     *,
     revision: str | None = None,
     allow_other_base: bool = False,
@@ -137,7 +138,7 @@ def load_adapter(
 
 
 def notes_of(
-    path: str | os.PathLike, adapter: Adapter, base: Any, revision: str | None = None
+    path: str | os.PathLike, adapter: Adapter, base: Model, revision: str | None = None
 ) -> list[str]:
     """What to tell a person who uses an adapter, one line each; see `adapter_notes`.
 
@@ -172,7 +173,7 @@ def peek_kind(path: str | os.PathLike, revision: str | None = None) -> str:
 # Saving.
 
 
-def _render(peft: PeftFormat, adapter: Adapter, base: Any) -> dict[str, bytes]:
+def _render(peft: PeftFormat, adapter: Adapter, base: Model) -> dict[str, bytes]:
     """The content of every file of the folder, `SIDE` last."""
     from safetensors.numpy import save
 
@@ -252,7 +253,7 @@ def _open_folder(
     return place.parent, place, values, peft
 
 
-def _shapes_of(place: Place, name: str, version: str) -> Any:
+def _shapes_of(place: Place, name: str, version: str) -> Model:
     """The base that an adapter names, without its weights."""
     if not name:
         raise UserError(f"{place}: names no base in {BASE_NAME}; pass it: load_adapter(..., base).")

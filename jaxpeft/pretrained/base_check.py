@@ -18,10 +18,11 @@ from jaxpeft.files.storage import Place
 from jaxpeft.methods.adapter import SCALE, Adapter, is_named, ranks_at
 from jaxpeft.ops.quant import scheme_of
 from jaxpeft.pretrained.identity import Identity, config_changes, identity_of
+from jaxpeft.pretrained.model import Model
 from jaxpeft.pretrained.weights.fingerprint import comparable
 
 
-def describe_base(base: Any, template: str = "") -> dict[str, Any]:
+def describe_base(base: Model, template: str = "") -> dict[str, Any]:
     """What `check_base` wants to know of a base, as JSON values.
 
     Args:
@@ -37,7 +38,7 @@ def describe_base(base: Any, template: str = "") -> dict[str, Any]:
 
 
 def check_base(
-    folder: Place, known: Mapping, base: Any, template: str, allow_other_base: bool
+    folder: Place, known: Mapping, base: Model, template: str, allow_other_base: bool
 ) -> None:
     """Compares a base with the one that an adapter was trained on.
 
@@ -65,7 +66,7 @@ def check_base(
         )
 
 
-def _check_weights(folder: Place, known: Mapping, base: Any) -> None:
+def _check_weights(folder: Place, known: Mapping, base: Model) -> None:
     theirs = str(known.get("fingerprint") or "")
     if not theirs or theirs == base.fingerprint:
         return
@@ -83,7 +84,7 @@ def _check_weights(folder: Place, known: Mapping, base: Any) -> None:
     )
 
 
-def _check_identity(folder: Place, known: Mapping, base: Any, template: str) -> None:
+def _check_identity(folder: Place, known: Mapping, base: Model, template: str) -> None:
     theirs, ours = Identity.from_values(known), identity_of(base.config, base.tokenizer, template)
     changes = config_changes(theirs.config, ours.config) if theirs.known else []
     what = f"config changed: {first_few(changes)}" if changes else ""
@@ -106,7 +107,7 @@ def _check_identity(folder: Place, known: Mapping, base: Any, template: str) -> 
         )
 
 
-def adapter_notes(adapter: Adapter, base: Any, side: Mapping | None) -> list[str]:
+def adapter_notes(adapter: Adapter, base: Model, side: Mapping | None) -> list[str]:
     """What a person should know of an adapter whose base or numbers nothing vouches for.
 
     Args:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpeft.core.backend import choices
 from jaxpeft.core.errors import UserError
@@ -14,6 +15,7 @@ from jaxpeft.mesh.layout import Layout
 from jaxpeft.mesh.processes import spans_processes, together
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.ops.quant import check_kind
+from jaxpeft.pretrained.model import Model
 from jaxpeft.pretrained.weights.names import name_table
 from jaxpeft.pretrained.weights.params import check_tensors, read_params
 from jaxpeft.pretrained.weights.source import Source
@@ -126,7 +128,7 @@ def load_model(
     mesh: jax.sharding.Mesh | Layout | None = None,
     quantization: str | None = None,
     double_quantization: bool = False,
-) -> Any:
+) -> Model:
     """A model ready to call: parameters, module, tokenizer.
 
     Args:
@@ -142,7 +144,7 @@ def load_model(
         double_quantization: Quantise their scales to 8 bits too.
 
     Returns:
-        A `jaxpeft.Model`.
+        The model.
 
     Raises:
         UserError: Anything missing, extra, misshapen, damaged, non-finite or unsupported.
@@ -150,7 +152,6 @@ def load_model(
     if compute_dtype not in ("auto", *DTYPES):
         raise UserError(f"compute_dtype: {compute_dtype!r} is not one of auto, {', '.join(DTYPES)}")
     from jaxpeft.models.transformer import Transformer
-    from jaxpeft.pretrained.model import Model
 
     params, config, tokenizer, fingerprint = load_params(
         path,
@@ -171,7 +172,7 @@ def load_model(
     )
 
 
-def activation_dtype(compute_dtype: str, params: dict) -> Any:
+def activation_dtype(compute_dtype: str, params: dict) -> np.dtype:
     """The dtype of activations: "auto" is float32 on CPU, elsewhere that of the embedding."""
     if compute_dtype != "auto":
         return jnp.dtype(compute_dtype)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import flax.struct
 import jax
@@ -42,6 +42,12 @@ class Model:
     fingerprint: str = flax.struct.field(pytree_node=False, default="")
     name: str = flax.struct.field(pytree_node=False, default="")
     revision: str = flax.struct.field(pytree_node=False, default="")
+
+    if TYPE_CHECKING:  # flax adds it
+
+        def replace(self, **updates: Any) -> Self:
+            """A copy with other values in some fields."""
+            ...
 
     def __repr__(self) -> str:
         """One line instead of all arrays."""

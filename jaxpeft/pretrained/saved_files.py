@@ -17,6 +17,7 @@ from jaxpeft.files.locate import locate_again
 from jaxpeft.files.storage import Place
 from jaxpeft.methods.chat_settings import ChatSettings
 from jaxpeft.models.config import ModelConfig
+from jaxpeft.pretrained.model import Model
 from jaxpeft.pretrained.tokenizer import has_tokenizer, read_tokenizer
 from jaxpeft.pretrained.tokenizer_files import same_tokens, to_json, tokenizer_files, with_template
 
@@ -51,7 +52,7 @@ def made_files(config: ModelConfig, tokenizer: Any = None) -> SavedFiles:
     return SavedFiles({GENERATION: to_json(generation), **files})
 
 
-def files_for(base: Any, chat: ChatSettings | None = None) -> SavedFiles:
+def files_for(base: Model, chat: ChatSettings | None = None) -> SavedFiles:
     """The files for a model that was loaded, with what an adapter needs to chat.
 
     Args:

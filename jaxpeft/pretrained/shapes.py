@@ -15,6 +15,7 @@ from jaxpeft.mesh.placement import leaf_sharding, placed_shapes
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.ops.quant import is_quantised, quantize_kernel
 from jaxpeft.pretrained.load import activation_dtype, load_config
+from jaxpeft.pretrained.model import Model
 from jaxpeft.pretrained.weights.names import param_shapes
 
 
@@ -71,7 +72,7 @@ jax.tree_util.register_pytree_node(  # so that a jitted function reads it too
 )
 
 
-def load_shapes(name: str, revision: str | None = None) -> Any:
+def load_shapes(name: str, revision: str | None = None) -> Model:
     """A `jaxpeft.Model` without weights, from a model's config.
 
     Args:
@@ -87,7 +88,7 @@ def load_shapes(name: str, revision: str | None = None) -> Any:
     return without_weights(load_config(name, revision), name)
 
 
-def without_weights(config: ModelConfig, name: str) -> Any:
+def without_weights(config: ModelConfig, name: str) -> Model:
     """A `jaxpeft.Model` as `load_shapes` gives it, of a config that is at hand.
 
     Args:
@@ -95,7 +96,6 @@ def without_weights(config: ModelConfig, name: str) -> Any:
         name: Where it comes from.
     """
     from jaxpeft.models.transformer import Transformer
-    from jaxpeft.pretrained.model import Model
 
     leaves = {path: Weightless(shape, path, name) for path, shape in param_shapes(config).items()}
     return Model(paths.unflatten(leaves), config, Transformer(config), name=name)
@@ -109,7 +109,7 @@ def placed_model(
     compute_dtype: str = "auto",
     quantization: str | None = None,
     double_quantization: bool = False,
-) -> Any:
+) -> Model:
     """What `load_model` would put on a mesh, as shapes: programs can be compiled for it.
 
     Args:
@@ -124,7 +124,6 @@ def placed_model(
         A `jaxpeft.Model` whose leaves are ``jax.ShapeDtypeStruct`` with shardings.
     """
     from jaxpeft.models.transformer import Transformer
-    from jaxpeft.pretrained.model import Model
 
     leaves = {}
     for path, shape in param_shapes(config).items():

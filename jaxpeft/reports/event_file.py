@@ -1,9 +1,9 @@
-"""TensorBoard's event files, as far as scalars need them, written without TensorBoard.
+"""Writes TensorBoard's event files for scalars, without TensorBoard.
 
-A file is a row of records ``length | crc(length) | data | crc(data)``, where `data` is an
+A file is a sequence of records ``length | crc(length) | data | crc(data)``, where `data` is an
 ``Event`` message of protocol buffers and the checksum is a masked CRC-32C. The packages that write
-these files import TensorFlow or PyTorch where they are installed, and write from a thread that
-a full disk stops; this writer does one ``write`` a step and raises what goes wrong.
+such files import TensorFlow or PyTorch if they are installed, and write from a thread that a full
+disk stops. This writer does one ``write`` per step and raises errors at once.
 
 References:
     https://github.com/tensorflow/tensorboard/blob/master/tensorboard/compat/proto/event.proto
@@ -25,12 +25,12 @@ class EventFile:
     """A new event file in `folder`.
 
     Args:
-        folder: Made where it is missing; a run's files share one folder.
-        first_step: What older files of the folder hold from this step on is hidden by TensorBoard:
-            a run that goes on from a checkpoint does those steps again.
+        folder: Made if it is missing; all files of a run are in one folder.
+        first_step: TensorBoard hides events of older files in the folder from this step on. A
+            resumed run repeats those steps.
 
     Raises:
-        OSError: If it cannot be written; so do the methods.
+        OSError: The file cannot be written; the methods raise it too.
     """
 
     def __init__(self, folder: pathlib.Path, first_step: int):
@@ -76,9 +76,9 @@ def encode_event(
 
     Args:
         wall_time: Seconds since 1970.
-        step: Left out where 0, as protocol buffers do.
+        step: Left out if it is 0, as in protocol buffers.
         scalars: Value by tag.
-        version: Of the file format, for the first event of a file.
+        version: Version of the file format, for the first event of a file.
         session_start: Whether this event says that events from `step` on begin anew.
 
     Returns:
@@ -121,7 +121,7 @@ _TABLE = _table()
 
 
 def _checksum(data: bytes) -> bytes:
-    """The CRC, rotated and shifted so that a checksum of a checksum is still one."""
+    """The CRC, rotated and shifted as TensorBoard's records require."""
     crc = crc32c(data)
     return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & _MASK)
 
@@ -141,7 +141,7 @@ def _varint(value: int) -> bytes:
 
 
 def _float32(value: float) -> bytes:
-    """Little-endian; what is too large for 32 bits becomes infinite."""
+    """Little-endian float32; numbers that are too large become infinite."""
     try:
         return struct.pack("<f", value)
     except OverflowError:

@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: one JSON object a line, appended as a run goes, cut back when it resumes.
+"""`metrics.jsonl`: one JSON object per line, appended during a run and cut back on resume.
 
-Objects of a bucket (``gs://``) cannot be appended to: there the lines wait in memory, and `keep`
-writes the object anew with all of them.
+Objects in a bucket (``gs://``) cannot be appended to. There the lines stay in memory, and `keep`
+writes the whole object again.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from jaxpeft.files import storage
 
 
 def open_log(path: storage.Place) -> "MetricsLog | ObjectLog":
-    """The log in a file, or in an object of a bucket."""
+    """The log for a file, or for an object in a bucket."""
     return ObjectLog(path) if storage.is_remote(path) else MetricsLog(path)
 
 
 class ObjectLog:
-    """Lines of metrics in memory, and in an object as of the last `keep`.
+    """Lines of metrics in memory; the object in the bucket has the lines of the last `keep`.
 
     Args:
         path: The object.
@@ -40,11 +40,11 @@ class ObjectLog:
             self._lines = path.read_bytes().splitlines(keepends=True)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Takes one line, as `MetricsLog.append` does."""
+        """Appends one line, see `MetricsLog.append`."""
         self._lines.append(_encode(line))
 
     def truncate_after(self, step: int) -> None:
-        """Drops lines, as `MetricsLog.truncate_after` does; the object follows at once."""
+        """Drops lines, see `MetricsLog.truncate_after`, and writes the object at once."""
         whole = list(itertools.takewhile(lambda data: _belongs(data, step), self._lines))
         if len(whole) < len(self._lines):
             self._lines = whole
@@ -54,7 +54,7 @@ class ObjectLog:
         """Writes the object; call it before the checkpoint that these lines belong to.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: The object cannot be written.
         """
         storage.write_objects(self.path.parent, {self.path.name: b"".join(self._lines)})
 
@@ -66,7 +66,7 @@ class ObjectLog:
 
 
 class MetricsLog:
-    """Appends lines of metrics to a file. A full disk costs lines, never the run.
+    """Appends lines of metrics to a file. If the disk is full, lines are lost but the run goes on.
 
     Args:
         path: The file; made if missing.
@@ -92,7 +92,7 @@ class MetricsLog:
             line: Names and numbers, strings or None; 0-d arrays count as numbers.
 
         Raises:
-            TypeError: A value is none of these.
+            TypeError: A value has another type.
         """
         data = _encode(line)
         try:
@@ -110,7 +110,7 @@ class MetricsLog:
             self._failed = True
 
     def truncate_after(self, step: int) -> None:
-        """Drops everything from the first line with a larger step, or the first torn one, on.
+        """Cuts the file at the first line that is torn or belongs to a larger step.
 
         Args:
             step: The step a run resumes from.
@@ -130,7 +130,7 @@ class MetricsLog:
             raise ResourceError(f"{self.path}: cannot be cut: {error.strerror}") from error
 
     def keep(self) -> None:
-        """Does nothing: lines are in the file already."""
+        """Does nothing, because the lines are in the file already."""
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
@@ -157,7 +157,7 @@ def _plain(value: Any) -> Any:
 
 
 def _belongs(data: bytes, step: int) -> bool:
-    """Whether a line is whole and not past `step`."""
+    """Whether a line is complete and not after `step`."""
     try:
         line = json.loads(data)
     except ValueError:

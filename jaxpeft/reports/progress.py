@@ -2,8 +2,8 @@
 
     step 12/200  loss 1.234  lr 2.0e-04  312 tokens/s  ETA 1:23
 
-The time left comes from the last steps only. The first step of a process is left out, because it
-compiles, and so is what happens inside `Progress.paused`, such as an evaluation.
+The remaining time is estimated from the last steps only. The first step of a process is left out
+because it compiles, and so is the time inside `Progress.paused`, such as an evaluation.
 """
 
 import collections
@@ -25,18 +25,18 @@ _WINDOW = 20
 
 
 class Progress:
-    """Shows how training goes. Use it as a context manager, so that the terminal is left tidy.
+    """Shows the progress of training; as a context manager it restores the terminal.
 
-    Values are turned into numbers only when they are shown, so passing arrays that are still
-    being computed does not make every step wait.
+    Values are turned into numbers only when they are shown, so passing arrays that are still being
+    computed does not make every step wait.
 
     Args:
         total_steps: The last step.
-        first_step: Steps done before, by the run that is resumed.
+        first_step: The number of steps that a resumed run did before.
         stream: A text stream; standard error by default.
-        plain_every: Steps between plain lines; by default the run has about twenty.
-        enabled: False shows nothing: for all processes but the first.
-        clock: Seconds, for tests.
+        plain_every: Steps between plain lines; by default a run has about twenty lines.
+        enabled: False shows nothing; for all processes but the first.
+        clock: A function that gives seconds, for tests.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Progress:
         self._drawn_step = first_step
         self._live: Live | None = None
         if enabled and is_live_terminal(self._stream):
-            # What others print goes above the line, unless it was headed for a file.
+            # Other output is printed above the line, unless it goes to a file.
             self._live = Live(
                 Text(""),
                 console=make_console(self._stream),
@@ -89,9 +89,9 @@ class Progress:
 
         Args:
             step: Steps done, counted from the start of the run.
-            loss: Of this step.
-            learning_rate: Of this step.
-            tokens_per_second: Tokens that are not padding.
+            loss: The loss of this step.
+            learning_rate: The learning rate of this step.
+            tokens_per_second: Tokens that are not padding, per second.
             skipped: Updates skipped so far because they were not finite.
         """
         self._step = step
@@ -108,11 +108,11 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self, what: str) -> Iterator[None]:
-        """Says `what` is going on instead of training, and leaves its time out of the ETA."""
+        """Shows `what` instead of training, and leaves the time of the block out of the ETA."""
         self._timer.pause()
         if self._live is not None:
             self._draw(f"{self._head()}  {what}")
-        elif self._enabled and self._latest is None:  # nothing was said yet
+        elif self._enabled and self._latest is None:  # nothing was printed yet
             self._write(f"{self._head()}  {what}")
         try:
             yield
@@ -129,7 +129,7 @@ class Progress:
             self._write(text)
 
     def close(self) -> None:
-        """Leaves the last line standing; may be called twice."""
+        """Leaves the last line on the terminal; may be called twice."""
         if self._live is None:
             return
         if self._latest is None:
@@ -172,7 +172,7 @@ class Progress:
 
 
 class StepTimer:
-    """Seconds a step, over the last steps, without the first one and without pauses."""
+    """Seconds per step, over the last steps, without the first one and without pauses."""
 
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
@@ -182,7 +182,7 @@ class StepTimer:
         self._marks: collections.deque[tuple[float, int]] = collections.deque(maxlen=_WINDOW + 1)
 
     def mark(self, step: int) -> None:
-        """Notes that `step` is done."""
+        """Records that `step` is done."""
         self._marks.append((self._clock() - self._paused, step))
 
     def pause(self) -> None:
@@ -203,7 +203,7 @@ class StepTimer:
         return (end - begin) / (last - first)
 
     def elapsed(self) -> float:
-        """Seconds since the start of this process's part, pauses included."""
+        """Seconds since this process began its part of the run, pauses included."""
         return self._clock() - self._start
 
 

@@ -1,9 +1,9 @@
-"""What a run says to the person who watches it: the table at its start, progress, the end.
+"""Tables for the user: what a run is about to do, and what it gave.
 
-Tables go to standard output, progress to standard error. On a terminal progress is one line
-redrawn in place; anywhere else it is about twenty plain lines a run, without escape codes.
-``NO_COLOR`` is respected. The tables are built by pure functions (`describe_run`,
-`describe_adapter`) and printed by others.
+Tables go to standard output, progress to standard error. On a terminal progress is one line redrawn
+in place; anywhere else it is about twenty plain lines per run, without escape codes. ``NO_COLOR``
+is respected. The tables are built by pure functions (`describe_run`, `describe_adapter`) and
+printed by others.
 """
 
 import os
@@ -51,24 +51,24 @@ def describe_run(
     Args:
         trainable: Trained numbers, from `count_trainable`.
         base_parameters: Numbers in the base, from `count_parameters`.
-        dtypes: Of what to which dtype or name, such as ``{"base": jnp.bfloat16}``.
+        dtypes: The dtype of each part, or a name for it, such as ``{"base": jnp.bfloat16}``.
         tokens_per_epoch: Tokens that are not padding.
         supervised_per_epoch: Tokens that carry loss.
         rows: Rows of training data that are used.
-        examples: Examples that they give, where they are not as many.
+        examples: Examples made of these rows, if there are more or fewer.
         steps: Updates of the whole run.
-        epochs: The same in passes over the data.
-        first_step: Updates done before, by the run that is resumed.
-        batch_size: Sequences an update, over all devices.
-        microbatch_size: Sequences at a time, or None for all.
-        seq_len: Tokens a sequence, padding included.
+        epochs: Passes over the data in the whole run.
+        first_step: The number of updates that a resumed run did before.
+        batch_size: Sequences per update, over all devices.
+        microbatch_size: Sequences computed at a time, or None for all.
+        seq_len: Tokens per sequence, padding included.
         mesh: Devices by mesh axis.
         dropped: Rows left out because they are too long.
         truncated: Rows cut because they are too long.
         replicated: Paths that no sharding rule fits, so that every device holds all of them.
 
     Returns:
-        Rows in reading order; those about nothing (no dropped rows) are left out.
+        Rows in reading order; rows without content (such as no dropped rows) are left out.
     """
     percent = 100 * trainable / max(base_parameters, 1)
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
@@ -126,10 +126,10 @@ def print_final_table(
     *,
     stream: Any = None,
 ) -> None:
-    """Prints what training changed, and where the results are.
+    """Prints how training changed the metrics, and where the results are.
 
     Args:
-        before: Evaluation metrics at the start, as in ``metrics.jsonl``; None without one.
+        before: Evaluation metrics at the start, as in ``metrics.jsonl``; None if there are none.
         after: The same at the end.
         rows: Further names and values, such as the folder of the adapter.
         stream: A text stream; standard output by default.
@@ -152,7 +152,7 @@ def print_final_table(
 
 
 def evaluation_line(step: int, metrics: Mapping[str, Any]) -> str:
-    """One line for a person about the ``eval_`` metrics of a step.
+    """One line for the user with the ``eval_`` metrics of a step.
 
     Example:
         >>> evaluation_line(50, {"eval_loss": 0.8125, "eval_exact_match": 0.75})
@@ -172,7 +172,7 @@ def print_evaluation(step: int, metrics: Mapping[str, Any], *, stream: Any = Non
 
 
 def number(value: float) -> str:
-    """Three decimals where they say something, else three significant digits."""
+    """A number with three decimals; with three significant digits if it is small or large."""
     return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 10_000 else f"{value:.3g}"
 
 

@@ -1,8 +1,8 @@
-"""Metrics on their way to TensorBoard and Weights & Biases.
+"""Sends metrics to TensorBoard and to Weights & Biases.
 
-Both are extra: ``metrics.jsonl`` has everything. So the package of a tracker that a config names
-must be there when a run starts, but one that cannot start or fails later costs a warning and never
-the run. Only the first process of several writes.
+Both are optional: ``metrics.jsonl`` has everything. The package of a tracker that a config names
+must be installed when a run starts, but a tracker that cannot start or fails later only causes a
+warning. Among several processes only the first one sends.
 """
 
 import importlib
@@ -35,7 +35,7 @@ _SECRET_VALUE = re.compile(
 
 @runtime_checkable
 class Sink(Protocol):
-    """One place for metrics; its methods may raise."""
+    """A destination of metrics; its methods may raise."""
 
     name: str
 
@@ -44,15 +44,15 @@ class Sink(Protocol):
         ...
 
     def close(self, exit_code: int) -> None:
-        """Ends it."""
+        """Ends the destination's session."""
         ...
 
 
 class Tracker:
-    """Sends metrics to all sinks; a sink that fails is warned about once and left alone.
+    """Sends metrics to all sinks. After a failure a sink is dropped, with one warning.
 
     Args:
-        sinks: Where to; none is fine.
+        sinks: The destinations; there may be none.
         warn: Called with a line of text.
     """
 
@@ -82,7 +82,7 @@ class Tracker:
         """Flushes and ends every sink; may be called twice.
 
         Args:
-            exit_code: What the run ends with; W&B shows others than 0 as failed.
+            exit_code: The exit code of the run; W&B shows a run as failed unless it is 0.
         """
         sinks, self._sinks = self._sinks, []
         for sink in sinks:
@@ -112,30 +112,29 @@ def make_trackers(
 ) -> Tracker:
     """Opens the trackers that a config names.
 
-    A resumed run goes on in the same W&B run, whose id is in ``output_dir/wandb_run_id``, and in
-    the same TensorBoard folder; the steps between the checkpoint and the end of the earlier
-    process are shown once.
+    A resumed run continues the same W&B run, whose id is in ``output_dir/wandb_run_id``, and the
+    same TensorBoard folder. Steps that are repeated after the checkpoint are shown once.
 
     Args:
-        tensorboard: Whether to write event files to ``output_dir/tensorboard``; this needs no
-            package, only looking at them does (``pip install tensorboard``).
+        tensorboard: Whether to write event files to ``output_dir/tensorboard``. Writing needs no
+            package; looking at them needs ``pip install tensorboard``.
         wandb: Weights & Biases project, or None.
         output_dir: The run's folder.
         run_config: The resolved config, nested; what looks like a secret is hidden from W&B.
-        run_id: W&B id to go on with, instead of the stored one.
-        first_step: Steps done before, by the run that is resumed.
+        run_id: W&B id to continue, instead of the stored one.
+        first_step: The number of steps that a resumed run did before.
         warn: Called with a line of text; prints to standard error by default.
 
     Returns:
         A tracker; without sinks on all processes but the first.
 
     Raises:
-        UserError: If a package is missing. What else keeps a tracker from starting, such as a
-            network, a login or a folder, is a warning.
+        UserError: A package is missing. Other reasons why a tracker cannot start, such as a
+            network, a login or a folder, are warnings.
     """
     warn = warn or notes.warn
     folder = pathlib.Path(output_dir)
-    module = import_wandb() if wandb is not None else None  # on all processes: all stop
+    module = import_wandb() if wandb is not None else None  # in all processes, so that all stop
     starts: dict[str, Callable[[], Sink]] = {}
     if tensorboard:
         starts["track.tensorboard"] = lambda: _TensorBoard(folder, first_step)
@@ -191,7 +190,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A run on Weights & Biases, which takes steps in rising order only."""
+    """A run on Weights & Biases, which accepts steps in rising order only."""
 
     name = "wandb"
 
@@ -216,9 +215,9 @@ class _WandB:
             dir=str(folder),
             config=config,
             save_code=False,
-            settings={"console": "off"},  # it would copy the terminal, and break the live line
+            settings={"console": "off"},  # it would capture the terminal and break the live line
         )
-        self._next = int(self._run.step)  # of an earlier process: what it sent stays
+        self._next = int(self._run.step)  # what an earlier process sent stays
         id_file.write_text(f"{self._run.id}\n")
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
@@ -230,10 +229,10 @@ class _WandB:
 
 
 def import_wandb() -> Any:
-    """The package wandb; call it early to find out before a model is loaded.
+    """Imports wandb; call it early, to find out before a model is loaded.
 
     Raises:
-        UserError: If it is not installed.
+        UserError: wandb is not installed.
     """
     way_out = "pip install wandb, or set track.wandb: null"
     try:
@@ -242,7 +241,7 @@ def import_wandb() -> Any:
         raise UserError(
             f"track.wandb: the package wandb is not installed ({error}); {way_out}"
         ) from error
-    if not hasattr(module, "init"):  # the folder of logs that wandb makes imports as a package
+    if not hasattr(module, "init"):  # wandb's folder of logs can be imported as a package
         raise UserError(f"track.wandb: the package wandb is not installed; {way_out}")
     return module
 

@@ -1,4 +1,4 @@
-"""Checks of a run that need sizes alone: they are made before a weight is read."""
+"""Checks of a run that need only sizes; they are made before any weight is read."""
 
 import dataclasses
 import re
@@ -36,10 +36,11 @@ from jaxpeft.updates.optimizers import WHOLE_ARRAYS
 
 
 def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> None:
-    """Finds out from sizes alone whether method and optimizer fit a model.
+    """Checks from sizes alone whether method and optimizer fit a model.
 
     Raises:
-        UserError: A pattern matches nothing, a rank is too large, or a choice excludes another.
+        UserError: A pattern matches nothing, a rank is too large, or two choices exclude each
+            other.
     """
     check_dense_start(config)
     optim, shapes = config.optim, param_shapes(model)
@@ -90,7 +91,7 @@ def _is_padded(adapter: Adapter, path: str) -> bool:
 def start_on_zeros(
     config: RunConfig, model: ModelConfig, tokenizer: Any = None
 ) -> Callable[[], Adapter]:
-    """A function to trace: a new adapter on a base of zeros, which need not be made for it."""
+    """A function to trace that makes a new adapter on a base of zeros; no base is allocated."""
     context = Context(config=model, tokenizer=tokenizer, shapes_only=True)
 
     def start() -> Adapter:
@@ -101,7 +102,7 @@ def start_on_zeros(
 
 
 def starts_dense(config: RunConfig, restored: bool) -> bool:
-    """Whether the adapter starts from the weights as they are before they are quantised."""
+    """Whether the adapter starts from the weights before they are quantised."""
     return config.method.starts_dense and config.method.init_from is None and not restored
 
 
@@ -165,9 +166,10 @@ def check_unchanged(what: str, saved: str, now: str, output: Place) -> None:
 def check_sources(
     config: RunConfig, model: ModelConfig, tokenizer: Any, steps: int, *, overwrite: bool
 ) -> None:
-    """Reads what can be read of weights and of a saved adapter before anything is written.
+    """Checks the files of weights and of a saved adapter, before anything is written.
 
-    A run that has begun needs the adapter it began from no more, and a finished one no weights.
+    A run that has begun no longer needs the adapter it started from, and a finished run needs no
+    weights.
 
     Raises:
         UserError: Something is missing, damaged or does not fit.
@@ -183,15 +185,15 @@ def check_sources(
 
 
 def check_steps_done(latest: int, steps: int, config: RunConfig) -> None:
-    """Checks that a run has not done more steps than it shall have.
+    """Checks that a run has not done more steps than the config asks for.
 
     Args:
-        latest: Steps that are done.
-        steps: Steps that the run shall have.
+        latest: The number of steps done.
+        steps: The number of steps that the run is to have.
         config: Its config.
 
     Raises:
-        UserError: It has done more.
+        UserError: More steps are done.
     """
     output, epochs = storage.as_path(config.output_dir), config.train.epochs
     if latest <= steps:

@@ -1,8 +1,8 @@
-"""Batches as a training loop waits for them: a stall is told, and a signal ends the wait.
+"""Gives batches to a training loop; it reports stalls, and a signal ends the wait.
 
 The batches come from an iterator that may start processes of its own
-(`jaxpeft.data.batches.iterate`). A thread asks it for one batch ahead, so that the loop is never
-stuck in it.
+(`jaxpeft.data.batches.iterate`). A thread asks it for one batch ahead, so that the loop never
+blocks in it.
 """
 
 import multiprocessing
@@ -15,21 +15,21 @@ from typing import Any
 from jaxpeft.cli import signals
 
 WATCH_SECONDS = 60.0
-"""How long a wait may be before it is told, and told again."""
+"""Seconds after which a wait is reported, and reported again."""
 PATIENCE_SECONDS = 2.0
-"""How long a batch may take after a stop was requested."""
+"""Seconds that a batch may still take after a stop was requested."""
 _POLL_SECONDS = 0.05
 _LEAVE_SECONDS = 5.0
 
 
 class Batches:
-    """Use it as a context manager: processes that the iterator started end with the block.
+    """Batches, read one ahead. Leaving the ``with`` block ends processes that the iterator started.
 
     Args:
         iterator: Gives one batch for every step.
-        tell: Called with a line of text while a batch does not come.
-        stop: Asked for the name of the signal that requests a stop, None for none.
-        workers: How many processes the iterator reads with, for the text.
+        tell: Called with a line of text when a batch takes long.
+        stop: Returns the name of the signal that requests a stop, or None.
+        workers: The number of processes that the iterator reads with, for the text.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class Batches:
             step: Its number, for the text.
 
         Returns:
-            The batch, or None if a stop was requested and it did not come.
+            The batch, or None if a stop was requested and the batch did not come.
 
         Raises:
-            Exception: What the iterator raised.
+            Exception: The iterator's own exception.
         """
         begin = told = time.monotonic()
         requested: float | None = None

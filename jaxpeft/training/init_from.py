@@ -1,10 +1,10 @@
-"""Going on from a saved adapter: ``method.init_from``.
+"""Starting from a saved adapter: ``method.init_from``.
 
-The method section still describes what is trained, and the saved adapter must be just that: the
-same family, places, shapes, ranks and scales. Dropout is the new run's own, and so is what
-`Method.go_on` decides, such as AdaLoRA's schedule; they change nothing that was learned. Whatever
-else the adapter holds frozen comes from the saved one; so do ranks and scales where the method
-would take them from batches, which are then not read.
+The method section still describes what is trained, and the saved adapter must match it: the same
+family, places, shapes, ranks and scales. Dropout is taken from the new config, and so is what
+`Method.go_on` sets anew, such as AdaLoRA's schedule; these change nothing that was learned. All
+other frozen arrays come from the saved adapter. So do ranks and scales if the method would compute
+them from batches, which are then not read.
 """
 
 import dataclasses
@@ -23,17 +23,18 @@ from jaxpeft.methods.algebra.stacking import pad_rank
 from jaxpeft.methods.method import Context, Method
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.pretrained.adapters import load_adapter, peek_kind
+from jaxpeft.pretrained.model import Model
 from jaxpeft.pretrained.shapes import NeedsWeightsError
 
 
-def check_init_from(method: Method, base: Any, steps: int) -> None:
-    """Finds out before the model is loaded whether a run can go on from the saved adapter.
+def check_init_from(method: Method, base: Model, steps: int) -> None:
+    """Checks, before the model is loaded, whether a run can start from the saved adapter.
 
-    Which weights it was trained on is found out when they are read, as is all else of an adapter
-    that cannot be read without its base's weights.
+    Whether it was trained on these weights is checked when they are read. So is everything about an
+    adapter that cannot be read without its base's weights.
 
     Args:
-        method: Its `init_from` may be None; then nothing is looked at.
+        method: Its `init_from` may be None; then nothing is checked.
         base: The `jaxpeft.Model` without weights, see `jaxpeft.pretrained.shapes`.
         steps: Updates of the run.
 
@@ -56,7 +57,11 @@ def check_init_from(method: Method, base: Any, steps: int) -> None:
 
 
 def _require_kind(method: Method) -> None:
-    """Raises a UserError unless there is an adapter of the method's family."""
+    """Checks that the saved adapter belongs to the method's family.
+
+    Raises:
+        UserError: There is no adapter, or it is of another family.
+    """
     assert method.init_from is not None
     if KINDS[method.name].peft is None:
         raise UserError(
@@ -74,20 +79,20 @@ def _require_kind(method: Method) -> None:
         )
 
 
-def load_start(method: Method, base: Any, key: jax.Array, context: Context) -> Adapter:
-    """The adapter that a run goes on from.
+def load_start(method: Method, base: Model, key: jax.Array, context: Context) -> Adapter:
+    """Loads the adapter that a run starts from.
 
     Args:
-        method: With `init_from`.
+        method: A config with `init_from`.
         base: The `jaxpeft.Model`.
-        key: Typed PRNG key; of the adapter it draws only what `Method.go_on` draws anew.
-        context: As `Method.init` takes it.
+        key: Typed PRNG key, used only for arrays that `Method.go_on` draws anew.
+        context: See `Method.init`.
 
     Returns:
-        The saved adapter with the dropout of `method`, as `Method.go_on` has it.
+        The saved adapter with the dropout of `method`, after `Method.go_on`.
 
     Raises:
-        UserError: If it cannot be loaded, or is not what `method` describes.
+        UserError: The adapter cannot be loaded, or is not what `method` describes.
     """
     assert method.init_from is not None
     _require_kind(method)
@@ -99,7 +104,7 @@ def load_start(method: Method, base: Any, key: jax.Array, context: Context) -> A
 def _go_on(
     method: Method, saved: Adapter, params: dict, key: jax.Array, context: Context
 ) -> Adapter:
-    """What `load_start` gives, from the adapter it has read; of `params` only shapes are used."""
+    """The result of `load_start` for a loaded adapter; only the shapes of `params` are used."""
     context = dataclasses.replace(context, shapes_only=True)
     shapes = jax.eval_shape(lambda leaves: leaves, params)
     described = jax.eval_shape(lambda leaves: method.init(leaves, key, context), shapes)
@@ -123,7 +128,7 @@ def _go_on(
 
 
 def _place(init_from: str) -> tuple[str, str | None]:
-    """A folder, or a hub id and what follows its "@": a branch, tag or commit."""
+    """The folder, or the hub id and the part after its "@": a branch, tag or commit."""
     name, at, revision = require_path(init_from).rpartition("@")
     if not at or is_remote(init_from) or expanded(init_from).exists():
         return init_from, None
@@ -131,7 +136,7 @@ def _place(init_from: str) -> tuple[str, str | None]:
 
 
 def _with_room(saved: Adapter, described: Adapter) -> Adapter:
-    """A saved adapter with the padding of a new one, and with the places that got no rank."""
+    """A saved adapter with the padding of a new one, and with places that have rank 0."""
     if saved.spec.kind != described.spec.kind or saved.spec.rank > described.spec.rank:
         return saved
     saved = pad_rank(saved, described.spec.rank)
@@ -159,7 +164,7 @@ def _numbers(method: Method, shapes: dict, key: jax.Array, context: Context) -> 
 
     @jax.jit
     def numbers() -> dict[str, Any]:
-        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # not made
+        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # traced only
         buffers = paths.flatten(method.init(params, key, context).buffers)
         return {path: value for path, value in buffers.items() if is_named(path, *names)}
 
@@ -167,7 +172,7 @@ def _numbers(method: Method, shapes: dict, key: jax.Array, context: Context) -> 
 
 
 def _compare_trees(saved: Adapter, described: Adapter):
-    """What differs in places, static choices and shapes, in words."""
+    """Describes the differences in places, static choices and shapes."""
     theirs, ours = saved.spec, described.spec
     for path in sorted({*theirs.paths, *ours.paths}):
         if path not in ours.paths:

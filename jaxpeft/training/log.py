@@ -1,4 +1,4 @@
-"""Where a run's numbers go: ``metrics.jsonl``, ``samples.jsonl``, the progress line, trackers."""
+"""The outputs of a running run: ``metrics.jsonl``, ``samples.jsonl``, progress, trackers."""
 
 import contextlib
 import json
@@ -26,23 +26,23 @@ _BUG_EXIT_CODE = 70
 
 
 class RunLog:
-    """Use it as a context manager.
+    """Writes a run's metrics and answers. Use it as a context manager.
 
     Args:
         run: What is trained.
-        first: Steps done before, by the run that is resumed: later lines of it are cut off.
+        first: The number of steps that a resumed run did before; its later lines are cut off.
 
     Attributes:
         progress: The live line.
         last_step: The newest step whose metrics have arrived.
-        skipped_in_a_row: Updates skipped up to that step.
+        skipped_in_a_row: Updates skipped in a row up to that step.
     """
 
     def __init__(self, run: Run, first: int):
         self.run, self.last_step = run, first
         self.skipped_in_a_row = int(run.state.skipped_in_a_row)
         self._pending: tuple[int, dict, dict] | None = None
-        # All at once: a rate computed now would wait for the step that the device works on.
+        # All at once: computing a rate later would wait for the step that the device works on.
         self._rates = np.asarray(jax.jit(jax.vmap(run.schedule))(jnp.arange(run.rows.steps)))
         self._clock = 0.0
         self._reached = Reached(run.state, first) if is_first() else None
@@ -73,36 +73,36 @@ class RunLog:
             self._tracker.close(code)
 
     def _cut_back(self, start: int) -> None:
-        """Drops lines of steps that were made after the checkpoint."""
+        """Drops lines of steps after the checkpoint."""
         self._files[METRICS].truncate_after(start)
         evaluated = start in evaluations(self.run.output)
         self._files[SAMPLES].truncate_after(start if evaluated else start - 1)
 
     def warn(self, text: str) -> None:
-        """Says something that may concern one process alone."""
+        """Prints a warning that may concern this process alone."""
         if is_first():
             self.progress.note(text)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def _tell(self, first: int, notes: list[str]) -> None:
-        """Keeps what changed before the run went on."""
+        """Reports and records what changed since the run was interrupted."""
         for note in notes:
             self.progress.note(note)
         if notes:
             self._write(first, {"notes": notes})
 
     def start_clock(self) -> None:
-        """Counts the time of the next step from here."""
+        """Measures the time of the next step from now on."""
         self._clock = time.perf_counter()
 
     def step(self, step: int, metrics: dict, waited: float) -> None:
         """Takes a step's metrics, still being computed, and writes those of the step before.
 
         Args:
-            step: Which one.
-            metrics: What the step returned.
-            waited: Seconds until the batch was there.
+            step: The number of the step.
+            metrics: The metrics that the step returned.
+            waited: Seconds that the loop waited for the batch.
         """
         self.flush()
         tokens, supervised = self.run.rows.plan.counts(step - 1)
@@ -149,23 +149,23 @@ class RunLog:
         self.progress.update(step, **{name: line[name] for name in shown}, skipped=skipped)
 
     def _watch(self, step: int, flags: Any) -> None:
-        """Tells once what no gradient has reached; later flags stay on the device."""
+        """Reports once which trained arrays no gradient reached; later flags are not fetched."""
         if self._reached is None or self._reached.judged:
             return
         if note := self._reached.add(flags, last=step == self.run.rows.steps):
             self.progress.note(note)
 
     def keep(self) -> None:
-        """Makes sure that all lines are where a run that goes on finds them; before a save."""
+        """Makes sure that a resumed run will find all lines; call it before a save."""
         for file in self._files.values():
             file.keep()
 
     def evaluation(self, step: int, call: Callable[..., Any]) -> dict[str, float]:
-        """Evaluates the model as it stands and writes metrics and answers.
+        """Evaluates the current model, and writes metrics and answers.
 
         Args:
-            step: Steps done.
-            call: ``call(work, "evaluating")`` does the work, or gives up.
+            step: The number of steps done.
+            call: ``call(work, "evaluating")`` does the work, or raises when it is interrupted.
 
         Returns:
             The metrics.

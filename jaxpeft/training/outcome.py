@@ -1,4 +1,4 @@
-"""Whether what a run ended in is a result: only finite numbers are."""
+"""Checks that a run ended in a usable result: all of its numbers are finite."""
 
 import math
 
@@ -10,7 +10,7 @@ from jaxpeft.training.run import Run
 
 
 def require_good(run: Run) -> None:
-    """Looks at a run that has made its last step, also where it made it earlier.
+    """Checks a run after its last step, also if it made that step in an earlier process.
 
     Raises:
         DivergedError: The last update was skipped, or more than half of all were, or the last
@@ -36,5 +36,5 @@ def require_good(run: Run) -> None:
 
 
 def is_finite(value: float | None) -> bool:
-    """Whether a number of ``metrics.jsonl`` is finite; those that are not are null there."""
+    """Whether a number from ``metrics.jsonl`` is finite; null stands for one that is not."""
     return value is not None and math.isfinite(value)

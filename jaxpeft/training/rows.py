@@ -1,4 +1,4 @@
-"""What the data files give a run, read and checked before the model is loaded."""
+"""The data of a run, read and checked before the model is loaded."""
 
 import dataclasses
 import fractions
@@ -20,21 +20,21 @@ from jaxpeft.training.output.template import find_template, run_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Everything the data files give, checked before the model is loaded.
+    """The data of a run, checked before the model is loaded.
 
     Attributes:
         plan: Training batches by step.
         steps: Updates of the run.
         eval_examples: Held-out examples, or None.
-        train_rows: Rows to learn from.
+        train_rows: The number of rows to learn from.
         dropped: Rows of the training file that were left out.
-        truncated: Examples of it that were cut.
+        truncated: Training examples that were cut.
         shared: Held-out examples that are training examples too.
-        train_examples: Examples that the rows give: a row whose chat template rewrites earlier
-            turns gives several.
-        stop_ids: Tokens that end what is learned.
-        notes: What is to be told about the rows, a line each.
-        questions: What exact match asks.
+        train_examples: Examples made of the rows. A row whose chat template rewrites earlier turns
+            gives several.
+        stop_ids: Tokens that end learned turns.
+        notes: Notes for the user about the rows, a line each.
+        questions: The questions for exact match.
     """
 
     plan: Plan
@@ -50,7 +50,7 @@ class Rows:
     questions: tuple[Question, ...] = ()
 
     def lines_of_step(self, step: int) -> str:
-        """Which lines of the training file the update that makes this step learns from."""
+        """The lines of the training file that the update of this step learns from."""
         lines = [str(line) for line in self.plan.rows_of(step - 1)]
         return f"lines of its rows: {first_few(lines, 8)}"
 
@@ -135,7 +135,7 @@ def read_data(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> R
 
 
 def steps_of_epochs(epochs: float, num_sequences: int, batch_size: int) -> int:
-    """Updates that see as many sequences as `epochs` passes have, or a few more.
+    """The number of updates that see at least as many sequences as `epochs` passes.
 
     Example:
         >>> steps_of_epochs(1, 9, 4), steps_of_epochs(0.1, 30, 1)  # 0.1 as it is written

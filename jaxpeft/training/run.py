@@ -1,6 +1,6 @@
 """A training run in memory: base, adapter, optimizer and the state that changes.
 
-`jaxpeft.train` drives it. Everything here is the same on one device and on a mesh.
+`jaxpeft.train` drives it. The code is the same for one device and for a mesh.
 """
 
 import dataclasses
@@ -45,16 +45,16 @@ class Run:
     """One run.
 
     Attributes:
-        config: As the user wrote it.
+        config: The config as the user wrote it.
         rows: Its data.
         base: The base model; leaves that full fine-tuning replaces are not held twice.
         state: What training changes.
-        notes: What changed before it went on, and what is not known of its start.
+        notes: Notes about changes since the run was interrupted, and about unknown facts.
         schedule: Learning rate by number of updates.
 
-    Its first state is that of a new adapter; where it is going to be `restored` it may be anything.
-    With ``shapes_only`` the base is shapes with shardings, and so is the state: there is a step to
-    compile, and nothing is computed.
+    The state is initialised for a new adapter; with `restored` its values are arbitrary until
+    `restore`. With ``shapes_only`` the base and the state are shapes with shardings: there is a
+    step to compile, and nothing is computed.
     """
 
     def __init__(
@@ -108,16 +108,16 @@ class Run:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What the base is beside its weights, as JSON values."""
+        """The base's identity apart from its weights, as JSON values."""
         return identity_of(self.base.config, self.base.tokenizer).to_values()
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
-        """The devices."""
+        """The mesh of devices."""
         return self.layout.mesh
 
     def batch(self, step: int) -> dict:
-        """What this process holds of a training batch, see `put`."""
+        """This process's part of a training batch, see `put`."""
         return self.rows.plan.batch(step, placement.process_rows(self.mesh, self.batch_size))
 
     @property
@@ -130,7 +130,7 @@ class Run:
         return placement.put_batch(batch, self.mesh, self.batch_size)
 
     def model(self) -> Model:
-        """The base, with such leaves of it as are trained as they stand."""
+        """The base, with the current values of leaves that are trained."""
         return dataclasses.replace(self.base, params=self.state.base(self.base.params))
 
     def make_step(self) -> Callable:
@@ -167,7 +167,7 @@ class Run:
         return compiled
 
     def step_arguments(self) -> tuple[TrainState, dict, dict]:
-        """State, parameters, and the shapes of a batch: what the step is compiled for."""
+        """State, parameters, and the shapes of a batch, for which the step is compiled."""
         where = placement.batch_sharding(self.mesh)
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
@@ -177,11 +177,11 @@ class Run:
 
     @property
     def head_frozen(self) -> bool:
-        """Whether nothing that makes logits is trained, so that the loss omits its gradient."""
+        """Whether no weight of the head is trained, so that the loss omits its gradient."""
         return head_is_frozen(self.base.params, self.state.adapter, self.state.trained["base"])
 
     def evaluate(self) -> tuple[dict[str, float], list[Sample]]:
-        """Metrics of the model as it stands, and its answers if exact match is asked for."""
+        """Metrics of the current model, and its answers if exact match is requested."""
         section, examples = self.config.evaluation, self.rows.eval_examples
         assert examples is not None
         model, adapter = self.model(), self.state.adapter
@@ -208,7 +208,7 @@ class Run:
         return metrics, samples
 
     def chat_settings(self) -> ChatSettings:
-        """How the adapter is taught to chat, for those who generate with it."""
+        """The chat settings of the training, which generation with the adapter needs."""
         section = self.config.data
         changed = {
             field.name: getattr(section, field.name)
@@ -226,7 +226,7 @@ class Run:
         )
 
     def save(self, checkpoints: Checkpoints, metrics: dict[str, float] | None = None) -> None:
-        """Starts saving the state; of the metric that decides about "best", less is better."""
+        """Starts saving. The "best" metric is stored so that lower is better."""
         metric, best = None, self.config.checkpoint.best
         if best and metrics:
             lower_is_better = best in ("eval_loss", "eval_perplexity")
@@ -242,10 +242,10 @@ class Run:
         checkpoints.save(int(self.state.step), leaves(self.state), meta=meta, metric=metric)
 
     def restore(self, checkpoints: Checkpoints, step: int) -> None:
-        """Puts the state of a checkpoint in place.
+        """Restores the state of a checkpoint.
 
         Raises:
-            UserError: If the base is not that the run began with.
+            UserError: The base is not the one that the run began with.
         """
         saved = checkpoints.meta(step)["base"]
         check_unchanged("base weights", saved, self.base.fingerprint, self.output)
@@ -255,10 +255,10 @@ class Run:
         self.state = jax.tree.unflatten(jax.tree.structure(self.state), order)
 
     def export(self, checkpoints: Checkpoints) -> Place:
-        """Writes what was trained, for use: the best state if the config says so, else the last.
+        """Writes the result: the best state if the config asks for it, else the last.
 
         Returns:
-            ``adapter/``, an HF PEFT folder, or ``model/``, a whole HF model, where base leaves
+            ``adapter/``, an HF PEFT folder, or ``model/``, a whole HF model, if leaves of the base
             were trained.
         """
         if self.config.checkpoint.best and (best := checkpoints.best()) is not None:
@@ -273,7 +273,7 @@ class Run:
         return place
 
     def describe(self) -> tuple[list[tuple[str, str]], list[Any]]:
-        """The start-up table: facts of the run, and the modules that are adapted."""
+        """The facts and adapted modules for the table at the start."""
         config, plan = self.config, self.rows.plan
         adapter = self.state.adapter
         trained = self.config.method.trainable(adapter.params)
@@ -312,7 +312,7 @@ class Run:
         return rows, summary.describe_adapter(self.base_shapes, adapter, trained)
 
     def _trainable(self, tree: dict) -> dict:
-        """The label tree over base and adapter: all of the adapter, and what the config names."""
+        """The label tree over base and adapter: the adapter and leaves that the config names."""
         patterns, on = self.config.optim.trainable, self.config.method.trainable(tree["adapter"])
         return {
             "base": paths.unflatten(

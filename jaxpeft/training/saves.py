@@ -1,4 +1,4 @@
-"""When and how a run's state is saved: with patience, before it ends early, and at its end."""
+"""Saving a run's state and result, with retries."""
 
 import sys
 from collections.abc import Callable
@@ -18,15 +18,15 @@ from jaxpeft.training.run import Run
 
 
 def export(run: Run, checkpoints: Checkpoints) -> Place:
-    """Writes the result; a disk that is full or fails is tried again a few times."""
+    """Writes the result; if the disk is full or fails, it is tried again a few times."""
     alike = jax.process_count() == 1 or export_path(run.config).name == "adapter"
-    if not alike:  # the first process would try again alone
+    if not alike:  # the first process would retry alone
         return run.export(checkpoints)
     return persist(lambda: run.export(checkpoints), print_note)
 
 
 def print_note(text: str) -> None:
-    """Prints a line on standard error; where there are several processes, the first does."""
+    """Prints a line on standard error, in the first process only."""
     if is_first():
         print(text, file=sys.stderr, flush=True)
 
@@ -40,10 +40,11 @@ def save_state(
     *,
     wait: bool = True,
 ) -> None:
-    """Saves the state, once the folder is still this run's and all lines are in it.
+    """Saves the state, after checking that the folder still belongs to this run.
 
-    A disk that is full or fails is tried again a few times. Without `wait` the save goes on in
-    the background, and what goes wrong in it is met by the next one, which saves a newer state.
+    All lines of metrics are written first. If the disk is full or fails, saving is tried again a
+    few times. Without `wait` the save continues in the background; an error of it is raised by the
+    next save, which then saves a newer state.
     """
 
     def prepare() -> None:
@@ -61,7 +62,7 @@ def save_state(
 
 
 def interrupted_at(run: Run, save: Callable[[], None], stop: StopRequest) -> InterruptedRunError:
-    """Saves the state as a signal asks to; the error to raise."""
+    """Saves the state after a signal; returns the error to raise."""
     save()
     return InterruptedRunError(
         f"interrupted by {stop.requested} at step {int(run.state.step)}, saved; run the same "
@@ -72,7 +73,7 @@ def interrupted_at(run: Run, save: Callable[[], None], stop: StopRequest) -> Int
 def after_lost_worker(
     run: Run, save: Callable[[], None], error: LostWorkerError
 ) -> LostWorkerError:
-    """Saves the state, unless other processes would have to do so too; the error to raise."""
+    """Saves the state if this is the only process; returns the error to raise."""
     step, saved = int(run.state.step), "run the same command to go on from the last checkpoint"
     if jax.process_count() == 1 and step:
         save()

@@ -1,4 +1,4 @@
-"""What the scores that decide about the best checkpoint were measured on, as one hash."""
+"""A hash of everything that the scores of checkpoints were measured on."""
 
 import hashlib
 import json
@@ -8,14 +8,14 @@ from jaxpeft.training.rows import Rows
 
 
 def scored_on(config: RunConfig, rows: Rows) -> str:
-    """A hash over all that decides what ``checkpoint.best`` of a state is.
+    """A hash over everything that determines the ``checkpoint.best`` score of a state.
 
     Args:
         config: The run.
         rows: Its data.
 
     Returns:
-        Hex sha256; "" where nothing decides about the best.
+        Hex sha256; "" if the config does not choose by a score.
     """
     best, examples = config.checkpoint.best, rows.eval_examples
     if best is None or examples is None:

@@ -24,13 +24,13 @@ def parse_range(text: str | None) -> range:
 
 
 class Trace:
-    """Records a profile of some steps; of those that this process makes."""
+    """Records a profile of some steps, as far as this process makes them."""
 
     def __init__(self, folder: storage.Place, steps: range):
         self._folder, self._steps, self._on = folder, steps, False
 
     def before(self, step: int) -> None:
-        """Begins to record at the first of the steps."""
+        """Starts recording at the first of the steps."""
         if step in self._steps and not self._on:
             jax.profiler.start_trace(self._folder)
             self._on = True

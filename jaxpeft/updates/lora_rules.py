@@ -1,4 +1,4 @@
-"""LoRA+ and LoRA-FA: which factors move, and how fast, as optax transformations.
+"""LoRA+ and LoRA-FA as optax transformations: learning rates and gradients of the factors.
 
 **LoRA+**: ``B`` learns at `ratio` times the rate of ``A``. The groups are those of PEFT's
 ``create_loraplus_optimizer``: "a" (factors A, AdaLoRA's singular values and whole matrices, the
@@ -6,12 +6,12 @@ rate), "b" (factors B and vectors, the rate times the ratio), "b_no_decay" (bias
 weight decay) and "embedding" (factors of the embedding table, a rate of their own). Which arrays
 are factors B, and which learn at another rate than their number of axes says, the family declares.
 
-**LoRA-FA**: ``A`` stays as it was drawn, is not trained at all, and ``B`` moves along
+**LoRA-FA**: ``A`` keeps its initial values, and the gradient of ``B`` becomes
 
     g_B <- (1 / scale^2) (A^T A + 1e-8 I)^-1 g_B
 
-which is the step of ``A B`` nearest to that of full fine-tuning. Factors of the embedding table,
-whose A starts at zero, are trained as without it.
+which makes the change of ``A B`` the nearest one to that of full fine-tuning. Factors of the
+embedding table, whose A starts at zero, are trained as usual.
 
 References:
     Hayou, Ghosh and Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024,
@@ -35,10 +35,10 @@ from jaxpeft.methods.family import Kind
 from jaxpeft.methods.registry import KINDS
 
 EMBEDDING_RATE = 1e-6
-"""Peak learning rate of the embedding's factors in LoRA+, PEFT's default."""
+"""Peak learning rate of the embedding table's factors in LoRA+, which is PEFT's default."""
 
 DAMPING = 1e-8
-"""What LoRA-FA adds to the diagonal of ``A^T A``."""
+"""The number that LoRA-FA adds to the diagonal of ``A^T A``."""
 
 
 def lora_plus(
@@ -49,14 +49,14 @@ def lora_plus(
     """The update rules of LoRA+, by group of leaves.
 
     Args:
-        make_rule: ``make_rule(factor, decay)``: a rule whose peak learning rate is `factor`
-            times the usual one, or `EMBEDDING_RATE` for a factor of 0, and which decays weights or
-            not.
+        make_rule: ``make_rule(factor, decay)`` makes a rule. Its peak learning rate is `factor`
+            times the usual one, or `EMBEDDING_RATE` for a factor of 0; `decay` says whether it
+            decays weights.
         ratio: Learning rate of B over that of A.
         arrays: What the adapter's arrays are, by name; `Kind.arrays` of its family.
 
     Returns:
-        A transformation over ``{"base": ..., "adapter": ...}``, frozen leaves of it masked.
+        A transformation over ``{"base": ..., "adapter": ...}`` whose frozen leaves are masked.
     """
     rules: dict[Hashable, optax.GradientTransformation] = {
         "a": make_rule(1.0, True),
@@ -95,9 +95,9 @@ def project_b(kind: Kind) -> optax.GradientTransformationExtraArgs:
         kind: The family of the adapter; a gradient stays as it is where it has no such factors.
 
     Returns:
-        A transformation without state. Its update wants two extra arguments: ``whole=``, the tree
-        with its frozen leaves, for A (`jaxpeft.masked` passes it), and ``buffers=``, for the scales
-        (the training step does).
+        A stateless transformation whose update takes two extra arguments: ``whole=``, the tree with
+            its frozen leaves, which holds A (`jaxpeft.masked` passes it), and ``buffers=``, which
+            hold the scales (the training step passes them).
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -125,7 +125,8 @@ def project_b(kind: Kind) -> optax.GradientTransformationExtraArgs:
 def projected(g: jax.Array, a: jax.Array, scale: Any) -> jax.Array:
     """``(1 / scale^2) pinv(A^T A + 1e-8 I) g``; zero in layers whose scale is zero.
 
-    The pseudo-inverse cuts what float32 cannot tell from zero: the padding of smaller ranks.
+    The pseudo-inverse drops singular values that float32 cannot tell from zero: the padding of
+    smaller ranks.
 
     Args:
         g: Gradient of B, ``(*stack, rank, d_out)``.

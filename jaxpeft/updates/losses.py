@@ -1,17 +1,18 @@
 """Cross-entropy over supervised tokens that never holds the logits of a whole batch.
 
-The loss of a token with hidden state ``h``, head ``W`` and target ``t`` is
-``logsumexp(h W) - (h W)[t]``, in float32. Tokens are visited in chunks along time: the supervised
-tokens of every row are moved to its front, and a chunk in which no row has one left is skipped,
-so the head is multiplied about as often as there are supervised tokens. Chunks run along time and
-never over flattened rows, which would make every device compute all of them. On a mesh each
-device has a part of the vocabulary, for the rows of its peers along fsdp and tensor; a trained
-head's gradient is summed over the data axis once, behind the last chunk.
+The loss of a token with hidden state ``h``, head ``W`` and target ``t`` is ``logsumexp(h W) - (h
+W)[t]``, in float32. Tokens are visited in chunks along time: the supervised tokens of every row are
+moved to its front, and chunks without any are skipped, so the number of products with the head is
+about proportional to the number of supervised tokens. Chunks run along time and never over
+flattened rows, which would make every device compute all of them. On a mesh each device holds a
+slice of the vocabulary and computes it for the rows of its peers along fsdp and tensor; a trained
+head's gradient is summed over the data axis once, after the last chunk.
 
-Where the loss is differentiated, gradients are computed while the chunk's logits are there: of the
-hidden states, ``(softmax(h W) - onehot(t)) W^T``, and of a trained head, summed over the chunks.
-The backward pass multiplies with the vocabulary no more, only with the number that the loss is
-scaled by; a trained head's gradient is held from then on, in the dtype of the head.
+If the loss is differentiated, gradients are computed while a chunk's logits are in memory: the
+gradient of the hidden states, ``(softmax(h W) - onehot(t)) W^T``, and of a trained head, summed
+over the chunks. The backward pass only scales the stored gradients by the incoming cotangent; it
+does not multiply with the vocabulary again. From the forward pass on, a trained head's gradient is
+held in the dtype of the head.
 """
 
 import functools
@@ -55,10 +56,10 @@ def cross_entropy(
         head_params: The head's weights: a pytree.
         targets: The token that should follow; any number where the weight is 0.
         weights: How much each token counts; 0 for tokens that are not supervised.
-        head_frozen: Take `head_params` as constants: the gradient with respect to them is zero,
-            and its product with the vocabulary is saved.
+        head_frozen: Treat `head_params` as constants: their gradient is zero, which saves a
+            product with the vocabulary.
         chunk_tokens: About how many tokens' logits exist at once on a device, at most a quarter of
-            its rows; None for what suits the backend.
+            its rows; None for the backend's choice.
 
     Returns:
         ``sum(weights * loss)``, and ``{"weight": sum(weights), "correct": weighted count of
@@ -69,7 +70,7 @@ def cross_entropy(
     weights = jnp.take_along_axis(weights, order, axis=1)
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
     batch, seq = targets.shape
-    rows = max(1, batch // row_shards())  # of each device
+    rows = max(1, batch // row_shards())  # per device
     width = max(1, min(-(-seq // 4), (chunk_tokens or choices().loss_tokens) // rows))
     pad = -seq % width
     chunks = (seq + pad) // width
@@ -91,7 +92,7 @@ def _sums(
 ) -> tuple[Array, Array]:
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     correct = jnp.where(chosen >= best, weights, 0.0).sum()
-    # Not a product alone: a target that does not count may lie outside the vocabulary.
+    # Masked, not only multiplied by 0: unsupervised targets may lie outside the vocabulary.
     loss = jnp.where(weights != 0, weights * (log_total - chosen), 0.0)
     return loss.sum(), correct
 
@@ -158,7 +159,7 @@ def _chunked_forward(head: Any, head_params: Any, *pieces: Any) -> Any:
 
 
 def _is_same_for_rows(head_params: Any) -> bool:
-    """Whether a head treats all rows alike: it has no key for dropout, and no index of adapters."""
+    """Whether a head treats all rows alike: it has no dropout key and no index of adapters."""
     leaves = jax.tree.leaves(head_params)
     return all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
 
@@ -185,12 +186,12 @@ def make_lm_loss(
         module: A `jaxpeft.models.transformer.Transformer`.
         head_frozen: See `cross_entropy`.
         dropout: Whether the key of the step reaches the adapter.
-        penalty: A scalar of the adapter that is added to the mean loss, or None.
+        penalty: A function of the adapter whose scalar is added to the mean loss, or None.
 
     Returns:
         ``loss_fn(params, adapter, batch, key) -> (total, aux)`` for batches of
-        ``tokens, targets, weights, segment_ids, positions``, and ``index`` for stacked adapters:
-        which of them each row trains. Positions must count up slot by slot in every segment.
+        ``tokens, targets, weights, segment_ids, positions``, and for stacked adapters ``index``,
+        the adapter of each row. Positions must count up slot by slot in every segment.
         ``aux["penalty"]`` is the penalty times the weight.
     """
 
@@ -215,7 +216,7 @@ def make_lm_loss(
             head_frozen=head_frozen,
         )
         extra = None if penalty is None or adapter is None else penalty(adapter)
-        if extra is not None:  # times the weight: the total is divided by it
+        if extra is not None:  # times the weight, by which the total is divided
             aux["penalty"] = extra * aux["weight"]
             total += aux["penalty"]
         return total, aux

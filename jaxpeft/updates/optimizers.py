@@ -1,7 +1,7 @@
-"""Optimizers and schedules, all from optax, behind one small config.
+"""Optimizers and schedules from optax, behind one small config.
 
-``masked`` puts any optax transformation behind a label tree, so that frozen leaves have no
-moments and are never looked at: clipping, norms and weight decay act within the trained part.
+``masked`` restricts any optax transformation by a tree of labels: frozen leaves have no moments,
+and clipping, norms and weight decay apply to the trained leaves only.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig(Record):
-    """How trained arrays move.
+    """The optimizer and schedule of a run.
 
     Attributes:
         name: The update rule; b1 is the momentum of sgd.
@@ -48,7 +48,7 @@ class OptimConfig(Record):
             paths, such as "norm/scale".
         lora_plus_ratio: LoRA+: how many times faster factors B learn than factors A; None for
             the same rate. See `jaxpeft.updates.lora_rules`.
-        lora_fa: LoRA-FA: factors A stay as they were drawn, and B's gradient is projected.
+        lora_fa: LoRA-FA: factors A keep their initial values, and B's gradient is projected.
     """
 
     in_float32: ClassVar[bool] = True
@@ -97,7 +97,7 @@ class OptimConfig(Record):
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by number of updates done.
+    """The learning rate as a function of the number of updates done.
 
     Args:
         config: The peak, the shape, and the warm-up.
@@ -247,9 +247,9 @@ def masked(
             a function from that tree to the booleans.
 
     Returns:
-        ``optax.partition`` over the labels "trainable" and "frozen" of the whole tree. Its
-        gradients may hold None at frozen leaves, its updates then do too. `tx` gets the whole
-        tree, frozen leaves too, as the extra argument ``whole=``. It carries ``labels`` for
+        ``optax.partition`` over the labels "trainable" and "frozen" of the whole tree. Gradients
+        may be None at frozen leaves; the updates then are too. `tx` gets the whole tree with its
+        frozen leaves as the extra argument ``whole=``. The attribute ``labels`` is for
         `jaxpeft.make_train_step`.
     """
 

@@ -1,9 +1,9 @@
-"""Whether a gradient reaches what is trained, judged after the first good steps of a process.
+"""Checks that gradients reach all trained arrays, over the first good steps of a process.
 
-The compiled step gives one flag for every trained leaf, and one for every layer of a leaf that
-stacks layers: whether any number of it had a gradient other than zero. One good step is not enough
-to judge by: a factor whose partner starts at zero, such as LoRA's A beside B, has none until the
-partner has moved.
+The compiled step gives a flag for every trained leaf, and for every layer of a stacked leaf:
+whether any number of it had a gradient other than zero. One good step is not enough to judge: a
+factor whose partner starts at zero, such as LoRA's A beside B, has no gradient until the partner
+has changed.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from jaxpeft.methods.adapter import ranks_at
 from jaxpeft.methods.registry import KINDS
 
 STEPS = 5
-"""Good steps to judge by."""
+"""The number of good steps before judging."""
 
 LEAST_STEPS = 3
-"""Good steps a shorter run needs. With a warm-up the first update is zero: a factor whose partner
-starts at zero has no gradient before the third step."""
+"""The number of good steps that a shorter run needs. With a warm-up the first update is zero, so a
+factor whose partner starts at zero has no gradient before the third step."""
 
 USUAL_HINT = (
     "the loss does not depend on them, as where the model does not use a weight or one behind it "
@@ -37,10 +37,10 @@ _SHOWN = 8
 
 
 def flags_of(grads: Any) -> Bool[Array, "flags"]:
-    """Which leaves, and layers of stacked leaves, have a gradient other than zero.
+    """Which leaves, and which layers of stacked leaves, have a gradient other than zero.
 
     Args:
-        grads: Gradients like ``TrainState.trained``, with None at frozen leaves.
+        grads: Gradients with the structure of ``TrainState.trained``, None at frozen leaves.
 
     Returns:
         One flag for each part that `Reached` counts, in its order.
@@ -74,7 +74,7 @@ class Reached:
 
     Args:
         state: The `jaxpeft.updates.step.TrainState` before the first of these steps.
-        first: Steps done before, by the run that is resumed.
+        first: The number of steps that a resumed run did before.
     """
 
     def __init__(self, state: Any, first: int):
@@ -85,7 +85,7 @@ class Reached:
 
     @property
     def judged(self) -> bool:
-        """Whether nothing more is to be looked at."""
+        """Whether the judgement was made, so that no more flags are needed."""
         return self._steps >= STEPS
 
     def add(self, flags: Any, *, last: bool) -> str | None:
@@ -96,7 +96,7 @@ class Reached:
             last: Whether no step follows.
 
         Returns:
-            What is to be told if it is time to judge and something was never reached, else None.
+            A message if it is time to judge and something was never reached, else None.
         """
         self._steps += 1
         self._seen |= np.asarray(flags)
@@ -124,8 +124,8 @@ class Reached:
     def _missing_at(self, place: str, parts: list[tuple[_Part, bool]]) -> Iterator[str]:
         """Names what was not reached: the whole place, some layers of it, or single leaves.
 
-        Single leaves of a run that goes on are not judged: of ranks that AdaLoRA has taken away
-        only the singular values have a gradient.
+        In a resumed run single leaves are not judged: of ranks that AdaLoRA has removed, only the
+        singular values have a gradient.
         """
         layers = list(dict.fromkeys(part.layer for part, _ in parts))
         leaves = list(dict.fromkeys(part.name for part, _ in parts))
@@ -161,7 +161,7 @@ def _parts_of(state: Any) -> Iterator[_Part]:
 
 
 def _split(path: Any) -> tuple[str, str]:
-    """Splits a path of ``TrainState.trained`` into "base" or "adapter", and the path in it."""
+    """Splits a path of ``TrainState.trained`` into "base" or "adapter" and the rest."""
     owner, _, rest = jax.tree_util.keystr(path, simple=True, separator="/").partition("/")
     return owner, rest
 

@@ -1,13 +1,13 @@
-"""One training step as a pure function: gradients of the trained leaves only, one update.
+"""One training step as a pure function: gradients of the trained leaves, and one update.
 
 The trained leaves are those that the label tree over ``{"base": ..., "adapter": ...}`` calls
 trainable (see `jaxpeft.updates.optimizers.masked`); normally all of the adapter and nothing of the
-base. They live in the state, which is donated; the frozen base is an argument that is only read.
+base. They are in the state, which is donated; the frozen base is an argument that is only read.
 Gradients are taken with respect to the trained leaves alone: frozen leaves have gradient None,
 never zeros.
 
-A step changes nothing but the counters if its loss or gradient is not finite, or if the update
-would make a trained value or a moment so: what is kept is finite wherever it was before.
+A step changes only the counters if its loss or gradient is not finite, or if the update would make
+a finite trained value or moment infinite or NaN.
 """
 
 import functools
@@ -28,7 +28,7 @@ LossFn = Callable[..., Any]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that changes in training.
+    """Everything that changes in training.
 
     Attributes:
         step: Steps done, skipped ones included.
@@ -37,8 +37,8 @@ class TrainState:
         buffers: The adapter's frozen arrays.
         opt_state: State of the optimizer, of trained leaves only.
         key: Typed PRNG key; step ``i`` uses ``fold_in(key, i)``.
-        skipped: Steps skipped so far because something was not finite, or would have become so.
-        skipped_in_a_row: The same since the last good step.
+        skipped: Steps skipped so far, because a number was or would have become non-finite.
+        skipped_in_a_row: Steps skipped since the last good step.
         spec: Static part of the adapter.
         base_name: The adapter's label of this name. Unlike labels these texts are compared, so that
             a compiled step never gives back the names of the adapter that it was traced for.
@@ -150,14 +150,14 @@ def make_train_step(
 
     Args:
         loss_fn: ``loss_fn(params, adapter, batch, key)``. It returns a scalar, or a pair
-            ``(total, aux)`` where ``aux["weight"]`` is what the total is to be divided by (say,
-            the number of supervised tokens; 1 if it is not there) and further entries are sums
-            to report. Totals and weights are added up over microbatches and divided once.
+            ``(total, aux)``. The total is divided by ``aux["weight"]``, such as the number of
+            supervised tokens (1 if it is missing); further entries are sums to report. Totals
+            and weights are summed over microbatches and divided once.
         tx: An optimizer from `jaxpeft.masked`.
-        microbatches: In how many parts along its first axis a batch is visited.
-        state_shardings: Where the new state is to live; None leaves it to XLA.
-        watch_gradients: Whether metrics also hold ``reached``, a vector of flags that
-            `jaxpeft.updates.reached.Reached` reads: which parts have a gradient other than zero.
+        microbatches: The number of parts into which a batch is split along its first axis.
+        state_shardings: The shardings of the new state; None leaves them to XLA.
+        watch_gradients: Whether metrics also hold ``reached``, a vector of flags for
+            `jaxpeft.updates.reached.Reached`: which parts have a gradient other than zero.
 
     Returns:
         ``step(state, params, batch) -> (state, metrics)``, jitted; the state is donated.
@@ -240,7 +240,7 @@ def make_train_step(
 
 
 def _everywhere(values: jax.Array, state_shardings: Any) -> jax.Array:
-    """The same on every device, as the state's counters are."""
+    """Replicates values on every device, like the state's counters."""
     if state_shardings is None:
         return values
     return jax.lax.with_sharding_constraint(values, state_shardings.step)
@@ -250,7 +250,7 @@ def check_masked(tx: Any) -> None:
     """Checks that an optimizer is masked, so that it knows what is trained.
 
     Raises:
-        TypeError: It is not; the message has the way out.
+        TypeError: The optimizer is not masked; the message has the way out.
     """
     if not isinstance(tx, MaskedTransformation):
         raise TypeError(
@@ -260,11 +260,11 @@ def check_masked(tx: Any) -> None:
 
 
 def _stays_finite(before: Any, after: Any) -> jax.Array:
-    """Whether no number becomes infinite or NaN that was finite.
+    """Whether no finite number becomes infinite or NaN.
 
-    An optimizer may begin with an infinite one, such as the best value so far. Arrays of one shape
-    are looked at together: a parameter and its moments are then one pass, with less in memory than
-    a pass for each.
+    An optimizer may start with an infinite number, such as the best value so far. Arrays of one
+    shape are checked together: a parameter and its moments then take one pass, with less memory
+    than a pass for each.
     """
     lost: dict[tuple[int, ...], Any] = {}
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
@@ -275,12 +275,12 @@ def _stays_finite(before: Any, after: Any) -> jax.Array:
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
-    """Interleaves rows, so that every device keeps rows of its own in each part."""
+    """Splits a batch into parts of interleaved rows, so that every device has rows in each part."""
     return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
 
 def _combine(first: Any, second: Any) -> Any:
-    """Leaves of `first` where it has them, else those of `second`."""
+    """Takes leaves of `first`, or of `second` where `first` has None."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None
     )

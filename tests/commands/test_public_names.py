@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import pathlib
 import subprocess
 import sys
@@ -93,6 +94,42 @@ def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'jaxpeft' has no attribute 'generat'"):
         _ = jp.generat
     assert {*jp.__all__} == {name for name in dir(jp) if not name.startswith("_")}
+
+
+def test_type_checkers_know_the_names_their_types_and_no_others(tmp_path):
+    file = tmp_path / "program.py"
+    file.write_text(
+        """import numpy as np
+
+import jaxpeft as jp
+
+model = jp.load_model("model")
+reveal_type(model)
+ids = np.zeros((1, 2), np.int32)
+reveal_type(jp.with_prompt(None, ids, ids))
+model.replace(name="other").weights
+jp.generat
+"""
+    )
+    root = pathlib.Path(inspect.getfile(jp)).parent.parent
+    found = subprocess.run(
+        [sys.executable, "-m", "pyright", "--outputjson", str(file)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = [
+        (entry["range"]["start"]["line"] + 1, entry["severity"], entry["message"].split("\n")[0])
+        for entry in json.loads(found.stdout)["generalDiagnostics"]
+    ]
+    assert told == [
+        (6, "information", 'Type of "model" is "Model"'),
+        (8, "information", 'Type of "jp.with_prompt(None, ids, ids)" is "Prompted"'),
+        (9, "error", 'Cannot access attribute "weights" for class "Model"'),
+        (10, "error", '"generat" is not a known attribute of module "jaxpeft"'),
+    ]
+    assert (pathlib.Path(inspect.getfile(jp)).parent / "py.typed").is_file()
 
 
 def test_methods_and_adapters_are_printed_in_a_line():

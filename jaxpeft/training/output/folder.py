@@ -1,4 +1,4 @@
-"""The folder of a run: who may write there, what an earlier run left, and how it is discarded.
+"""The folder of a run: which run may write there, and how an earlier run is discarded.
 
 output_dir/
   config.yaml                      resolved; discarded last: marks a run
@@ -44,7 +44,7 @@ CHECKPOINTS = "checkpoints"
 PROFILE = "profile"
 
 _OURS = (CHECKPOINTS, ADAPTER, MODEL, METRICS, SAMPLES)
-_SEEN_SECONDS = 20  # in which what one host writes must be seen by others: NFS keeps listings
+_SEEN_SECONDS = 20  # until other hosts must see a new file: NFS caches listings
 _PROBE = ".probe"
 _SHARED = re.compile(r"\.shared-[0-9a-f]{32}")
 _KEPT = (TEMPLATE, PENDING, PROFILE, "tensorboard", "wandb", "wandb_run_id")
@@ -57,17 +57,17 @@ def check_folder(
     overwrite: bool = False,
     accepted: Collection[str] = (),
 ) -> None:
-    """Refuses to mix runs. Changes nothing.
+    """Checks that runs will not be mixed. It changes nothing.
 
     Args:
         config: The run that wants the folder.
-        resume: Whether it may go on from what is there.
+        resume: Whether it may continue the run that is there.
         overwrite: Whether a run that is there shall be discarded.
         accepted: Keys whose changes are accepted, see `jaxpeft.training.output.resume`.
 
     Raises:
-        UserError: The folder holds another run, one that shall not be resumed, or files of these
-            names that belong to no run; or it is the folder of the base.
+        UserError: The folder holds another run, one that shall not be resumed, or files with the
+            names of a run's files that belong to no run; or it is the folder of the base.
     """
     output = storage.as_path(config.output_dir)
     size = len(run_config.to_yaml(config).encode())
@@ -112,7 +112,7 @@ def check_folder(
 
 
 def _check_bucket(config: RunConfig, output: Place) -> None:
-    """Refuses what only disks can hold."""
+    """Refuses options that need a disk if the folder is in a bucket."""
     for key, value in (
         ("track.tensorboard", config.track.tensorboard),
         ("track.wandb", config.track.wandb),
@@ -129,15 +129,15 @@ def _lies_in(path: str, folder: Place) -> bool:
 
 
 def make_folder(output: Place) -> list[str]:
-    """Makes the folder and proves that it can be written to.
+    """Makes the folder and checks that files can be written there.
 
-    A bucket has no folders to make.
+    In a bucket there is no folder to make.
 
     Returns:
         The folders that were made, the outermost last, for `remove_empty`.
 
     Raises:
-        UserError: It cannot.
+        UserError: The folder cannot be made or written to.
         ResourceError: The disk is full.
     """
     if storage.is_remote(output):
@@ -170,17 +170,17 @@ def make_folder(output: Place) -> list[str]:
 
 
 def remove_empty(folders: list[str]) -> None:
-    """Removes folders, the innermost first, as long as there is nothing in them."""
+    """Removes folders that are empty, the innermost first."""
     with contextlib.suppress(OSError):
         for folder in folders:
             os.rmdir(folder)
 
 
 def check_shared(output: Place) -> None:
-    """Proves that all processes of the run see one folder: the first leaves a file in it.
+    """Checks that all processes of the run see the same folder, by a file that the first writes.
 
     Raises:
-        UserError: A process does not see the file, or another one.
+        UserError: A process does not see the file, or sees another one.
     """
     if jax.process_count() == 1:
         return
@@ -220,9 +220,9 @@ def check_shared(output: Place) -> None:
 
 
 def clean(config: RunConfig) -> None:
-    """Removes what a killed run left in its folder; the folder must be this run's.
+    """Removes what a killed run left in its folder, which must belong to this run.
 
-    What an unfinished save left is the business of `jaxpeft.checkpoints.checkpoints`.
+    Unfinished saves are removed by `jaxpeft.checkpoints.checkpoints`.
     """
     output = storage.as_path(config.output_dir)
     if storage.is_remote(output):
@@ -234,7 +234,7 @@ def clean(config: RunConfig) -> None:
 
 
 def discard(output: Place) -> None:
-    """Removes what an earlier run left, and nothing else; a folder without a run stays as it is."""
+    """Removes the files of an earlier run and nothing else; without a run nothing changes."""
     if not storage.exists(output / CONFIG):
         return
     for name in (ADAPTER, MODEL):
@@ -250,7 +250,7 @@ def discard(output: Place) -> None:
 
 
 def write_config(config: RunConfig) -> None:
-    """Writes ``config.yaml``, whole or not at all."""
+    """Writes ``config.yaml`` completely or not at all."""
     place = storage.as_path(config.output_dir) / CONFIG
     if storage.is_remote(place):
         storage.write_objects(place.parent, {CONFIG: run_config.to_yaml(config).encode()})

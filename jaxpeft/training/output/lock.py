@@ -1,12 +1,12 @@
-"""One run at a time in a folder.
+"""Makes sure that only one run at a time uses a folder.
 
-The lock is `flock` on `<folder>/.lock`: the kernel frees it when the process ends, however it ends,
-so a killed run never blocks the next. The file names its holder for the message. A run that ends
-before it begins to write removes the file it made.
+The lock is `flock` on `<folder>/.lock`. The kernel frees it when the process ends, in whatever way,
+so a killed run never blocks the next. The file names its holder, for messages. A run that ends
+before it begins to write removes the file that it made.
 
 In a bucket (``gs://``) nothing can be locked, and nobody sees whether a run has ended. There the
-newest run owns the folder: it says so in an object before it changes anything, and an older one
-that finds another name in it stops before it saves.
+newest run owns the folder: it writes its name into an object before it changes anything, and an
+older run that finds another name in it stops before it saves.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ OWNER = "run.json"
 
 
 def hold(output_dir: str | os.PathLike[str]) -> "RunLock | RunOwner":
-    """The lock of a folder on a disk, or the owner of one in a bucket."""
+    """The lock of a folder on disk, or the owner of a folder in a bucket."""
     return RunOwner(output_dir) if storage.is_remote(output_dir) else RunLock(output_dir)
 
 
 class RunOwner:
-    """Owns a folder in a bucket from a call of `begin` on, until another does.
+    """Owns a folder in a bucket from its call of `begin` until another run takes the folder.
 
     Args:
         output_dir: The run's folder.
@@ -51,7 +51,7 @@ class RunOwner:
         pass
 
     def begin(self) -> None:
-        """Takes the folder: call it just before the first change there, as an older run stops.
+        """Takes the folder. Call it just before the first change there, because an older run stops.
 
         Raises:
             UserError: Nothing can be written there.
@@ -66,10 +66,10 @@ class RunOwner:
         storage.write_objects(self.path.parent, {OWNER: self._text.encode()})
 
     def check(self) -> None:
-        """Stops a run whose folder another one has taken.
+        """Checks that no other run has taken the folder.
 
         Raises:
-            UserError: Names the other run's pid and host, and when it began.
+            UserError: Another run has; the text names its pid and host, and when it began.
         """
         with storage.explained(self.path):
             text = self.path.read_text()
@@ -81,14 +81,14 @@ class RunOwner:
 
 
 class RunLock:
-    """Holds a folder for one process while its ``with`` block runs. Forked children don't hold it.
+    """Holds a folder for one process while its ``with`` block runs; forked children do not.
 
     Args:
         output_dir: The run's folder; made if missing.
-        note: Called with one line when an ended run had left its lock; prints to stderr by default.
+        note: Called with one line if an ended run had left its lock; prints to stderr by default.
 
     Raises:
-        UserError: On entering: another process holds the folder; names its pid and host.
+        UserError: On entering: another process holds the folder; the text names its pid and host.
         ResourceError: On entering: the folder cannot be made or written.
     """
 
@@ -102,7 +102,7 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         file = self._lock()
-        while not self._is_there(file):  # whoever made it has removed it meanwhile
+        while not self._is_there(file):  # its maker has removed it meanwhile
             os.close(file)
             file = self._lock()
         if left := _holder(file):
@@ -113,7 +113,7 @@ class RunLock:
         return self
 
     def _lock(self) -> int:
-        """The lock's file, opened and locked."""
+        """Opens and locks the lock's file."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._made = not self.path.exists()
@@ -138,7 +138,7 @@ class RunLock:
         return file
 
     def _is_there(self, file: int) -> bool:
-        """Whether the file that was locked is the one that others find."""
+        """Whether the locked file is still the one under the lock's name."""
         try:
             return os.path.samestat(os.fstat(file), os.stat(self.path))
         except FileNotFoundError:
@@ -155,14 +155,14 @@ class RunLock:
         self._forget()
 
     def begin(self) -> None:
-        """Keeps the lock's file: the folder is held since the ``with`` block was entered."""
+        """Keeps the lock's file; the folder is locked since the ``with`` block was entered."""
         self._begun = True
 
     def check(self) -> None:
-        """Does nothing: while this process lives no other gets the lock."""
+        """Does nothing: no other process can get the lock while this one lives."""
 
     def _write(self, file: int, holder: dict[str, Any]) -> None:
-        """A full disk must not stop a run: the lock holds without a name in it."""
+        """Writes the holder's name; a full disk must not stop a run, which needs no name there."""
         try:
             os.ftruncate(file, 0)
             os.pwrite(file, json.dumps(holder).encode() if holder else b"", 0)

@@ -1,7 +1,7 @@
-"""What a run ends in: where it goes, whether it may go there, and whether it is the last step's.
+"""The result of a run: its place, whether it may be written there, and whether it is final.
 
-A run that goes on after it was finished leaves what it exported before until the new result takes
-its place. Meanwhile a file in its folder, `PENDING`, says that the last step is not exported.
+If a finished run is continued, its earlier result stays until the new one replaces it. Meanwhile a
+file in its folder, `PENDING`, marks that the last step is not exported.
 """
 
 from jaxpeft.config.run_config import RunConfig
@@ -17,18 +17,18 @@ PENDING = ".unexported"
 
 
 def export_path(config: RunConfig) -> Place:
-    """Where the trained result goes: a PEFT folder, or a whole model.
+    """The place of the trained result: a PEFT folder or a whole model.
 
-    The latter if base leaves change, or PEFT has no folders for the method.
+    It is a whole model if leaves of the base are trained, or if PEFT has no folders for the method.
     """
     whole = KINDS[config.method.name].peft is None or bool(config.optim.trainable)
     return storage.as_path(config.output_dir) / (MODEL if whole else ADAPTER)
 
 
 def is_exported(config: RunConfig) -> bool:
-    """Whether the result of a run that has made its last step is there and whole.
+    """Whether the result of a run that has made its last step is there and complete.
 
-    The file of it that is written last is there, and no run has gone on since.
+    It is complete if the file that is written last exists and no run has continued since.
     """
     place = export_path(config)
     last = "config.json" if place.name == MODEL else SIDE
@@ -36,14 +36,14 @@ def is_exported(config: RunConfig) -> bool:
 
 
 def check_results(config: RunConfig, *, overwrite: bool) -> None:
-    """Finds out whether results of this folder may be replaced, or discarded.
+    """Checks whether results in this folder may be replaced or discarded.
 
     Args:
         config: The run.
         overwrite: Whether all results of an earlier run are going to be discarded.
 
     Raises:
-        UserError: A folder that would go holds files that are no result's.
+        UserError: A folder that would be removed holds files that belong to no result.
     """
     place = export_path(config)
     places = (place.with_name(ADAPTER), place.with_name(MODEL)) if overwrite else (place,)
@@ -55,7 +55,7 @@ def check_results(config: RunConfig, *, overwrite: bool) -> None:
 
 
 def begin_result(config: RunConfig) -> None:
-    """Notes that what is exported already, if anything is, is not of the run's last step."""
+    """Marks that an earlier result, if there is one, is not that of the run's last step."""
     if not is_exported(config):
         return
     output = storage.as_path(config.output_dir)
@@ -66,7 +66,7 @@ def begin_result(config: RunConfig) -> None:
 
 
 def end_result(config: RunConfig) -> None:
-    """Notes that the last step is exported."""
+    """Marks that the last step is exported."""
     place = storage.as_path(config.output_dir) / PENDING
     with storage.explained(place):
         place.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""What may change between a run's start and the moment it goes on: one table, `RULES`.
+"""What may change between a run's start and its continuation: one table, `RULES`.
 
-A key is fine to change, changes under ``--accept_changes`` with its name, or is refused. The number
-of steps is a rule of its own: it is fine where no step depends on how many there are. What changed
-is noted in ``metrics.jsonl`` and on standard error; ``config.yaml`` gets the new values.
+A key may be free to change, may need ``--accept_changes`` with its name, or may be fixed. The
+number of steps is a case of its own: it is free if no step depends on it. Changes are recorded in
+``metrics.jsonl`` and printed on standard error; ``config.yaml`` gets the new values.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from jaxpeft.updates.optimizers import make_rule
 
 FINE, ACCEPT, STEPS, REFUSED = "fine", "accept", "steps", "refused"
 DATA, TEMPLATE = "data", "chat_template"
-"""What may change behind the keys: what the training file holds, and the base's chat template."""
+"""Inputs that may change while keys stay: the training file's content and the chat template."""
 
 RULES: dict[str, str] = {
     "output_dir": FINE,
@@ -55,7 +55,7 @@ RULES: dict[str, str] = {
     "train.remat": ACCEPT,
     "*": REFUSED,
 }
-"""By pattern of a key; the first that matches counts."""
+"""Rules by pattern of a key; the first pattern that matches counts."""
 
 
 def rule_of(key: str) -> str:
@@ -64,10 +64,10 @@ def rule_of(key: str) -> str:
 
 
 def parse_accepted(text: str | None) -> tuple[str, ...]:
-    """The keys of ``--accept_changes KEY,...``.
+    """The keys in ``--accept_changes KEY,...``.
 
     Raises:
-        UserError: A key that is not to be accepted.
+        UserError: Changes of a key cannot be accepted.
     """
     keys = tuple(key for key in re.split(r"[,\s]+", text or "") if key)
     known = [DATA, TEMPLATE, *(key for key, rule in RULES.items() if rule == ACCEPT)]
@@ -83,13 +83,13 @@ def parse_accepted(text: str | None) -> tuple[str, ...]:
 def check_config(
     old: RunConfig, new: RunConfig, accepted: Collection[str], output: Place
 ) -> list[str]:
-    """Compares the config a run was made with so far with that it shall go on with.
+    """Compares the config of a run so far with the config that shall continue it.
 
     Returns:
-        The changes that decide about results, each in words.
+        The changes that affect results, each in words.
 
     Raises:
-        UserError: One that is refused, or was not accepted.
+        UserError: A change is refused, or was not accepted.
     """
     changes = run_config.diff(old, new)
     said = [f"{key}: {was} -> {now}" for key, was, now in changes]
@@ -125,27 +125,27 @@ def check_start(
     tokenizer: Any,
     accepted: Collection[str],
 ) -> tuple[Any, list[str]]:
-    """Compares what a checkpoint was made from with what the run shall go on with.
+    """Compares what a checkpoint was made from with what shall continue it.
 
     Args:
-        meta: Of the checkpoint.
-        config: Of the run.
-        rows: Its data, a `jaxpeft.training.run.Rows`.
-        model: The config of its base.
-        tokenizer: That of its base.
+        meta: The metadata of the checkpoint.
+        config: The config of the run.
+        rows: Its data, a `jaxpeft.training.rows.Rows`.
+        model: The architecture of its base.
+        tokenizer: The tokenizer of its base.
         accepted: Keys whose changes are accepted.
 
     Returns:
-        The data with the number of steps the run has, and what a person should know: accepted
-        changes, and what could not be compared.
+        The data with the run's number of steps, and notes for the user: accepted changes, and what
+        could not be compared.
 
     Raises:
-        UserError: Something changed that is refused, or was not accepted.
+        UserError: A change is refused, or was not accepted.
     """
     output = as_path(config.output_dir)
     old = yaml_reader.loads(run_config.SCHEMA, meta["config"], f"{output}: checkpoint")
     notes = check_config(old, config, accepted, output)
-    # First: another tokenizer or template gives other training data.
+    # This comes first, because another tokenizer or template gives other training data.
     notes += _check_identity(
         Identity.from_values(meta.get("identity")), model, tokenizer, accepted, output
     )
@@ -171,7 +171,7 @@ def check_start(
 
 
 def _any_count(old: RunConfig, new: RunConfig, accepted: Collection[str]) -> bool:
-    """Whether no step of the run depends on how many there are."""
+    """Whether no step of the run depends on the number of steps."""
     constant = new.optim.schedule == "constant" and (
         old.optim.schedule == "constant" or "optim.schedule" in accepted
     )
@@ -198,7 +198,7 @@ def _check_steps(
 
 
 def _changes_the_state(config: RunConfig, key: str, was: Any, now: Any) -> bool:
-    """Whether the optimizer's state would have another form."""
+    """Whether the change gives the optimizer's state another structure."""
     if key == "optim.clip_norm":
         return (was is None) != (now is None)
     if key != "optim.weight_decay":
@@ -245,7 +245,7 @@ def _check_identity(
 
 
 def _steps_before(old: RunConfig, rows: Any) -> int:
-    """The steps of a run that did not write them down: they were rounded to the nearest."""
+    """The number of steps of a run that did not record it; it was rounded to the nearest."""
     if old.train.steps is not None:
         return old.train.steps
     epochs = old.train.epochs or 1

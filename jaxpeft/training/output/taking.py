@@ -1,4 +1,4 @@
-"""The moment from which a folder is a run's: things are written, or discarded, in it."""
+"""The moment from which a folder belongs to a run, which then writes or discards files in it."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def take_folder(
     *,
     overwrite: bool,
 ) -> None:
-    """Makes the folder this run's: from here on things are written, or discarded, in it.
+    """Takes the folder for this run; from here on files are written or discarded in it.
 
     Raises:
         UserError: Another run took it, or saved a step after `latest`.

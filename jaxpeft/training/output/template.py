@@ -1,6 +1,6 @@
-"""The chat template of a run that overrides its tokenizer's: found, compared, kept.
+"""Finds, compares and keeps the chat template of a run that overrides its tokenizer's.
 
-Its text stands in the folder of the run, so that the run goes on when the file is gone.
+Its text is stored in the folder of the run, so that the run can continue without the file.
 """
 
 import os
@@ -22,12 +22,12 @@ from jaxpeft.training.output.resume import TEMPLATE as CHANGE
 def find_template(
     config: RunConfig, *, overwrite: bool = False, accepted: Collection[str] = ()
 ) -> str:
-    """The text of ``model.chat_template``, "" where the tokenizer's own is used.
+    """The text of ``model.chat_template``; "" if the tokenizer's own template is used.
 
     Args:
         config: The run.
         overwrite: Whether a run in ``output_dir`` is discarded.
-        accepted: What may have changed since it began, see `jaxpeft.training.output.resume`.
+        accepted: Keys that may have changed, see `jaxpeft.training.output.resume`.
 
     Raises:
         UserError: The file cannot be used, or the run in ``output_dir`` began with another text.
@@ -53,10 +53,10 @@ def find_template(
 
 
 def check_place(config: RunConfig, template: str) -> None:
-    """Finds out whether the text may be kept in the folder: a file there must be a run's.
+    """Checks whether the text may be stored in the folder: a file there must belong to a run.
 
-    Where no run has begun, a file with the same text is what one left that was killed before it
-    began, unless it is the one that the config names.
+    If no run has begun, a file with the same text was left by a run that was killed before it
+    began, unless it is the file that the config names.
 
     Raises:
         UserError: A file of that name belongs to no run.
@@ -73,7 +73,7 @@ def check_place(config: RunConfig, template: str) -> None:
 
 
 def keep_template(config: RunConfig, template: str) -> None:
-    """Writes the text into the folder of the run, before ``config.yaml`` makes it a run's.
+    """Writes the text into the run's folder, before ``config.yaml`` marks it as a run.
 
     Raises:
         UserError: A file of that name belongs to no run.
@@ -83,7 +83,7 @@ def keep_template(config: RunConfig, template: str) -> None:
     temporary = place.with_name(f".{TEMPLATE}")
     if not template:
         with storage.explained(place):
-            for left in (place, temporary):  # by the run as it was, or one that was killed
+            for left in (place, temporary):  # left by an earlier or a killed run
                 left.unlink(missing_ok=True)
         return
     if _holds(place, template):
@@ -100,7 +100,7 @@ def keep_template(config: RunConfig, template: str) -> None:
 
 
 def run_tokenizer(config: RunConfig, template: str) -> Any:
-    """The tokenizer of the base, with the chat template that overrides its own."""
+    """The tokenizer of the base, with the chat template of the run."""
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     return override_template(tokenizer, template)
 
@@ -110,7 +110,7 @@ def _is_taken(place: Place) -> bool:
 
 
 def _holds(place: Place, template: str) -> bool:
-    """Whether a file is there that holds the text, byte by byte."""
+    """Whether a file exists and holds exactly the text."""
     with storage.explained(place):
         there = bool(template) and storage.exists(place) and place.is_file()
     return there and storage.read_bytes(place) == template.encode()
@@ -123,7 +123,7 @@ def _is_same(path: str, place: Place) -> bool:
 
 
 def _path_before(output: Place) -> str | None:
-    """The ``model.chat_template`` that the run in a folder has gone by so far."""
+    """The ``model.chat_template`` of the run in a folder so far."""
     with on_disk(output, [CONFIG]) as folder:
         return run_config.load_written(str(folder / CONFIG)).model.chat_template
 
