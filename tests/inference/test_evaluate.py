@@ -228,7 +228,7 @@ def test_evaluation_is_traced_at_most_once(getkey, monkeypatch):
     """For all batches, and for adapters that differ in numbers alone."""
     base = toy_model(getkey(), d_ff=36)
     chex.clear_trace_counter()
-    make = evaluate.make_lm_loss
+    make = metrics.make_lm_loss
     once = lambda *args, **kwargs: chex.assert_max_traces(make(*args, **kwargs), n=1)  # noqa: E731
     monkeypatch.setattr(metrics, "make_lm_loss", once)
     parts = list(batches(base, encode(base), packing=False))

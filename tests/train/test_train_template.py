@@ -17,6 +17,7 @@ from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core.errors import UserError
 from jaxpeft.planning.plan import describe_data
 from jaxpeft.pretrained.load import load_config
+from jaxpeft.training.output import folder
 from jaxpeft.training.output.template import find_template, keep_template, run_tokenizer
 from jaxpeft.training.run import Run
 
@@ -54,7 +55,7 @@ def began(config: RunConfig, template: str) -> None:
     output = pathlib.Path(config.output_dir)
     output.mkdir()
     keep_template(config, template)
-    program.write_config(config)
+    folder.write_config(config)
 
 
 def test_rows_are_learned_under_the_template(files, tmp_path, template):
@@ -203,7 +204,7 @@ def test_overwrite_does_not_discard_the_template_that_is_read(files, tmp_path):
 def test_discarding_a_run_discards_its_template(files, tmp_path, template):
     config = make_config(files, tmp_path, template)
     began(config, OTHER)
-    program.discard(pathlib.Path(config.output_dir))
+    folder.discard(pathlib.Path(config.output_dir))
     assert list(pathlib.Path(config.output_dir).iterdir()) == []
 
 
