@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from jaxpeft.updates.optimizers import make_optimizer as make_optimizer
     from jaxpeft.updates.optimizers import make_schedule as make_schedule
     from jaxpeft.updates.optimizers import masked as masked
+    from jaxpeft.updates.optimizers import register_optimizer as register_optimizer
     from jaxpeft.updates.step import TrainState as TrainState
     from jaxpeft.updates.step import adapter_only as adapter_only
     from jaxpeft.updates.step import init_train_state as init_train_state

@@ -1,4 +1,4 @@
-"""Metrics of a model with and without adapters: loss, perplexity, accuracy, exact match.
+"""Measures a model with and without adapters: loss, perplexity, accuracy, exact match.
 
 Command: ``python -m jaxpeft.evaluate --model PATH --data FILE [--adapter DIR ...]``
 """

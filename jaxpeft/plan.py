@@ -1,4 +1,4 @@
-"""The plan of a run, before a weight is loaded or a machine is rented.
+"""Says what a run will do and need, before a weight is loaded or a machine is rented.
 
 From ``config.json`` and shapes alone it tells what is trained, what the data give, what a step
 costs, and what every device must hold. For the memory it compiles the real training step for this

@@ -1,4 +1,4 @@
-"""The training program, read top to bottom.
+"""Trains an adapter as a config says. This is the program, to be read from top to bottom.
 
 Command: ``python -m jaxpeft.train CONFIG [--section.key value ...]``
 """

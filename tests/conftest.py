@@ -1,25 +1,35 @@
-"""Shapes in annotations are checked while tests run; the CPU pretends to be eight devices."""
+"""The CPU pretends to be eight devices, and compiled programs are kept for the next run.
 
+Shapes and types in annotations are checked while tests run if JAXPEFT_CHECK_TYPES is 1.
+"""
+
+import functools
 import gc
 import importlib.metadata
 import itertools
 import os
 import pathlib
 
+import compiled_programs
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the tests' time is compilation: the same programs, machine code that is made sooner.
 flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones refuse what they lack
     flags += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+given = os.environ.get("XLA_FLAGS", "")
+if flags not in given:  # a worker inherits them; given twice, they would be other keys of the cache
+    os.environ["XLA_FLAGS"] = f"{given} {flags}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of the user's, for the commands
+os.environ.update(compiled_programs.SETTINGS)
 
-from jaxtyping import install_import_hook  # noqa: E402
+if os.environ.get("JAXPEFT_CHECK_TYPES") == "1":
+    from jaxtyping import install_import_hook
 
-install_import_hook("jaxpeft", "checker.check")
+    install_import_hook("jaxpeft", "checker.check")
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 MOST_MAPS = 30_000
@@ -38,6 +48,12 @@ LONG = (
 TESTS = itertools.count(1)
 
 
+def pytest_configure(config):
+    """Checks the compilation cache before the first test, not in each process of pytest-xdist."""
+    if not hasattr(config, "workerinput"):
+        compiled_programs.clean()
+
+
 def pytest_collection_modifyitems(items):
     """Puts the files of `LONG` in front."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
@@ -46,8 +62,13 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def getkey():
     """A function that gives a new PRNG key at every call, the same ones in every run."""
-    keys = iter(jax.random.split(jax.random.key(5678), 1000))
+    keys = map(jax.random.wrap_key_data, _key_data())
     return lambda: next(keys)
+
+
+@functools.cache
+def _key_data():
+    return np.asarray(jax.random.key_data(jax.random.split(jax.random.key(5678), 1000)))
 
 
 @pytest.fixture(scope="module")

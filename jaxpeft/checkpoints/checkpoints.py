@@ -22,7 +22,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -35,12 +34,9 @@ from jaxpeft.checkpoints import leaves as checkpoint_leaves
 from jaxpeft.checkpoints.environment import environment
 from jaxpeft.checkpoints.folder import CheckpointFolder, notes_on_scores
 from jaxpeft.checkpoints.orbax import open_orbax
+from jaxpeft.core import notes
 from jaxpeft.core.errors import CheckpointError, UserError
 from jaxpeft.mesh.processes import from_first, together
-
-
-def _print_warning(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class Checkpoints:
@@ -68,7 +64,7 @@ class Checkpoints:
         directory: str | os.PathLike[str],
         *,
         keep: int = 2,
-        warn: Callable[[str], None] = _print_warning,
+        warn: Callable[[str], None] = notes.warn,
         check_owner: Callable[[], None] = lambda: None,
         scored_on: str = "",
     ):

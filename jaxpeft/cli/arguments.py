@@ -2,13 +2,12 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxpeft.cli.exits import note_command
 from jaxpeft.config.schema import Schema, describe
-from jaxpeft.core import limits
+from jaxpeft.core import limits, notes
 from jaxpeft.core.errors import UserError, nearest
 
 if TYPE_CHECKING:  # --help must not import JAX
@@ -130,8 +129,8 @@ def load_adapter(args: argparse.Namespace, path: str, base: Model) -> Adapter:
     from jaxpeft.pretrained.chat_template import override_in_adapter
 
     adapter = adapters.load_adapter(path, base)
-    for note in adapters.notes_of(path, adapter, base):
-        print(f"note: {note}", file=sys.stderr)
+    for text in adapters.notes_of(path, adapter, base):
+        notes.note(text)
     return override_in_adapter(adapter, chat_template(args))
 
 

@@ -176,7 +176,10 @@ def _walk(cls: type, path: str, variant: str):
             default = field.default
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
-            yield Key(inner, hint, default, variant, docs.get(field.name, ""))
+            doc = docs.get(field.name, "")
+            if names := field.metadata.get("choices"):
+                doc = f"One of {', '.join(names)}. {doc}"
+            yield Key(inner, hint, default, variant, doc)
 
 
 @functools.cache

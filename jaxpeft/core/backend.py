@@ -4,14 +4,14 @@ Results are the same for every choice, up to rounding. Speed and memory differ.
 """
 
 import contextlib
-import contextvars
 import ctypes
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 
-_PLATFORM = contextvars.ContextVar[str | None]("platform", default=None)
+_PLATFORM = jax.make_user_context(None)
+"""The platform set by `traced_for`: a part of the key of all of JAX's caches of programs."""
 
 
 class Choices(NamedTuple):
@@ -65,21 +65,18 @@ def choices() -> Choices:
 
 def platform() -> str:
     """The platform that programs are traced for."""
-    return _PLATFORM.get() or jax.default_backend()
+    return _PLATFORM.value or jax.default_backend()
 
 
 @contextlib.contextmanager
 def traced_for(platform: str) -> Iterator[None]:
     """Traces programs for a platform ("cpu", "cuda", "rocm", "tpu") that need not be present.
 
-    JAX does not trace a function again that it has traced before, so every platform needs functions
-    of its own.
+    A jitted function that was traced for another platform is traced again. Other threads are not
+    affected.
     """
-    token = _PLATFORM.set(platform)
-    try:
+    with _PLATFORM(platform):
         yield
-    finally:
-        _PLATFORM.reset(token)
 
 
 def give_back_memory() -> None:

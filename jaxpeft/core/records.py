@@ -43,9 +43,18 @@ class Record:
 
 
 def fields_of(cls: type) -> list[tuple[dataclasses.Field, Any]]:
-    """The fields of a config that may be set, each with its resolved type."""
+    """The fields of a config that may be set, each with its resolved type.
+
+    A text with ``metadata={"choices": table}`` has the type of the names that are in the table now.
+    """
     hints = _hints(cls)
-    return [(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    return [(field, _choices(field) or hints[field.name]) for field in fields]
+
+
+def _choices(field: dataclasses.Field) -> Any:
+    names = field.metadata.get("choices")
+    return typing.Literal[tuple(names)] if names else None
 
 
 @functools.cache

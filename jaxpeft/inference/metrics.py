@@ -17,7 +17,7 @@ from jaxpeft.data.settings import Reading
 from jaxpeft.inference.chat_prompts import stop_ids, tokenizer_of
 from jaxpeft.inference.decoding import generate_ids
 from jaxpeft.methods.adapter import Adapter
-from jaxpeft.methods.algebra.stacking import pad_rank
+from jaxpeft.methods.algebra.stacking import pad_alike
 from jaxpeft.methods.chat_settings import chat_of
 from jaxpeft.methods.virtual_tokens import num_tasks, virtual_ids
 from jaxpeft.pretrained.model import Model
@@ -190,7 +190,7 @@ def evaluate_file(
 ) -> dict[str, dict[str, float]]:
     """All metrics of several adapters on one file, on one base.
 
-    LoRAs are padded to one rank, so that all of them share the compiled programs.
+    Adapters that can be, such as LoRAs, are padded to one rank: they share what is compiled.
 
     Args:
         base: The model, with its tokenizer.
@@ -208,12 +208,10 @@ def evaluate_file(
         UserError: If the file cannot be used, or a row is longer than `max_length`.
     """
     tasks = min((count for one in adapters.values() if (count := num_tasks(one))), default=0)
-    loras = [one for one in adapters.values() if one is not None and one.spec.kind == "lora"]
-    width = max((one.spec.rank for one in loras), default=0)
     like = next((one for one in adapters.values() if one is not None), None)
     read: dict[str, Examples] = {}
     results = {}
-    for name, adapter in adapters.items():
+    for name, adapter in pad_alike(adapters).items():
         # The base alone answers the same prompts as the first adapter.
         taught = like if adapter is None else adapter
         key = str(chat_of(taught).label())
@@ -226,8 +224,6 @@ def evaluate_file(
                 num_tasks=tasks,
                 reading=reading_of(base, taught),
             ).first(max_rows)
-        if adapter is not None and adapter.spec.kind == "lora":
-            adapter = pad_rank(adapter, width)
         results[name] = _evaluate_examples(
             base, read[key], adapter, taught, max_length, max_new_tokens, batch_size
         )

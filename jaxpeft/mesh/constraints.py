@@ -12,7 +12,6 @@ References:
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -35,26 +34,27 @@ GATHERED = "gathered"
 
 ROWS = ("data", "fsdp")
 
-_LAYOUT = contextvars.ContextVar[Layout | None]("layout", default=None)
-_IN_GROUP = contextvars.ContextVar[bool]("in_group", default=False)
+# Both decide what is traced, so they are a part of the key of all of JAX's caches of programs.
+_LAYOUT = jax.make_user_context(None)
+_IN_GROUP = jax.make_user_context(False)
 
 
 @contextlib.contextmanager
 def traced_on(layout: Layout | None) -> Iterator[None]:
     """Programs traced in this block are for this layout.
 
-    A layout of None changes nothing. Inside another `traced_on` block the outer layout stays in
-    force.
+    A jitted function that was traced for another layout is traced again. Other threads are not
+    affected.
+
+    Args:
+        layout: A mesh and its rules, hashable. None changes nothing. Inside another `traced_on`
+            block the outer layout stays in force.
     """
-    if layout is None or _LAYOUT.get() is not None:
+    if layout is None or _LAYOUT.value is not None:
         yield
         return
-    token = _LAYOUT.set(layout)
-    try:
-        with jax.set_mesh(layout.mesh) if on_mesh() else contextlib.nullcontext():
-            yield
-    finally:
-        _LAYOUT.reset(token)
+    with _LAYOUT(layout), jax.set_mesh(layout.mesh) if on_mesh() else contextlib.nullcontext():
+        yield
 
 
 def layout_of(params: Mapping, model: Any = None) -> Layout | None:
@@ -68,7 +68,7 @@ def layout_of(params: Mapping, model: Any = None) -> Layout | None:
 
 def _several() -> Layout | None:
     """The layout in force, if it has several devices; else None."""
-    layout = _LAYOUT.get()
+    layout: Layout | None = _LAYOUT.value
     return None if layout is None or layout.mesh.size == 1 else layout
 
 
@@ -79,7 +79,7 @@ def on_mesh() -> bool:
 
 def knows_devices() -> bool:
     """Whether the placement of the traced program's arrays is known."""
-    return _LAYOUT.get() is not None or jax.device_count() == 1
+    return _LAYOUT.value is not None or jax.device_count() == 1
 
 
 def row_shards() -> int:
@@ -199,11 +199,11 @@ def groups_of_rows() -> int:
     Rows of different groups only meet in sums.
     """
     layout = _several()
-    return 1 if layout is None or _IN_GROUP.get() else layout.shape["data"]
+    return 1 if layout is None or _IN_GROUP.value else layout.shape["data"]
 
 
 def _group_axis() -> str | None:
-    return None if _IN_GROUP.get() else "data"
+    return None if _IN_GROUP.value else "data"
 
 
 def by_group(function: Callable[[Any, Array], Array], groups: int) -> Callable[[Any, Array], Array]:
@@ -223,12 +223,9 @@ def by_group(function: Callable[[Any, Array], Array], groups: int) -> Callable[[
         return function
 
     def apart(weights: Any, rows: Array) -> Array:
-        token = _IN_GROUP.set(True)
-        try:
-            split = rows.reshape(groups, -1, *rows.shape[1:])
+        split = rows.reshape(groups, -1, *rows.shape[1:])
+        with _IN_GROUP(True):
             out = jax.vmap(function, spmd_axis_name="data")(weights, split)
-        finally:
-            _IN_GROUP.reset(token)
         return out.reshape(-1, *out.shape[2:])
 
     return apart

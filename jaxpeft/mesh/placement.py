@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ORDINARY, ArrayRole
 from jaxpeft.mesh.layout import Layout, as_layout, spec_of
 from jaxpeft.ops.quant import QuantTensor
 
@@ -49,28 +50,32 @@ def leaf_sharding(path: str, leaf: Any, mesh: Mesh | Layout) -> Any:
     return dataclasses.replace(leaf, **places)
 
 
-def adapter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh | Layout) -> NamedSharding:
+def adapter_sharding(
+    path: str, shape: tuple[int, ...], mesh: Mesh | Layout, arrays: Mapping[str, ArrayRole]
+) -> NamedSharding:
     """The sharding of an adapter's leaf.
 
     Args:
         path: Base path and name of the array: ``layers/self_attn/q_proj/kernel/a``.
         shape: The array's shape.
         mesh: The mesh, or a layout.
+        arrays: The roles of the adapter's arrays by name, `Kind.arrays` of its family.
 
     Returns:
-        For a factor ``a`` the tensor axis on the kernel's input, for ``b`` on its output. A whole
-        replacement (``value``) is placed like the base leaf. Everything else is replicated.
+        For an array that belongs to one side of the kernel (LoRA's factors), the tensor axis of
+        that side. For an array that replaces the whole leaf, the axes of that leaf. Everything else
+        is replicated.
     """
     owner, _, name = path.rpartition("/")
-    axes = as_layout(mesh).axes(owner) or ()
-    if name == "value":
+    axes, role = as_layout(mesh).axes(owner) or (), arrays.get(name, ORDINARY)
+    if role.replaces == "whole":
         return _place(axes, shape, mesh)
-    if name in ("a", "b") and len(axes) >= 2:
-        side = axes[-2] if name == "a" else axes[-1]
-        side = side if side == "tensor" else None
-        stack = (None,) * (len(shape) - 2)
-        return _place((*stack, side, None) if name == "a" else (*stack, None, side), shape, mesh)
-    return _place((), shape, mesh)
+    if role.side is None or len(axes) < 2:
+        return _place((), shape, mesh)
+    own: list[str | None] = [None] * len(shape)
+    if (axis := axes[-2] if role.side == "in" else axes[-1]) == "tensor":
+        own[-2 if role.rank_axis == -1 else -1] = axis
+    return _place(tuple(own), shape, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -111,7 +116,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(state: Any, mesh: Mesh | Layout) -> Any:
+def state_shardings(state: Any, mesh: Mesh | Layout, arrays: Mapping[str, ArrayRole]) -> Any:
     """Shardings for a `jaxpeft.updates.step.TrainState` (or its shapes), leaf by leaf.
 
     Trained arrays and their moments are found by the part of their path behind ``adapter`` or
@@ -121,6 +126,7 @@ def state_shardings(state: Any, mesh: Mesh | Layout) -> Any:
     Args:
         state: The state; arrays or shapes.
         mesh: The mesh, or a layout.
+        arrays: The roles of the adapter's arrays, as for `adapter_sharding`.
 
     Returns:
         A tree of shardings with the structure of `state`.
@@ -138,8 +144,9 @@ def state_shardings(state: Any, mesh: Mesh | Layout) -> Any:
         owner = owner_of(path)
         if owner is None or shapes.get(owner, leaf.shape) != leaf.shape:
             return replicated(as_layout(mesh).mesh)
-        where = param_sharding if owner[0] == "base" else adapter_sharding
-        return where(owner[1], leaf.shape, mesh)
+        if owner[0] == "base":
+            return param_sharding(owner[1], leaf.shape, mesh)
+        return adapter_sharding(owner[1], leaf.shape, mesh, arrays)
 
     return jax.tree_util.tree_map_with_path(place, state)
 

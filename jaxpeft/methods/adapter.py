@@ -9,6 +9,10 @@ An adapter is a tree of its own, never spliced into the base:
 
 Both trees are nested like the base parameters, one dict of arrays at each adapted place; what all
 places share (VeRA's matrices) lies under the key ``shared``.
+
+Names of arrays are a family's own, with three exceptions: the buffers `RANK`, `SCALE` and `DROPOUT`
+mean the same in every family that has them. What else is to be known of an array its family
+declares, see `jaxpeft.methods.family.Kind`.
 """
 
 import dataclasses
@@ -20,6 +24,15 @@ import jax
 import numpy as np
 
 from jaxpeft.core import paths
+
+RANK = "rank"
+"""The buffer that holds the rank of every layer of a place, 0 for a layer that is left as it is."""
+
+SCALE = "scale"
+"""The buffer that holds what the change of every layer of a place is multiplied with."""
+
+DROPOUT = "dropout"
+"""The buffer that holds the dropout rate of every layer of a place; every run sets its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,14 +102,19 @@ class Adapter:
 
 def ranks_at(adapter: Adapter, path: str) -> np.ndarray | None:
     """The rank of every layer at `path`, or None for a kind that has none."""
-    rank = paths.get(adapter.buffers, f"{path}/rank")
+    rank = paths.get(adapter.buffers, f"{path}/{RANK}")
     return None if rank is None else np.asarray(rank)
+
+
+def is_named(path: str, *names: str) -> bool:
+    """Whether the array at a path, place and name, has one of these names."""
+    return path.rpartition("/")[2] in names
 
 
 def weigh_scales(adapter: Adapter, weight: Any) -> Adapter:
     """The adapter with all its scales multiplied by `weight`; see `Kind.weigh`."""
     scaled = {
-        path: value * weight if path.endswith("/scale") else value
+        path: value * weight if is_named(path, SCALE) else value
         for path, value in paths.flatten(adapter.buffers).items()
     }
     return dataclasses.replace(adapter, buffers=paths.unflatten(scaled))

@@ -82,26 +82,30 @@ def bind(
             key = jax.random.fold_in(key, position)
         if index is not None and extra_axes(one) == 0:
             raise UserError(NOT_STACKED)
-        check_fit(params, one if index is None else first_of(one))
+        leaves = make_leaves(tree, one, key)
+        _check_leaves(leaves, params, one if index is None else first_of(one))
         _require_unchanged(one, changed)
-        for path in one.spec.paths:
-            if index is None:
-                nodes = KINDS[one.spec.kind].bind(make_leaf(tree, one, path, key))
-            else:
-                nodes = _bind_mixed(tree, one, path, index, key)
+        for leaf in leaves:
+            leaf = _after(leaf, tree)
+            kind = KINDS[one.spec.kind]
+            nodes = kind.bind(leaf) if index is None else _bind_mixed(leaf, one, index)
             tree = paths.put(tree, nodes)
     tree, shared = take_shared(tree)
     return {"params": tree, SHARED: shared} if shared else {"params": tree}
 
 
-def _bind_mixed(tree: dict, adapter: Adapter, path: str, index: Any, key: Any) -> dict[str, Any]:
+def _bind_mixed(leaf: Leaf, adapter: Adapter, index: Any) -> dict[str, Any]:
     """What stands at one place of stacked adapters, see `jaxpeft.methods.mixed`."""
 
-    def bind_one(tree: dict, one: Adapter) -> dict[str, Any]:
-        return KINDS[one.spec.kind].bind(make_leaf(tree, one, path))
+    def bind_one(base: Any, bound: dict, arrays: tuple[dict, dict, dict]) -> dict[str, Any]:
+        params, buffers, shared = arrays
+        changes = {"base": base, "bound": bound, "params": params, "buffers": buffers}
+        one = dataclasses.replace(leaf, **changes, shared=shared, key=None)
+        return KINDS[adapter.spec.kind].bind(one)
 
-    probe = jax.eval_shape(bind_one, tree, first_of(adapter))
-    return mixed_leaf(make_leaf(tree, adapter, path, key), adapter, probe, index)
+    arrays = first_of((leaf.params, leaf.buffers, leaf.shared))
+    probe = jax.eval_shape(bind_one, leaf.base, leaf.bound, arrays)
+    return mixed_leaf(leaf, adapter, probe, index)
 
 
 def _require_unchanged(adapter: Adapter, changed: dict[str, bool]) -> None:
@@ -112,11 +116,11 @@ def _require_unchanged(adapter: Adapter, changed: dict[str, bool]) -> None:
         changed: Paths that those before it stand at, and whether the base's own leaf is changed:
             virtual tokens only stand behind the table. The adapter's own are added.
     """
-    virtual = KINDS[adapter.spec.kind].virtual_tokens(adapter) > 0
+    kind = KINDS[adapter.spec.kind]
+    virtual = kind.virtual_tokens(adapter) > 0
     for path in adapter.spec.paths:
-        arrays = {} if virtual else paths.get(adapter.params, path, {})
-        whole, part = "value" in arrays, "m" in arrays or "rows" in arrays
-        if path in changed and (whole or (part and changed[path])):
+        replaces = {kind.role(name).replaces for name in paths.get(adapter.params, path, {})}
+        if path in changed and ("whole" in replaces or ("part" in replaces and changed[path])):
             raise UserError(
                 f"{path}: this adapter replaces what the base has there (DoRA does, and modules or "
                 "tokens trained whole), and one before it changes that; put it first, or merge the "
@@ -192,6 +196,21 @@ def make_leaf(tree: dict, adapter: Adapter, path: str, key: Any = None) -> Leaf:
     )
 
 
+def make_leaves(tree: dict, adapter: Adapter, key: Any = None) -> list[Leaf]:
+    """What `adapter` brings to each of its places and finds there, see `make_leaf`."""
+    paths.require_tree(tree)
+    return [make_leaf(tree, adapter, path, key) for path in adapter.spec.paths]
+
+
+def _after(leaf: Leaf, bound: dict) -> Leaf:
+    """The leaf in a tree where the adapter's places before it are bound.
+
+    A tied head then stands on the bound table.
+    """
+    base = weight_at(bound, leaf.path) if leaf.path == paths.HEAD else leaf.base
+    return dataclasses.replace(leaf, base=base, bound=bound)
+
+
 def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
     """Plain arrays that compute what base and adapter compute together.
 
@@ -214,7 +233,8 @@ def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
         kind = KINDS[one.spec.kind]
         if kind.no_merge:
             raise UserError(f"an adapter of kind {kind.name!r} cannot be merged: {kind.no_merge}")
-        check_fit(params, one)
+        leaves = make_leaves(tree, one)
+        _check_leaves(leaves, params, one)
         _require_unchanged(one, changed)
         if parted and paths.EMBEDDING in one.spec.paths and not unties(params, one):
             raise UserError(
@@ -223,15 +243,13 @@ def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
             )
         merged: dict[str, Any] = {}
         bound = tree
-        for path in one.spec.paths:
-            # A tied head stands on the table as this adapter binds it.
-            leaf = make_leaf(bound if path == paths.HEAD else tree, one, path)
-            leaf = dataclasses.replace(leaf, bound=paths.put(tree, merged))
+        for leaf in leaves:
+            leaf = dataclasses.replace(_after(leaf, bound), bound=paths.put(tree, merged))
             nodes = kind.bind(leaf)
             bound = paths.put(bound, nodes)
             for place, array in kind.merge(leaf, nodes).items():
                 before = paths.get(tree, place)
-                before = leaf.base if before is None and place == path else before
+                before = leaf.base if before is None and place == leaf.path else before
                 merged[place] = array if before is None else array.astype(dtype_of(before))
         if unties(tree, one) and paths.HEAD not in merged:
             merged[paths.HEAD], parted = paths.get(tree, paths.EMBEDDING).T, True
@@ -258,17 +276,29 @@ def unties(params: dict, adapter: Adapter) -> bool:
 
 
 def check_fit(params: dict, adapter: Adapter) -> None:
-    """Checks that every leaf of an adapter belongs to a leaf of the base.
+    """Finds out from names and shapes alone whether an adapter fits a base.
 
-    `bind` calls it. It looks at names and shapes only, so it costs nothing in a traced function.
+    Args:
+        params: Base parameters, or their shapes.
+        adapter: The adapter, or its shapes.
 
     Raises:
-        UserError: The adapter was made for another model, or is a stack of several.
+        UserError: If a leaf of the adapter belongs to no leaf of the base, or to one of another
+            shape, or if these are several stacked adapters.
     """
-    paths.require_tree(params)
+    _check_leaves(make_leaves(params, adapter), params, adapter)
+
+
+def _check_leaves(leaves: Sequence[Leaf], params: dict, adapter: Adapter) -> None:
+    """What `check_fit` does, for leaves that are made already.
+
+    Args:
+        leaves: All places of the adapter, perhaps on what other adapters put there.
+        params: Base parameters.
+        adapter: The adapter, of stacked ones the shapes of one.
+    """
     kind = KINDS[adapter.spec.kind]
-    bases = {path: make_leaf(params, adapter, path).base for path in adapter.spec.paths}
-    lost = [path for path, base in bases.items() if base is None]
+    lost = [leaf.path for leaf in leaves if leaf.base is None]
     if lost and kind.needs_base:
         raise UserError(
             f"the adapter addresses {len(lost)} leaves that this base lacks: {first_few(lost)}; "
@@ -280,12 +310,12 @@ def check_fit(params: dict, adapter: Adapter) -> None:
             f"{adapter.spec.paths[0]}: {count} stacked adapters; pass index= to say which one each "
             "row of the batch gets, or take one: jax.tree.map(lambda leaf: leaf[0], adapter)."
         )
-    for path, base in bases.items():
-        theirs = kind.leaf_shape(paths.get(adapter.params, path, {}))
-        if base is not None and theirs is not None and theirs != shape_of(base):
+    for leaf in leaves:
+        theirs = kind.leaf_shape(paths.get(adapter.params, leaf.path, {}))
+        if leaf.base is not None and theirs is not None and theirs != shape_of(leaf.base):
             raise UserError(
-                f"{path}: the adapter was made for shape {theirs}, this base has "
-                f"{shape_of(base)}; it belongs to another model."
+                f"{leaf.path}: the adapter was made for shape {theirs}, this base has "
+                f"{shape_of(leaf.base)}; it belongs to another model."
             )
     if kind.check is not None:
         kind.check(params, adapter)

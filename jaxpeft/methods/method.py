@@ -110,9 +110,26 @@ class Method(Record, abc.ABC):
         return False
 
     @property
+    def drops(self) -> bool:
+        """Whether training drops anything, and so needs a key in every step."""
+        return False
+
+    @property
     def starts_dense(self) -> bool:
         """Whether `init` reads the weights as they are before the base is quantised."""
         return False
+
+    def check_quantization(self, quantization: str | None, double: bool) -> None:
+        """Finds out whether `init` can start from the weights before the base is quantised.
+
+        Args:
+            quantization: How the base is going to be quantised, None for not at all.
+            double: Whether the scales of its blocks are quantised, too.
+
+        A method that `starts_dense` overrides this, with a UserError where it has no use for a
+        base that is quantised so.
+        """
+        del quantization, double
 
     @abc.abstractmethod
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.adapter import RANK, Adapter
 from jaxpeft.methods.family import Leaf
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.linear import Node, OnBase, Transposed, attend, embed, linear
@@ -176,9 +176,9 @@ def mixed_leaf(leaf: Leaf, adapter: Adapter, probe: dict[str, Any], index: Any) 
     return {leaf.path: mixed}
 
 
-def first_of(adapter: Adapter) -> Adapter:
-    """The shapes of one of several stacked adapters."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), adapter)
+def first_of(stacked: Any) -> Any:
+    """The shapes of one of several stacked adapters, or of a part of it."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
 
 
 def extra_axes(adapter: Adapter) -> int | None:
@@ -187,7 +187,7 @@ def extra_axes(adapter: Adapter) -> int | None:
     None where the family does not tell.
     """
     for path in adapter.spec.paths:
-        rank = paths.get(adapter.buffers, f"{path}/rank")
+        rank = paths.get(adapter.buffers, f"{path}/{RANK}")
         if rank is not None:
             return rank.ndim - paths.is_stacked(path)
     arrays = paths.get(adapter.params, adapter.spec.paths[0])

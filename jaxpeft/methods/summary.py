@@ -6,7 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.methods.adapter import Adapter, ranks_at
+from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.linear import shape_of
 
 
@@ -89,18 +91,19 @@ def _trainable_sizes(adapter: Adapter, trained: Mapping | None) -> dict[str, int
     """Trained numbers by place, then by path of every leaf that belongs to no place."""
     wanted = None if trained is None else paths.flatten(trained)
     sizes, places = dict.fromkeys(adapter.spec.paths, 0), set(adapter.spec.paths)
+    kind = KINDS[adapter.spec.kind]
     for path, array in paths.flatten(adapter.params).items():
         if wanted is not None and not wanted[path]:
             continue
         place, _, name = path.rpartition("/")
         if place in places:
-            sizes[place] += _size_at(name, array.shape, ranks_at(adapter, place), adapter.spec.rank)
+            sizes[place] += _size_at(kind.role(name), array.shape, ranks_at(adapter, place))
         else:
             sizes[path] = size_of(array.shape)
     return sizes
 
 
-def _size_at(name: str, shape: Sequence[int], ranks: np.ndarray | None, width: int) -> int:
+def _size_at(role: ArrayRole, shape: Sequence[int], ranks: np.ndarray | None) -> int:
     """Trained numbers of one array of a place.
 
     The axis that the rank is padded on counts as wide as each layer's rank; any other array counts
@@ -109,12 +112,9 @@ def _size_at(name: str, shape: Sequence[int], ranks: np.ndarray | None, width: i
     if ranks is None:
         return size_of(shape)
     shape = tuple(shape[ranks.ndim :])
-    axes = [axis for axis, size in enumerate(shape) if size == width]
-    if name in ("a", "b") and width in shape:  # the factors: (d_in, rank) and (rank, d_out)
-        axes = [len(shape) - 1] if name == "a" else [0]
-    if len(axes) == 1 and (name in ("a", "b") or ranks.max(initial=0) == width):
-        return size_of(shape) // width * int(ranks.sum())
-    return size_of(shape) * int(np.count_nonzero(ranks))
+    if role.rank_axis is None:
+        return size_of(shape) * int(np.count_nonzero(ranks))
+    return size_of(shape) // max(1, shape[role.rank_axis]) * int(ranks.sum())
 
 
 def size_of(shape: Sequence[int]) -> int:

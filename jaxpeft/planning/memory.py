@@ -86,6 +86,7 @@ def make_run(config: RunConfig, model: ModelConfig, rows: Rows, place: Place) ->
         quantization=section.quantization,
         double_quantization=section.double_quantization,
     )
+    base = dataclasses.replace(base, name=section.path, revision=section.revision or "")
     return Run(config, base, rows, layout, shapes_only=True)
 
 

@@ -23,7 +23,7 @@ from jaxpeft.files import storage
 from jaxpeft.files.locate import locate
 from jaxpeft.mesh.constraints import traced_on
 from jaxpeft.methods import summary
-from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.adapter import RANK, Adapter, is_named
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.planning.machines import Place, find_place
 from jaxpeft.planning.memory import Measured, find_fitting, measure, tracing_for
@@ -159,7 +159,7 @@ def rank_buffers(config: RunConfig, model: ModelConfig, tokenizer: Any) -> dict:
 
     def ranks() -> dict:
         leaves = paths.flatten(start().buffers)
-        return {path: leaf for path, leaf in leaves.items() if path.endswith("/rank")}
+        return {path: leaf for path, leaf in leaves.items() if is_named(path, RANK)}
 
     return paths.unflatten(jax.jit(ranks)())
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files.storage import Place
-from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.adapter import SCALE, Adapter, is_named, ranks_at
 from jaxpeft.ops.quant import scheme_of
 from jaxpeft.pretrained.identity import Identity, config_changes, identity_of
 from jaxpeft.pretrained.model import Model
@@ -145,9 +145,9 @@ def _scale(adapter: Adapter) -> str:
     """The scales of all adapted places, "" for a family without."""
     values = []
     for path, scale in paths.flatten(adapter.buffers).items():
-        if path.endswith("/scale"):
-            rank = paths.get(adapter.buffers, path.removesuffix("scale") + "rank")
-            on = np.ones(np.shape(scale), bool) if rank is None else np.asarray(rank) > 0
+        if is_named(path, SCALE):
+            ranks = ranks_at(adapter, path.rpartition("/")[0])
+            on = np.ones(np.shape(scale), bool) if ranks is None else ranks > 0
             values += np.asarray(scale)[on].tolist()
     ends = dict.fromkeys(f"{value:.4g}" for value in (min(values), max(values))) if values else ()
     return " to ".join(ends)

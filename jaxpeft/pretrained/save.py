@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import struct
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.core import paths
+from jaxpeft.core import notes, paths
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files import storage
 from jaxpeft.files.companions import TEMPLATES, is_companion
@@ -290,5 +289,5 @@ def save_model(
     params = base.params if adapter is None else merge(base.params, adapter)
     save_hf(path, base.config, params, saved=saved, dtype=dtype, overwrite=overwrite)
     if is_first():
-        for note in saved.notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)
+        for text in saved.notes:
+            notes.note(text)

@@ -9,17 +9,13 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.core import notes
 from jaxpeft.core.errors import ResourceError
 from jaxpeft.files import storage
-
-
-def _print_warning(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def open_log(path: storage.Place) -> "MetricsLog | ObjectLog":
@@ -80,7 +76,7 @@ class MetricsLog:
         ResourceError: The file cannot be opened at the start.
     """
 
-    def __init__(self, path: str | os.PathLike[str], warn: Callable[[str], None] = _print_warning):
+    def __init__(self, path: str | os.PathLike[str], warn: Callable[[str], None] = notes.warn):
         self.path = Path(path)
         self._warn = warn
         self._failed = False

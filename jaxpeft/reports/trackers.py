@@ -9,12 +9,12 @@ import importlib
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import jax
 
+from jaxpeft.core import notes
 from jaxpeft.core.errors import UserError
 from jaxpeft.reports.event_file import EventFile
 
@@ -132,7 +132,7 @@ def make_trackers(
         UserError: A package is missing. Other reasons why a tracker cannot start, such as a
             network, a login or a folder, are warnings.
     """
-    warn = warn or _print_warning
+    warn = warn or notes.warn
     folder = pathlib.Path(output_dir)
     module = import_wandb() if wandb is not None else None  # in all processes, so that all stop
     starts: dict[str, Callable[[], Sink]] = {}
@@ -248,7 +248,3 @@ def import_wandb() -> Any:
 
 def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _print_warning(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)

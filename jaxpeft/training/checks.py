@@ -1,12 +1,12 @@
 """Checks of a run that need only sizes; they are made before any weight is read."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core import paths
@@ -14,8 +14,9 @@ from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files import storage
 from jaxpeft.files.storage import Place
 from jaxpeft.mesh.processes import from_first, together
-from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.adapter import Adapter, ranks_at
 from jaxpeft.methods.method import Context
+from jaxpeft.methods.registry import KINDS
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.pretrained.load import check_weights
 from jaxpeft.pretrained.saved_files import check_copied
@@ -31,6 +32,7 @@ from jaxpeft.training.output.result import (
     is_exported,
 )
 from jaxpeft.updates.lora_rules import check_factors
+from jaxpeft.updates.optimizers import WHOLE_ARRAYS
 
 
 def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) -> None:
@@ -67,17 +69,23 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
     both = [path for path in spec.paths if paths.ends_in(path, optim.trainable)]
     if both:
         raise UserError(f"optim.trainable: the method trains {first_few(both)} already.")
-    if optim.name == "adafactor":  # ranks are values, so jit it; the zeros are never made
-        buffers, params = jax.jit(lambda: start().buffers)(), jax.eval_shape(start).params
-        for path in spec.paths:
-            rank = paths.get(buffers, f"{path}/rank")
-            whole = paths.get(params, f"{path}/value") is not None
-            if rank is None or (np.asarray(rank) == (1 if whole else max(spec.rank, 1))).all():
-                continue
+    if optim.name in WHOLE_ARRAYS:  # ranks are values, so jit it; the zeros are never made
+        ranked = dataclasses.replace(adapter, buffers=jax.jit(lambda: start().buffers)())
+        if any(_is_padded(ranked, path) for path in spec.paths):
             raise UserError(
-                "optim.name: adafactor scales by the mean over a whole stack, which layers that "
-                "are not adapted would change; adapt all layers of a kernel, or take adamw."
+                f"optim.name: {optim.name} scales by the mean over a whole stack, which layers "
+                "that are not adapted would change; adapt all layers of a kernel, or take adamw."
             )
+
+
+def _is_padded(adapter: Adapter, path: str) -> bool:
+    """Whether the arrays of a place hold zeros that are no part of the adapter."""
+    ranks, kind = ranks_at(adapter, path), KINDS[adapter.spec.kind]
+    if ranks is None:
+        return False
+    roles = [kind.role(name) for name in paths.get(adapter.params, path)]
+    ranked = any(role.rank_axis is not None for role in roles)
+    return bool((ranks < (adapter.spec.rank if ranked else 1)).any())
 
 
 def start_on_zeros(
@@ -105,19 +113,9 @@ def check_dense_start(config: RunConfig) -> None:
         UserError: The base is not quantised to NF4 with float32 scales, or LoftQ takes several
             steps.
     """
-    method, model = config.method, config.model
-    if not starts_dense(config, restored=False):
-        return
-    if (model.quantization, model.double_quantization) != ("nf4", False):
-        raise UserError(
-            "method.init_weights: 'loftq' makes up for what NF4 loses of the base; set "
-            "model.quantization to nf4 and leave double_quantization out, or choose another start."
-        )
-    if getattr(method, "loftq_steps", 1) != 1:
-        raise UserError(
-            "method.loftq_steps: further steps belong to a base that is rounded otherwise than "
-            "model.quantization rounds it; set it to 1."
-        )
+    if starts_dense(config, restored=False):
+        model = config.model
+        config.method.check_quantization(model.quantization, model.double_quantization)
 
 
 def check_batches(config: RunConfig, mesh: jax.sharding.Mesh) -> None:

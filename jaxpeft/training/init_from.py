@@ -18,18 +18,13 @@ import numpy as np
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files.storage import expanded, is_remote, require_path
-from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.adapter import DROPOUT, RANK, SCALE, Adapter, is_named
 from jaxpeft.methods.algebra.stacking import pad_rank
 from jaxpeft.methods.method import Context, Method
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.pretrained.adapters import load_adapter, peek_kind
 from jaxpeft.pretrained.model import Model
 from jaxpeft.pretrained.shapes import NeedsWeightsError
-
-_COMPARED = ("rank", "rslora", "scale", "ids")
-_NOTES = ("trained_with",)
-"""Options that record an adapter's origin and do not change what it computes."""
-_OWN = "dropout"
 
 
 def check_init_from(method: Method, base: Model, steps: int) -> None:
@@ -122,7 +117,7 @@ def _go_on(
         buffers = paths.flatten(saved.buffers)
         if not method.needs_batches:
             differences += _compare_numbers(buffers, numbers)
-        own = {path: value for path, value in numbers.items() if path.endswith(f"/{_OWN}")}
+        own = {path: value for path, value in numbers.items() if is_named(path, DROPOUT)}
         saved = dataclasses.replace(saved, buffers=paths.unflatten(buffers | own))
     if differences:
         raise UserError(
@@ -161,17 +156,17 @@ def _with_room(saved: Adapter, described: Adapter) -> Adapter:
 
 
 def _numbers(method: Method, shapes: dict, key: jax.Array, context: Context) -> dict[str, Any]:
-    """Ranks, scales and dropout rates as the method would set them; nothing else is computed."""
+    """The ranks, scales, dropout rates and other numbers that a family compares.
+
+    They are computed as the method would set them; nothing else is computed.
+    """
+    names = (RANK, SCALE, DROPOUT, *KINDS[method.name].compared)
 
     @jax.jit
     def numbers() -> dict[str, Any]:
         params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # traced only
         buffers = paths.flatten(method.init(params, key, context).buffers)
-        return {
-            path: value
-            for path, value in buffers.items()
-            if path.rpartition("/")[2] in (*_COMPARED, _OWN)
-        }
+        return {path: value for path, value in buffers.items() if is_named(path, *names)}
 
     return numbers()
 
@@ -186,8 +181,9 @@ def _compare_trees(saved: Adapter, described: Adapter):
             yield f"it does not adapt {path}"
     if theirs.rank != ours.rank:
         yield f"its rank is {theirs.rank}, not {ours.rank}"
+    notes = KINDS[ours.kind].notes
     before, now = (
-        {name: value for name, value in one.options if name not in _NOTES} for one in (theirs, ours)
+        {name: value for name, value in one.options if name not in notes} for one in (theirs, ours)
     )
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
@@ -204,7 +200,7 @@ def _compare_trees(saved: Adapter, described: Adapter):
 
 def _compare_numbers(buffers: Mapping[str, Any], numbers: Mapping[str, Any]):
     for path, value in numbers.items():
-        if path.rpartition("/")[2] not in _COMPARED:
+        if is_named(path, DROPOUT):
             continue
         theirs, ours = np.asarray(buffers[path]), np.asarray(value)
         wrong = ~np.isclose(theirs, ours, rtol=1e-6, atol=0)

@@ -21,21 +21,20 @@ from jaxpeft.inference.metrics import Sample, count_cut, evaluate_loss, exact_ma
 from jaxpeft.mesh import layout, placement, processes
 from jaxpeft.mesh.constraints import traced_on
 from jaxpeft.methods import summary
-from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.adapter import Adapter, Label
 from jaxpeft.methods.binding import head_is_frozen
 from jaxpeft.methods.chat_settings import ChatSettings
-from jaxpeft.methods.leaves.full import Full
 from jaxpeft.methods.method import Context
-from jaxpeft.ops.quant import quantize
+from jaxpeft.methods.registry import KINDS
 from jaxpeft.pretrained.adapters import save_adapter
 from jaxpeft.pretrained.identity import identity_of
 from jaxpeft.pretrained.model import Model
 from jaxpeft.pretrained.save import save_model
 from jaxpeft.reports import tables
-from jaxpeft.training.checks import check_unchanged, starts_dense
-from jaxpeft.training.init_from import load_start
+from jaxpeft.training.checks import check_unchanged
 from jaxpeft.training.output.result import export_path
 from jaxpeft.training.rows import Rows
+from jaxpeft.training.start import choose_start, place_start
 from jaxpeft.updates.lora_rules import without_a
 from jaxpeft.updates.losses import make_lm_loss
 from jaxpeft.updates.optimizers import make_optimizer, make_schedule, masked
@@ -68,48 +67,44 @@ class Run:
         restored: bool = False,
         shapes_only: bool = False,
     ):
-        restored = restored or shapes_only
         self.config, self.rows = config, rows
         self.layout = layout.as_layout(mesh, base.config)
         self.output = as_path(config.output_dir)
         self.notes: list[str] = []
         self.schedule = make_schedule(config.optim, rows.steps)
-        tx = make_optimizer(config.optim, rows.steps, config.method.wrap_optimizer)
+        self._kind = KINDS[config.method.name]
+        tx = make_optimizer(config.optim, rows.steps, config.method)
         self.tx = masked(tx, self._trainable)
-        keys, saved = jax.random.split(jax.random.key(config.train.seed)), None
-        if starts_dense(config, restored):
-            saved = config.method.init(base.params, keys[0], Context(base.config, base.module))
-            coded = quantize(base.params)
-            base = dataclasses.replace(base, params=placement.shard_params(coded, self.layout))
-        self.base_shapes = jax.eval_shape(lambda params: params, base.params)
-        replaced = tuple(paths.flatten(self.base_shapes)) if isinstance(config.method, Full) else ()
-        self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
-
-        batches = (self.put(self.batch(step)) for step in range(rows.steps))
         context = Context(
             base.config,
             base.module,
             base.tokenizer,
-            batches,
-            shapes_only=restored,
+            batches=(self.put(self.batch(step)) for step in range(rows.steps)),
+            shapes_only=restored or shapes_only,
             steps=rows.steps,
         )
+        keys = jax.random.split(jax.random.key(config.train.seed))
+        base, chosen = choose_start(config, base, self.layout, keys[0], context)
+        self.base_shapes = jax.eval_shape(lambda params: params, base.params)
+        replaced = tuple(paths.flatten(self.base_shapes)) if self._kind.replaces_base else ()
+        self.base = dataclasses.replace(base, params=paths.without(base.params, replaced))
+        names = {"base_name": Label(base.name), "base_revision": Label(base.revision)}
+        names["chat"] = self.chat_settings().label()
 
-        def start(params: dict, keys: jax.Array, saved: Adapter | None) -> TrainState:
-            adapter = config.method.init(params, keys[0], context) if saved is None else saved
-            kept = paths.without(params, replaced)
+        def first_state(params: dict, keys: jax.Array, chosen: Adapter | None) -> TrainState:
+            adapter = config.method.init(params, keys[0], context) if chosen is None else chosen
+            adapter, kept = dataclasses.replace(adapter, **names), paths.without(params, replaced)
             return init_train_state(kept, adapter, self.tx, keys[1])
 
-        if config.method.init_from is not None and not restored:
-            saved = load_start(config.method, base, keys[0], context)
-        elif config.method.needs_batches and not restored:
-            saved = config.method.init(base.params, keys[0], context)
-        shapes = jax.eval_shape(start, base.params, keys, saved)
-        self.shardings = placement.state_shardings(shapes, self.layout)
-        self.state: TrainState = placement.placed_shapes(shapes, self.shardings)
-        if not shapes_only:
-            place = jax.jit(start, out_shardings=self.shardings)
-            self.state = place(base.params, keys, saved)
+        self.state, self.shardings = place_start(
+            first_state,
+            self.layout,
+            self._kind.arrays,
+            base.params,
+            keys,
+            chosen,
+            shapes_only=shapes_only,
+        )
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -141,13 +136,12 @@ class Run:
     def make_step(self) -> Callable:
         """The training step, not yet compiled: ``step(state, params, batch)``."""
         train = self.config.train
-        dropout = getattr(self.config.method, "dropout", 0.0) > 0
         module = self.base.module.clone(remat=train.remat)
         return make_train_step(
             make_lm_loss(
                 module,
                 head_frozen=self.head_frozen,
-                dropout=dropout,
+                dropout=self.config.method.drops,
                 penalty=self.config.method.penalty,
             ),
             self.tx,
@@ -206,7 +200,7 @@ class Run:
                 metrics["eval_exact_match"], samples = exact_match(
                     model,
                     self.rows.questions,
-                    dataclasses.replace(adapter, chat=self.chat_settings().label()),
+                    adapter,
                     max_new_tokens=section.max_new_tokens,
                     batch_size=4 * section.batch_size,
                 )
@@ -222,9 +216,10 @@ class Run:
             if field.name in ("learn", "end_of_turn", "special_tokens_in_content")
             and getattr(section, field.name) != field.default
         }
+        tokenizer = self.base.tokenizer  # None where only shapes are known
         overridden = self.config.model.chat_template is not None
         return ChatSettings(
-            template=self.base.tokenizer.chat_template if overridden else "",
+            template=tokenizer.chat_template if tokenizer is not None and overridden else "",
             arguments=dict(section.chat_template_kwargs),
             stop_ids=self.rows.stop_ids,
             **changed,
@@ -268,8 +263,7 @@ class Run:
         """
         if self.config.checkpoint.best and (best := checkpoints.best()) is not None:
             self.restore(checkpoints, best)
-        place, model = export_path(self.config), self.model()
-        adapter = dataclasses.replace(self.state.adapter, chat=self.chat_settings().label())
+        place, model, adapter = export_path(self.config), self.model(), self.state.adapter
         if place.name == "model":
             dtype = self.config.model.dtype
             save_model(str(place), model, adapter=adapter, dtype=dtype, overwrite=True)
@@ -324,7 +318,7 @@ class Run:
             "base": paths.unflatten(
                 {path: paths.ends_in(path, patterns) for path in paths.flatten(tree["base"])}
             ),
-            "adapter": without_a(on) if self.config.optim.lora_fa else on,
+            "adapter": without_a(on, self._kind) if self.config.optim.lora_fa else on,
         }
 
 

@@ -4,7 +4,8 @@
 ``create_loraplus_optimizer``: "a" (factors A, AdaLoRA's singular values and whole matrices, at the
 usual rate), "b" (factors B and vectors, at the rate times the ratio), "b_no_decay" (biases, at the
 same rate without weight decay) and "embedding" (factors of the embedding table, at a rate of their
-own).
+own). Each family declares which arrays are factors B, and which arrays learn at another rate than
+their number of axes implies.
 
 **LoRA-FA**: ``A`` keeps its initial values, and the gradient of ``B`` becomes
 
@@ -20,7 +21,7 @@ References:
     Fine-tuning", 2023, https://arxiv.org/abs/2308.03303, equation 3.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +29,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ORDINARY, ArrayRole
 from jaxpeft.core.errors import UserError
+from jaxpeft.methods.adapter import SCALE
+from jaxpeft.methods.family import Kind
+from jaxpeft.methods.registry import KINDS
 
 EMBEDDING_RATE = 1e-6
 """Peak learning rate of the embedding table's factors in LoRA+, which is PEFT's default."""
@@ -38,7 +43,9 @@ DAMPING = 1e-8
 
 
 def lora_plus(
-    make_rule: Callable[[float, bool], optax.GradientTransformation], ratio: float
+    make_rule: Callable[[float, bool], optax.GradientTransformation],
+    ratio: float,
+    arrays: Mapping[str, ArrayRole],
 ) -> optax.GradientTransformationExtraArgs:
     """The update rules of LoRA+, by group of leaves.
 
@@ -47,6 +54,7 @@ def lora_plus(
             times the usual one, or `EMBEDDING_RATE` for a factor of 0; `decay` says whether it
             decays weights.
         ratio: Learning rate of B over that of A.
+        arrays: The roles of the adapter's arrays by name, `Kind.arrays` of its family.
 
     Returns:
         A transformation over ``{"base": ..., "adapter": ...}`` whose frozen leaves are masked.
@@ -57,31 +65,40 @@ def lora_plus(
         "b_no_decay": make_rule(ratio, False),
         "embedding": make_rule(0.0, True),
     }
-    return optax.partition(rules, lora_plus_groups)
+    return optax.partition(rules, lambda tree: lora_plus_groups(tree, arrays))
 
 
-def lora_plus_groups(tree: Any) -> Any:
-    """Labels every leaf with its group.
+def lora_plus_groups(tree: Any, arrays: Mapping[str, ArrayRole]) -> Any:
+    """Labels every leaf of ``{"base": ..., "adapter": ...}`` with its group.
+
+    Args:
+        tree: Arrays or shapes.
+        arrays: The roles of the adapter's arrays, as for `lora_plus`.
 
     Raises:
-        UserError: If no leaf is a factor ``b``.
+        UserError: If no array is declared to learn faster, as LoRA's factor B is.
     """
     names = [_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    if not any(_is_factor(name, "b") for name in names):
+    if not any(_role(name, arrays).fast for name in names):
         raise UserError(
             "optim.lora_plus_ratio: the method trains no factors a and b; set it to null, or take "
             "the method lora."
         )
-    return jax.tree_util.tree_map_with_path(lambda keys, x: _group(_name(keys), x.ndim), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, x: _group(_name(keys), x.ndim, arrays), tree
+    )
 
 
-def project_b() -> optax.GradientTransformationExtraArgs:
+def project_b(kind: Kind) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradients of B by those of LoRA-FA.
 
+    Args:
+        kind: The family of the adapter. If it has no such factors, gradients are unchanged.
+
     Returns:
-        A stateless transformation whose update takes two extra arguments: ``whole=``, the tree with
-            its frozen leaves, which holds A (`jaxpeft.masked` passes it), and ``buffers=``, which
-            hold the scales (the training step passes them).
+        A stateless transformation. Its update takes two extra arguments. ``whole=`` is the tree
+        with its frozen leaves, which holds A (`jaxpeft.masked` passes it). ``buffers=`` hold the
+        scales (the training step passes them).
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -94,12 +111,12 @@ def project_b() -> optax.GradientTransformationExtraArgs:
             )
 
         def project(keys: Any, g: jax.Array) -> jax.Array:
-            name = _name(keys)
-            a = paths.get(whole, name.removesuffix("/b") + "/a")
-            if not name.endswith("kernel/b") or a is None:
+            place, _, array = _name(keys).rpartition("/")
+            if kind.lora_fa is None or array != kind.lora_fa[1] or not _is_kernel(place):
                 return g
-            place = name.removeprefix("adapter/").removesuffix("/b")
-            return projected(g, a, paths.get(buffers, f"{place}/scale"))
+            a = paths.get(whole, f"{place}/{kind.lora_fa[0]}")
+            scale = paths.get(buffers, f"{place.removeprefix('adapter/')}/{SCALE}")
+            return projected(g, a, scale)
 
         return jax.tree_util.tree_map_with_path(project, updates), state
 
@@ -125,14 +142,22 @@ def projected(g: jax.Array, a: jax.Array, scale: Any) -> jax.Array:
     return factor[..., None, None] * jnp.matmul(inverse, g, precision=highest)
 
 
-def without_a(trainable: Any) -> Any:
-    """Copies a tree of booleans over an adapter's arrays, False at the factors ``a`` of kernels.
+def without_a(trainable: Any, kind: Kind) -> Any:
+    """Copies a tree of booleans over an adapter's arrays, False at the factors A of kernels.
 
     Both factors of the embedding table stay trained, as in PEFT, because the first starts at zero.
+
+    Args:
+        trainable: Which arrays are trained, from `Method.trainable`.
+        kind: The family of the adapter.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, on: on and not _name(keys).endswith("kernel/a"), trainable
-    )
+
+    def stays(keys: Any, on: bool) -> bool:
+        place, _, array = _name(keys).rpartition("/")
+        frozen = kind.lora_fa is not None and array == kind.lora_fa[0] and _is_kernel(place)
+        return on and not frozen
+
+    return jax.tree_util.tree_map_with_path(stays, trainable)
 
 
 def check_factors(optim: Any, kind: str, params: Any) -> None:
@@ -147,8 +172,8 @@ def check_factors(optim: Any, kind: str, params: Any) -> None:
         UserError: The config asks for one of them, and the method has no such factors.
     """
     if optim.lora_plus_ratio is not None:
-        lora_plus_groups({"adapter": params})
-    if optim.lora_fa and kind != "lora":
+        lora_plus_groups({"adapter": params}, KINDS[kind].arrays)
+    if optim.lora_fa and KINDS[kind].lora_fa is None:
         raise UserError(
             f"optim.lora_fa: the step of its factor b is made for the method lora, not {kind}; set "
             "it to false."
@@ -159,17 +184,21 @@ def _name(keys: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _is_factor(name: str, letter: str) -> bool:
-    return name.startswith("adapter/") and name.endswith("/" + letter)
+def _is_kernel(place: str) -> bool:
+    return place.rpartition("/")[2] == "kernel"
 
 
-def _group(name: str, ndim: int) -> str:
-    place = name.partition("/")[2]
-    if place in (f"{paths.EMBEDDING}/a", f"{paths.EMBEDDING}/b"):
+def _role(name: str, arrays: Mapping[str, ArrayRole]) -> ArrayRole:
+    """What a leaf of ``{"base": ..., "adapter": ...}`` is, by its path; the base's are ordinary."""
+    owner, _, path = name.partition("/")
+    return arrays.get(path.rpartition("/")[2], ORDINARY) if owner == "adapter" else ORDINARY
+
+
+def _group(name: str, ndim: int, arrays: Mapping[str, ArrayRole]) -> str:
+    path, role = name.partition("/")[2], _role(name, arrays)
+    if path.rpartition("/")[0] == paths.EMBEDDING and role.side is not None:
         return "embedding"
     if "bias" in name:
         return "b_no_decay"
-    vector = ndim - paths.is_stacked(place) == 1
-    # In PEFT, AdaLoRA's singular values are a matrix with one column, not a vector.
-    vector &= not _is_factor(name, "e")
-    return "b" if vector or _is_factor(name, "b") else "a"
+    vector = ndim - paths.is_stacked(path) == 1
+    return "b" if role.fast or (vector and role.fast is None) else "a"

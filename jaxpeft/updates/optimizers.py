@@ -13,10 +13,21 @@ import jax
 import optax
 
 from jaxpeft.core import float32
+from jaxpeft.core.errors import UserError
 from jaxpeft.core.records import Record
+from jaxpeft.methods.method import Method
+from jaxpeft.methods.registry import KINDS
 from jaxpeft.updates.lora_rules import EMBEDDING_RATE, lora_plus, project_b
 
-OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
+MakeOptimizer = Callable[["OptimConfig", optax.Schedule], optax.GradientTransformation]
+"""``make(config, rate)``: an update rule, with the learning rate by number of updates done."""
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {}
+"""The update rules by the name that ``optim.name`` uses."""
+
+WHOLE_ARRAYS: set[str] = set()
+"""Names of the rules that move a number by what else is in its array."""
+
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -25,7 +36,7 @@ class OptimConfig(Record):
     """The optimizer and schedule of a run.
 
     Attributes:
-        name: "adamw", "adafactor", "lion" or "sgd" (b1 is its momentum).
+        name: The update rule; b1 is the momentum of sgd.
         learning_rate: Peak learning rate.
         schedule: "constant", "linear" (to zero) or "cosine" (to zero) after the warm-up.
         warmup_steps: Updates over which the rate rises linearly from zero.
@@ -42,7 +53,7 @@ class OptimConfig(Record):
 
     in_float32: ClassVar[bool] = True
 
-    name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    name: str = dataclasses.field(default="adamw", metadata={"choices": OPTIMIZERS})
     learning_rate: float = 2.0e-4
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = 0
@@ -56,7 +67,7 @@ class OptimConfig(Record):
 
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
-            raise ValueError(f"optim.name must be one of {OPTIMIZERS}, got {self.name!r}.")
+            raise ValueError(f"optim.name must be one of {(*OPTIMIZERS,)}, got {self.name!r}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optim.schedule must be one of {SCHEDULES}, got {self.schedule!r}.")
         if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
@@ -109,20 +120,29 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int, wrap: Callable[[Any, int], Any] | None = None
+    config: OptimConfig, steps: int, method: Method | None = None
 ) -> optax.GradientTransformation:
     """The optimizer of a run: clipping by global norm, then the update rule with its schedule.
 
     Args:
         config: Which rule, with its numbers.
         steps: Updates of the whole run, for the schedule.
-        wrap: ``wrap(rule, steps)`` returns the rule with a method's additions, such as
-            `Method.wrap_optimizer`; its gradients are clipped already.
+        method: What is trained, or None. A method may add to the rule (AdaLoRA does), after
+            clipping; and its family tells LoRA+ and LoRA-FA which arrays are the factors.
 
     Returns:
         A transformation over the trained leaves; `masked` restricts it to them.
+
+    Raises:
+        UserError: The config asks for LoRA+ or LoRA-FA, and there is no method.
     """
-    if config.lora_plus_ratio is None:
+    kind = None if method is None else KINDS[method.name]
+    if kind is None and (config.lora_fa or config.lora_plus_ratio is not None):
+        raise UserError(
+            "make_optimizer: LoRA+ and LoRA-FA treat factors A and B differently; pass method=, "
+            "the config of what is trained, which knows its factors."
+        )
+    if kind is None or config.lora_plus_ratio is None:
         rule = make_rule(config, steps)
     else:
 
@@ -132,12 +152,12 @@ def make_optimizer(
             group = dataclasses.replace(config, learning_rate=rate, weight_decay=weight_decay)
             return make_rule(group, steps)
 
-        rule = lora_plus(scaled, config.lora_plus_ratio)
-    if wrap is not None:
-        rule = wrap(rule, steps)
+        rule = lora_plus(scaled, config.lora_plus_ratio, kind.arrays)
+    if method is not None:
+        rule = method.wrap_optimizer(rule, steps)
     parts = [rule]
-    if config.lora_fa:
-        parts.insert(0, project_b())
+    if kind is not None and config.lora_fa:
+        parts.insert(0, project_b(kind))
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     return optax.chain(*parts) if len(parts) > 1 else rule
@@ -145,23 +165,66 @@ def make_optimizer(
 
 def make_rule(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """The update rule alone, with its schedule; see `make_optimizer`."""
-    rate, decay = make_schedule(config, steps), config.weight_decay
-    if config.name == "adamw":
-        return optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay)
-    if config.name == "lion":
-        return optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=decay)
-    if config.name == "adafactor":
+    return OPTIMIZERS[config.name](config, make_schedule(config, steps))
+
+
+def register_optimizer(name: str, make: MakeOptimizer, *, whole_arrays: bool = False) -> None:
+    """Adds an update rule, so that ``optim.name`` may be its name.
+
+    Args:
+        name: Its name in configs.
+        make: ``make(config, rate)``: an optax transformation from an `OptimConfig` and the learning
+            rate by number of updates done. It is called once for each group of LoRA+, with that
+            group's rate and weight decay. What it does not use of the config changes nothing.
+        whole_arrays: Whether it moves a number by what else is in its array, as Adafactor does,
+            which scales by means. Such a rule is refused where layers of a stack are not adapted
+            or padded.
+
+    Raises:
+        UserError: If there is another rule of that name.
+
+    Example:
+        >>> def nadamw(config, rate):
+        ...     return optax.nadamw(rate, b1=config.b1, b2=config.b2)
+        >>> jp.register_optimizer("nadamw", nadamw)  # doctest: +SKIP
+    """
+    if OPTIMIZERS.get(name, make) is not make:
+        raise UserError(f"register_optimizer: there is an optimizer called {name!r} already.")
+    OPTIMIZERS[name] = make
+    if whole_arrays:
+        WHOLE_ARRAYS.add(name)
+
+
+def _adamw(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+
+
+def _adafactor(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    decay = config.weight_decay
+    return optax.adafactor(
+        rate,
+        multiply_by_parameter_scale=False,
         # optax's own decay is not multiplied by the learning rate.
-        return optax.adafactor(
-            rate,
-            multiply_by_parameter_scale=False,
-            weight_decay_rate=(lambda count: decay * rate(count)) if decay else None,
-        )
+        weight_decay_rate=(lambda count: decay * rate(count)) if decay else None,
+    )
+
+
+def _lion(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+
+
+def _sgd(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.chain(
         optax.trace(config.b1),
-        optax.add_decayed_weights(decay),
+        optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(rate),
     )
+
+
+register_optimizer("adamw", _adamw)
+register_optimizer("adafactor", _adafactor, whole_arrays=True)
+register_optimizer("lion", _lion)
+register_optimizer("sgd", _sgd)
 
 
 TRAINABLE, FROZEN = "trainable", "frozen"

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool
 from jaxpeft.core import paths
 from jaxpeft.core.errors import first_few
 from jaxpeft.methods.adapter import ranks_at
+from jaxpeft.methods.registry import KINDS
 
 STEPS = 5
 """The number of good steps before judging."""
@@ -25,6 +26,12 @@ STEPS = 5
 LEAST_STEPS = 3
 """The number of good steps that a shorter run needs. With a warm-up the first update is zero, so a
 factor whose partner starts at zero has no gradient before the third step."""
+
+USUAL_HINT = (
+    "the loss does not depend on them, as where the model does not use a weight or one behind it "
+    "is zero; if that is so, leave them out of method.targets or optim.trainable"
+)
+"""What it may mean that no gradient reaches an array, where its family says nothing else."""
 
 _SHOWN = 8
 
@@ -72,6 +79,7 @@ class Reached:
 
     def __init__(self, state: Any, first: int):
         self._parts, self._first = list(_parts_of(state)), first
+        self._kind = KINDS[state.spec.kind]
         self._seen = np.zeros(len(self._parts), bool)
         self._steps = 0
 
@@ -106,7 +114,7 @@ class Reached:
         if not missing:
             return None
         names = [name for found in missing.values() for name in found]
-        hints = dict.fromkeys(_hint(places[place]) for place in missing)
+        hints = dict.fromkeys(self._hint(places[place]) for place in missing)
         return (
             f"no gradient reached {first_few(names, _SHOWN)} in the first {self._steps} steps of "
             f"{'this start' if self._first else 'the run'}: nothing was learned there; "
@@ -129,6 +137,11 @@ class Reached:
         alone = [n for n in leaves if not any(seen for part, seen in parts if part.name == n)]
         if alone and not self._first:
             yield place + _of(alone)
+
+    def _hint(self, parts: list[tuple[_Part, bool]]) -> str:
+        """A possible reason why a place was not reached, and the way out."""
+        hints = (self._kind.role(part.name).unreached for part, _ in parts)
+        return next(filter(None, hints), USUAL_HINT)
 
 
 def _parts_of(state: Any) -> Iterator[_Part]:
@@ -156,16 +169,3 @@ def _split(path: Any) -> tuple[str, str]:
 def _of(leaves: list[str]) -> str:
     names = [name for name in leaves if name]
     return f" ({', '.join(names)})" if names else ""
-
-
-def _hint(parts: list[tuple[_Part, bool]]) -> str:
-    """A possible reason why a place was not reached, and the way out."""
-    if any(part.name == "rows" for part, _ in parts):
-        return (
-            "the batches so far hold none of these tokens; compare method.token_ids with the "
-            "tokens of data.train"
-        )
-    return (
-        "the loss does not depend on them, as where the model does not use a weight or one "
-        "behind it is zero; if that is so, leave them out of method.targets or optim.trainable"
-    )

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft.methods.adapter import Adapter, Spec
+from jaxpeft.methods.adapter import Adapter, Label, Spec
 from jaxpeft.updates.optimizers import TRAINABLE, MaskedTransformation
 from jaxpeft.updates.reached import flags_of
 
@@ -40,6 +40,10 @@ class TrainState:
         skipped: Steps skipped so far, because a number was or would have become non-finite.
         skipped_in_a_row: Steps skipped since the last good step.
         spec: Static part of the adapter.
+        base_name: The text of the adapter's `base_name`. Unlike labels these texts are compared, so
+            that a compiled step never returns the names of the adapter it was traced for.
+        base_revision: The text of the adapter's `base_revision`.
+        chat: The text of the adapter's `chat`.
     """
 
     step: Any
@@ -51,12 +55,21 @@ class TrainState:
     skipped: Any
     skipped_in_a_row: Any
     spec: Spec = flax.struct.field(pytree_node=False)
+    base_name: str = flax.struct.field(pytree_node=False, default="")
+    base_revision: str = flax.struct.field(pytree_node=False, default="")
+    chat: str = flax.struct.field(pytree_node=False, default="")
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter with its current values."""
-        params = _combine(self.trained["adapter"], self.frozen)
-        return Adapter(params, self.buffers, self.spec)
+        """The adapter with its current values and the names it had when training began."""
+        return Adapter(
+            params=_combine(self.trained["adapter"], self.frozen),
+            buffers=self.buffers,
+            spec=self.spec,
+            base_name=Label(self.base_name),
+            base_revision=Label(self.base_revision),
+            chat=Label(self.chat),
+        )
 
     def base(self, params: dict) -> dict:
         """Base parameters with the trained base leaves in place."""
@@ -119,6 +132,9 @@ def init_train_state(
         skipped=jnp.copy(zero),
         skipped_in_a_row=jnp.copy(zero),
         spec=adapter.spec,
+        base_name=str(adapter.base_name),
+        base_revision=str(adapter.base_revision),
+        chat=str(adapter.chat),
     )
 
 
@@ -149,12 +165,21 @@ def make_train_step(
         counters ``skipped`` and ``skipped_in_a_row``, and the sums of `aux`.
 
     Example:
-        >>> tx = jp.masked(optax.adamw(1e-3), jp.adapter_only)
-        >>> state = jp.init_train_state(base.params, adapter, tx, jax.random.key(0))
-        >>> step = jp.make_train_step(loss_fn, tx)
-        >>> state, metrics = step(state, base.params, batch)
-    """
+        The squared error of one adapted kernel:
 
+        >>> import jaxpeft as jp
+        >>> params = {"up_proj": {"kernel": jnp.ones((3, 2))}}
+        >>> adapter = jp.init_adapter(jp.LoRA(rank=1), params, jax.random.key(0))
+        >>> def loss_fn(params, adapter, batch, key):
+        ...     kernel = jp.merge(params, adapter)["up_proj"]["kernel"]
+        ...     return jnp.mean((batch["x"] @ kernel - batch["y"]) ** 2)
+        >>> tx = jp.masked(optax.adamw(1e-3), jp.adapter_only)
+        >>> state = jp.init_train_state(params, adapter, tx, jax.random.key(0))
+        >>> step = jp.make_train_step(loss_fn, tx)
+        >>> state, metrics = step(state, params, {"x": jnp.ones((1, 3)), "y": jnp.zeros((1, 2))})
+        >>> int(state.step), float(metrics["loss"])
+        (1, 9.0)
+    """
     check_masked(tx)
 
     def gradients(state: TrainState, params: dict, batch: Any) -> Any:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import compiled_programs
 import jax
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def start(config, *flags, fault=("-", "-"), devices=2, **environment) -> subproc
     kept = (name for name in os.environ if not name.startswith(("SLURM_", "JAX_")))
     env = {name: os.environ[name] for name in kept if name not in hidden}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    env |= {"JAX_ENABLE_COMPILATION_CACHE": "false", **environment}
+    env |= compiled_programs.SETTINGS | environment
     env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, str(HELPERS / "faulty_train.py"), *fault, config, *flags]
     pipe = subprocess.PIPE

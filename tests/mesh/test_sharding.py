@@ -1,5 +1,7 @@
 """Arrays live where the table says, and eight devices train like one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from jaxpeft.checkpoints.checkpoints import Checkpoints
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.mesh import layout, placement
+from jaxpeft.methods.registry import KINDS
 from jaxpeft.pretrained.load import load_config, load_model
 from jaxpeft.pretrained.weights.names import param_shapes
 from jaxpeft.training.run import Run
@@ -65,7 +68,8 @@ def test_base_leaves_are_cut_as_megatron_and_fsdp_do(path, shape, expected):
 )
 def test_adapter_leaves_keep_the_tensor_axis_and_never_cut_the_rank(path, shape, expected):
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
-    assert spec(path, shape, mesh, placement.adapter_sharding) == PartitionSpec(*expected)
+    of_lora = functools.partial(placement.adapter_sharding, arrays=KINDS["lora"].arrays)
+    assert spec(path, shape, mesh, of_lora) == PartitionSpec(*expected)
 
 
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "mlp_bias": True, "qk_norm": True}])
@@ -104,7 +108,8 @@ def test_moments_live_where_their_arrays_live(getkey):
         state = jp.init_train_state(
             base.params, adapter, jp.masked(tx, jp.adapter_only), jax.random.key(0)
         )
-        placed = jax.device_put(state, placement.state_shardings(state, mesh))
+        arrays = KINDS[adapter.spec.kind].arrays
+        placed = jax.device_put(state, placement.state_shardings(state, mesh, arrays))
         b = paths.get(placed.trained["adapter"], "layers/self_attn/q_proj/kernel/b")
         assert b.sharding.spec == PartitionSpec(None, None, "tensor")
         for path, leaf in jax.tree_util.tree_leaves_with_path(placed.opt_state):

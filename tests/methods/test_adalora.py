@@ -112,7 +112,7 @@ def test_the_schedule_is_that_of_peft_step_by_step(clip):
     steps, rate = 14, 0.05
     adapter = start()
     optim = OptimConfig(name="sgd", b1=0.0, learning_rate=rate, schedule="constant", clip_norm=clip)
-    tx = jp.masked(make_optimizer(optim, steps, METHOD.wrap_optimizer), jp.adapter_only)
+    tx = jp.masked(make_optimizer(optim, steps, METHOD), jp.adapter_only)
     tree = {"base": PARAMS, "adapter": adapter.params}
     state, update = tx.init(tree), jax.jit(tx.update)
     modules = modules_of(tree)

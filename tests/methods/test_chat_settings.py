@@ -1,4 +1,7 @@
+import json
+
 import jax
+import optax
 import pytest
 from tiny_models import hf_tensors, write_hf
 from toy_model import toy_adapter, toy_model
@@ -25,6 +28,20 @@ def test_settings_travel_with_a_saved_adapter(tmp_path):
     taught = adapter.replace(chat=SETTINGS.label())
     save_adapter(tmp_path / "taught", taught, base)
     assert chat_of(load_adapter(tmp_path / "taught", base)) == SETTINGS
+
+
+def test_what_is_trained_is_saved_with_the_names_of_the_adapter_it_was(tmp_path):
+    write_hf(tmp_path / "base", "llama", hf_tensors("llama"))
+    base = load_model(tmp_path / "base")
+    adapter = init_adapter(LoRA(rank=2), base, jax.random.key(0))
+    adapter = adapter.replace(chat=SETTINGS.label(), base_revision=Label("v1"))
+    tx = jp.masked(optax.sgd(0.1), jp.adapter_only)
+    state = jp.init_train_state(base.params, adapter, tx, jax.random.key(1))
+    save_adapter(tmp_path / "trained", state.adapter, base)
+    assert chat_of(load_adapter(tmp_path / "trained", base)) == SETTINGS
+    saved = json.loads((tmp_path / "trained" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == base.name
+    assert saved["revision"] == "v1"
 
 
 def test_settings_do_not_tell_two_adapters_apart():

@@ -23,6 +23,7 @@ from jaxpeft.mesh import layout
 from jaxpeft.methods.binding import bind, head_is_frozen, init_adapter, merge
 from jaxpeft.methods.lora.config import LoRA, config_of
 from jaxpeft.methods.peft.modules import modules_of
+from jaxpeft.methods.registry import KINDS
 from jaxpeft.models.transformer import Transformer
 from jaxpeft.pretrained.adapters import load_adapter, save_adapter
 from jaxpeft.pretrained.load import load_params
@@ -300,7 +301,7 @@ def test_a_table_of_ones_own_differs_from_row_to_row():
 def test_lora_plus_puts_new_leaves_into_the_groups_of_peft():
     modules = ("embed_tokens", "lm_head", "norm")
     adapter = new(save_modules=modules, bias="lora_only", lora_bias=True, targets=("q_proj",))
-    groups = paths.flatten(lora_plus_groups({"adapter": adapter.params}))
+    groups = paths.flatten(lora_plus_groups({"adapter": adapter.params}, KINDS["lora"].arrays))
     q = "adapter/layers/self_attn/q_proj/"
     assert groups == {
         "adapter/embed_tokens/embedding/value": "a",

@@ -12,7 +12,8 @@ from toy_model import toy_adapter, toy_model
 import jaxpeft as jp
 from jaxpeft.core import paths
 from jaxpeft.inference import decoding
-from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods import binding
+from jaxpeft.methods.adapter import Adapter, Label
 from jaxpeft.methods.algebra.stacking import stack_adapters
 from jaxpeft.methods.binding import bind
 from jaxpeft.methods.lora.config import LoRA
@@ -166,6 +167,31 @@ def test_a_kind_that_changes_more_than_one_weight_at_a_place_is_refused_by_name(
         module.apply(bind(params, stack_adapters([full, full]), index=jnp.array([0, 1])), tokens)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_every_place_is_looked_up_once_and_that_is_checked_and_bound(monkeypatch, several):
+    _, params = decoder()
+    one = make_adapter(LoRA(rank=2))
+    adapter, index = (stack_adapters([one, one]), jnp.array([0, 1])) if several else (one, None)
+    made, make_leaf = [], binding.make_leaf
+
+    def counted(tree, adapter, path, key=None):
+        made.append(path)
+        return make_leaf(tree, adapter, path, key)
+
+    monkeypatch.setattr(binding, "make_leaf", counted)
+    bind(params, adapter, index=index)
+    assert tuple(made) == one.spec.paths
+
+
+def test_an_adapter_of_another_model_is_refused_on_top_of_one_that_fits():
+    _, params = decoder()
+    one = make_adapter(LoRA(rank=2, targets=("q_proj",)))
+    (path,) = one.spec.paths
+    wide = one.replace(params=jax.tree.map(lambda x: jnp.concatenate([x, x], 1), one.params))
+    with pytest.raises(jp.UserError, match=rf"^{path}: the adapter was made for shape .* another"):
+        bind(params, [one, wide])
+
+
 @pytest.mark.slow
 def test_soft_prompts_of_a_mixed_batch_stand_in_front_of_their_own_rows():
     from jaxpeft.methods.prompts.prompt import PromptTuning
@@ -210,5 +236,5 @@ def test_switching_adapters_of_other_alpha_dropout_rank_rslora_and_base_never_re
     methods.append(LoRA(rank=2, alpha=4.0, rslora=True))
     for name, method in zip("abcd", methods, strict=True):
         one = pad_rank(make_adapter(method, trained=True), 3)
-        one = Adapter(one.params, one.buffers, one.spec, jp.methods.base.Label(name))
+        one = Adapter(one.params, one.buffers, one.spec, Label(name))
         assert_close(logits(one), run(make_adapter(method, trained=True)))

@@ -19,6 +19,7 @@ from jaxpeft.core.flops import count_flops
 from jaxpeft.mesh import layout as sharding
 from jaxpeft.mesh import placement
 from jaxpeft.mesh.constraints import traced_on
+from jaxpeft.methods.registry import KINDS
 from jaxpeft.models.attention import Prefix, attention
 from jaxpeft.models.splash import splash_attention
 
@@ -257,7 +258,9 @@ def test_kernels_are_in_the_program_that_is_compiled_for_tpus(tpus, head_dim, wi
 
     run.layout = sharding.Layout(mesh, model=run.base.config)
     run.base, run.state = jax.tree.map(there, (run.base, run.state))
-    run.shardings = placement.state_shardings(run.state, run.layout)
+    run.shardings = placement.state_shardings(
+        run.state, run.layout, KINDS[run.config.method.name].arrays
+    )
     with backend.traced_for("tpu"):
         text = run.compile_step().as_text()
     called = re.findall(r'%splash_mha_(\w+).* custom_call_target="tpu_custom_call"', text)

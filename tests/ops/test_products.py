@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,28 @@ def test_accelerators_are_given_bfloat16_as_it_is(platform):
     assert "ui16" not in program
     assert "-> tensor<2x256x48xbf16>" in program
     assert chain_dtype(jnp.zeros(2, jnp.bfloat16)) == jnp.float32
+
+
+def test_a_jitted_product_is_traced_again_for_another_platform():
+    x, w = inputs(product, 5)
+    traced = []
+
+    @jax.jit
+    def run(x, w):
+        traced.append(backend.platform())
+        return product(x, w)
+
+    for platform, sums in (("cpu", "float32"), ("cuda", "bfloat16"), ("cpu", "float32")):
+        with backend.traced_for(platform):
+            assert f"preferred_element_type={sums}" in str(run.trace(x, w).jaxpr)
+            assert_rounded(run(x, w), FORMULAS[product](*exact(x, w)), 12)
+    assert traced == ["cpu", "cuda"]
+
+
+def test_another_thread_traces_for_the_platform_that_is_there():
+    with backend.traced_for("tpu"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(backend.platform).result() == "cpu"
+        assert backend.platform() == "tpu"
 
 
 def step_in(dtype, remat, method=LORA):

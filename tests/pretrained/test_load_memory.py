@@ -35,6 +35,7 @@ SLACK = 64 * MB
 WATCH = """
 import json, sys, threading, time
 import jax
+jax.config.update("jax_enable_compilation_cache", False)
 from jaxpeft.pretrained import load
 from jaxpeft.pretrained.weights import reading
 from jaxpeft.core.paths import flatten

@@ -95,7 +95,7 @@ def test_a_bias_and_a_diagonal_count_for_the_layers_and_ranks_that_are_there():
     adapter = Adapter(
         paths.unflatten({path: leaf}),
         paths.unflatten({path: {"rank": jnp.array([1, 0, 2])}}),
-        Spec(kind="lora", paths=(path,), rank=2),
+        Spec(kind="adalora", paths=(path,), rank=2),
     )
     assert count_trainable(adapter) == (1 + 2) + 2 * 4
 

@@ -10,7 +10,7 @@ from tiny_decoder import CONFIG, decoder, draw, make_adapter, make_batch
 import jaxpeft as jp
 from jaxpeft.core import paths
 from jaxpeft.methods.lora.config import LoRA
-from jaxpeft.methods.registry import METHODS
+from jaxpeft.methods.registry import KINDS, METHODS
 from jaxpeft.updates.lora_rules import check_factors, lora_plus_groups, projected, without_a
 from jaxpeft.updates.losses import make_lm_loss
 from jaxpeft.updates.optimizers import OptimConfig, make_optimizer, masked
@@ -42,8 +42,14 @@ def tree():
     return {"base": paths.unflatten(base), "adapter": paths.unflatten(adapter)}
 
 
+def of_lora(tree):
+    """The same tree without AdaLoRA's singular values."""
+    leaves = paths.flatten(tree)
+    return paths.unflatten({path: x for path, x in leaves.items() if not path.endswith("/e")})
+
+
 def test_the_groups_are_those_of_peft():
-    groups = paths.flatten(lora_plus_groups(tree()))
+    groups = paths.flatten(lora_plus_groups(tree(), KINDS["adalora"].arrays | KINDS["lora"].arrays))
     assert groups == {
         f"adapter/{KERNEL}/a": "a",
         f"adapter/{KERNEL}/b": "b",
@@ -62,18 +68,17 @@ def test_the_groups_are_those_of_peft():
 
 def test_every_group_moves_at_its_own_rate_and_biases_do_not_decay():
     """One step of gradient descent from 1 with gradient 2: rate * (2 + decay)."""
-    on = jax.tree.map(lambda _: True, tree())
-    tx = masked(make_optimizer(config(lora_plus_ratio=16.0, weight_decay=0.5), 10), on)
-    grads = jax.tree.map(lambda x: 2.0 * x, tree())
-    updates, _ = jax.jit(tx.update)(grads, tx.init(tree()), tree())
+    whole = of_lora(tree())
+    on = jax.tree.map(lambda _: True, whole)
+    tx = masked(make_optimizer(config(lora_plus_ratio=16.0, weight_decay=0.5), 10, LoRA()), on)
+    grads = jax.tree.map(lambda x: 2.0 * x, whole)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(whole), whole)
     steps = {path: -float(x.ravel()[0]) for path, x in paths.flatten(updates).items()}
     assert steps == pytest.approx(
         {
             f"adapter/{KERNEL}/a": 0.1 * 2.5,
             f"adapter/{KERNEL}/b": 1.6 * 2.5,
             f"adapter/{KERNEL}/m": 1.6 * 2.5,
-            f"adapter/{KERNEL}/e": 0.1 * 2.5,
-            "adapter/lm_head/kernel/e": 0.1 * 2.5,
             "adapter/layers/self_attn/q_proj/bias/value": 1.6 * 2.0,
             "adapter/embed_tokens/embedding/a": 1e-6 * 2.5,
             "adapter/embed_tokens/embedding/b": 1e-6 * 2.5,
@@ -124,9 +129,9 @@ def test_lora_fa_freezes_a_keeps_no_moments_of_it_and_trains_b():
     def on(tree):
         off = jax.tree.map(lambda _: False, tree["base"])
         every = jax.tree.map(lambda _: True, tree["adapter"])
-        return {"base": off, "adapter": without_a(every)}
+        return {"base": off, "adapter": without_a(every, KINDS["lora"])}
 
-    tx = masked(make_optimizer(config(name="adamw", lora_fa=True), 10), on)
+    tx = masked(make_optimizer(config(name="adamw", lora_fa=True), 10, LoRA()), on)
     state = jp.init_train_state(PARAMS, adapter, tx, jax.random.key(0))
     leaves = paths.flatten(adapter.params)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
@@ -144,11 +149,11 @@ def test_lora_fa_steps_along_the_projected_gradient():
     whole = {"base": PARAMS, "adapter": adapter.params}
     on = {
         "base": jax.tree.map(lambda _: False, PARAMS),
-        "adapter": without_a(jax.tree.map(lambda _: True, adapter.params)),
+        "adapter": without_a(jax.tree.map(lambda _: True, adapter.params), KINDS["lora"]),
     }
     noise = draw(adapter.params, seed=7, scale=1.0)
     grads = jax.tree.map(lambda t, x: x if t else None, on, {"base": PARAMS, "adapter": noise})
-    tx = masked(make_optimizer(config(lora_fa=True), 10), on)
+    tx = masked(make_optimizer(config(lora_fa=True), 10, LoRA()), on)
     updates, _ = jax.jit(tx.update)(grads, tx.init(whole), whole, buffers=adapter.buffers)
     assert paths.get(updates["adapter"], KERNEL)["a"] is None
     a = np.asarray(paths.get(adapter.params, KERNEL)["a"], np.float64)
@@ -158,7 +163,7 @@ def test_lora_fa_steps_along_the_projected_gradient():
 
 
 def test_an_update_without_what_it_needs_says_so():
-    tx = make_optimizer(config(lora_fa=True), 10)
+    tx = make_optimizer(config(lora_fa=True), 10, LoRA())
     with pytest.raises(ValueError, match="needs whole= and buffers="):
         tx.update(tree(), tx.init(tree()), tree())
 
@@ -169,6 +174,12 @@ def test_methods_without_factors_are_refused(name, option):
     adapter = METHODS[name]().init(PARAMS, jax.random.key(0))
     with pytest.raises(jp.UserError, match=rf"optim\.{next(iter(option))}: the "):
         check_factors(config(**option), name, adapter.params)
+
+
+@pytest.mark.parametrize("option", [{"lora_plus_ratio": 4.0}, {"lora_fa": True}])
+def test_without_the_method_nobody_knows_its_factors(option):
+    with pytest.raises(jp.UserError, match="pass method="):
+        make_optimizer(config(**option), 10)
 
 
 @pytest.mark.parametrize("option", [{}, {"lora_plus_ratio": 4.0}, {"lora_fa": True}])

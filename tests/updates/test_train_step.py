@@ -17,6 +17,7 @@ from tiny_decoder import CONFIG, decoder, make_adapter, make_batch
 
 from jaxpeft.core import paths
 from jaxpeft.core.flops import count_flops
+from jaxpeft.methods.adapter import Label
 from jaxpeft.methods.binding import bind, init_adapter
 from jaxpeft.methods.leaves.full import Full
 from jaxpeft.methods.lora.config import LoRA
@@ -207,6 +208,24 @@ def test_a_frozen_leaf_of_the_adapter_stays():
     before = paths.flatten(make_adapter(FEW).params)
     for path, leaf in paths.flatten(state.adapter.params).items():
         assert (leaf == before[path]).all() == path.endswith("/a")
+
+
+def test_one_step_keeps_the_names_of_each_adapter_that_it_trains():
+    _, step = start_adam()
+    for names in (("org/one", "v1", '{"stop_ids": [7]}'), ("org/two", "", "")):
+        labels = dict(zip(("base_name", "base_revision", "chat"), map(Label, names), strict=True))
+        adapter = dataclasses.replace(make_adapter(), **labels)
+        state = init_train_state(PARAMS, adapter, adam_step()[0], jax.random.key(5))
+        state, _ = step(state, PARAMS, BATCH)
+        trained = state.adapter
+        assert (str(trained.base_name), str(trained.base_revision), str(trained.chat)) == names
+        assert jax.tree.structure(trained) == jax.tree.structure(adapter)
+
+
+def test_names_are_no_leaves_of_the_state():
+    state, _ = start_adam()
+    named = state.replace(base_name="org/one", base_revision="v1", chat="{}")
+    assert jax.tree.leaves(named) == jax.tree.leaves(state)
 
 
 def test_the_base_is_bit_identical_after_training():

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.float32 import require
 from jaxpeft.methods.adalora import peft
 from jaxpeft.methods.adalora.schedule import Schedule, allocate_ranks, count_places
@@ -30,7 +31,7 @@ from jaxpeft.methods.adapter import Adapter, Spec, weigh_scales
 from jaxpeft.methods.family import Kind, Leaf
 from jaxpeft.methods.leaves.replace import selected_layers
 from jaxpeft.methods.lora.nodes import LoRAKernel
-from jaxpeft.methods.lora.places import factors_shape
+from jaxpeft.methods.lora.plain import FACTORS, factors_shape
 from jaxpeft.methods.lora.targets import check_rank
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import modules_of, shortest_decimal
@@ -105,6 +106,11 @@ class AdaLoRA(Method):
         keep_names(self, "targets", "exclude")
         if not self.targets:
             raise ValueError("AdaLoRA.targets must name at least one module.")
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops inputs of the branch."""
+        return self.dropout > 0
 
     @property
     def first_rank(self) -> int:
@@ -260,11 +266,13 @@ def config_from_peft(values: Values) -> AdaLoRA:
     )
 
 
+# The singular values are a matrix of one column in PEFT, and matrices are not fast in LoRA+.
 KIND = Kind(
     config=AdaLoRA,
     bind=bind,
     leaf_shape=factors_shape,
     config_of=config_of,
+    arrays={**FACTORS, "e": ArrayRole(rank_axis=-1, fast=False)},
     weigh=weigh_scales,
     peft=dataclasses.replace(peft.PEFT, config=config_from_peft),
 )

@@ -30,21 +30,18 @@ import jax
 import numpy as np
 
 from jaxpeft.core import paths
-from jaxpeft.core.errors import UserError, first_few
-from jaxpeft.methods.adapter import Adapter
-from jaxpeft.methods.algebra.low_rank import check_cut, cut, lora_of, svd_of_product
+from jaxpeft.core.errors import UserError
+from jaxpeft.methods.adapter import DROPOUT, Adapter, is_named
+from jaxpeft.methods.algebra.low_rank import check_cut, cut, svd_of_product
 from jaxpeft.methods.binding import adapters_of, check_weights
 from jaxpeft.methods.chat_label import joined_chat
+from jaxpeft.methods.family import Factors, Products
+from jaxpeft.methods.lora.plain import lora_of
 from jaxpeft.methods.mixed import extra_axes
-from jaxpeft.ops.linear import shape_of
+from jaxpeft.methods.registry import KINDS
 
 SUMS = ("cat", "linear")
 PRUNED = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
-PLAIN = {"a", "b", "scale", "rank", "dropout", "rslora", "a0", "b0"}
-"""Arrays of a place whose change is a sum of products."""
-
-Factors = tuple[np.ndarray, np.ndarray, float]
-"""One layer's A, B and what their product is multiplied with."""
 
 
 def combine(
@@ -129,45 +126,25 @@ def _check_options(
     check_cut(rank, energy)
 
 
-def _additive(adapter: Adapter, where: str) -> dict[str, list[list[Factors]]]:
+def _additive(adapter: Adapter, where: str) -> Products:
     """By path and layer the products whose sum is an adapter's change; none where rank is 0."""
-    spec = adapter.spec
-    if spec.kind != "lora":
-        raise UserError(f"{where}: kind {spec.kind!r} is no LoRA; convert it by to_lora first.")
+    kind = KINDS[adapter.spec.kind]
+    if kind.products is None:
+        raise UserError(f"{where}: kind {kind.name!r} is no LoRA; convert it by to_lora first.")
     if extra_axes(adapter) == 1:
         raise UserError(
             f"{where}: is several, stacked; take one: jax.tree.map(lambda leaf: leaf[0], adapter)."
         )
-    found: dict[str, list[list[Factors]]] = {}
-    for path in spec.paths:
-        if odd := odd_arrays(adapter, path):
-            raise UserError(
-                f"{where}: {path}: a LoRA with {first_few(odd)} (DoRA, biases, saved modules, ...) "
-                "is no sum of products; convert it by to_lora with rank= or energy=, or merge it."
-            )
-        arrays = paths.get(adapter.params, path) | paths.get(adapter.buffers, path)
-        values = {name: np.asarray(value) for name, value in arrays.items()}
-        if not paths.is_stacked(path):
-            values = {name: value[None] for name, value in values.items()}
-        found[path] = []
-        for layer, r in enumerate(values["rank"]):
-            scale = float(values["scale"][layer])
-            parts = [(values["a"][layer][:, :r], values["b"][layer][:r], scale)] if r else []
-            if r and "a0" in values:
-                parts.append((values["a0"][layer][:, :r], -values["b0"][layer][:r], scale))
-            found[path].append(parts)
+    try:
+        found = kind.products(adapter)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     if not any(parts for layers in found.values() for parts in layers):
         raise UserError(f"{where}: adapts no module: all its ranks are 0.")
     return found
 
 
-def odd_arrays(adapter: Adapter, path: str) -> list[str]:
-    """Which arrays of a place are not those of a sum of products; none if it is one."""
-    names = {*paths.get(adapter.params, path, {}), *paths.get(adapter.buffers, path, {})}
-    return sorted(names - PLAIN) or sorted({"a", "b", "scale", "rank"} - names)
-
-
-def _used(sources: list[dict[str, list[list[Factors]]]], weights: Any) -> list[tuple[Any, Factors]]:
+def _used(sources: list[Products], weights: Any) -> list[tuple[Any, Factors]]:
     """Every product with its adapter's weight."""
     return [
         (weight, part)
@@ -178,7 +155,7 @@ def _used(sources: list[dict[str, list[list[Factors]]]], weights: Any) -> list[t
     ]
 
 
-def _width(source: dict[str, list[list[Factors]]]) -> int:
+def _width(source: Products) -> int:
     """The largest rank of a source's changes."""
     layers = [parts for each in source.values() for parts in each]
     return max(sum(part[0].shape[1] for part in parts) for parts in layers)
@@ -241,12 +218,13 @@ def drop_entries(change: np.ndarray, density: float, key: Any) -> np.ndarray:
 
 def _sides(several: list[Adapter], path: str) -> tuple[int, int]:
     """Both sides of the kernel at a path; adapters for different bases are an error."""
-    arrays = [paths.get(one.params, path) for one in several if path in one.spec.paths]
-    shapes = {(*shape_of(leaf["a"])[:-1], shape_of(leaf["b"])[-1]) for leaf in arrays}
+    holders = [one for one in several if path in one.spec.paths]
+    found = [KINDS[one.spec.kind].leaf_shape(paths.get(one.params, path)) for one in holders]
+    shapes = {shape for shape in found if shape is not None}
     if len(shapes) > 1:
         raise UserError(f"adapters: {path} has shapes {sorted(shapes)}; they have different bases.")
-    *_, d_in, d_out = shapes.pop()
-    return d_in, d_out
+    shape = shapes.pop()
+    return shape[-2], shape[-1]
 
 
 def _common_dropout(several: list[Adapter]) -> float:
@@ -255,7 +233,7 @@ def _common_dropout(several: list[Adapter]) -> float:
         rate
         for one in several
         for path, leaf in paths.flatten(one.buffers).items()
-        if path.endswith("/dropout")
+        if is_named(path, DROPOUT)
         for rate in np.unique(np.asarray(leaf)).tolist()
     }
     return found.pop() if len(found) == 1 else 0.0

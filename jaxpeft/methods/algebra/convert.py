@@ -21,10 +21,11 @@ import numpy as np
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter
-from jaxpeft.methods.algebra.combine import combine, odd_arrays
-from jaxpeft.methods.algebra.low_rank import check_cut, cut, lora_of, svd_of_product
+from jaxpeft.methods.algebra.combine import combine
+from jaxpeft.methods.algebra.low_rank import check_cut, cut, svd_of_product
 from jaxpeft.methods.binding import check_fit, make_leaf
-from jaxpeft.methods.family import Leaf
+from jaxpeft.methods.family import Kind, Leaf
+from jaxpeft.methods.lora.plain import lora_of
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.linear import OnBase, materialise
 
@@ -54,9 +55,7 @@ def to_lora(
     params = base if isinstance(base, Mapping) else base.params
     kind = KINDS[adapter.spec.kind]
     if rank is None and energy is None:
-        if kind.name != "lora" or any(odd_arrays(adapter, path) for path in adapter.spec.paths):
-            what = f"of kind {kind.name!r}" if kind.name != "lora" else "with more than factors"
-            raise UserError(f"to_lora: an adapter {what} needs rank= or energy=.")
+        _require_products(kind, adapter)
         check_fit(dict(params), adapter)
         return combine([adapter], [1.0], "cat"), dict.fromkeys(adapter.spec.paths, 0.0)
     check_cut(rank, energy)
@@ -80,6 +79,18 @@ def to_lora(
     return lora_of(result, widths, 1.0, 0.0, adapter), errors
 
 
+def _require_products(kind: Kind, adapter: Adapter) -> None:
+    """Raises a UserError unless an adapter's change is a sum of products as it stands."""
+    what = f"of kind {kind.name!r}"
+    if kind.products is not None:
+        try:
+            kind.products(adapter)
+            return
+        except UserError:
+            what = "with more than factors"
+    raise UserError(f"to_lora: an adapter {what} needs rank= or energy=.")
+
+
 def _decomposed(params: dict, adapter: Adapter, path: str) -> Iterator[tuple[Any, Any, Any, int]]:
     """The SVD of every layer's change at a path, in float64; nothing where it is left alone.
 
@@ -99,7 +110,8 @@ def _decomposed(params: dict, adapter: Adapter, path: str) -> Iterator[tuple[Any
             u, s, vt = svd_of_product(a, b)
             yield u, s, vt, len(s)
         return
-    before, change = _merged_change(params, leaf, kind.merge(leaf, nodes))
+    factored = any(kind.role(name).side for name in leaf.params)
+    before, change = _merged_change(params, leaf, kind.merge(leaf, nodes), factored)
     if before is not None:
         layers = (x.reshape(-1, *x.shape[-2:]) for x in (before, change))
         for kernel, layer in zip(*layers, strict=True):
@@ -108,14 +120,19 @@ def _decomposed(params: dict, adapter: Adapter, path: str) -> Iterator[tuple[Any
             yield u, s, vt, int(np.sum(s > least))
 
 
-def _merged_change(params: dict, leaf: Leaf, merged: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The kernel of a place in float32 and how merging changes it; None where it is left alone."""
+def _merged_change(
+    params: dict, leaf: Leaf, merged: Mapping[str, Any], factored: bool
+) -> tuple[Any, Any]:
+    """The kernel of a place in float32 and how merging changes it; None where it is left alone.
+
+    What is no kernel counts as one where the place is `factored`: its arrays belong to its sides.
+    """
     result = None, None
     for place, array in merged.items():
         old = leaf.base if place == leaf.path else paths.get(params, place)
         old = None if old is None else np.asarray(materialise(old), np.float32)
         change = None if old is None else np.asarray(array, np.float32) - old
-        if place == leaf.path and (place.endswith("/kernel") or "a" in leaf.params):
+        if place == leaf.path and (place.endswith("/kernel") or factored):
             result = old, change
         elif change is None or change.any():
             raise UserError(

@@ -6,37 +6,35 @@ with an index (`jaxpeft.methods.mixed`). Padding is zeros, which no method notic
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
-from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.adapter import RANK, Adapter
 from jaxpeft.methods.chat_label import joined_chat
+from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.linear import SHARED
-
-RANK_AXES = {"a": -1, "b": -2, "a0": -1, "b0": -2}
-"""Which axis of LoRA's factors has the rank's size."""
 
 
 def pad_rank(adapter: Adapter, rank: int) -> Adapter:
-    """The same LoRA with its factors padded to a larger width.
+    """The same adapter with its factors padded to a larger width.
 
     Args:
-        adapter: A LoRA.
+        adapter: Of a family whose `Kind.pads_rank`, such as LoRA.
         rank: The width; at least the adapter's own.
 
     Returns:
         An adapter that computes and trains the same; its buffers ``rank`` say the true ranks.
 
     Raises:
-        UserError: If the adapter is no LoRA, or wider than `rank`.
+        UserError: If the family's factors cannot be padded, or the adapter is wider than `rank`.
     """
-    extra = rank - adapter.spec.rank
+    extra, kind = rank - adapter.spec.rank, KINDS[adapter.spec.kind]
     if extra == 0:
         return adapter
-    if adapter.spec.kind != "lora":
+    if not kind.pads_rank:
         raise UserError(
             f"rank: adapters of kind {adapter.spec.kind!r} have a fixed rank of "
             f"{adapter.spec.rank}, not {rank}; only LoRA's factors can be padded."
@@ -44,15 +42,20 @@ def pad_rank(adapter: Adapter, rank: int) -> Adapter:
     if extra < 0:
         raise UserError(f"rank: the adapter has rank {adapter.spec.rank}, above {rank}.")
 
+    places = set(adapter.spec.paths)
+
     def pad(path: str, leaf: jnp.ndarray) -> jnp.ndarray:
+        place, _, name = path.rpartition("/")
+        axis = kind.role(name).rank_axis
+        if axis is None or place not in places:
+            return leaf
         widths = [(0, 0)] * leaf.ndim
-        widths[RANK_AXES[path.rpartition("/")[2]]] = (0, extra)
+        widths[axis] = (0, extra)
         return jnp.pad(leaf, widths)
 
     def pad_all(tree: dict) -> dict:
         leaves = paths.flatten(tree)
-        factors = [path for path in leaves if path.rpartition("/")[2] in RANK_AXES]
-        return paths.unflatten(leaves | {path: pad(path, leaves[path]) for path in factors})
+        return paths.unflatten({path: pad(path, leaf) for path, leaf in leaves.items()})
 
     return dataclasses.replace(
         adapter,
@@ -60,6 +63,21 @@ def pad_rank(adapter: Adapter, rank: int) -> Adapter:
         buffers=pad_all(adapter.buffers),
         spec=dataclasses.replace(adapter.spec, rank=rank),
     )
+
+
+def pad_alike(adapters: Mapping[str, Adapter | None]) -> dict[str, Adapter | None]:
+    """Adapters by name, those of a family that can be padded at the largest rank of that family.
+
+    They then share what is compiled for one of them.
+    """
+    widths: dict[str, int] = {}
+    for one in adapters.values():
+        if one is not None and KINDS[one.spec.kind].pads_rank:
+            widths[one.spec.kind] = max(one.spec.rank, widths.get(one.spec.kind, 0))
+    return {
+        name: one if one is None else pad_rank(one, widths.get(one.spec.kind, one.spec.rank))
+        for name, one in adapters.items()
+    }
 
 
 def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
@@ -97,7 +115,7 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
                 f"adapters: {path} holds {' and '.join(map(str, sorted(sorts)))} in different "
                 "ones; only places trained in the same way can be stacked."
             )
-        ranked = paths.get(holders[0].buffers, f"{path}/rank") is not None
+        ranked = paths.get(holders[0].buffers, f"{path}/{RANK}") is not None
         if len(holders) < len(several) and not ranked:
             raise UserError(
                 f"adapters: not all of them change {path}, and an adapter of kind "

@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.methods.adapter import Adapter, weigh_scales
 from jaxpeft.methods.family import Kind, Leaf
 from jaxpeft.methods.kernels import lycoris
@@ -218,6 +219,10 @@ KIND = Kind(
     bind=bind,
     leaf_shape=leaf_shape,
     config_of=config_of,
+    arrays={
+        **dict.fromkeys(("a1", "a2"), ArrayRole(rank_axis=-1)),
+        **dict.fromkeys(("b1", "b2"), ArrayRole(rank_axis=-2)),
+    },
     weigh=weigh_scales,
     peft=PEFT,
 )

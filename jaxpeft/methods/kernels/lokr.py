@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.methods.adapter import Adapter, weigh_scales
 from jaxpeft.methods.family import Kind, Leaf
@@ -298,6 +299,10 @@ KIND = Kind(
     bind=bind,
     leaf_shape=leaf_shape,
     config_of=config_of,
+    arrays={
+        **dict.fromkeys(("w1_a", "w2_a"), ArrayRole(rank_axis=-1)),
+        **dict.fromkeys(("w1_b", "w2_b"), ArrayRole(rank_axis=-2)),
+    },
     weigh=weigh_scales,
     peft=PEFT,
 )

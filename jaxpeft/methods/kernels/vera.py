@@ -3,9 +3,7 @@
 A kernel ``W`` is used as ``W + (A * d) B * b``: ``A: (d_in, rank)`` and ``B: (rank, d_out)`` are
 drawn once, frozen and cut to the size of each kernel; the vectors ``d: (rank,)`` and
 ``b: (d_out,)`` are trained. ``d`` starts at a constant and ``b`` at zero. Flax kernels are the
-transpose of the paper's. Layers of a stack that are not adapted hold zeros in both vectors and
-have rank 0.
-
+transpose of the paper's. Layers that are not adapted hold zeros in both vectors and have rank 0.
 ``A`` and ``B`` lie once in the adapter's buffers under ``shared``, and are broadcast to all layers.
 
 Reference:
@@ -26,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Kind, Leaf
@@ -45,6 +44,8 @@ from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.ops.linear import PRODUCT, SHARED, OnBase, linear, materialise, shape_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
+
+A_KEY, B_KEY = "base_model.vera_A", "base_model.vera_B"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,11 @@ class VeRA(Method):
         keep_names(self, "targets", "exclude")
         if not self.targets:
             raise ValueError("VeRA.targets must name at least one module.")
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops inputs of the branch."""
+        return self.dropout > 0
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that leaves the model's function unchanged.
@@ -302,9 +308,6 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
     return values, tensors
 
 
-A_KEY, B_KEY = "base_model.vera_A", "base_model.vera_B"
-
-
 def _key(name: str, part: str) -> str:
     return f"{PREFIX}{name}.vera_lambda_{part}"
 
@@ -339,8 +342,8 @@ PEFT = PeftFormat(
 KIND = Kind(
     config=VeRA,
     bind=bind,
-    leaf_shape=lambda params: None,
     config_of=config_of,
+    arrays={"b": ArrayRole(side="out", fast=True), "d": ArrayRole(rank_axis=-1)},
     weigh=weigh,
     check=check,
     peft=PEFT,

@@ -16,7 +16,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.family import Kind
-from jaxpeft.methods.leaves.replace import bind_selected, selected_replacement, value_shape
+from jaxpeft.methods.leaves.replace import ARRAYS, bind_selected, selected_replacement, value_shape
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import modules_of
 from jaxpeft.methods.peft.patterns import keep_names
@@ -70,4 +70,10 @@ def config_of(adapter: Adapter) -> BitFit:
     return BitFit(targets=tuple(name for name, _, _ in modules_of(adapter)))
 
 
-KIND = Kind(config=BitFit, bind=bind_selected, leaf_shape=value_shape, config_of=config_of)
+KIND = Kind(
+    config=BitFit,
+    bind=bind_selected,
+    leaf_shape=value_shape,
+    config_of=config_of,
+    arrays=ARRAYS,
+)

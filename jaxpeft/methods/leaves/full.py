@@ -13,7 +13,7 @@ import jax
 from jaxpeft.core import paths
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.family import Kind
-from jaxpeft.methods.leaves.replace import bind_value, replacement, value_shape
+from jaxpeft.methods.leaves.replace import ARRAYS, bind_value, replacement, value_shape
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 
 
@@ -49,5 +49,7 @@ KIND = Kind(
     bind=bind_value,
     leaf_shape=value_shape,
     config_of=config_of,
+    arrays=ARRAYS,
     needs_base=False,
+    replaces_base=True,
 )

@@ -17,7 +17,7 @@ import numpy as np
 from jaxpeft.core import paths
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.family import Kind
-from jaxpeft.methods.leaves.replace import bind_selected, selected_replacement, value_shape
+from jaxpeft.methods.leaves.replace import ARRAYS, bind_selected, selected_replacement, value_shape
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import contiguous, modules_of, require_finite, targets_value
 from jaxpeft.methods.peft.patterns import keep_names
@@ -130,5 +130,6 @@ KIND = Kind(
     bind=bind_selected,
     leaf_shape=value_shape,
     config_of=config_of,
+    arrays=ARRAYS,
     peft=PEFT,
 )

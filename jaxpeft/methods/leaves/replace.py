@@ -15,11 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.ops.linear import materialise, shape_of
 from jaxpeft.ops.quant import QuantTensor
+
+ARRAYS = {"value": ArrayRole(replaces="whole")}
+"""What a trained copy is to code outside of its family."""
 
 
 def replacement(kind: str, leaves: dict[str, Any]) -> Adapter:

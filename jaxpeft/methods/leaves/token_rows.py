@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.family import Leaf, require_values
@@ -26,6 +27,18 @@ from jaxpeft.ops.linear import OnBase, attend, embed, linear, materialise, shape
 
 PLACES = (paths.EMBEDDING, paths.HEAD)
 """Where rows may be trained."""
+
+ARRAYS = {
+    "rows": ArrayRole(
+        replaces="part",
+        unreached="the batches so far hold none of these tokens; compare method.token_ids with the "
+        "tokens of data.train",
+    )
+}
+"""What trained rows are to code outside of their family."""
+
+COMPARED = ("ids",)
+"""What must be the same where a run goes on from saved rows."""
 
 
 @flax.struct.dataclass

@@ -181,6 +181,8 @@ KIND = Kind(
     config=TrainableTokens,
     bind=token_rows.bind,
     config_of=config_of,
+    arrays=token_rows.ARRAYS,
+    compared=token_rows.COMPARED,
     check=token_rows.check,
     peft=PEFT,
 )

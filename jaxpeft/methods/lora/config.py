@@ -18,7 +18,7 @@ References:
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -31,14 +31,13 @@ from jaxpeft.core.frozen_map import FrozenMap
 from jaxpeft.methods.adapter import Adapter, Spec, weigh_scales
 from jaxpeft.methods.family import Kind, weight_at
 from jaxpeft.methods.leaves import token_rows
-from jaxpeft.methods.lora import dora, eva, exchange, starts, tokens
+from jaxpeft.methods.lora import dora, eva, exchange, plain, starts, tokens
 from jaxpeft.methods.lora import places as lora_places
 from jaxpeft.methods.lora import saved as lora_saved
 from jaxpeft.methods.lora import table as lora_table
 from jaxpeft.methods.lora import targets as lora_select
 from jaxpeft.methods.lora.peft import config
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
-from jaxpeft.methods.peft.modules import default_and_exceptions
 from jaxpeft.methods.peft.patterns import is_count
 from jaxpeft.methods.peft.values import Values
 from jaxpeft.ops.linear import shape_of
@@ -123,9 +122,18 @@ class LoRA(Method):
         return self.init_weights == "eva"
 
     @property
+    def drops(self) -> bool:
+        """Whether training drops inputs of the branch."""
+        return self.dropout > 0
+
+    @property
     def starts_dense(self) -> bool:
         """Whether `init` reads the weights as they are before the base is quantised."""
         return self.init_weights == "loftq"
+
+    def check_quantization(self, quantization: str | None, double: bool) -> None:
+        """Raises a UserError unless LoftQ rounds the base as the run does."""
+        starts.check_quantization(self, quantization, double)
 
     @property
     def scale(self) -> float:
@@ -240,38 +248,8 @@ def config_of(adapter: Adapter) -> LoRA:
     """
     fields = dict(adapter.spec.options)
     for sort, places in lora_places.by_sort(adapter):
-        fields |= FIELDS[sort](places)
+        fields |= sort.fields(places)
     return LoRA(**fields)
-
-
-def factor_fields(adapter: Adapter) -> dict[str, Any]:
-    """The fields of the config that can be read from the places with factors.
-
-    Raises:
-        UserError: The layers differ in dropout.
-    """
-    numbers = lora_select.numbers_of(adapter)
-    if len(numbers.dropouts) > 1:
-        raise UserError("layers of this adapter differ in dropout.")
-    rank, rank_pattern = default_and_exceptions(numbers.ranks)
-    alpha, alpha_pattern = default_and_exceptions(numbers.alphas)
-    return {
-        "rank": rank,
-        "alpha": alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "targets": tuple(numbers.ranks),
-        "dropout": numbers.dropouts.pop(),
-        "rslora": numbers.rslora,
-    }
-
-
-FIELDS: dict[str, Callable[[Adapter], dict[str, Any]]] = {
-    "a": factor_fields,
-    "value": lora_saved.fields,
-    "rows": tokens.fields,
-}
-"""Fields of the config by the sort of places that they describe."""
 
 
 def config_from_peft(values: Values) -> LoRA:
@@ -286,7 +264,7 @@ def weigh(adapter: Adapter, weight: Any) -> Adapter:
         UserError: If it is a DoRA adapter, or has trained biases or tokens, or saved modules: its
             change is no sum.
     """
-    whole = any(sort != "a" for sort, _ in lora_places.by_sort(adapter))
+    whole = any(sort is not lora_places.FACTORS for sort, _ in lora_places.by_sort(adapter))
     if whole or dict(adapter.spec.options).get("dora"):
         what = (
             "a LoRA with trained biases or tokens, or saved modules" if whole else "a DoRA adapter"
@@ -300,8 +278,13 @@ KIND = Kind(
     bind=lora_places.bind,
     leaf_shape=lora_places.leaf_shape,
     config_of=config_of,
+    arrays={name: role for sort in lora_places.SORTS for name, role in sort.arrays.items()},
     merge=lora_places.merge,
     weigh=weigh,
+    products=plain.products,
+    pads_rank=True,
+    lora_fa=("a", "b"),
+    compared=("rslora", *token_rows.COMPARED),
     check=token_rows.check,
     peft=dataclasses.replace(exchange.PEFT, config=config_from_peft),
 )

@@ -1,7 +1,6 @@
 """LoRA in HF PEFT's format, out and in: the parts of a folder, brought together.
 
-What an adapter may hold beside the factors of kernels has a `Part` of its own, under the same key
-as in `jaxpeft.methods.lora.places`.
+Every sort of places has a `Part` of its own, see `jaxpeft.methods.lora.places`.
 """
 
 import dataclasses
@@ -17,14 +16,13 @@ from jaxpeft.methods.lora import places as lora_places
 from jaxpeft.methods.lora import saved as lora_saved
 from jaxpeft.methods.lora import targets
 from jaxpeft.methods.lora import tokens as lora_tokens
-from jaxpeft.methods.lora.peft import factors, saved, start
+from jaxpeft.methods.lora.peft import start
 from jaxpeft.methods.lora.peft.config import (
     DEFAULTS,
     HARMLESS_KEYS,
     READ_KEYS,
     Arrays,
     Folder,
-    Part,
     parse,
 )
 from jaxpeft.methods.peft.values import CONFIG, FLOATS, PREFIX, PeftFormat, Tensors, Values
@@ -33,12 +31,7 @@ from jaxpeft.ops.linear import dtype_of, materialise, shape_of
 COPY = re.compile(re.escape(PREFIX) + r"(lm_head|model\.embed_tokens)(?:\.base_layer)?\.weight")
 """Copies of base weights that PEFT adds when the embedding table or the head is adapted."""
 
-PARTS: dict[str, Part] = {
-    "a": factors.PART,
-    "value": saved.PART,
-    "rows": lora_tokens.PART,
-}
-"""What reads and writes the places of a LoRA, by their sort."""
+PARTS = [sort.peft for sort in lora_places.SORTS]
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
@@ -54,11 +47,11 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
         sites = targets.sites_of(base.params)
         start.require_weights(values.file, config, sites, base.params)
     _require_known(folder)
-    for part in PARTS.values():
+    for part in PARTS:
         part.check(folder)
-    rank = max(part.width(folder) for part in PARTS.values())
+    rank = max(part.width(folder) for part in PARTS)
     places: Arrays = {}
-    for part in PARTS.values():
+    for part in PARTS:
         more = part.read(folder, rank)
         lora_saved.require_apart(places, more)
         places |= more
@@ -91,7 +84,7 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
     }
     tensors: dict[str, np.ndarray] = {}
     for sort, places in lora_places.by_sort(adapter):
-        more, found = PARTS[sort].write(places, base)
+        more, found = sort.peft.write(places, base)
         values |= more
         tensors |= found
     return values, tensors
@@ -111,7 +104,7 @@ PEFT = PeftFormat(
 def _require_known(folder: Folder) -> None:
     """Every tensor must belong to a part, or be a copy of the base's own."""
     tensors, unexpected = folder.tensors, []
-    known = set().union(*(part.keys(folder) for part in PARTS.values()))
+    known = set().union(*(part.keys(folder) for part in PARTS))
     for key in sorted(tensors.shapes.keys() - known):
         if found := COPY.fullmatch(key):
             _require_copy(tensors, key, found.group(1), folder.base)

@@ -1,44 +1,56 @@
-"""What a place of a LoRA adapter may hold, told apart by one of its trained arrays.
+"""What a place of a LoRA adapter may hold: three sorts, each one record.
 
-=========  ====================================================  ============================
-array      what it is                                            defined in
-=========  ====================================================  ============================
-``a``      factors of a kernel; DoRA's magnitudes, a bias of B   `jaxpeft.methods.lora.config`
-           the same of the embedding table                       `jaxpeft.methods.lora.table`
-``value``  a trained copy that stands in for a base leaf         `jaxpeft.methods.lora.saved`
-``rows``   the rows of a few tokens                              `jaxpeft.methods.lora.tokens`
-=========  ====================================================  ============================
+==========  ====================================================  ============================
+sort        what it holds                                         defined in
+==========  ====================================================  ============================
+`FACTORS`   factors of a kernel; DoRA's magnitudes, a bias of B   `jaxpeft.methods.lora.config`
+            the same of the embedding table                       `jaxpeft.methods.lora.table`
+`COPIES`    a trained copy that stands in for a base leaf         `jaxpeft.methods.lora.saved`
+`TOKENS`    the rows of a few tokens                              `jaxpeft.methods.lora.tokens`
+==========  ====================================================  ============================
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxpeft.core import paths
+from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.family import Leaf, merge_leaf
-from jaxpeft.methods.leaves import token_rows
-from jaxpeft.methods.leaves.replace import value_shape
-from jaxpeft.methods.lora import dora, saved, starts, table
+from jaxpeft.methods.leaves import replace, token_rows
+from jaxpeft.methods.lora import dora, plain, saved, starts, table, targets, tokens
 from jaxpeft.methods.lora.nodes import LoRAKernel
+from jaxpeft.methods.lora.peft import factors as peft_factors
+from jaxpeft.methods.lora.peft import saved as peft_saved
+from jaxpeft.methods.lora.peft.config import Part
+from jaxpeft.methods.peft.modules import default_and_exceptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
-    """How one sort of place is read; the functions are those of `jaxpeft.methods.family.Kind`.
+class Sort:
+    """One sort of places; the functions on leaves are those of `jaxpeft.methods.family.Kind`.
 
     Attributes:
+        array: The trained array that only such places hold.
+        arrays: What their arrays are to code outside of the family.
         bind: What stands in the bound tree, by path.
         leaf_shape: The shape of the base leaf that its trained arrays belong to.
         merge: Merged arrays by path.
+        fields: What places of this sort say of the config, from an adapter with no others.
+        peft: How HF PEFT stores them.
     """
 
+    array: str
+    arrays: Mapping[str, ArrayRole]
     bind: Callable[[Leaf], dict[str, Any]]
     leaf_shape: Callable[[dict], tuple[int, ...] | None] = lambda params: None
     merge: Callable[[Leaf, dict[str, Any]], dict[str, Any]] = merge_leaf
+    fields: Callable[[Adapter], dict[str, Any]]
+    peft: Part
 
 
 def bind_factors(leaf: Leaf) -> dict[str, Any]:
@@ -60,11 +72,6 @@ def bind_factors(leaf: Leaf) -> dict[str, Any]:
     return {leaf.path: node}
 
 
-def factors_shape(params: dict) -> tuple[int, ...]:
-    """The shape of the kernel that the factors of one leaf belong to, layer axis included."""
-    return (*params["a"].shape[:-1], params["b"].shape[-1])
-
-
 def merge_factors(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
     """The kernel, and with a bias of B the module's bias.
 
@@ -83,39 +90,85 @@ def merge_factors(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-PLACES: dict[str, Place] = {
-    "a": Place(bind=bind_factors, leaf_shape=factors_shape, merge=merge_factors),
-    "value": Place(bind=saved.bind, leaf_shape=value_shape),
-    "rows": Place(bind=token_rows.bind),
-}
-"""The sorts of places by the array that only they hold."""
+def factor_fields(adapter: Adapter) -> dict[str, Any]:
+    """The fields of the config that can be read from the places with factors.
+
+    Raises:
+        UserError: The layers differ in dropout.
+    """
+    numbers = targets.numbers_of(adapter)
+    if len(numbers.dropouts) > 1:
+        raise UserError("layers of this adapter differ in dropout.")
+    rank, rank_pattern = default_and_exceptions(numbers.ranks)
+    alpha, alpha_pattern = default_and_exceptions(numbers.alphas)
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "targets": tuple(numbers.ranks),
+        "dropout": numbers.dropouts.pop(),
+        "rslora": numbers.rslora,
+    }
 
 
-def sort_of(params: dict) -> str:
-    """The key of `PLACES` that the trained arrays of a place belong to."""
-    return next(key for key in PLACES if key in params)
+FACTORS = Sort(
+    array="a",
+    arrays={
+        **plain.FACTORS,
+        "a0": ArrayRole(rank_axis=-1),
+        "b0": ArrayRole(rank_axis=-2),
+        "m": ArrayRole(replaces="part"),
+    },
+    bind=bind_factors,
+    leaf_shape=plain.factors_shape,
+    merge=merge_factors,
+    fields=factor_fields,
+    peft=peft_factors.PART,
+)
+COPIES = Sort(
+    array="value",
+    arrays=replace.ARRAYS,
+    bind=saved.bind,
+    leaf_shape=replace.value_shape,
+    fields=saved.fields,
+    peft=peft_saved.PART,
+)
+TOKENS = Sort(
+    array="rows",
+    arrays=token_rows.ARRAYS,
+    bind=token_rows.bind,
+    fields=tokens.fields,
+    peft=tokens.PART,
+)
+SORTS = (FACTORS, COPIES, TOKENS)
+
+
+def sort_of(params: dict) -> Sort:
+    """The sort that the trained arrays of a place belong to."""
+    return next(sort for sort in SORTS if sort.array in params)
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
     """What stands in the bound tree at a place of a LoRA."""
-    return PLACES[sort_of(leaf.params)].bind(leaf)
+    return sort_of(leaf.params).bind(leaf)
 
 
 def leaf_shape(params: dict) -> tuple[int, ...] | None:
     """The shape of the base leaf that the trained arrays of a place belong to."""
-    return PLACES[sort_of(params)].leaf_shape(params)
+    return sort_of(params).leaf_shape(params)
 
 
 def merge(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
     """Merged arrays by path, from a place and what `bind` made of it."""
-    return PLACES[sort_of(leaf.params)].merge(leaf, nodes)
+    return sort_of(leaf.params).merge(leaf, nodes)
 
 
-def by_sort(adapter: Adapter) -> Iterator[tuple[str, Adapter]]:
-    """The adapter taken apart: for each key of `PLACES` that occurs, one with those places only."""
-    for sort in PLACES:
+def by_sort(adapter: Adapter) -> Iterator[tuple[Sort, Adapter]]:
+    """The adapter taken apart: for each sort that occurs, an adapter with those places only."""
+    for sort in SORTS:
         chosen = tuple(
-            path for path in adapter.spec.paths if sort_of(paths.get(adapter.params, path)) == sort
+            path for path in adapter.spec.paths if sort_of(paths.get(adapter.params, path)) is sort
         )
         if chosen:
             spec = dataclasses.replace(adapter.spec, paths=chosen)

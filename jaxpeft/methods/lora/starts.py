@@ -177,6 +177,31 @@ def check(config: Any) -> None:
         raise ValueError(f"LoRA.loftq_steps must be at least 1, got {config.loftq_steps!r}.")
 
 
+def check_quantization(config: Any, quantization: str | None, double: bool) -> None:
+    """Checks that LoftQ has something to start from; see `Method.check_quantization`.
+
+    Args:
+        config: A `jaxpeft.LoRA`.
+        quantization: How the base is going to be quantised, None for not at all.
+        double: Whether the scales of its blocks are quantised, too.
+
+    Raises:
+        UserError: The base is not quantised as LoftQ's start assumes.
+    """
+    if config.init_weights != "loftq":
+        return
+    if (quantization, double) != ("nf4", False):
+        raise UserError(
+            "method.init_weights: 'loftq' makes up for what NF4 loses of the base; set "
+            "model.quantization to nf4 and leave double_quantization out, or choose another start."
+        )
+    if config.loftq_steps != 1:
+        raise UserError(
+            "method.loftq_steps: further steps belong to a base that is rounded otherwise than "
+            "model.quantization rounds it; set it to 1."
+        )
+
+
 def without_start(leaf: Leaf) -> tuple[Any, Any, Any]:
     """Base and factors of a place, less the product that the factors started with.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.adapter import RANK, Adapter
 from jaxpeft.ops.linear import shape_of
 
 
@@ -50,7 +50,7 @@ def modules_of(adapter: Adapter) -> Iterator[tuple[str, str, Any]]:
         ``np.asarray(leaf)[index]`` (``()`` where nothing is stacked).
     """
     for path in adapter.spec.paths:
-        rank = np.asarray(paths.get(adapter.buffers, f"{path}/rank"))
+        rank = np.asarray(paths.get(adapter.buffers, f"{path}/{RANK}"))
         for layer in range(len(rank)) if paths.is_stacked(path) else [None]:
             index = () if layer is None else layer
             if rank[index] > 0:

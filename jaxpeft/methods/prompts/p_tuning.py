@@ -231,6 +231,7 @@ KIND = Kind(
     bind=bind,
     own_axes=prompt.OWN_AXES,
     config_of=config_of,
+    notes=("trained_with",),
     no_merge=prompt.NO_MERGE,
     virtual_tokens=prompt.virtual_tokens,
     check=prompt.check,

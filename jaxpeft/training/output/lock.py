@@ -14,22 +14,18 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.core import notes
 from jaxpeft.core.errors import ResourceError, UserError
 from jaxpeft.files import storage
 
 NAME = ".lock"
 OWNER = "run.json"
-
-
-def _print_note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def hold(output_dir: str | os.PathLike[str]) -> "RunLock | RunOwner":
@@ -97,7 +93,7 @@ class RunLock:
     """
 
     def __init__(
-        self, output_dir: str | os.PathLike[str], note: Callable[[str], None] = _print_note
+        self, output_dir: str | os.PathLike[str], note: Callable[[str], None] = notes.note
     ):
         self.path = Path(output_dir) / NAME
         self._note = note

@@ -11,6 +11,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxpeft.config import run_config, yaml_reader
 from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core.errors import UserError, first_few
@@ -19,6 +22,7 @@ from jaxpeft.methods.method import Method
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.pretrained.identity import Identity, config_changes, identity_of
 from jaxpeft.training.output.result import MODEL, export_path
+from jaxpeft.updates.optimizers import make_rule
 
 FINE, ACCEPT, STEPS, REFUSED = "fine", "accept", "steps", "refused"
 DATA, TEMPLATE = "data", "chat_template"
@@ -197,8 +201,15 @@ def _changes_the_state(config: RunConfig, key: str, was: Any, now: Any) -> bool:
     """Whether the change gives the optimizer's state another structure."""
     if key == "optim.clip_norm":
         return (was is None) != (now is None)
-    adafactor = config.optim.name == "adafactor"
-    return adafactor and key == "optim.weight_decay" and (was == 0) != (now == 0)
+    if key != "optim.weight_decay":
+        return False
+
+    def form(weight_decay: float) -> Any:
+        optim = dataclasses.replace(config.optim, weight_decay=weight_decay)
+        leaf = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+        return jax.tree.structure(jax.eval_shape(make_rule(optim, 1).init, {"leaf": leaf}))
+
+    return form(was) != form(now)
 
 
 def _check_identity(

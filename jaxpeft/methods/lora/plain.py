@@ -1,0 +1,110 @@
+"""Plain LoRAs as sums of products, and a plain LoRA from the factors of every layer.
+
+The change of a kernel is ``s (A B - A0 B0)``; the second product is there where the initial one
+belongs to the base, as with PiSSA. What a LoRA may hold beside these arrays (DoRA's magnitudes,
+biases, saved modules, rows of tokens) makes its change something else than a sum of products.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.core import paths
+from jaxpeft.core.array_role import ArrayRole
+from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.methods.adapter import Adapter, Spec
+from jaxpeft.methods.family import Products
+
+FACTORS = {
+    "a": ArrayRole(side="in", rank_axis=-1),
+    "b": ArrayRole(side="out", rank_axis=-2, fast=True),
+}
+"""What the factors of a kernel are to code outside of their family."""
+
+REQUIRED = {"a", "b", "scale", "rank"}
+PLAIN = REQUIRED | {"dropout", "rslora", "a0", "b0"}
+"""Arrays of a place whose change is a sum of products."""
+
+
+def factors_shape(params: dict) -> tuple[int, ...]:
+    """The shape of the kernel that the factors of one leaf belong to, layer axis included."""
+    return (*params["a"].shape[:-1], params["b"].shape[-1])
+
+
+def products(adapter: Adapter) -> Products:
+    """By path and layer the products whose sum is an adapter's change; none where the rank is 0.
+
+    Raises:
+        UserError: If a place holds more than a sum of products.
+    """
+    found: Products = {}
+    for path in adapter.spec.paths:
+        arrays = paths.get(adapter.params, path) | paths.get(adapter.buffers, path)
+        if odd := sorted(arrays.keys() - PLAIN) or sorted(REQUIRED - arrays.keys()):
+            raise UserError(
+                f"{path}: a LoRA with {first_few(odd)} (DoRA, biases, saved modules, ...) "
+                "is no sum of products; convert it by to_lora with rank= or energy=, or merge it."
+            )
+        values = {name: np.asarray(value) for name, value in arrays.items()}
+        if not paths.is_stacked(path):
+            values = {name: value[None] for name, value in values.items()}
+        found[path] = []
+        for layer, r in enumerate(values["rank"]):
+            scale = float(values["scale"][layer])
+            parts = [(values["a"][layer][:, :r], values["b"][layer][:r], scale)] if r else []
+            if r and "a0" in values:
+                parts.append((values["a0"][layer][:, :r], -values["b0"][layer][:r], scale))
+            found[path].append(parts)
+    return found
+
+
+def lora_of(
+    layers: Mapping[str, list[Any]],
+    widths: Mapping[str, tuple[int, int]],
+    scale: float,
+    dropout: float,
+    source: Adapter,
+) -> Adapter:
+    """A plain LoRA from the factors of every layer, None where a layer is left as it is.
+
+    It has the base's name and revision of its `source`, and its chat settings.
+
+    Raises:
+        UserError: All layers are left as they are, so there is no LoRA to make.
+    """
+    ranks = {
+        path: [0 if f is None else f[0].shape[1] for f in each] for path, each in layers.items()
+    }
+    width = max(max(each) for each in ranks.values())
+    if width == 0:
+        raise UserError("the adapters change nothing: there is no LoRA to make.")
+    trained, frozen = {}, {}
+    for path, each in layers.items():
+        (d_in, d_out), count = widths[path], len(each)
+        a, b = (
+            np.zeros((count, d_in, width), np.float32),
+            np.zeros((count, width, d_out), np.float32),
+        )
+        for layer, factors in enumerate(each):
+            if factors is not None:
+                a[layer, :, : ranks[path][layer]], b[layer, : ranks[path][layer]] = factors
+        rank = np.array(ranks[path], np.int32)
+        arrays = {
+            "a": a,
+            "b": b,
+            "scale": np.where(rank > 0, np.float32(scale), np.float32(0)),
+            "rank": rank,
+            "dropout": np.full(count, dropout, np.float32),
+            "rslora": np.zeros(count, bool),
+        }
+        if not paths.is_stacked(path):
+            arrays = {name: value[0] for name, value in arrays.items()}
+        arrays = {name: jnp.asarray(value) for name, value in arrays.items()}
+        trained[path] = {name: arrays.pop(name) for name in ("a", "b")}
+        frozen[path] = arrays
+    spec = Spec(kind="lora", paths=tuple(sorted(layers)), rank=width)
+    params, buffers = paths.unflatten(trained), paths.unflatten(frozen)
+    return dataclasses.replace(source, params=params, buffers=buffers, spec=spec)
