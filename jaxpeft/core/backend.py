@@ -72,8 +72,8 @@ def platform() -> str:
 def traced_for(platform: str) -> Iterator[None]:
     """Traces programs for a platform ("cpu", "cuda", "rocm", "tpu") that need not be present.
 
-    A jitted function that was traced for another platform before is traced again. Other threads
-    are not affected.
+    A jitted function that was traced for another platform is traced again. Other threads are not
+    affected.
     """
     with _PLATFORM(platform):
         yield

@@ -1,8 +1,8 @@
-"""Data as a pure function of the step: which examples are in which batch, and their arrays.
+"""Batches as a pure function of the step: which examples a batch holds, and their arrays.
 
-Examples are packed once. The sequences, in an order shuffled anew every epoch, form an endless
-stream; batch `step` is the stream's items from ``step * batch_size`` on. Nothing else is state:
-not the number of workers, nor of processes, nor where a run was stopped.
+Examples are packed once. The sequences, shuffled anew in every epoch, form an endless stream, and
+batch `step` holds the stream's items from ``step * batch_size`` on. There is no other state: the
+number of workers or processes and earlier interruptions do not matter.
 
 A batch is a dict of arrays of shape ``(batch, seq_len)``:
 
@@ -27,12 +27,12 @@ from jaxpeft.data.encode import Examples
 from jaxpeft.data.packing import pack, shuffled
 
 Batch = dict[str, np.ndarray]
-_FORMAT = "jaxpeft-plan-1"  # changes whenever the same input would give other batches
+_FORMAT = "jaxpeft-plan-1"  # changes if the same input gives other batches
 _SEQ_LEN_MULTIPLE = 64
 
 
 class Plan:
-    """Training batches of a file, by step. Never changes after it is built.
+    """Training batches of a file, by step. A plan never changes after it is built.
 
     Args:
         examples: What to learn from.
@@ -102,7 +102,7 @@ class Plan:
         return self._layout.build(_choose(self._sequences_of(step), rows))
 
     def counts(self, step: int) -> tuple[int, int]:
-        """Tokens without padding, and supervised ones, of a whole batch.
+        """The numbers of non-padding tokens and of supervised tokens in a whole batch.
 
         Raises:
             ValueError: The step is negative.
@@ -110,7 +110,7 @@ class Plan:
         return self._layout.counts(self._sequences_of(step))
 
     def rows_of(self, step: int) -> list[int]:
-        """The lines of the file whose rows are in a step's batch, in their order there.
+        """The lines of the file whose rows are in a step's batch, in the order of the batch.
 
         Raises:
             ValueError: The step is negative.
@@ -171,14 +171,13 @@ def iterate(
         start_step: The first step.
         stop_step: The step after the last.
         workers: Worker processes; 0 for threads. The batches are the same.
-        rows: Which sequences of every batch, such as those that one process of several needs; all
-            of them unless given.
+        rows: Which sequences of every batch, such as those of this process; None for all.
 
     Yields:
-        The batches of ``plan.batch``, or those rows of them.
+        The batches of ``plan.batch`` with these rows.
 
     Raises:
-        LostWorkerError: A worker process was killed, or ended otherwise.
+        LostWorkerError: A worker process was killed, or ended for another reason.
     """
     import grain
     from absl import flags
@@ -186,7 +185,7 @@ def iterate(
     steps = range(start_step, stop_step)
     if not steps:
         return
-    if not flags.FLAGS.is_parsed():  # Grain reads its settings from flags, which we don't have
+    if not flags.FLAGS.is_parsed():  # Grain reads its settings from absl's flags
         flags.FLAGS.mark_as_parsed()
     dataset = grain.MapDataset.range(steps.start, steps.stop).map(_BuildBatch(plan, rows))
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -194,7 +193,7 @@ def iterate(
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         batches = batches.mp_prefetch(options)
-        # A worker that is killed cannot give its memory back, and is told about once: by us.
+        # A killed worker cannot free its shared memory. Its loss is reported once, by us.
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     iterator = iter(batches)
     try:
@@ -226,11 +225,11 @@ def _choose(sequences: list[int], rows: Sequence[int] | None) -> list[int]:
 
 @functools.lru_cache(maxsize=4)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return shuffled(count, seed, epoch + 1)  # 0 is the order of packing
+    return shuffled(count, seed, epoch + 1)  # 0 is for packing
 
 
 class _Layout:
-    """Examples, laid out in sequences of one length."""
+    """The arrays of examples that are laid out in sequences of one length."""
 
     def __init__(
         self, examples: Examples, max_length: int, packing: bool, seed: int, pad_id: int | None
@@ -250,7 +249,7 @@ class _Layout:
         self._lines = list(examples.lines)
 
     def build(self, sequences: Sequence[int]) -> Batch:
-        """Arrays of the numbered sequences; -1 stands for one of padding."""
+        """Arrays of the numbered sequences; -1 stands for a sequence of padding."""
         shape = (len(sequences), self.seq_len)
         batch: Batch = {
             "tokens": np.full(shape, self.pad_id, np.int32),

@@ -1,4 +1,4 @@
-"""From a file of rows to token ids and masks, with everything that is wrong told at once."""
+"""Encodes rows as token ids and masks; everything that is wrong is reported at once."""
 
 import dataclasses
 import pathlib
@@ -29,23 +29,23 @@ DEFAULT_READING = Reading()
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The examples of a file in its order.
+    """The examples of a file, in its order.
 
     Attributes:
-        tokens: int32 ids, one array an example.
+        tokens: int32 ids, one array per example.
         masks: bool, of the same lengths: which tokens are learned.
-        lines: The line each example comes from.
-        rows: The row itself.
+        lines: The line that each example comes from.
+        rows: The row of each example.
         dropped: How many rows were left out, by reason.
         truncated: How many examples were cut to the longest length allowed.
         path: The file as the user wrote it.
-        sha256: Of its bytes, in hex.
+        sha256: The hash of its bytes, in hex.
         stop_ids: The tokens that end learned turns.
-        notes: What was done that the rows do not say, a line each.
-        numbers: Of every example, the place of its row in the file.
+        notes: Notes for the user about changes and unused parts of rows, a line each.
+        numbers: For every example, the place of its row in the file.
 
-    A conversation whose template rewrites earlier turns gives several examples, one behind the
-    other, with the same line and row.
+    A conversation whose template rewrites earlier turns gives several consecutive examples with the
+    same line and row.
     """
 
     tokens: list[np.ndarray]
@@ -62,7 +62,7 @@ class Examples:
 
     @classmethod
     def of_tokens(cls, tokens: list[np.ndarray], path: str) -> "Examples":
-        """Examples that stand for those of a file: of each every token is learned."""
+        """Examples of these tokens, all of them learned, in place of a file's."""
         return cls(
             tokens=[ids.astype(np.int32) for ids in tokens],
             masks=[np.ones(len(ids), bool) for ids in tokens],
@@ -80,7 +80,7 @@ class Examples:
 
     @property
     def num_rows(self) -> int:
-        """How many rows the examples come from."""
+        """The number of rows that the examples come from."""
         return len(set(self.numbers))
 
     @property
@@ -105,12 +105,12 @@ class Examples:
     def with_prefix(self, ids: np.ndarray) -> "Examples":
         """The examples with the virtual tokens of a soft prompt in front.
 
-        Neither they nor what was an example's first token are learned, so that losses with and
-        without a prompt are over the same tokens.
+        Neither the virtual tokens nor the first token after them are learned, so that losses with
+        and without a prompt are over the same tokens.
 
         Args:
             ids: int32 of shape ``(n,)``, ids from the size of the vocabulary on; or ``(tasks, n)``
-                for those of each row's task, the first where a row names none.
+                for the ids of every task. A row that names no task gets the first.
 
         Returns:
             The same examples, each ``n`` tokens longer.
@@ -149,16 +149,16 @@ def encode_file(
         vocab_size: Rows of the model's embedding table.
         on_long: What to do with longer ones.
         on_bad_row: What to do with rows that cannot be used.
-        num_virtual_tokens: Room that every example leaves for `Examples.with_prefix`.
-        num_tasks: How many tasks rows may name; 0 reads no tasks.
-        reading: What is learned of a row, and how its chat template is called.
+        num_virtual_tokens: Tokens of room that every example leaves for `Examples.with_prefix`.
+        num_tasks: The number of tasks that rows may name; 0 ignores tasks.
+        reading: Which turns are learned, and how the chat template is called.
 
     Returns:
         At least one example.
 
     Raises:
-        UserError: Naming all problems with their lines, the first 20 in full; or that no row
-            is left, with counts.
+        UserError: Some rows cannot be used (the text has the first 20 problems with their lines),
+            or no row is left (it has counts).
     """
     return _encode(
         scan_rows(path),
@@ -194,17 +194,17 @@ def encode_rows(
         max_length: The longest example allowed, in tokens.
         vocab_size: Rows of the model's embedding table; None trusts the tokenizer.
         on_long: What to do with longer ones.
-        learn: Which turns are learned, see `jaxpeft.data.settings.DataConfig`; as the next three.
-        end_of_turn: What ends a learned turn.
+        learn: Which turns are learned, see `jaxpeft.data.settings.DataConfig`.
+        end_of_turn: The token that ends a learned turn, see `jaxpeft.data.settings.DataConfig`.
         special_tokens_in_content: Whether contents may hold special tokens.
         chat_template_kwargs: Variables of the chat template for all rows.
-        stop_ids: Tokens that end generation by the model's config.
+        stop_ids: Tokens that end generation, from the model's config.
 
     Returns:
         At least one example; the line of a row is its place, from 1.
 
     Raises:
-        UserError: Naming all problems with the rows' places.
+        UserError: Some rows cannot be used; the text names their places and problems.
     """
     file = check_rows(rows, "rows")
     size = len(tokenizer) if vocab_size is None else vocab_size
@@ -258,7 +258,7 @@ def _encode(
             problems.append(Problem(row.line, wrong, "bad task"))
             continue
         for ids, mask in examples:
-            end = max(room, _learned_end(mask))  # what stands behind it may go
+            end = max(room, _learned_end(mask))  # the rest may be cut
             ids, mask = ids[:end], mask[:end]
             is_long = len(ids) > room
             problem = _check_tokens(row.line, ids, mask, vocab_size, tokenizer)
@@ -307,12 +307,12 @@ def _encode(
 
 
 def _learned_end(mask: np.ndarray) -> int:
-    """The place behind the last learned token; 0 where none is learned."""
+    """The place after the last learned token; 0 if none is learned."""
     return int(np.flatnonzero(mask).max(initial=-1)) + 1
 
 
 def _count_dropped(problems: Sequence[Problem]) -> dict[str, int]:
-    """How many rows were left out, by the first reason that each has."""
+    """The number of rows left out, by the first reason that each has."""
     dropped: dict[str, int] = {}
     counted: set[int] = set()
     for problem in problems:

@@ -1,7 +1,7 @@
-"""From texts to token ids and the mask of those that are learned.
+"""Turns texts into token ids and a mask of the learned ones.
 
-A prompt and what is learned behind it are tokenised together where the prompt's tokens stay as
-they are, and apart where they would merge into others: generation is given the prompt's own tokens.
+A prompt and the text learned after it are tokenised together if the prompt's tokens stay the same,
+and separately if they would merge with others, because generation is given the prompt's own tokens.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ class Texts:
     """The text of a row.
 
     Attributes:
-        turns: What is learned of it, behind what; of plain text one turn behind nothing.
-        whole: All of a conversation, whose end stands behind the last turn, unlearned.
+        turns: Pairs of learned text and the text before it; plain text is one turn after nothing.
+        whole: The whole conversation, whose end after the last turn is not learned.
         is_chat: Whether a template wrote it, special tokens included.
-        learn_prompt: Whether a prompt of text is learned too.
+        learn_prompt: Whether the prompt of a text row is learned too.
     """
 
     turns: tuple[Turn, ...]
@@ -31,7 +31,7 @@ class Texts:
     learn_prompt: bool = False
 
     def texts(self) -> list[str]:
-        """Every text whose tokens are needed."""
+        """All texts whose tokens are needed."""
         pairs = [text for turn in self.turns for text in (turn.before, turn.before + turn.text)]
         return [*pairs, self.whole]
 
@@ -43,7 +43,7 @@ class Encoded:
     Attributes:
         ids: Its tokens.
         mask: Which of them are learned.
-        answer: From which to which token its last answer goes; None where nothing is asked.
+        answer: The first and last place of its last answer; None if there is no question.
         stops: The tokens that end its learned turns.
     """
 
@@ -96,7 +96,10 @@ class Encoder:
         return ids if is_chat else self._around(ids)[0] + ids
 
     def _plain(self, row: Texts, known: Ids) -> list[Encoded]:
-        """A text, or a prompt and a completion of text, with the tokenizer's own around them."""
+        """The example of a text, or of a prompt and a completion.
+
+        The tokenizer's own first and last tokens are around it.
+        """
         (turn,) = row.turns
         prompt = known[turn.before]
         answer = self._behind(turn, known)
@@ -108,7 +111,7 @@ class Encoder:
         return [Encoded(front + answer, mask, place, stops)]
 
     def _turns(self, row: Texts, known: Ids) -> list[Encoded]:
-        """Examples of a conversation: turns whose prompts extend one another share one."""
+        """The examples of a conversation; turns whose prompts extend one another share one."""
         examples: list[Encoded] = []
         for turn in row.turns:
             prompt, answer = known[turn.before], self._behind(turn, known)
@@ -126,14 +129,17 @@ class Encoder:
         return examples
 
     def _behind(self, turn: Turn, known: Ids) -> list[int]:
-        """The ids of a turn's text behind those of its prompt."""
+        """The ids of a turn's text after the ids of its prompt."""
         prompt, whole = known[turn.before], known[turn.before + turn.text]
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
         return self._apart(turn.text)
 
     def _apart(self, text: str) -> list[int]:
-        """The ids of a text that is no beginning, to which a tokenizer may add a blank."""
+        """The ids of a text that does not stand at the beginning.
+
+        Some tokenizers put a blank before the first word of a text.
+        """
         for anchor, joined in zip(
             _ANCHORS, self.ids([one + text for one in _ANCHORS]), strict=True
         ):
@@ -143,7 +149,7 @@ class Encoder:
         return self.ids([text])[0]
 
     def _around(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """The tokenizer's first and last tokens, where a text does not have them itself."""
+        """Adds the tokenizer's first and last tokens, unless the text has them itself."""
         first = [] if ids[: len(self.first)] == self.first else self.first
         last = [] if self.last and ids[-len(self.last) :] == self.last else self.last
         return first, last

@@ -1,7 +1,7 @@
 """Best-fit packing: several short examples share one sequence of fixed length.
 
-Best-fit decreasing: examples from long to short, each into the fullest sequence that still has
-room. Never uses more than 11/9 of the least possible number of sequences (plus one).
+Best-fit decreasing takes examples from long to short, and puts each into the fullest sequence that
+still has room. It never uses more than 11/9 of the least possible number of sequences (plus one).
 
 Reference:
     D. S. Johnson, "Near-optimal bin packing algorithms", 1973.
@@ -15,11 +15,11 @@ import numpy as np
 
 
 def pack(lengths: Sequence[int], max_length: int, seed: int) -> list[list[int]]:
-    """Puts examples into as few sequences as best-fit decreasing finds.
+    """Packs examples into sequences by best-fit decreasing.
 
-    Sequences with equal room are kept in one list per room, and the set of rooms that occur in
-    the bits of one integer: the tightest fit is the lowest set bit from the length on, so the
-    cost is linear in the number of examples, with ``max_length / 64`` words per example.
+    There is a list of sequences for every amount of room, and the amounts that occur are the set
+    bits of one integer. The tightest fit is the lowest set bit from the length on, so the cost is
+    linear in the number of examples, with ``max_length / 64`` words per example.
 
     Args:
         lengths: Tokens of every example.
@@ -27,7 +27,7 @@ def pack(lengths: Sequence[int], max_length: int, seed: int) -> list[list[int]]:
         seed: Orders examples of equal length.
 
     Returns:
-        Indices into `lengths`, one list a sequence; every index is in exactly one of them.
+        Indices into `lengths`, one list per sequence; every index is in exactly one of them.
 
     Raises:
         ValueError: If a length is below 1 or above `max_length`.
@@ -64,13 +64,13 @@ def pack(lengths: Sequence[int], max_length: int, seed: int) -> list[list[int]]:
 
 
 def shuffled(count: int, *seeds: int) -> np.ndarray:
-    """A permutation of ``range(count)`` that the seeds alone decide.
+    """A permutation of ``range(count)`` that depends on the seeds alone.
 
-    Sorts raw Philox draws: NumPy promises that these stay the same over its versions, which it
-    does not for ``Generator.permutation``.
+    It sorts raw Philox draws. NumPy guarantees that these stay the same in all versions, but does
+    not for ``Generator.permutation``.
 
     Args:
-        count: How many numbers.
+        count: The number of elements.
         *seeds: Non-negative integers.
 
     Returns:

@@ -1,8 +1,8 @@
-"""What a model is asked by a row, and what it should answer: for exact match.
+"""Questions and reference answers from rows, for exact match.
 
-The question is the very prompt behind which the row's last learned turn was learned, and the
-reference is that turn without its stop token. Blocks of thinking in front of an answer are learned,
-and do not count here.
+A question is the same prompt after which the row's last learned turn is learned, and the reference
+is that turn without its stop token. Blocks of thinking in front of an answer are learned, but do
+not count here.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ class Question:
     Attributes:
         prompt: Token ids to answer.
         text: The end of the prompt as text, which may open a block of thinking.
-        shown: What was asked, for people: the prompt, or the last message of it.
-        reference: The answer of the row, as it was learned, without thinking.
-        stop: The token that ends it; None where the tokenizer has none.
-        is_chat: Whether a chat template wrote the prompt; texts have no thinking.
-        thinks: Whether tags of thinking in front of an answer do not count, whatever their name.
+        shown: The question for display: the prompt, or its last message.
+        reference: The row's answer as it is learned, without thinking.
+        stop: The token that ends it; None if the tokenizer has none.
+        is_chat: Whether a chat template wrote the prompt; plain texts have no thinking.
+        thinks: Whether tags of any name in front of an answer are taken for thinking.
         task: The row's task.
     """
 
@@ -42,7 +42,7 @@ class Question:
     thinks: bool = False
 
     def answer_of(self, text: str) -> str:
-        """What counts of an answer: it without blocks of thinking, and blanks around it."""
+        """The part of a generated text that counts: no thinking, and no blanks around it."""
         if not self.is_chat or (not self.thinks and self.reference.startswith(thinking.THINK)):
             return text.strip()
         return thinking.without_thinking(self.text, text, thinks=self.thinks)
@@ -51,7 +51,7 @@ class Question:
 def make_questions(
     rows: Sequence[Mapping[str, Any]], tokenizer: Any, reading: Reading
 ) -> list[Question]:
-    """The questions of rows in their order; rows of plain text ask none.
+    """The questions of rows, in their order; rows of plain text give none.
 
     Args:
         rows: Values of checked rows.
@@ -59,7 +59,7 @@ def make_questions(
         reading: How the rows are read.
 
     Raises:
-        UserError: If a row cannot be rendered.
+        UserError: A row cannot be rendered.
     """
     tokeniser = Tokeniser(tokenizer, reading)
     asked = [row for row in rows if has_answer(row)]

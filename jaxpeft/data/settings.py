@@ -19,14 +19,14 @@ Argument = bool | int | float | str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What is learned of a row, and how its chat template is called.
+    """Which turns of a row are learned, and how its chat template is called.
 
     Attributes:
         learn: Which turns are learned, see `DataConfig`.
-        end_of_turn: What ends a learned turn, see `DataConfig`.
+        end_of_turn: The token that ends a learned turn, see `DataConfig`.
         special_tokens_in_content: See `DataConfig`.
-        chat_template_kwargs: Variables of the template for all rows; a row's own come on top.
-        stop_ids: Tokens that end generation by the model's config.
+        chat_template_kwargs: Variables of the template for all rows; a row's own override them.
+        stop_ids: Tokens that end generation, from the model's config.
     """
 
     learn: Learn = "assistant"
@@ -42,21 +42,21 @@ class DataConfig(Record):
 
     Attributes:
         train: A ``.jsonl`` or ``.json`` file of rows, on disk or in a bucket (``gs://``).
-        eval: Another one, of held-out rows.
-        max_length: Tokens of a sequence.
+        eval: A file of held-out rows.
+        max_length: The length of a sequence, in tokens.
         packing: Whether short rows share a sequence.
         on_long: What to do with rows of more than `max_length` tokens.
         on_bad_row: What to do with rows that cannot be used; dropped ones are counted.
         learn: Which turns of a row are learned: "assistant" (every assistant turn, or the
-            completion), "last_message" (the last of them), "last_exchange" (those behind the last
-            user message), or "all" (of prompts and completions of text, the prompt too). A message
-            with ``weight: 0`` is never learned.
+            completion), "last_message" (the last of them), "last_exchange" (those after the last
+            user message), or "all" (in rows of prompt and completion texts, the prompt too). A
+            message with ``weight: 0`` is never learned.
         end_of_turn: What ends a learned turn: "template" (the token that the chat template
             writes), or "eos" (the tokenizer's end token, for templates that write none).
         special_tokens_in_content: "error" refuses messages whose text holds special tokens, which
             the model would read as markup; "allow" learns them.
         chat_template_kwargs: Variables for the chat template, such as ``enable_thinking: false``;
-            a row's own come on top. They are saved with the adapter, and generation uses them.
+            a row's own override them. They are saved with the adapter, and generation uses them.
         workers: Processes that prepare batches; 0 reads ahead with threads. Processes import
             the main script again, which must then be guarded by ``__name__ == "__main__"``.
     """
@@ -101,10 +101,10 @@ class DataConfig(Record):
             raise ValueError(f"{problems[0]}.")
 
     def reading(self, stop_ids: tuple[int, ...] = ()) -> Reading:
-        """What this config says of how rows are read.
+        """How rows are read by this config.
 
         Args:
-            stop_ids: Tokens that end generation by the model's config.
+            stop_ids: Tokens that end generation, from the model's config.
         """
         return Reading(
             learn=self.learn,

@@ -1,4 +1,4 @@
-"""From checked rows to token ids and masks, with what is to be told about them once."""
+"""Turns checked rows into token ids and masks, and collects notes about them."""
 
 import contextlib
 from collections import Counter
@@ -21,11 +21,11 @@ _ROWS_PER_CALL = 1000
 
 
 class Tokeniser:
-    """Turns rows into examples, and remembers what is to be told about all of them.
+    """Turns rows into examples, and collects notes about all of them.
 
     Args:
         tokenizer: A tokenizer of transformers.
-        reading: What is learned of a row, and how its chat template is called.
+        reading: Which turns are learned, and how the chat template is called.
         tasks: Whether the rows' tasks are read.
     """
 
@@ -46,8 +46,8 @@ class Tokeniser:
             rows: Checked rows.
 
         Yields:
-            For every row its examples as int32 ids and a mask of what is learned, at least one;
-            or why it has none.
+            For every row its examples, at least one, as int32 ids and a mask of the learned ones;
+            or the reason why it has none.
         """
         table = self._map(rows)
         columns = (table[name] for name in ("row", "problem"))
@@ -68,7 +68,7 @@ class Tokeniser:
         return tuple(sorted(self._stops))
 
     def notes(self) -> tuple[str, ...]:
-        """What was done that the rows do not say, and what of them is not used, a line each."""
+        """Notes for the user about changes and unused parts of rows, a line each."""
         lines = [f"{text} ({count} times)" for text, count in self._notes.items()]
         names = [f'"{key}"' for key in self._keys] + self._unused.names()
         if names:
@@ -76,15 +76,15 @@ class Tokeniser:
         return tuple(lines)
 
     def texts_of(self, row: Mapping[str, Any], *, last_only: bool = False) -> Texts:
-        """What is learned of a row, as text.
+        """The learned text of a row.
 
         Args:
             row: The value of a checked row.
-            last_only: Of its learned turns, give only the last.
+            last_only: Whether to return only the last of its learned turns.
 
         Raises:
-            RowError: If the chat template refuses the row or loses something of it.
-            UserError: If there is no chat template, or it writes no end behind an answer.
+            RowError: The chat template refuses the row or drops a part of it.
+            UserError: There is no chat template, or it writes no end after an answer.
         """
         self._keys.update(unused_keys(row, tasks=self._tasks))
         if not is_chat(row):
@@ -136,7 +136,7 @@ class Tokeniser:
                 input_columns=["row"],
                 remove_columns=["row"],
                 features=features,
-                new_fingerprint="jaxpeft",  # or datasets hashes the tokenizer for its cache
+                new_fingerprint="jaxpeft",  # else datasets would hash the tokenizer for its cache
             )
         arrow = table.with_format("arrow")[:]
         return {name: arrow[name] for name in features}
@@ -169,10 +169,10 @@ def learned_turns(conversation: Conversation, learn: Learn) -> list[int]:
 
     Args:
         conversation: A checked conversation.
-        learn: Which of its turns: all, the last, or those behind the last user message.
+        learn: Which of its turns: all, the last, or those after the last user message.
 
     Raises:
-        RowError: If the weights of its messages leave none.
+        RowError: The weights of its messages leave none.
     """
     messages = conversation.messages
     turns = [

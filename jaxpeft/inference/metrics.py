@@ -212,7 +212,7 @@ def evaluate_file(
     read: dict[str, Examples] = {}
     results = {}
     for name, adapter in pad_alike(adapters).items():
-        # The base alone is asked what the first adapter is asked.
+        # The base alone answers the same prompts as the first adapter.
         taught = like if adapter is None else adapter
         key = str(chat_of(taught).label())
         if key not in read:

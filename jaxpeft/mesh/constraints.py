@@ -43,12 +43,12 @@ _IN_GROUP = jax.make_user_context(False)
 def traced_on(layout: Layout | None) -> Iterator[None]:
     """Programs traced in this block are for this layout.
 
-    A jitted function that was traced for another layout before is traced again. Other threads are
-    not affected.
+    A jitted function that was traced for another layout is traced again. Other threads are not
+    affected.
 
     Args:
-        layout: A mesh and its rules, hashable. None changes nothing, and inside another such block
-            the outer layout stays in force.
+        layout: A mesh and its rules, hashable. None changes nothing. Inside another `traced_on`
+            block the outer layout stays in force.
     """
     if layout is None or _LAYOUT.value is not None:
         yield
@@ -67,7 +67,7 @@ def layout_of(params: Mapping, model: Any = None) -> Layout | None:
 
 
 def _several() -> Layout | None:
-    """The layout, where it has several devices."""
+    """The layout in force, if it has several devices; else None."""
     layout: Layout | None = _LAYOUT.value
     return None if layout is None or layout.mesh.size == 1 else layout
 
@@ -78,7 +78,7 @@ def on_mesh() -> bool:
 
 
 def knows_devices() -> bool:
-    """Whether it is known where the arrays of the program that is traced live."""
+    """Whether the placement of the traced program's arrays is known."""
     return _LAYOUT.value is not None or jax.device_count() == 1
 
 

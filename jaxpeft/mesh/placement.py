@@ -53,17 +53,18 @@ def leaf_sharding(path: str, leaf: Any, mesh: Mesh | Layout) -> Any:
 def adapter_sharding(
     path: str, shape: tuple[int, ...], mesh: Mesh | Layout, arrays: Mapping[str, ArrayRole]
 ) -> NamedSharding:
-    """Where an adapter's leaf lives.
+    """The sharding of an adapter's leaf.
 
     Args:
         path: Base path and name of the array: ``layers/self_attn/q_proj/kernel/a``.
         shape: The array's shape.
         mesh: The mesh, or a layout.
-        arrays: What the adapter's arrays are, by name; `Kind.arrays` of its family.
+        arrays: The roles of the adapter's arrays by name, `Kind.arrays` of its family.
 
     Returns:
-        For an array of one side of the kernel (LoRA's factors) that side's tensor axis, for one
-        that stands in for the whole leaf that leaf's axes; everything else is replicated.
+        For an array that belongs to one side of the kernel (LoRA's factors), the tensor axis of
+        that side. For an array that replaces the whole leaf, the axes of that leaf. Everything else
+        is replicated.
     """
     owner, _, name = path.rpartition("/")
     axes, role = as_layout(mesh).axes(owner) or (), arrays.get(name, ORDINARY)
@@ -125,7 +126,7 @@ def state_shardings(state: Any, mesh: Mesh | Layout, arrays: Mapping[str, ArrayR
     Args:
         state: The state; arrays or shapes.
         mesh: The mesh, or a layout.
-        arrays: As `adapter_sharding` takes it.
+        arrays: The roles of the adapter's arrays, as for `adapter_sharding`.
 
     Returns:
         A tree of shardings with the structure of `state`.

@@ -1,12 +1,12 @@
-"""HF PEFT folders, in and out: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Reads and writes HF PEFT folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-What the two files say of a method is its family's business (`jaxpeft.methods.peft.values`); this
-module reads and writes the folder. Beside PEFT's files lies ``jaxpeft.json``: which base the
-adapter was trained on, and the sha256 of the other files. PEFT ignores it, and folders without it
-load too.
+Each family interprets the content of the two files (`jaxpeft.methods.peft.values`); this module
+reads and writes the folder. Beside PEFT's files there is ``jaxpeft.json`` with the base that the
+adapter was trained on and the sha256 of the other files. PEFT ignores it, and folders without it
+can be loaded too.
 
-Loading is strict: every tensor has its place, every place its tensor, and the config must say of
-every module what the tensors say.
+Loading is strict: every tensor must have a place and every place a tensor, and config and tensors
+must agree about every module.
 """
 
 import dataclasses
@@ -57,9 +57,9 @@ OURS = frozenset({CONFIG, TENSORS, CARD, SIDE})
 def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Model) -> None:
     """Writes an adapter as a folder that HF PEFT, vLLM and `load_adapter` read.
 
-    The folder is written beside its place, synced, and moved there whole; an older adapter in
-    that place is replaced only then. In a bucket the older one's ``jaxpeft.json`` goes first and
-    the new one's is written last: in between the folder is not whole.
+    The folder is written beside its place, synced, and moved there when it is complete; only then
+    is an older adapter replaced. In a bucket the older ``jaxpeft.json`` is removed first and the
+    new one is written last; in between the folder is incomplete.
 
     Args:
         path: The folder; it may hold an older adapter, but no other files.
@@ -97,8 +97,8 @@ def load_adapter(
     Args:
         path: A PEFT folder, ours or PEFT's own, or a run's folder with one in ``adapter``, on disk
             or in a bucket (``gs://``); or a hub id "org/name".
-        base: The `jaxpeft.Model` to put it on. Without it shapes are checked against the config
-            of the base that the adapter names, and which weights it was trained on is not.
+        base: The `jaxpeft.Model` that the adapter is for. Without it, shapes are checked against
+            the config of the base that the adapter names, but weights are not checked.
         revision: Branch, tag or commit of a hub id.
         allow_other_base: Accept an adapter that was trained on other weights, or on a base with
             another config or tokenizer.
@@ -123,7 +123,7 @@ def load_adapter(
     if problem := storage.problem_of(name):
         raise UserError(f"{place}: {BASE_NAME}: {problem}, got {storage.shown(name)}.")
     if storage.expanded(name).exists():
-        version = ""  # a local base has none
+        version = ""  # a local base has no revision
     base = _shapes_of(place, name, version) if base is None else base
     file = folder / TENSORS
     if not file.is_file():
@@ -140,13 +140,13 @@ def load_adapter(
 def notes_of(
     path: str | os.PathLike, adapter: Adapter, base: Model, revision: str | None = None
 ) -> list[str]:
-    """What to tell a person who uses an adapter, one line each; see `adapter_notes`.
+    """Notes for the user of an adapter, one line each; see `adapter_notes`.
 
     Args:
-        path: Where `adapter` was loaded from.
-        adapter: What `load_adapter` gave.
+        path: The place from which `adapter` was loaded.
+        adapter: From `load_adapter`.
         base: The `jaxpeft.Model` that it is used on.
-        revision: As `load_adapter` took it.
+        revision: The revision that `load_adapter` was given.
     """
     folder = _open_folder(path, revision)[0]
     side = read_json(folder / SIDE) if (folder / SIDE).is_file() else None
@@ -157,14 +157,14 @@ def peek_kind(path: str | os.PathLike, revision: str | None = None) -> str:
     """The family of a saved adapter, from its ``adapter_config.json`` alone.
 
     Args:
-        path: As `load_adapter` takes it.
-        revision: The same.
+        path: See `load_adapter`.
+        revision: See `load_adapter`.
 
     Returns:
         A key of ``jaxpeft.methods.registry.KINDS``.
 
     Raises:
-        UserError: If there is no such adapter, or it is of no supported family.
+        UserError: If there is no such adapter, or its family is not supported.
     """
     peft = _open_folder(path, revision)[3]
     return next(name for name, kind in KINDS.items() if kind.peft is peft)
@@ -245,7 +245,7 @@ adapter = jp.load_adapter(THIS_FOLDER, base)
 def _open_folder(
     path: str | os.PathLike, revision: str | None
 ) -> tuple[Place, Place, dict[str, Any], PeftFormat]:
-    """The folder, its config's place and values, and the format it has."""
+    """The folder, the place and the values of its config, and its format."""
     place = find_config(locate_adapter(path, revision, (CONFIG, TENSORS, SIDE)))
     values = read_json(place)
     peft = format_of(values, place)
@@ -268,7 +268,9 @@ def _shapes_of(place: Place, name: str, version: str) -> Model:
 
 def _open(file: Place) -> Tensors:
     infos = read_header(file)
-    whole = file.read_bytes() if storage.is_remote(file) else None  # one request, not thousands
+    whole = (
+        file.read_bytes() if storage.is_remote(file) else None
+    )  # one request instead of thousands
 
     def read(key: str) -> np.ndarray:
         info = infos[key]
@@ -293,7 +295,7 @@ def _no_tensors(folder: Place) -> str:
 
 
 def _read_side_file(folder: Place) -> dict[str, Any]:
-    """What we wrote beside PEFT's files, once it is found true; empty in PEFT's own folders."""
+    """The content of ``jaxpeft.json`` after its hashes were checked; empty if there is none."""
     file = folder / SIDE
     if not file.is_file():
         return {}

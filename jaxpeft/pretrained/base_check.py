@@ -1,8 +1,8 @@
-"""Whether an adapter's base is the one it was trained on, and what to say where nobody knows.
+"""Checks that an adapter's base is the one it was trained on, and reports what is unknown.
 
-``jaxpeft.json`` holds the fingerprint of the base's weights and its identity beside them
-(`jaxpeft.pretrained.identity`). Other weights, another config or another tokenizer are errors;
-another chat template is a warning, since people replace it on purpose.
+``jaxpeft.json`` holds the fingerprint of the base's weights and its further identity
+(`jaxpeft.pretrained.identity`). Other weights, another config or another tokenizer are errors.
+Another chat template is a warning, since people replace it on purpose.
 """
 
 import pathlib
@@ -23,7 +23,7 @@ from jaxpeft.pretrained.weights.fingerprint import comparable
 
 
 def describe_base(base: Model, template: str = "") -> dict[str, Any]:
-    """What `check_base` wants to know of a base, as JSON values.
+    """The facts about a base that `check_base` compares, as JSON values.
 
     Args:
         base: A `jaxpeft.Model`.
@@ -43,14 +43,14 @@ def check_base(
     """Compares a base with the one that an adapter was trained on.
 
     Args:
-        folder: The adapter's.
-        known: What `describe_base` gave; what older versions left out is not compared.
-        base: The `jaxpeft.Model` the adapter is to be used on.
+        folder: The adapter's folder.
+        known: The values of `describe_base`; values that older versions left out are not compared.
+        base: The `jaxpeft.Model` that the adapter is to be used on.
         template: The chat template that the adapter brings along; "" for none.
-        allow_other_base: Whether it may be another one.
+        allow_other_base: Whether another base is accepted.
 
     Raises:
-        UserError: It is another one.
+        UserError: The base is another one.
     """
     if not base.fingerprint:
         return
@@ -108,15 +108,15 @@ def _check_identity(folder: Place, known: Mapping, base: Model, template: str) -
 
 
 def adapter_notes(adapter: Adapter, base: Model, side: Mapping | None) -> list[str]:
-    """What a person should know of an adapter whose base or numbers nothing vouches for.
+    """Notes for the user about what is not known of an adapter's base or numbers.
 
     Args:
-        adapter: As it was loaded.
+        adapter: The loaded adapter.
         base: The `jaxpeft.Model` that it is used on.
-        side: The values of its ``jaxpeft.json``; None where it has none, as PEFT's own folders.
+        side: The values of its ``jaxpeft.json``; None if there is none, as in PEFT's own folders.
 
     Returns:
-        Lines: none for a folder that says all there is to say.
+        Lines; none if everything is known.
     """
     if side is not None:
         known = side.get("base")
@@ -142,7 +142,7 @@ def adapter_notes(adapter: Adapter, base: Model, side: Mapping | None) -> list[s
 
 
 def _scale(adapter: Adapter) -> str:
-    """The scales of all adapted places, "" for a family without."""
+    """The scales of all adapted places; "" for a family without scales."""
     values = []
     for path, scale in paths.flatten(adapter.buffers).items():
         if is_named(path, SCALE):
@@ -154,7 +154,7 @@ def _scale(adapter: Adapter) -> str:
 
 
 def _short(name: str) -> str:
-    """The last part of a folder's name or hub id; the repository of a snapshot in the hub cache."""
+    """The last part of a folder's name or hub id; in the hub's cache, the repository."""
     parts = pathlib.PurePath(name).parts
     repository = next((part for part in parts if part.startswith("models--")), None)
     return (repository.rpartition("--")[2] if repository else parts[-1] if parts else "").lower()

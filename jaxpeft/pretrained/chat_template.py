@@ -1,7 +1,7 @@
-"""A chat template in a file, which overrides that of a tokenizer (``model.chat_template``).
+"""A chat template in a file, which overrides the tokenizer's own (``model.chat_template``).
 
-Its text is what counts: it is kept in the folder of a run and with the adapter, so that both go on
-when the file is changed or gone.
+Its text is stored in the folder of a run and with the adapter, so both can be used after the file
+is changed or removed.
 """
 
 import copy
@@ -20,14 +20,14 @@ MAX_BYTES = 1_000_000
 
 
 def read_template(path: str, what: str = "model.chat_template") -> str:
-    """The text of a chat template, checked for what Jinja refuses.
+    """Reads a chat template and checks its syntax.
 
     Args:
-        path: A file, on disk or in a bucket (``gs://``), from the working directory.
+        path: A file, on disk or in a bucket (``gs://``), relative to the working directory.
         what: The key or flag that names it, for messages.
 
     Raises:
-        UserError: It is not there, too large, empty, not UTF-8, or its syntax is wrong.
+        UserError: The file is missing, too large, empty or not UTF-8, or its syntax is wrong.
         StoreError: The bucket refuses or does not answer.
     """
     name = f"{what}: {storage.shown(path)}"
@@ -48,10 +48,10 @@ def read_template(path: str, what: str = "model.chat_template") -> str:
 
 
 def override_template(tokenizer: Any, template: str) -> Any:
-    """A tokenizer with another chat template; itself where there is none.
+    """A copy of a tokenizer with another chat template; for "" the tokenizer itself.
 
     Args:
-        tokenizer: A transformers tokenizer, which stays as it is.
+        tokenizer: A transformers tokenizer, which is not changed.
         template: The text, or "".
     """
     if not template or tokenizer is None or tokenizer.chat_template == template:
@@ -62,7 +62,7 @@ def override_template(tokenizer: Any, template: str) -> Any:
 
 
 def override_in_adapter(adapter: Adapter, template: str) -> Adapter:
-    """An adapter that chats with another template than it was taught with; itself for ""."""
+    """An adapter that chats with another template than in its training; for "" itself."""
     if not template:
         return adapter
     chat = dataclasses.replace(chat_of(adapter), template=template)
@@ -92,7 +92,7 @@ def _read(place: Place, name: str) -> bytes:
 
 
 def _check_syntax(text: str, name: str) -> None:
-    """Refuses what cannot be compiled as rendering will compile it."""
+    """Refuses a template that cannot be compiled."""
     import jinja2
 
     from jaxpeft.data.templates.sandbox import BoundedEnvironment

@@ -1,12 +1,12 @@
-"""The identity of a base beside its weights: config, tokenizer and chat template.
+"""The identity of a base apart from its weights: config, tokenizer and chat template.
 
-Together with the fingerprint of the weights (`jaxpeft.pretrained.weights.fingerprint`) they say
-what an adapter or a run was trained on. Of the config the values themselves are kept, so that a
-change is named with both values; of the other two a sha256:
+Together with the fingerprint of the weights (`jaxpeft.pretrained.weights.fingerprint`) they
+identify what an adapter or a run was trained on. The values of the config are stored, so that a
+change can be reported with both values; of the tokenizer and the template a sha256 is stored:
 
-* **config**: the fields of `ModelConfig`, which is what a model reads of its ``config.json``;
-* **tokenizer**: what it encodes, not its files: its backend's JSON in one canonical form, and the
-  ids of the tokens that begin and end a text;
+* **config**: the fields of `ModelConfig`, which are all that a model uses of its ``config.json``;
+* **tokenizer**: how it encodes, not its files: its backend's JSON in a canonical form, and the ids
+  of the tokens that begin and end a text;
 * **chat template**: its text.
 """
 
@@ -20,24 +20,24 @@ from jaxpeft.core.errors import first_few
 from jaxpeft.models.config import ModelConfig, RopeScaling
 
 _SETTINGS = ("padding", "truncation", "version")
-"""What calls set and versions write; it says nothing of how a text is encoded."""
+"""Settings that depend on calls and versions, and do not affect how a text is encoded."""
 _PLAIN_PROCESSOR = {
     "type": "TemplateProcessing",
     "single": [{"Sequence": {"id": "A", "type_id": 0}}],
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
     "special_tokens": {},
 }
-"""A processor that adds nothing, as good as none."""
+"""A processor that adds nothing, which equals none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What a base is, beside its weights.
+    """The identity of a base, apart from its weights.
 
     Attributes:
-        config: Fields of its config; empty where not known.
-        tokenizer: sha256 of what its tokenizer encodes; "" where not known.
-        chat_template: sha256 of its chat template; "" for none, or where not known.
+        config: Fields of its config; empty if unknown.
+        tokenizer: sha256 of how its tokenizer encodes; "" if unknown.
+        chat_template: sha256 of its chat template; "" for none, or if unknown.
     """
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -50,7 +50,7 @@ class Identity:
 
     @classmethod
     def from_values(cls, values: Any) -> "Identity":
-        """What `to_values` gave; whatever is missing or of a wrong type is not known."""
+        """Reads the values of `to_values`; those missing or of a wrong type are unknown."""
         values = values if isinstance(values, Mapping) else {}
         config = values.get("config")
         texts = (str(values.get(name) or "") for name in ("tokenizer", "chat_template"))
@@ -58,7 +58,7 @@ class Identity:
 
     @classmethod
     def is_whole(cls, values: Mapping[str, Any]) -> bool:
-        """Whether JSON values hold all of an identity, or nothing of it, as older versions'."""
+        """Whether JSON values hold all of an identity, or none of it as in older versions."""
         kinds = {"config": dict, "tokenizer": str, "chat_template": str}
         there = [isinstance(values[name], kind) for name, kind in kinds.items() if name in values]
         return not there or (len(there) == len(kinds) and all(there) and bool(values["config"]))
@@ -88,8 +88,8 @@ def identity_of(config: ModelConfig, tokenizer: Any, template: str = "") -> Iden
 def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The fields of two configs that differ, such as ``rope_theta from 10000.0 to 500000.0``.
 
-    A field that one of them does not have counts with its default: a version that knows one field
-    more finds no difference.
+    A field that one of them does not have counts with its default, so that a version with one more
+    field finds no difference.
     """
     fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
     names = dict.fromkeys([*fields, *before, *now])
@@ -101,7 +101,7 @@ def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of what a tokenizer encodes; "" for none, or one without a fast backend."""
+    """sha256 of how a tokenizer encodes; "" for none, or without a fast backend."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return ""
@@ -118,7 +118,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def template_hash(template: Any) -> str:
-    """sha256 of a chat template, or of several by name; "" for none."""
+    """sha256 of a chat template, or of several named ones; "" for none."""
     return _digest(template) if template else ""
 
 
@@ -130,7 +130,7 @@ def _value(config: Mapping[str, Any], fields: Mapping[str, Any], name: str) -> A
 
 
 def _compare(name: str, before: Any, now: Any) -> Iterator[str]:
-    """Descends into the scaling of the rotary frequencies; everything else is one value."""
+    """Compares the parts of a rotary scaling separately, and everything else as one value."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         fields = {field.name: field for field in dataclasses.fields(RopeScaling)}
         for key in dict.fromkeys([*before, *now]):
@@ -149,7 +149,7 @@ def _show(value: Any) -> str:
 
 
 def _without_defaults(value: Any) -> Any:
-    """Drops what is null, false or empty in objects: other versions leave it out."""
+    """Drops null, false and empty values in objects, which other versions leave out."""
     if isinstance(value, dict):
         pairs = {key: _without_defaults(item) for key, item in value.items()}
         return {

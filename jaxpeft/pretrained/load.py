@@ -1,4 +1,4 @@
-"""Models from a folder, a hub id or a GGUF file: architecture, weights, tokenizer."""
+"""Loads models from a folder, a hub id or a GGUF file: architecture, weights, tokenizer."""
 
 import functools
 import os
@@ -31,7 +31,7 @@ def load_config(path: str | os.PathLike, revision: str | None = None) -> ModelCo
         revision: Branch, tag or commit of a hub id.
 
     Raises:
-        UserError: Nothing there, or an unsupported or inconsistent model.
+        UserError: Nothing is there, or the model is not supported or inconsistent.
     """
     from jaxpeft.files import locate
     from jaxpeft.pretrained.gguf import reader
@@ -51,7 +51,7 @@ def load_tokenizer(path: str | os.PathLike, revision: str | None = None) -> Any:
         revision: Branch, tag or commit of a hub id.
 
     Raises:
-        UserError: Nothing there, or a tokenizer this library cannot build.
+        UserError: Nothing is there, or this library cannot build the tokenizer.
     """
     from jaxpeft.files import locate
     from jaxpeft.pretrained import tokenizer
@@ -60,17 +60,17 @@ def load_tokenizer(path: str | os.PathLike, revision: str | None = None) -> Any:
 
 
 def check_weights(path: str | os.PathLike, revision: str | None = None) -> None:
-    """Finds out from headers alone whether a model can be loaded; no weights are read.
+    """Checks from headers alone whether a model can be loaded; no weights are read.
 
-    All processes of a run must call.
+    All processes of a run must call it.
 
     Args:
         path: A Hugging Face folder, on disk or in a bucket, a hub id, or a ``.gguf`` file.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
-        UserError: A file is missing, cut short or something else, or tensors are missing, extra or
-            misshapen. What is wrong with values is found when they are read.
+        UserError: A file is missing, cut short or something else, or tensors are missing,
+            unexpected or have another shape. Wrong values are found only when they are read.
     """
 
     def check() -> None:
@@ -94,20 +94,21 @@ def load_params(
     Args:
         path: A Hugging Face folder, on disk or in a bucket, a hub id, or a ``.gguf`` file.
         revision: Branch, tag or commit of a hub id.
-        dtype: "float32", "bfloat16" or "float16"; None keeps what is stored (block-quantised
+        dtype: "float32", "bfloat16" or "float16"; None keeps the stored dtype (block-quantised
             tensors become float32).
-        mesh: Devices to spread the parameters over, or a `jaxpeft.mesh.layout.Layout`; default: the
-            default device.
+        mesh: Devices to spread the parameters over, or a `jaxpeft.mesh.layout.Layout`; None for
+            the default device.
         quantization: "nf4", "int4" or "int8" for the kernels of the layers, see
             `jaxpeft.ops.quant`; None for none.
         double_quantization: Quantise their scales to 8 bits too.
 
     Returns:
-        The nested parameter dict, the config, the tokenizer (None where the folder has no
-        tokenizer files), and the fingerprint of the source tensors.
+        The nested parameter dict, the config, the tokenizer (None if there are no tokenizer
+        files), and the fingerprint of the source tensors.
 
     Raises:
-        UserError: Anything missing, extra, misshapen, damaged, non-finite or unsupported.
+        UserError: A tensor or setting is missing, unexpected, damaged, of another shape, not
+            finite or not supported.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}{dtype_advice(dtype)}")
@@ -134,11 +135,12 @@ def load_model(
     Args:
         path: A Hugging Face folder, on disk or in a bucket, a hub id, or a ``.gguf`` file.
         revision: Branch, tag or commit of a hub id.
-        dtype: Of the parameters: "float32", "bfloat16", "float16", or None for as stored.
-        compute_dtype: Of the activations; "auto" is float32 on CPU and `dtype` elsewhere. In
+        dtype: Dtype of the parameters: "float32", "bfloat16", "float16", or None for the stored
+            one.
+        compute_dtype: Dtype of the activations; "auto" is float32 on CPU and `dtype` elsewhere. In
             bfloat16 on CPU there are first derivatives only, see `jaxpeft.ops.products`.
-        mesh: Devices to spread the parameters over, or a `jaxpeft.mesh.layout.Layout`; default: the
-            default device.
+        mesh: Devices to spread the parameters over, or a `jaxpeft.mesh.layout.Layout`; None for
+            the default device.
         quantization: "nf4", "int4" or "int8" for the kernels of the layers, tensor by tensor while
             they are read; None for none.
         double_quantization: Quantise their scales to 8 bits too.
@@ -147,7 +149,8 @@ def load_model(
         The model.
 
     Raises:
-        UserError: Anything missing, extra, misshapen, damaged, non-finite or unsupported.
+        UserError: A tensor or setting is missing, unexpected, damaged, of another shape, not
+            finite or not supported.
     """
     if compute_dtype not in ("auto", *DTYPES):
         raise UserError(f"compute_dtype: {compute_dtype!r} is not one of auto, {', '.join(DTYPES)}")
@@ -173,7 +176,7 @@ def load_model(
 
 
 def activation_dtype(compute_dtype: str, params: dict) -> np.dtype:
-    """The dtype of activations: "auto" is float32 on CPU, elsewhere that of the embedding."""
+    """The dtype of activations: "auto" is float32 on CPU, and the embedding's dtype elsewhere."""
     if compute_dtype != "auto":
         return jnp.dtype(compute_dtype)
     if choices().float32:
@@ -182,7 +185,7 @@ def activation_dtype(compute_dtype: str, params: dict) -> np.dtype:
 
 
 def _open(path: str | os.PathLike, revision: str | None) -> tuple[Source, Any]:
-    """Where the tensors lie, and the tokenizer if there is one; no weights are read."""
+    """The places of the tensors, and the tokenizer if there is one; no weights are read."""
     from jaxpeft.files import locate
     from jaxpeft.pretrained import tokenizer
     from jaxpeft.pretrained.gguf import reader

@@ -22,16 +22,16 @@ from jaxpeft.models.config import ModelConfig
 
 @flax.struct.dataclass
 class Model:
-    """A base model. A pytree over `params`: pass it into ``jax.jit``, don't close over it.
+    """A base model. It is a pytree over `params`: pass it into ``jax.jit``, don't close over it.
 
     Attributes:
         params: Base parameters, a nested dict of arrays.
         config: Sizes and variants.
         module: The Linen module; ``module.apply(jaxpeft.bind(params, adapter), ids)``.
         tokenizer: The transformers tokenizer, with its chat template.
-        fingerprint: Which weights these are: a hash of the source tensors, see
+        fingerprint: A hash of the source tensors that identifies the weights, see
             `jaxpeft.pretrained.weights.fingerprint`.
-        name: Where the model came from: a folder, a file or a hub id.
+        name: The folder, file or hub id that the model was loaded from.
         revision: Branch, tag or commit of a hub id; "" for none.
     """
 
@@ -65,19 +65,18 @@ class Model:
         task: Any = 0,
         index: Any = None,
     ) -> Float[Array, "batch seq vocab"]:
-        """Logits in float32, compiled; another adapter of the same shape costs no new compile.
+        """Computes logits in float32; adapters of the same shape share a compiled program.
 
-        The virtual tokens of a soft prompt stand in front of every segment; their own logits are
-        cut off.
+        The virtual tokens of a soft prompt are put in front of every segment, and their own
+        logits are cut off.
 
         Args:
             input_ids: Token ids; they must lie within the vocabulary.
-            adapter: What to put on the base; None for the base alone.
-            segment_ids: Packed segments; 0 is padding. Default: one segment a row.
+            adapter: One adapter, several that act together, or None for the base alone.
+            segment_ids: Packed segments; 0 is padding. Default: one segment per row.
             positions: Positions within the segments. Default: 0, 1, 2, ...
-            task: Which task's prompt, for multitask prompt tuning: a number, or one a row.
-            index: For adapters from `jaxpeft.stack_adapters`, which of them each row gets, -1 for
-                none.
+            task: For multitask prompt tuning, the task: one number, or one per row.
+            index: For adapters from `jaxpeft.stack_adapters`, the adapter of each row, -1 for none.
 
         Returns:
             Logits.
@@ -105,7 +104,7 @@ class Model:
         segment_ids: Any,
         positions: Any,
     ) -> Any:
-        """Logits of the tokens behind a soft prompt."""
+        """Logits of the tokens after a soft prompt."""
         if segment_ids is not None:
             long = put_before_segments(virtual, input_ids, segment_ids)
             at = long.positions

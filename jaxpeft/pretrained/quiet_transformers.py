@@ -1,11 +1,11 @@
-"""The transformers package, imported when it is needed."""
+"""Imports the transformers package on demand."""
 
 import os
 from typing import Any
 
 
 def import_transformers() -> Any:
-    """The transformers package, without its advice to install torch, which is of no use here."""
+    """Imports transformers without its advice to install torch, which is not needed."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)
     os.environ[name] = before or "1"

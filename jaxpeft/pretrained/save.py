@@ -1,4 +1,4 @@
-"""Hugging Face model folders written: what transformers and vLLM load without knowing us.
+"""Writes Hugging Face model folders, which transformers and vLLM load.
 
 Tensors are streamed to disk one layer at a time, so saving needs no second copy of the model. The
 folder is written under a temporary name beside its place and moved there when it is complete.
@@ -56,17 +56,17 @@ def save_hf(
     Args:
         path: The folder to make; it may exist if it is empty.
         config: The architecture.
-        params: Plain arrays, as `jaxpeft.merge` gives them; a head of its own beside a tied table
-            is written as one, with ``tie_word_embeddings`` false.
+        params: Plain arrays, as from `jaxpeft.merge`. If a model with a tied table has a separate
+            head, the head is written too, with ``tie_word_embeddings`` false.
         tokenizer: The tokenizer to put beside the weights; None writes none.
-        saved: All files beside the weights, in place of `tokenizer`, and the base's settings.
+        saved: All files beside the weights, instead of `tokenizer`, and the base's settings.
         dtype: "float32", "bfloat16" or "float16"; None keeps each parameter's own.
-        overwrite: Replace a model folder at `path`, once the new one is whole.
-        shard_bytes: Most bytes of weights in one file.
+        overwrite: Replace a model folder at `path`, once the new one is complete.
+        shard_bytes: The largest number of bytes of weights in one file.
 
     Raises:
-        UserError: Parameters that do not fit `config` or are not finite, an architecture
-            transformers cannot express, or a `path` that is taken or cannot be written.
+        UserError: Parameters do not fit `config` or are not finite, transformers cannot express
+            the architecture, or `path` is taken or cannot be written.
         ResourceError: The disk is full.
     """
     require_place(path, overwrite=overwrite)
@@ -91,12 +91,12 @@ def save_hf(
 def require_place(
     path: str | os.PathLike, *, overwrite: bool = False, source: str | os.PathLike | None = None
 ) -> None:
-    """Finds out whether a model folder may be made at `path`, before any work is done for it.
+    """Checks whether a model folder may be made at `path`, before any work is done for it.
 
     Args:
         path: The folder to make.
         overwrite: Whether a model folder there may be replaced.
-        source: Where the model to be saved was read from; that is never replaced.
+        source: The place that the model was loaded from; it is never replaced.
 
     Raises:
         UserError: `path` is the source, a file, a folder with other files than a model's, or a
@@ -121,7 +121,7 @@ def require_place(
 
 
 def same_folder(source: str | os.PathLike | None, place: Place) -> bool:
-    """Whether a model was read from `place`; what lies nowhere is a hub id."""
+    """Whether a model was loaded from `place`; a source that is no folder is a hub id."""
     if source is None:
         return False
     if storage.is_remote(source) or storage.is_remote(place):
@@ -213,7 +213,7 @@ def _write_shard(
 
 
 def _help_to_gather(config: ModelConfig, leaves: dict[str, Any]) -> None:
-    """Takes part in what the first process does to see whole arrays, in its order."""
+    """Takes part, in the same order, in the gathering of whole arrays by the first process."""
     for entry in name_table(config):
         leaf = leaves[entry.path]
         for layer, _ in enumerate(entry.file_names("hf", config.num_layers)):
@@ -221,7 +221,7 @@ def _help_to_gather(config: ModelConfig, leaves: dict[str, Any]) -> None:
 
 
 def _layer(leaf: Any, layer: int) -> Any:
-    """One layer as an array of its own, so that no host copy of the whole leaf is kept."""
+    """One layer as a separate array, so that no host copy of the whole leaf is kept."""
     if isinstance(leaf, np.ndarray):
         return leaf[layer]
     return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
@@ -232,7 +232,7 @@ def _write_json(path: pathlib.Path, value: dict) -> None:
 
 
 def _is_ours(place: Place) -> bool:
-    """Whether a folder is empty or holds nothing but the files of a Hugging Face model."""
+    """Whether a folder is empty or holds only the files of a Hugging Face model."""
     return all(
         _is_model_file(child)
         if child.is_file()
@@ -249,7 +249,7 @@ def _is_model_file(file: Place) -> bool:
         file.suffix == ".safetensors"
         or file.name in ("config.json", "model.safetensors.index.json")
         or is_companion(file.name)
-        # What earlier versions of transformers may have written beside them.
+        # Files that earlier versions of transformers may have written beside them.
         or file.name.startswith(("tokenizer", "chat_template", "special_tokens", "vocab"))
     )
 
@@ -264,22 +264,23 @@ def save_model(
 ) -> None:
     """Writes a model as a Hugging Face folder that transformers loads.
 
-    Of a base that was loaded from such a folder, the files of the tokenizer, the generation
-    settings and the further keys of ``config.json`` come along as they are. Changed is what has
-    to be: generation stops where the adapter learned to end its turns, which is told on standard
-    error, and a chat template that overrides the base's takes its place.
+    If the base was loaded from such a folder, the files of its tokenizer, its generation settings
+    and the further keys of its ``config.json`` are copied unchanged, with two exceptions. If the
+    adapter learned to end its turns with other tokens, generation stops at those too, which is
+    reported on standard error. And a chat template that overrides the base's replaces it.
 
     Args:
         path: The folder to make; it may exist if it is empty.
         base: The model.
-        adapter: Merged into the weights where given; the base itself stays as it is.
-        dtype: Of the saved weights: "float32", "bfloat16" or "float16"; None keeps the base's.
-        overwrite: Replace a model folder at `path`, once the new one is whole (in a bucket the
-            old one goes first); never the folder that `base` was loaded from.
+        adapter: Merged into the weights if given; `base` itself is not changed.
+        dtype: Dtype of the saved weights: "float32", "bfloat16" or "float16"; None keeps the
+            base's.
+        overwrite: Replace a model folder at `path`, once the new one is complete (in a bucket the
+            old one is removed first). The folder that `base` was loaded from is never replaced.
 
     Raises:
-        UserError: An unknown dtype, an adapter that cannot be merged, a file of the base that is
-            a link out of its folder, or a `path` that is taken or cannot be written.
+        UserError: The dtype is unknown, the adapter cannot be merged, a file of the base is a link
+            out of its folder, or `path` is taken or cannot be written.
         ResourceError: The disk is full.
     """
     if dtype is not None and dtype not in DTYPES:

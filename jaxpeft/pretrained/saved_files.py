@@ -1,8 +1,8 @@
-"""What a saved model takes over from the base it was loaded from, besides weights.
+"""The files that a saved model takes over from its base, apart from weights.
 
-Tokenizer and generation settings are copied byte by byte. Two things may have to change: the
-tokens that end generation, where an adapter learned to stop at others, and the chat template,
-where another one is in force. Of ``config.json`` the keys that we don't interpret are kept.
+Tokenizer and generation settings are copied byte by byte. Two things may change: the tokens that
+end generation, if an adapter learned to stop at others, and the chat template, if another one is
+used. Keys of ``config.json`` that this library does not interpret are kept.
 """
 
 import dataclasses
@@ -22,21 +22,21 @@ from jaxpeft.pretrained.tokenizer import has_tokenizer, read_tokenizer
 from jaxpeft.pretrained.tokenizer_files import same_tokens, to_json, tokenizer_files, with_template
 
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Keys of a base's config.json that a saved model must not have: where it lay, code that does not
-# come along, and how weights were quantised that no longer are.
+# Keys of a base's config.json that a saved model must not have: its path, code that is not copied,
+# and the quantisation of weights that are no longer quantised.
 _NOT_KEPT = ("_name_or_path", "auto_map", "quantization_config", "_attn_implementation")
-# Keys that we write only because transformers wants them: the base's value is the better one.
+# Keys that are written only because transformers needs them; the base's value takes precedence.
 _OF_BASE = ("use_cache", "attention_dropout")
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedFiles:
-    """What stands in a model folder beside the weights.
+    """The files in a model folder beside the weights.
 
     Attributes:
         files: Content by name within the folder.
-        settings: The base's ``config.json``; empty where there is none.
-        notes: What to tell the user, a line each.
+        settings: The base's ``config.json``; empty if there is none.
+        notes: Notes for the user, a line each.
     """
 
     files: Mapping[str, bytes]
@@ -45,7 +45,7 @@ class SavedFiles:
 
 
 def made_files(config: ModelConfig, tokenizer: Any = None) -> SavedFiles:
-    """The files for a model that came from no Hugging Face folder."""
+    """The files for a model that was not loaded from a Hugging Face folder."""
     ids = dict(zip(_TOKEN_KEYS, _token_ids(config), strict=True))
     generation = {"_from_model_config": True} | {k: v for k, v in ids.items() if v is not None}
     files = {} if tokenizer is None else tokenizer_files(tokenizer)
@@ -53,12 +53,12 @@ def made_files(config: ModelConfig, tokenizer: Any = None) -> SavedFiles:
 
 
 def files_for(base: Model, chat: ChatSettings | None = None) -> SavedFiles:
-    """The files for a model that was loaded, with what an adapter needs to chat.
+    """The files for a model that was loaded, with the settings that an adapter needs to chat.
 
     Args:
-        base: The `jaxpeft.Model`. If its tokenizer was changed since it was loaded, what is saved
-            has the changes.
-        chat: How the adapter that is merged into it was taught.
+        base: The `jaxpeft.Model`. If its tokenizer was changed after loading, the changes are
+            saved.
+        chat: The chat settings of the adapter that is merged into it.
 
     Raises:
         UserError: A file cannot be read, or is a link out of the base's folder.
@@ -90,10 +90,10 @@ def files_for(base: Model, chat: ChatSettings | None = None) -> SavedFiles:
 
 
 def check_copied(path: str, revision: str | None = None) -> None:
-    """Finds out whether the files of a base can be copied, before a run that ends with a copy.
+    """Checks whether the files of a base can be copied, for a run that will end with a copy.
 
     Raises:
-        UserError: One of them is a link out of the base's folder.
+        UserError: A file is a link out of the base's folder.
         StoreError: The store refuses or does not answer.
     """
     place = locate_again(path, revision)
@@ -104,15 +104,15 @@ def check_copied(path: str, revision: str | None = None) -> None:
 def with_stops(
     content: bytes | None, config: ModelConfig, stops: Iterable[int]
 ) -> tuple[bytes | None, tuple[int, ...]]:
-    """A ``generation_config.json`` in which generation stops at further tokens.
+    """A ``generation_config.json`` with further tokens at which generation stops.
 
     Args:
-        content: The file as it is; None where there is none.
-        config: Of the model, with the tokens at which it stops already.
+        content: The content of the file; None if there is none.
+        config: The architecture of the model, with the tokens at which it stops already.
         stops: Ids of tokens at which it has to stop.
 
     Returns:
-        The file, untouched where nothing is missing in it, and the ids that were added.
+        The content, unchanged if no token is missing, and the ids that were added.
 
     Raises:
         UserError: A token is outside the vocabulary.
@@ -133,31 +133,31 @@ def with_stops(
     if content is None:
         ids = dict(zip(_TOKEN_KEYS, _token_ids(config), strict=True))
         settings = {name: token for name, token in ids.items() if token is not None}
-    # With this key, transformers would take the end tokens of config.json instead.
+    # With this key, transformers would use the end tokens of config.json instead.
     settings.pop("_from_model_config", None)
     settings["eos_token_id"] = ends
     return to_json(settings), tuple(token for token in stops if token not in here)
 
 
 def join_settings(ours: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of a saved model: what we write, and what else the base's said.
+    """The ``config.json`` of a saved model: the current settings, and further keys of the base's.
 
     Args:
-        ours: Every setting that we interpret, as it is now.
-        base: The ``config.json`` of the base; empty where there is none.
+        ours: The current values of all settings that this library interprets.
+        base: The ``config.json`` of the base; empty if there is none.
     """
     kept = {
         name: value
         for name, value in base.items()
         if (name not in ours or name in _OF_BASE) and name not in _NOT_KEPT
     }
-    if "torch_dtype" in kept:  # what transformers called it before
+    if "torch_dtype" in kept:  # the old name in transformers
         kept["torch_dtype"] = ours["dtype"]
     return {**ours, **kept}
 
 
 def _copied(place: Place, tokenizer: Any) -> SavedFiles:
-    """The files of a folder, with what was changed of its tokenizer since it was loaded."""
+    """The files of a folder, with changes that were made to its tokenizer after loading."""
     files, settings = read_companions(place), read_json(place / "config.json")
     if tokenizer is None:
         return SavedFiles(files, settings)
@@ -173,13 +173,13 @@ def _copied(place: Place, tokenizer: Any) -> SavedFiles:
 
 
 def _token_ids(config: ModelConfig) -> tuple[int | None, int | list[int] | None, int | None]:
-    """What `_TOKEN_KEYS` have as values."""
+    """The values of `_TOKEN_KEYS`."""
     ends = list(config.eos_token_ids)
     return config.bos_token_id, ends[0] if len(ends) == 1 else ends or None, config.pad_token_id
 
 
 def _say_stops(added: tuple[int, ...], tokenizer: Any) -> str:
-    """What to tell of stop tokens that a base does not have."""
+    """The note about stop tokens that the base does not have."""
     names = [
         str(token) if tokenizer is None else f"{tokenizer.convert_ids_to_tokens(token)} ({token})"
         for token in added

@@ -1,4 +1,4 @@
-"""A base known by its config alone: every weight has its shape, none has its numbers."""
+"""A base known by its config alone: weights have shapes but no values."""
 
 import dataclasses
 import functools
@@ -20,18 +20,17 @@ from jaxpeft.pretrained.weights.names import param_shapes
 
 
 class NeedsWeightsError(UserError):
-    """Numbers of a base were asked for of which only shapes are at hand."""
+    """Values of a base were requested, but only shapes are known."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weightless:
-    """Stands for a base weight that is not at hand; whoever reads its numbers gets a
-    `NeedsWeightsError`.
+    """Stands for a base weight without values; reading its values is a `NeedsWeightsError`.
 
     Attributes:
-        shape: Of the weight, layer axis included.
-        path: Where it stands.
-        base_name: The base it belongs to.
+        shape: Shape of the weight, layer axis included.
+        path: Its path in the parameters.
+        base_name: The base that it belongs to.
     """
 
     shape: tuple[int, ...]
@@ -40,7 +39,7 @@ class Weightless:
 
     @property
     def dtype(self) -> Any:
-        """That of a weight as it is usually loaded."""
+        """The dtype in which weights are usually loaded."""
         return np.dtype(np.float32)
 
     @property
@@ -49,7 +48,7 @@ class Weightless:
         return len(self.shape)
 
     def refuse(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuses to give numbers, for whatever asks for them.
+        """Refuses to give values.
 
         Raises:
             NeedsWeightsError: Always.
@@ -63,11 +62,11 @@ class Weightless:
 
     @property
     def T(self) -> NoReturn:
-        """The transpose, which would be read."""
+        """The transpose, which would need values."""
         self.refuse()
 
 
-jax.tree_util.register_pytree_node(  # so that a jitted function reads it too
+jax.tree_util.register_pytree_node(  # so that a jitted function refuses it too
     Weightless, Weightless.refuse, Weightless.refuse
 )
 
@@ -80,20 +79,20 @@ def load_shapes(name: str, revision: str | None = None) -> Model:
         revision: Branch, tag or commit of a hub id.
 
     Returns:
-        The model; its leaves are `Weightless`, its fingerprint is not known.
+        The model; its leaves are `Weightless`, and its fingerprint is unknown.
 
     Raises:
-        UserError: Nothing there, or an unsupported model.
+        UserError: Nothing is there, or the model is not supported.
     """
     return without_weights(load_config(name, revision), name)
 
 
 def without_weights(config: ModelConfig, name: str) -> Model:
-    """A `jaxpeft.Model` as `load_shapes` gives it, of a config that is at hand.
+    """A `jaxpeft.Model` without weights, like that of `load_shapes`, from a given config.
 
     Args:
         config: The architecture.
-        name: Where it comes from.
+        name: The place that the config comes from.
     """
     from jaxpeft.models.transformer import Transformer
 
@@ -110,13 +109,13 @@ def placed_model(
     quantization: str | None = None,
     double_quantization: bool = False,
 ) -> Model:
-    """What `load_model` would put on a mesh, as shapes: programs can be compiled for it.
+    """The model that `load_model` would put on a mesh, as shapes for which to compile programs.
 
     Args:
         config: The architecture.
-        layout: Where the parameters live; its devices need not be there.
-        dtype: Of the parameters.
-        compute_dtype: Of the activations; "auto" is what suits the platform traced for.
+        layout: The placement of the parameters; its devices need not be present.
+        dtype: Dtype of the parameters.
+        compute_dtype: Dtype of the activations; "auto" depends on the platform traced for.
         quantization: "nf4", "int4" or "int8" for the kernels of the layers; None for none.
         double_quantization: Quantise their scales too.
 

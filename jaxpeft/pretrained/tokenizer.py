@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders and GGUF files, always transformers' fast kind."""
+"""Loads tokenizers of Hugging Face folders and GGUF files, always of transformers' fast kind."""
 
 import pathlib
 from typing import Any
@@ -12,7 +12,7 @@ from jaxpeft.files.locate import SMALL
 from jaxpeft.files.storage import Place
 from jaxpeft.pretrained.quiet_transformers import import_transformers
 
-# One of these makes a folder's tokenizer.
+# A folder's tokenizer is made from one of these files.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -22,14 +22,14 @@ def has_tokenizer(place: Place) -> bool:
 
 
 def read_tokenizer(place: Place) -> Any:
-    """The tokenizer in a Hugging Face folder or a GGUF file. Runs no code from either.
+    """Loads the tokenizer of a Hugging Face folder or a GGUF file, without running code from it.
 
     Args:
         place: A folder, or a ``.gguf`` file.
 
     Raises:
-        UserError: No tokenizer files, files transformers cannot read, or paths that leave the
-            folder.
+        UserError: There are no tokenizer files, transformers cannot read them, or a path in them
+            leaves the folder.
         StoreError: The store refuses or does not answer.
     """
     if place.suffix == ".gguf":

@@ -1,7 +1,8 @@
-"""The files of a tokenizer, written so that transformers 4 and 5 read the same tokens from them.
+"""Writes the files of a tokenizer so that transformers 4 and 5 read the same tokens.
 
-All that decides about tokens is in ``tokenizer.json``. The settings beside it use only keys, and
-the class, that both generations know; what `save_pretrained` of one writes, the other may refuse.
+Everything that determines tokens is in ``tokenizer.json``. The settings beside it use only the
+keys, and the class, that both versions know; each version may refuse what `save_pretrained` of the
+other writes.
 """
 
 import json
@@ -11,14 +12,15 @@ from typing import Any
 from jaxpeft.files.companions import TEMPLATE, TEMPLATE_JSON, TEMPLATES, TOKENIZER, TOKENIZER_CONFIG
 
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_STATE = ("padding", "truncation")  # left by calls, no part of the tokenizer
+_STATE = ("padding", "truncation")  # set by calls, not part of the tokenizer
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     """The files of a fast tokenizer, content by name.
 
     Args:
-        tokenizer: A transformers fast tokenizer; it may have a chat template, or several named.
+        tokenizer: A transformers fast tokenizer; it may have one chat template, or several with
+            names.
     """
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -45,7 +47,7 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
 
 
 def same_tokens(one: Any, other: Any) -> bool:
-    """Whether two fast tokenizers make the same tokens and have the same special ones."""
+    """Whether two fast tokenizers make the same tokens and have the same special tokens."""
     specials = [
         [getattr(tokenizer, f"{name}_token", None) for name in _NAMED] for tokenizer in (one, other)
     ]
@@ -53,10 +55,10 @@ def same_tokens(one: Any, other: Any) -> bool:
 
 
 def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
-    """Files of a tokenizer in which `template` is the chat template, and the only one.
+    """The files of a tokenizer with `template` as the only chat template.
 
-    transformers reads ``chat_template.jinja``, older versions what ``tokenizer_config.json``
-    holds; where the latter holds one, it holds this one too. Named templates go.
+    transformers reads ``chat_template.jinja``, older versions a key in ``tokenizer_config.json``;
+    if that key is there, it gets this template too. Named templates are removed.
 
     Args:
         files: Content by name.
@@ -74,11 +76,11 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
 
 
 def to_json(value: dict) -> bytes:
-    """A JSON file as the Hugging Face libraries write them."""
+    """A value as JSON in the format of the Hugging Face libraries."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _vocabulary(tokenizer: Any) -> dict[str, Any]:
-    """What ``tokenizer.json`` holds."""
+    """The content of ``tokenizer.json``."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     return {**content, **dict.fromkeys(_STATE)}

@@ -69,7 +69,7 @@ def check_model(config: RunConfig, model: ModelConfig, tokenizer: Any = None) ->
     both = [path for path in spec.paths if paths.ends_in(path, optim.trainable)]
     if both:
         raise UserError(f"optim.trainable: the method trains {first_few(both)} already.")
-    if optim.name in WHOLE_ARRAYS:  # ranks are values; the zeros are never made
+    if optim.name in WHOLE_ARRAYS:  # ranks are values, so jit it; the zeros are never made
         ranked = dataclasses.replace(adapter, buffers=jax.jit(lambda: start().buffers)())
         if any(_is_padded(ranked, path) for path in spec.paths):
             raise UserError(
@@ -107,7 +107,12 @@ def starts_dense(config: RunConfig, restored: bool) -> bool:
 
 
 def check_dense_start(config: RunConfig) -> None:
-    """Raises a UserError if a start from what quantising loses has nothing to start from."""
+    """Checks that a run with LoftQ quantises its base as LoftQ assumes.
+
+    Raises:
+        UserError: The base is not quantised to NF4 with float32 scales, or LoftQ takes several
+            steps.
+    """
     if starts_dense(config, restored=False):
         model = config.model
         config.method.check_quantization(model.quantization, model.double_quantization)

@@ -156,9 +156,9 @@ def _with_room(saved: Adapter, described: Adapter) -> Adapter:
 
 
 def _numbers(method: Method, shapes: dict, key: jax.Array, context: Context) -> dict[str, Any]:
-    """Ranks, scales, dropout rates and what else the family compares, as the method would set them.
+    """The ranks, scales, dropout rates and other numbers that a family compares.
 
-    Nothing else is computed.
+    They are computed as the method would set them; nothing else is computed.
     """
     names = (RANK, SCALE, DROPOUT, *KINDS[method.name].compared)
 

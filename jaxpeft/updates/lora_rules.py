@@ -1,10 +1,11 @@
 """LoRA+ and LoRA-FA as optax transformations: learning rates and gradients of the factors.
 
 **LoRA+**: ``B`` learns at `ratio` times the rate of ``A``. The groups are those of PEFT's
-``create_loraplus_optimizer``: "a" (factors A, AdaLoRA's singular values and whole matrices, the
-rate), "b" (factors B and vectors, the rate times the ratio), "b_no_decay" (biases, the same without
-weight decay) and "embedding" (factors of the embedding table, a rate of their own). Which arrays
-are factors B, and which learn at another rate than their number of axes says, the family declares.
+``create_loraplus_optimizer``: "a" (factors A, AdaLoRA's singular values and whole matrices, at the
+usual rate), "b" (factors B and vectors, at the rate times the ratio), "b_no_decay" (biases, at the
+same rate without weight decay) and "embedding" (factors of the embedding table, at a rate of their
+own). Each family declares which arrays are factors B, and which arrays learn at another rate than
+their number of axes implies.
 
 **LoRA-FA**: ``A`` keeps its initial values, and the gradient of ``B`` becomes
 
@@ -53,7 +54,7 @@ def lora_plus(
             times the usual one, or `EMBEDDING_RATE` for a factor of 0; `decay` says whether it
             decays weights.
         ratio: Learning rate of B over that of A.
-        arrays: What the adapter's arrays are, by name; `Kind.arrays` of its family.
+        arrays: The roles of the adapter's arrays by name, `Kind.arrays` of its family.
 
     Returns:
         A transformation over ``{"base": ..., "adapter": ...}`` whose frozen leaves are masked.
@@ -68,14 +69,14 @@ def lora_plus(
 
 
 def lora_plus_groups(tree: Any, arrays: Mapping[str, ArrayRole]) -> Any:
-    """The group of every leaf of ``{"base": ..., "adapter": ...}``, as a tree of labels.
+    """Labels every leaf of ``{"base": ..., "adapter": ...}`` with its group.
 
     Args:
         tree: Arrays or shapes.
-        arrays: As `lora_plus` takes it.
+        arrays: The roles of the adapter's arrays, as for `lora_plus`.
 
     Raises:
-        UserError: If no leaf is declared to be fast, as LoRA's factor B is.
+        UserError: If no array is declared to learn faster, as LoRA's factor B is.
     """
     names = [_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
     if not any(_role(name, arrays).fast for name in names):
@@ -89,15 +90,15 @@ def lora_plus_groups(tree: Any, arrays: Mapping[str, ArrayRole]) -> Any:
 
 
 def project_b(kind: Kind) -> optax.GradientTransformationExtraArgs:
-    """LoRA-FA's gradient of B.
+    """Replaces the gradients of B by those of LoRA-FA.
 
     Args:
-        kind: The family of the adapter; a gradient stays as it is where it has no such factors.
+        kind: The family of the adapter. If it has no such factors, gradients are unchanged.
 
     Returns:
-        A stateless transformation whose update takes two extra arguments: ``whole=``, the tree with
-            its frozen leaves, which holds A (`jaxpeft.masked` passes it), and ``buffers=``, which
-            hold the scales (the training step passes them).
+        A stateless transformation. Its update takes two extra arguments. ``whole=`` is the tree
+        with its frozen leaves, which holds A (`jaxpeft.masked` passes it). ``buffers=`` hold the
+        scales (the training step passes them).
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -142,9 +143,9 @@ def projected(g: jax.Array, a: jax.Array, scale: Any) -> jax.Array:
 
 
 def without_a(trainable: Any, kind: Kind) -> Any:
-    """A tree of booleans over an adapter's arrays, with the factors A of kernels switched off.
+    """Copies a tree of booleans over an adapter's arrays, False at the factors A of kernels.
 
-    The embedding's factors, whose first one starts at zero, both go on, as in PEFT.
+    Both factors of the embedding table stay trained, as in PEFT, because the first starts at zero.
 
     Args:
         trainable: Which arrays are trained, from `Method.trainable`.

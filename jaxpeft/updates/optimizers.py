@@ -127,14 +127,14 @@ def make_optimizer(
     Args:
         config: Which rule, with its numbers.
         steps: Updates of the whole run, for the schedule.
-        method: What is trained. It may add to the rule (AdaLoRA does), whose gradients are
-            clipped, and LoRA+ and LoRA-FA ask its family which arrays are the factors.
+        method: What is trained, or None. A method may add to the rule (AdaLoRA does), after
+            clipping; and its family tells LoRA+ and LoRA-FA which arrays are the factors.
 
     Returns:
-        A transformation over the trained leaves; `masked` keeps it off the others.
+        A transformation over the trained leaves; `masked` restricts it to them.
 
     Raises:
-        UserError: If the config asks for LoRA+ or LoRA-FA and there is no method.
+        UserError: The config asks for LoRA+ or LoRA-FA, and there is no method.
     """
     kind = None if method is None else KINDS[method.name]
     if kind is None and (config.lora_fa or config.lora_plus_ratio is not None):
@@ -204,7 +204,7 @@ def _adafactor(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTrans
     return optax.adafactor(
         rate,
         multiply_by_parameter_scale=False,
-        # optax's own decay is not multiplied with the learning rate.
+        # optax's own decay is not multiplied by the learning rate.
         weight_decay_rate=(lambda count: decay * rate(count)) if decay else None,
     )
 

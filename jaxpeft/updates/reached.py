@@ -139,7 +139,7 @@ class Reached:
             yield place + _of(alone)
 
     def _hint(self, parts: list[tuple[_Part, bool]]) -> str:
-        """What it may mean that a place was not reached, and the way out."""
+        """A possible reason why a place was not reached, and the way out."""
         hints = (self._kind.role(part.name).unreached for part, _ in parts)
         return next(filter(None, hints), USUAL_HINT)
 

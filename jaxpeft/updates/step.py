@@ -40,10 +40,10 @@ class TrainState:
         skipped: Steps skipped so far, because a number was or would have become non-finite.
         skipped_in_a_row: Steps skipped since the last good step.
         spec: Static part of the adapter.
-        base_name: The adapter's label of this name. Unlike labels these texts are compared, so that
-            a compiled step never gives back the names of the adapter that it was traced for.
-        base_revision: The same.
-        chat: The same.
+        base_name: The text of the adapter's `base_name`. Unlike labels these texts are compared, so
+            that a compiled step never returns the names of the adapter it was traced for.
+        base_revision: The text of the adapter's `base_revision`.
+        chat: The text of the adapter's `chat`.
     """
 
     step: Any
@@ -61,7 +61,7 @@ class TrainState:
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter as it stands, with the names of the one that training began with."""
+        """The adapter with its current values and the names it had when training began."""
         return Adapter(
             params=_combine(self.trained["adapter"], self.frozen),
             buffers=self.buffers,

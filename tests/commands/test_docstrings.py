@@ -17,6 +17,7 @@ MODULES = {
 }
 SOME = "an error made by another function"  # ``raise report(...)``: any name will do
 OF_PYTHON = {"Exception", "KeyError", "OSError", "SystemExit", "TypeError"}  # it raises them itself
+OF_BUILTINS = {name for cls in (bytes, dict, list, pathlib.Path, set, str) for name in dir(cls)}
 SCOPES = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
 
 
@@ -142,7 +143,8 @@ def named_in(module):
 def meant(function, node):
     """The functions that a name in a body may mean.
 
-    A method may be that of any class that the module names, or of one that inherits from it.
+    A method may be that of any class that the module names, or of one that inherits from it; if
+    there is none and no type of Python has such a method, it may be that of any class.
     """
     name = last_name(node)
     if isinstance(node, ast.Name):
@@ -153,8 +155,9 @@ def meant(function, node):
     module, _ = imported(function.module).get(last_name(node.value), (None, None))
     if module:
         return [one for one in CALLABLE.get(name, ()) if one.module == module]
-    known = named_in(function.module)
-    return [one for one in CALLABLE.get(name, ()) if one.owner and and_bases(one.owner) & known]
+    known, methods = named_in(function.module), [one for one in CALLABLE.get(name, ()) if one.owner]
+    some = [one for one in methods if and_bases(one.owner) & known]
+    return some or ([] if name in OF_BUILTINS else methods)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""What a chat template must not lose of a row, and what of a row it need not read.
+"""Checks what a chat template drops of a row.
 
-Tools, documents, the texts of earlier messages and some keys are refused by name where the
-rendering is without them. Keys and arguments that change nothing are named once for a file.
+A row is refused if its rendering lacks tools, documents, the text of an earlier message or certain
+keys. Other keys and arguments that change nothing are reported once per file.
 """
 
 from typing import Any
@@ -12,38 +12,38 @@ from jaxpeft.data.rows.messages import HANDED_ON
 
 
 class Unused:
-    """Which keys and arguments made no difference in any row so far."""
+    """The keys and arguments that made no difference in any row so far."""
 
     def __init__(self):
         self._used: set[str] = set()
         self._unused: dict[str, None] = {}
 
     def is_open(self, name: str) -> bool:
-        """Whether it is still to be found out if something is used."""
+        """Whether it is still unknown if something is used."""
         return name not in self._used
 
     def note(self, name: str, used: bool) -> None:
-        """Remembers what a row shows."""
+        """Records whether a row uses something."""
         if used:
             self._used.add(name)
         else:
             self._unused[name] = None
 
     def names(self) -> list[str]:
-        """What no row has used."""
+        """The names that no row has used."""
         return [name for name in self._unused if name not in self._used]
 
 
 def check_prompt(renderer: Renderer, prompt: str, index: int) -> None:
-    """Finds out whether generation sees all that a conversation says.
+    """Checks that the generation prompt holds everything in front of the answer.
 
     Args:
         renderer: The conversation.
-        prompt: What generation is given.
-        index: How many messages stand in front of the answer.
+        prompt: The text that generation is given.
+        index: The number of messages in front of the answer.
 
     Raises:
-        RowError: If the template drops tools, documents, a message or the call of a tool.
+        RowError: The template drops tools, documents, a message or the call of a tool.
     """
     values = renderer.values[:index]
     _check_tools(renderer, values, prompt)
@@ -63,7 +63,11 @@ def check_prompt(renderer: Renderer, prompt: str, index: int) -> None:
 
 
 def _check_tools(renderer: Renderer, values: list[dict[str, Any]], prompt: str) -> None:
-    """Raises a RowError if the template does not render one of the tools."""
+    """Checks that the template renders all tools.
+
+    Raises:
+        RowError: One is missing.
+    """
     tools = renderer.conversation.tools
     if not tools:
         return
@@ -85,13 +89,13 @@ def _marked_tool(tool: dict[str, Any], place: int) -> dict[str, Any]:
 
 
 def _says(renderer: Renderer, place: int, prompt: str) -> bool:
-    """Whether a message's words stand in a prompt, for templates that take no other words."""
+    """Whether a message's own words are in a prompt; for templates that refuse replaced words."""
     words = renderer.words[place]
     return all(word.strip() in prompt for word in (words.answer, *words.tool_names))
 
 
 def _lost(renderer: Renderer, place: int, mark: str) -> str:
-    """What a template drops of a message, and the way out."""
+    """The error about what a template drops of a message, with the way out."""
     message, words = renderer.conversation.messages[place], renderer.words[place]
     if not mark.startswith(ANSWER):
         names = " and ".join(words.tool_names)
@@ -105,10 +109,10 @@ def _lost(renderer: Renderer, place: int, mark: str) -> str:
 
 
 def check_keys(renderer: Renderer, unused: Unused) -> None:
-    """Finds out which further keys of messages and which arguments the template reads.
+    """Finds out which further keys of messages, and which arguments, the template reads.
 
     Raises:
-        RowError: If it does not read one of `HANDED_ON`.
+        RowError: It does not read one of the keys in `HANDED_ON`.
     """
     for place, message in enumerate(renderer.conversation.messages):
         handed = [key for key in HANDED_ON if message.values.get(key)]
@@ -130,10 +134,10 @@ def check_keys(renderer: Renderer, unused: Unused) -> None:
 
 
 def find_markup(renderer: Renderer) -> None:
-    """Looks for special tokens inside of contents, tools and documents.
+    """Checks contents, tools and documents for special tokens.
 
     Raises:
-        RowError: If one of them holds one, which would be read as the markup of a turn.
+        RowError: One of them holds a special token, which would be read as the markup of a turn.
     """
     conversation = renderer.conversation
     places = [

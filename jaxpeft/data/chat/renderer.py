@@ -1,8 +1,8 @@
-"""A conversation in the form that its chat template takes, rendered as often as needed.
+"""A conversation in the form that its chat template accepts, rendered as often as needed.
 
-Templates differ in what they take: arguments of tools as objects or as text, contents of null or
-empty ones, thinking in a key or in the content, names of roles. The first form that the template
-renders is used for all renderings of a conversation, so that they can be compared.
+Templates differ in the form they accept: arguments of tools as objects or as text, contents that
+are null or empty, thinking in a key or in the content, names of roles. The first form that the
+template renders is used for all renderings of a conversation, so that they can be compared.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from jaxpeft.data.rows.messages import Message
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """What a message says in its own words.
+    """A message's own words.
 
     Attributes:
-        thinking: Of an assistant turn; "" where it has none.
+        thinking: The thinking of an assistant turn; "" if there is none.
         answer: The text, without a block of thinking.
         tool_names: The functions that it calls.
         inline: Whether its content has a block of thinking, which may be empty.
@@ -36,18 +36,18 @@ class Words:
 
 
 class Renderer:
-    """A conversation in the form its template takes, rendered as often as needed.
+    """A conversation in the form that its template accepts, rendered as often as needed.
 
     Args:
         chat: The template.
         conversation: A checked conversation.
 
     Attributes:
-        values: The messages in their form.
+        values: The messages in the accepted form.
         whole: The rendering of all of them.
 
     Raises:
-        RowError: If the template refuses the conversation in every form.
+        RowError: The template refuses the conversation in every form.
     """
 
     def __init__(self, chat: Chat, conversation: Conversation):
@@ -67,17 +67,20 @@ class Renderer:
         tools: Sequence[Any] | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of messages in the chosen form.
+        """Renders messages in the accepted form.
 
         Args:
             values: The messages.
-            prompt: Open an assistant turn behind them.
-            documents: Give the template the conversation's documents.
-            tools: JSON schemas of tools; default: those of the conversation.
-            arguments: Variables of the template; default: those of the conversation.
+            prompt: Whether to open an assistant turn after them.
+            documents: Whether to pass the conversation's documents.
+            tools: JSON schemas of tools; by default those of the conversation.
+            arguments: Variables of the template; by default those of the conversation.
+
+        Returns:
+            The text.
 
         Raises:
-            RowError: If the template refuses.
+            RowError: The template refuses the messages.
         """
         return self.chat.render(
             values,
@@ -88,21 +91,21 @@ class Renderer:
         )
 
     def attempt(self, values: Sequence[dict[str, Any]], **options: Any) -> str | None:
-        """What `render` gives; None where the template refuses."""
+        """The result of `render`; None if the template refuses."""
         try:
             return self.render(values, **options)
         except RowError:
             return None
 
     def marked(self, index: int, suffix: str = "") -> tuple[dict[str, Any], list[str]]:
-        """A message with words in the place of its own, to find them by.
+        """A message whose words are replaced by marks that are easy to find.
 
         Args:
             index: The place of the message.
-            suffix: What to put behind the words, to tell several messages apart.
+            suffix: Text appended to the marks, to tell several messages apart.
 
         Returns:
-            The message, and the words that stand for its text and its calls.
+            The message, and the marks that stand for its text and its calls.
         """
         values, words = dict(self.values[index]), self.words[index]
         if REASONING[0] in values:
@@ -123,7 +126,7 @@ class Renderer:
         return values, marks
 
     def _choose_form(self) -> tuple[list[dict[str, Any]], str]:
-        """The first form that the template renders, and the rendering."""
+        """Finds the first form that the template renders, and the rendering."""
         messages, tools = self.conversation.messages, self.conversation.tools
         inline = any(words.inline for words in self.words)
         as_key = inline and self.chat.takes_reasoning(tools, self.arguments)
@@ -146,13 +149,13 @@ class Renderer:
         raise RowError(f"{problem}{self._way_out()}")
 
     def _prompt_thinks(self) -> bool:
-        """Whether the generation prompt opens or closes thinking by itself."""
+        """Whether the generation prompt itself opens or closes a block of thinking."""
         question = [{"role": "user", "content": QUESTION}]
         prompt = self.attempt(question, prompt=True) or ""
         return thinking.open_at_end(prompt) is not None or thinking.closes_at_end(prompt)
 
     def _says_none(self, form: list[dict[str, Any]], rendered: str) -> bool:
-        """Whether a template writes a content of null as the word None."""
+        """Whether a template renders a content of null as the word None."""
         filled = [one | {"content": one["content"] or ""} for one in form]
         text = self.attempt(filled)
         return text is not None and rendered.count("None") > text.count("None")
@@ -173,7 +176,7 @@ class Renderer:
         return values
 
     def role(self, role: str) -> str:
-        """The role under which the template knows a message."""
+        """The template's name for the role of a message."""
         tools = self.conversation.tools
         names = {
             "developer": ("developer", "system"),
@@ -184,7 +187,7 @@ class Renderer:
         return next((name for name in names if self.chat.names(name, tools)), names[-1])
 
     def _way_out(self) -> str:
-        """What helps where the template refuses: shown only where it does."""
+        """A hint for a template that refuses, if a change that helps is known."""
         form = [self._form(i, False, False, True) for i in range(len(self.words))]
         if form[0]["role"] == "system" and self.attempt(form[1:]) is not None:
             if not self.words[0].answer.strip():
@@ -204,15 +207,15 @@ class Renderer:
 
 
 def _words(message: Message, prompt_thinks: bool) -> Words:
-    """What a message says in its own words.
+    """A message's own words.
 
     Args:
         message: The message.
-        prompt_thinks: Whether the generation prompt opens or closes thinking, so that a content
-            may begin inside of a block.
+        prompt_thinks: Whether the generation prompt opens or closes a block of thinking. Then a
+            content may begin inside a block.
 
     Raises:
-        RowError: If a block of thinking is not closed, or says other than the key beside it.
+        RowError: A block of thinking is not closed, or differs from the key beside it.
     """
     text, names = message.text, tuple(message.tool_names)
     if message.role != "assistant":
@@ -235,7 +238,7 @@ def _words(message: Message, prompt_thinks: bool) -> Words:
 
 
 def _marked_call(call: dict[str, Any], suffix: str) -> tuple[dict[str, Any], list[str]]:
-    """A call with marks in the place of its name and of the values of its arguments."""
+    """A call whose name and argument values are replaced by marks."""
     given = call["function"]["arguments"]
     is_text = isinstance(given, str)
     values: dict[str, Any] = json.loads(given) if is_text else given

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: rendering, its special tokens, and the token that ends a turn."""
+"""A tokenizer's chat template: rendering, special tokens, and the token that ends a turn."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from jaxpeft.data.templates.render import TemplateError, render_template
 
 ANSWER, NEXT, QUESTION = "Zq4vanswer7", "Zq4vnext7", "Zq4vquestion7"
 THOUGHT, TOOL, ARGUMENT = "Zq4vthought7", "Zq4vtool7", "Zq4vargument7"
-"""Texts that no template changes and no row holds, to find places in a rendering by."""
+"""Marks to find places in a rendering; no template changes them and no row contains them."""
 
 
 class RowError(ValueError):
-    """A row that cannot become an example; the text is "field: why"."""
+    """A row cannot become an example; the text is "field: why"."""
 
 
 def render_messages(
@@ -58,17 +58,17 @@ def render_messages(
 
 
 class Chat:
-    """What is to be known of a tokenizer and its chat template, found out once.
+    """A tokenizer and its chat template, with facts about it that are found out once.
 
     Args:
         tokenizer: A tokenizer of transformers.
-        stop_ids: Further tokens that end generation, by the model's config.
+        stop_ids: Further tokens that end generation, from the model's config.
         arguments: Variables of the template for all conversations.
 
     Attributes:
-        tokenizer: As given.
-        arguments: As given.
-        eos: The text of the tokenizer's end token; "" where it has none.
+        tokenizer: The tokenizer.
+        arguments: The variables.
+        eos: The text of the tokenizer's end token; "" if it has none.
     """
 
     def __init__(
@@ -115,17 +115,17 @@ class Chat:
         )
 
     def source(self, tools: Any = None) -> str:
-        """The text of the template that renders conversations with or without tools."""
+        """The text of the template for conversations with tools, or without."""
         if not self.tokenizer.chat_template:
             return ""
         return self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
 
     def names(self, word: str, tools: Any = None) -> bool:
-        """Whether the template knows a word, such as a role or an argument."""
+        """Whether the template contains a word, such as a role or an argument."""
         return re.search(rf"\b{re.escape(word)}\b", self.source(tools)) is not None
 
     def end_of_turn(self, tools: Any = None) -> str:
-        """The text of the token that ends an assistant turn; "" where the template writes none."""
+        """The text of the token that ends an assistant turn; "" if the template writes none."""
         source = self.source(tools)
         if source not in self._ends:
             self._ends[source] = self._find_end(tools)
@@ -136,9 +136,9 @@ class Chat:
         return list(dict.fromkeys(filter(None, [*self._stops, self.end_of_turn(tools)])))
 
     def takes_reasoning(self, tools: Any, arguments: Mapping[str, Any]) -> bool:
-        """Whether the template has a place for thinking that stands in a key of its own.
+        """Whether the template reads thinking from a key of its own.
 
-        It writes what the key of the last turn holds, or an empty block to fill.
+        It does if it writes the value of that key for the last turn, or an empty block to fill.
         """
         key = json.dumps([self.source(tools), dict(arguments)], sort_keys=True, default=repr)
         if key not in self._reasons:
@@ -149,11 +149,11 @@ class Chat:
         return self._reasons[key]
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Where tokens that were added to the vocabulary stand in a text."""
+        """The places in a text of tokens that were added to the vocabulary."""
         return [] if self._added is None else [found.span() for found in self._added.finditer(text)]
 
     def common(self, left: str, right: str) -> int:
-        """The length of what two texts begin with alike; no added token is cut in two."""
+        """The length of the common beginning of two texts; no added token is cut in two."""
         length = min(len(left), len(right))
         at = next((i for i in range(length) if left[i] != right[i]), length)
         for text in (left, right):
@@ -162,7 +162,7 @@ class Chat:
         return at
 
     def first_stop(self, text: str, stops: Iterable[str], start: int = 0) -> tuple[int, int] | None:
-        """Where the first of several tokens stands in a text, from `start` on."""
+        """The place of the first of several tokens in a text, from `start` on."""
         wanted = set(stops)
         for first, last in self.spans(text):
             if first >= start and text[first:last] in wanted:
@@ -170,19 +170,19 @@ class Chat:
         return None
 
     def specials(self, text: str) -> list[tuple[int, int]]:
-        """Where tokens flagged special stand in a text."""
+        """The places in a text of tokens that are flagged special."""
         return [(i, j) for i, j in self.spans(text) if text[i:j] in self._special]
 
     def markup(self, text: str) -> str | None:
-        """A special token inside the content of a message, if there is one.
+        """A special token in the content of a message, or None.
 
-        Tags of thinking and of tools are no markup: contents may hold them.
+        Tags of thinking and of tools do not count as markup, because contents may hold them.
         """
         found = self._markup.search(text) if self._markup else None
         return found[0] if found else None
 
     def _wants_parts(self, tools: Any) -> bool:
-        """Whether the template passes over contents that are texts, and takes lists of parts."""
+        """Whether the template ignores contents that are texts, and reads lists of parts."""
         source = self.source(tools)
         if source not in self._parts:
             self._parts[source] = False
@@ -193,7 +193,7 @@ class Chat:
         return self._parts[source]
 
     def _find_end(self, tools: Any) -> str:
-        """What ends a turn, by the rendering of one that is last and of one that is not."""
+        """Finds the end of a turn by rendering a turn that is last and one that is not."""
         turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
         last = self._try(turns, tools, self.arguments).rpartition(ANSWER)[2]
         more = self._try([*turns, {"role": "user", "content": NEXT}], tools, self.arguments)
@@ -213,7 +213,7 @@ class Chat:
         return ""
 
     def _try(self, messages: Sequence[Any], tools: Any, arguments: Mapping[str, Any]) -> str:
-        """A rendering, or nothing where the template refuses."""
+        """A rendering, or None if the template refuses."""
         try:
             return self.render(messages, tools=tools, arguments=arguments)
         except RowError:

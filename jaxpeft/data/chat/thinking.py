@@ -1,8 +1,8 @@
-"""Blocks of thinking in texts: where they open and close, and what is left without them.
+"""Blocks of thinking in texts: where they open and close, and the text without them.
 
-A block stands between two tags, such as ``<think>`` and ``</think>``, ``[THINK]`` and
-``[/THINK]``, ``<|START_THINKING|>`` and ``<|END_THINKING|>``; gpt-oss writes channels instead,
-of which the last, ``final``, is the answer.
+A block is between two tags, such as ``<think>`` and ``</think>``, ``[THINK]`` and ``[/THINK]``, or
+``<|START_THINKING|>`` and ``<|END_THINKING|>``. gpt-oss writes channels instead, of which the last,
+``final``, is the answer.
 """
 
 import re
@@ -25,12 +25,12 @@ _MARKUP = re.compile(r"think|thought|reason|tool", re.IGNORECASE)
 
 
 def split_inline(content: str, *, may_lack_opening: bool = False) -> tuple[str, str] | None:
-    """The thinking and the answer of a text that begins with a block of it; None for another.
+    """The thinking and the answer of a text that begins with a block; None for other texts.
 
     Args:
         content: The text.
-        may_lack_opening: Take what stands in front of a closing tag for thinking although the
-            opening tag is missing, as in answers to a prompt that ends with it.
+        may_lack_opening: Whether text before a closing tag counts as thinking although the opening
+            tag is missing, as in answers to a prompt that ends with it.
     """
     found = _INLINE.match(content)
     if not found or not (found[1] or (may_lack_opening and THINK not in found[2])):
@@ -44,13 +44,13 @@ def lacks_opening(content: str) -> bool:
 
 
 def open_at_end(text: str) -> tuple[str, str] | None:
-    """The opening tag that a text ends with, and the blanks behind it; None without one."""
+    """The opening tag at the end of a text, with the blanks after it; None without one."""
     found = _OPEN_AT_END.search(text[-200:])
     return (found[1], found[2]) if found else None
 
 
 def unknown_open_at_end(text: str) -> str | None:
-    """A tag at the end of a text that opens something, whatever its name; None without one."""
+    """A tag of any name that opens something at the end of a text; None without one."""
     found = _ANY_OPEN_AT_END.search(text[-200:])
     return found[1] if found else None
 
@@ -61,7 +61,7 @@ def closes_at_end(text: str) -> bool:
 
 
 def closing_of(tag: str) -> str:
-    """The tag that closes what an opening tag opens, such as ``[/THINK]`` for ``[THINK]``."""
+    """The closing tag for an opening tag, such as ``[/THINK]`` for ``[THINK]``."""
     if tag.startswith("<|"):
         return re.sub("begin", "end", re.sub("start", "end", re.sub("START", "END", tag)))
     return f"{tag[0]}/{tag[1:]}"
@@ -78,7 +78,7 @@ def opens(text: str) -> bool:
 
 
 def fill_empty_block(text: str, thinking: str) -> str | None:
-    """A text with its leading empty block filled; None where it begins with none."""
+    """A text with its leading empty block filled; None if it does not begin with one."""
     found = _EMPTY_BLOCK.match(text)
     if not found:
         return None
@@ -88,7 +88,7 @@ def fill_empty_block(text: str, thinking: str) -> str | None:
 
 
 def ends_with_empty_block(text: str) -> bool:
-    """Whether a text ends with a block of thinking that holds nothing."""
+    """Whether a text ends with an empty block of thinking."""
     return _EMPTY_AT_END.search(text[-200:]) is not None
 
 
@@ -98,13 +98,13 @@ def is_exempt(token: str) -> bool:
 
 
 def without_thinking(prompt: str, answer: str, *, thinks: bool = True) -> str:
-    """What an answer says behind its thinking, without blanks around it.
+    """The part of an answer after its thinking, without blanks around it.
 
     Args:
-        prompt: The text it answers, whose end may open a block.
+        prompt: The prompt, whose end may open a block.
         answer: The text of the answer, with its tags.
-        thinks: Whether tags of any name mean thinking; else only ``<think>`` does, and other tags
-            are part of the answer.
+        thinks: Whether tags of any name mean thinking. If not, only ``<think>`` does, and other
+            tags are part of the answer.
     """
     answer = answer.rpartition(FINAL_CHANNEL)[2]
     tag = _tag_of(prompt, answer)
@@ -122,10 +122,10 @@ def _tag_of(prompt: str, answer: str) -> str | None:
 
 
 def thinks_on(prompt: str, answer: str) -> bool:
-    """Whether an answer ends inside of its thinking.
+    """Whether an answer ends inside a block of thinking.
 
     Args:
-        prompt: The text it answers, whose end may open a block.
+        prompt: The prompt, whose end may open a block.
         answer: The generated text, with its tags.
     """
     if "<|channel|>" in prompt[-200:] + answer:

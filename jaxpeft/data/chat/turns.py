@@ -1,15 +1,15 @@
-"""What is learned of a conversation: exactly what generation would meet.
+r"""The learned turns of a conversation, exactly as generation meets them.
 
-An assistant turn is learned behind the rendering of everything before it plus the generation
-prompt, up to and including the token at which generation stops:
+An assistant turn is learned after the rendering of everything before it plus the generation prompt,
+up to and including the token at which generation stops:
 
-    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
+    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
     [------------------- before ---------------------------][-- text -----]
 
-The text is found between two renderings, without and with the turn, in which the message in front
-of it is replaced by a word that is easy to find; so it does not matter if a template writes history
-in another way once turns follow. What the turn repeats of the generation prompt belongs to the
-prompt; what a prompt opens and the turn does not repeat (``<think>``) is not learned twice.
+The text is found by comparing two renderings, without and with the turn. In both, the message
+before it is replaced by a word that is easy to find, so a template may render history differently
+once turns follow. Text of the generation prompt that the turn repeats belongs to the prompt; text
+that only the prompt opens (``<think>``) is not learned.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ class Turn:
     """An assistant turn as generation meets it.
 
     Attributes:
-        before: What generation is given.
-        text: What it is to answer; its end is the token at which it stops.
-        note: What was done for it that the row does not say; "" for nothing.
+        before: The text that generation is given.
+        text: The text that is to be generated; it ends with the token at which generation stops.
+        note: A change that was made for this turn, for the user; "" for none.
         thinks: Whether it thinks before it answers, or shows that it does not.
     """
 
@@ -50,11 +50,11 @@ class Rendered:
     """A turn in its conversation.
 
     Attributes:
-        before: What generation is given.
-        opened: What of the generation prompt the turn itself does not repeat.
-        rest: The turn's text behind the prompt.
-        marked: The same with its own words replaced by those of `jaxpeft.data.chat.template`.
-        marks: The words that stand for its text and its calls.
+        before: The text that generation is given.
+        opened: The part of the generation prompt that the turn itself does not repeat.
+        rest: The turn's text after the prompt.
+        marked: The same with its own words replaced by the marks of `jaxpeft.data.chat.template`.
+        marks: The marks that stand for its text and its calls.
     """
 
     before: str
@@ -65,7 +65,7 @@ class Rendered:
 
     @property
     def end(self) -> int:
-        """Where the own words end in `rest`."""
+        """The place in `rest` where the own words end."""
         return len(self.rest) - _length_behind(self.rest, self.marked, self.marks)
 
 
@@ -77,14 +77,15 @@ def find_turns(
     Args:
         renderer: The conversation.
         learned: Indices of the assistant turns to learn, in their order.
-        end_of_turn: Whether the template's end of a turn is learned, or the tokenizer's end token.
+        end_of_turn: Whether turns end with the template's end of a turn, or the tokenizer's end
+            token.
 
     Returns:
         A turn for every index.
 
     Raises:
-        RowError: If the template loses something of the row, or generation cannot meet a turn.
-        UserError: If the template writes no end behind an answer.
+        RowError: The template drops a part of the row, or generation cannot meet a turn.
+        UserError: The template writes no end after an answer.
     """
     return [_find_turn(renderer, index, end_of_turn) for index in learned]
 
@@ -110,7 +111,7 @@ def _find_turn(renderer: Renderer, index: int, end_of_turn: EndOfTurn) -> Turn:
 
 
 def _split(renderer: Renderer, index: int) -> Rendered:
-    """Finds a turn between two renderings."""
+    """Finds a turn by comparing two renderings."""
     values, chat = renderer.values, renderer.chat
     before, plain = renderer.render(values[:index], prompt=True), renderer.attempt(values[:index])
     prompt = before[len(plain) :] if plain is not None and before.startswith(plain) else ""
@@ -121,7 +122,7 @@ def _split(renderer: Renderer, index: int) -> Rendered:
     inside = {at for start, end in chat.spans(prompt) for at in range(start + 1, end)}
 
     def find(turn: dict[str, Any]) -> tuple[str, str]:
-        """What of the prompt a turn leaves out, and its text."""
+        """The part of the prompt that a turn leaves out, and the turn's text."""
         right, shown = renderer.attempt([*front, turn]) or "", left
         searched = prompt
         if NEXT in left and NEXT in right:
@@ -149,12 +150,15 @@ def _split(renderer: Renderer, index: int) -> Rendered:
 
 
 def _check_opener(renderer: Renderer, index: int, behind: str) -> None:
-    """Raises a RowError if nothing opens a turn behind another assistant turn.
+    """Checks that something opens a turn that follows another assistant turn.
 
     Args:
         renderer: The conversation.
         index: The place of the second turn.
-        behind: What the template writes behind the text of the first one.
+        behind: The template's text after the text of the first turn.
+
+    Raises:
+        RowError: Nothing opens it.
     """
     stop = renderer.chat.first_stop(behind, renderer.chat.stops(renderer.conversation.tools))
     if not (behind[stop[1] :] if stop else behind).strip():
@@ -166,7 +170,11 @@ def _check_opener(renderer: Renderer, index: int, behind: str) -> None:
 
 
 def _check_words(message: Message, words: Words, turn: Rendered) -> None:
-    """Raises a RowError if the template loses the answer or the call of a tool."""
+    """Checks that the template renders the answer and the calls of tools.
+
+    Raises:
+        RowError: It drops one of them.
+    """
     if ANSWER not in turn.marked and words.answer.strip() not in turn.rest:
         raise RowError(
             f'"{message.where}": the chat template drops the text {words.answer.strip()!r:.60}'
@@ -188,7 +196,7 @@ def _check_words(message: Message, words: Words, turn: Rendered) -> None:
 
 
 def _with_thinking(renderer: Renderer, index: int, turn: Rendered) -> str:
-    """The text of a turn with thinking that the template may have lost or written twice."""
+    """The text of a turn with its thinking, which the template may have dropped or repeated."""
     message, words = renderer.conversation.messages[index], renderer.words[index]
     thought, tag, rest = words.thinking.strip(), thinking.open_at_end(turn.before), turn.rest
     if thinking.has_close(turn.opened) or thinking.closes_at_end(turn.before):
@@ -223,7 +231,11 @@ def _with_thinking(renderer: Renderer, index: int, turn: Rendered) -> str:
 
 
 def _check_closed(message: Message, turn: Rendered) -> None:
-    """Raises a RowError if the prompt opens a block of another name that the turn never closes."""
+    """Checks that the turn closes a block of another name which the prompt opens.
+
+    Raises:
+        RowError: It does not.
+    """
     tag = thinking.unknown_open_at_end(turn.opened)
     if tag and thinking.closing_of(tag) not in turn.rest:
         raise RowError(
@@ -233,7 +245,7 @@ def _check_closed(message: Message, turn: Rendered) -> None:
 
 
 def _close_block(message: Message, tag: tuple[str, str], rest: str) -> str:
-    """The text of a turn without thinking behind a prompt that opens a block of it."""
+    """The text of a turn without thinking, after a prompt that opens a block of thinking."""
     if tag[0] != thinking.THINK:
         raise RowError(
             f'"{message.where}": the generation prompt opens {tag[0]!r}, and the turn has no '
@@ -259,7 +271,7 @@ def _end_with_stop(renderer: Renderer, index: int, text: str, end: int) -> str:
         return written
     if special := chat.specials(follow):
         return text[:end] + follow[: special[0][1]]
-    if chat.end_of_turn(tools) and not follow:  # history shows nothing of the turn
+    if chat.end_of_turn(tools) and not follow:  # history does not show the turn
         return text + chat.end_of_turn(tools)
     raise UserError(
         "the chat template writes no end behind an answer, so generation would not stop: set "
@@ -269,7 +281,7 @@ def _end_with_stop(renderer: Renderer, index: int, text: str, end: int) -> str:
 
 
 def _follow(renderer: Renderer, index: int) -> str:
-    """What the template writes between the own words of a turn and the message behind it."""
+    """The template's text between the own words of a turn and the next message."""
     values, (marked, marks) = renderer.values[: index + 1], renderer.marked(index)
     answers = [
         {
@@ -304,11 +316,11 @@ def _end_with_eos(renderer: Renderer, text: str, end: int) -> str:
 
 
 def _length_behind(text: str, marked: str, marks: Sequence[str]) -> int:
-    """The length of what a template writes behind the own words of a turn.
+    """The length of the template's text after the own words of a turn.
 
     Args:
         text: The rendering with the words, which ends with the turn.
-        marked: The same with marks in their place.
+        marked: The rendering with marks in their place.
         marks: The marks.
     """
     ends = [marked.rfind(mark) + len(mark) for mark in (*marks, THOUGHT) if mark in marked]
@@ -323,7 +335,7 @@ _SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "thinking_mode",
 
 
 def _arguments_hint(renderer: Renderer, index: int) -> str:
-    """Which argument of the template lets a turn think: shown only where one does."""
+    """A hint at the argument of the template that lets a turn think, if there is one."""
     values = renderer.values[:index]
     for name in _SWITCHES:
         for value in (True, "high", "thinking"):

@@ -1,4 +1,4 @@
-"""What may be wrong with values of rows: types, empty texts, and half characters."""
+"""Checks of values in rows: types, empty texts, and unpaired surrogates."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ def type_name(value: Any) -> str:
 
 
 def check_text(field: str, value: Any, *, may_be_empty: bool = False) -> list[str]:
-    """Says what is wrong with a text, as "field: why"; nothing for one that is right."""
+    """The problem with a text as "field: why"; empty if there is none."""
     if not isinstance(value, str):
         return [f"{field}: expected text, got {type_name(value)}"]
     if not value.strip() and not may_be_empty:
@@ -28,7 +28,7 @@ def check_text(field: str, value: Any, *, may_be_empty: bool = False) -> list[st
 
 
 def check_shape(value: Any) -> list[str]:
-    """Says what makes a value unfit for everything: deep nesting, and halves of characters."""
+    """The problem that makes a value unusable: deep nesting, or unpaired surrogates."""
     todo = [(value, 0)]
     while todo:
         one, depth = todo.pop()
@@ -45,7 +45,7 @@ def check_shape(value: Any) -> list[str]:
 
 
 def check_strings(field: str, value: Any) -> list[str]:
-    """Says what is wrong with the texts inside a JSON value, at any depth."""
+    """The problem with the texts inside a JSON value, at any depth."""
     if isinstance(value, str):
         return check_text(field, value, may_be_empty=True)
     if isinstance(value, dict):
@@ -58,11 +58,11 @@ def check_strings(field: str, value: Any) -> list[str]:
 
 
 TAKEN = ("messages", "tools", "documents", "add_generation_prompt")
-"""Variables of a template that no argument may set."""
+"""Variables of a template that arguments may not set."""
 
 
 def check_arguments(field: str, arguments: Mapping[str, Any]) -> list[str]:
-    """Says what is wrong with arguments of a chat template, as "field: why"."""
+    """The problem with arguments of a chat template, as "field: why"."""
     taken = [name for name in arguments if name in TAKEN]
     problems = [f"{field}: {name} is set by the row itself; remove it" for name in taken]
     return problems + check_strings(field, dict(arguments))

@@ -1,7 +1,7 @@
-"""What a data file is that is no JSON, and how to make rows of it.
+"""Explains data files that are not JSON, and how to make rows of them.
 
-Only the first lines are looked at. What is said is a guess from the content, whatever the name: a
-CSV that is called ``.jsonl`` is told as a CSV.
+Only the first lines are read. The explanation is a guess from the content, whatever the name: a CSV
+with the name ``.jsonl`` is reported as a CSV.
 """
 
 import ast
@@ -34,7 +34,7 @@ _TURN = ({"role", "content"}, {"from", "value"})
 
 
 def binary(name: str, data: bytes) -> str:
-    """What a file is that begins with these bytes, and the way out; "" for text."""
+    """What a file that begins with these bytes is, and the way out; "" for text."""
     for magic, (kind, way) in _BINARY.items():
         if data.startswith(magic):
             text = f"this is a {kind} file; expected JSON text in UTF-8"
@@ -45,7 +45,7 @@ def binary(name: str, data: bytes) -> str:
 
 
 def other_text(name: str, body: bytes) -> str:
-    """What a text file without one JSON object is, and the way out; "" where that is not clear.
+    """What a text file without any JSON object is, and the way out; "" if that is not clear.
 
     Args:
         name: The file as the user wrote it.
@@ -95,7 +95,7 @@ def array_lines(name: str, first: Sequence[Any]) -> str:
 
 
 def arrays(values: Sequence[Any]) -> str:
-    """What to do with a file that is one array of messages, or an array of arrays."""
+    """What to do with a file that is an array of messages, or an array of arrays."""
     if is_conversation(values):
         return (
             'the file is one array of messages; a row of it is {"messages": [...]}, with one '
@@ -110,7 +110,7 @@ def arrays(values: Sequence[Any]) -> str:
 
 
 def not_a_file(name: str) -> str:
-    """What else a path that is not there may mean, as the end of a sentence; "" for nothing."""
+    """What else a missing path may mean, as the end of a sentence; "" for nothing."""
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and "." not in name:
         return (
             "; rows are read from files only: of a dataset on the hub save them first, "
@@ -120,7 +120,7 @@ def not_a_file(name: str) -> str:
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a JSON value is a list of messages, that is, one row and not several."""
+    """Whether a JSON value is a list of messages, which is one row and not several."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -131,7 +131,7 @@ def is_conversation(value: Any) -> bool:
 
 
 def _first_lines(body: bytes, count: int) -> list[str]:
-    """The first lines that are not blank, of text that ends where it is no UTF-8."""
+    """The first lines that are not blank; the text ends where it is not UTF-8."""
     text = body[:_LONGEST].decode("utf-8", "ignore")
     return [line for line in text.split("\n") if line.strip()][:count]
 
@@ -165,7 +165,7 @@ def _convert(name: str, delimiter: str, columns: list[str]) -> str:
 
 
 def _python(name: str, code: str) -> str:
-    """A command that reads a file and writes rows to another one."""
+    """A command that reads a file and writes its rows to another file."""
     path = pathlib.PurePath(name)
     target = path.with_name(f"{path.stem}.rows.jsonl")
     return f'python -c "{code}" {shlex.quote(name)} > {shlex.quote(str(target))}'

@@ -1,8 +1,8 @@
-"""From the bytes of a .jsonl or .json file to JSON values, each with the line it starts on.
+"""Reads .jsonl and .json files as JSON values, each with the line on which it starts.
 
-Stricter than Arrow's and Python's own readers, which name no line, keep the last of two equal
-keys and accept NaN. A ``.jsonl`` file has one object a line; a ``.json`` file has either that
-or one array of objects.
+The reader is stricter than those of Arrow and Python, which name no line, keep the last of two
+equal keys and accept NaN. A ``.jsonl`` file has one object per line; a ``.json`` file has either
+that or one array of objects.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ SPLIT_HINT = "split its text into several rows"
 
 @dataclasses.dataclass(frozen=True)
 class JsonFile:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
         path: The file as the user wrote it.
-        sha256: Of its bytes, in hex.
-        values: The rows that are JSON, each behind its line.
-        problems: The rows that are not.
+        sha256: The hash of its bytes, in hex.
+        values: The rows that are JSON, each with its line.
+        problems: The rows that are not JSON.
     """
 
     path: str
@@ -40,19 +40,19 @@ class JsonFile:
 
 
 def read_json(path: str | pathlib.Path) -> JsonFile:
-    """Reads all rows of a file, and says of those that are not JSON why.
+    """Reads all rows of a file, and explains which of them are not JSON.
 
     Args:
-        path: A ``.jsonl`` file, or a ``.json`` file with an array or one object a line; on disk or
-            in a bucket (``gs://``).
+        path: A ``.jsonl`` file, or a ``.json`` file with an array or one object per line; on disk
+            or in a bucket (``gs://``).
 
     Returns:
         Values and problems; blank lines are skipped, a byte order mark and CRLF are accepted.
 
     Raises:
-        UserError: If there is no such file, it is empty, its bytes are not text, or it is
-            ``.jsonl`` by name and an array by content.
-        StoreError: If the bucket refuses, or cannot be reached.
+        UserError: There is no such file, it is empty, its bytes are not text, or it is ``.jsonl``
+            by name and an array by content.
+        StoreError: The bucket refuses, or cannot be reached.
     """
     name = str(path)
     with storage.explained(name):
@@ -79,7 +79,7 @@ def read_json(path: str | pathlib.Path) -> JsonFile:
     if not is_array and not any(isinstance(value, dict) for value in found):
         if kind := foreign_files.other_text(name, body):
             raise UserError(f"{name}:{problems[0].line if problems else 1}: {kind}.")
-        # To drop all rows there are helps nobody.
+        # Dropping every row would help nobody.
         problems = [dataclasses.replace(problem, hint="") for problem in problems]
     return JsonFile(name, sha256, values, problems)
 
@@ -114,7 +114,7 @@ def _read_bytes(path: Place) -> bytes:
 
 
 class _Parser:
-    """Python's JSON decoder, which also notes doubled keys and NaN instead of letting them by."""
+    """Python's JSON decoder, which also reports repeated keys and NaN."""
 
     def __init__(self):
         self._notes: list[str] = []
@@ -136,7 +136,7 @@ class _Parser:
         self._notes.append(f"{constant} is not JSON; write null or a number")
 
     def parse(self, text: str, start: int = 0) -> tuple[Any, int, list[str]]:
-        """The value at `start`, where it ends, and what is wrong with it."""
+        """The value at `start`, the place where it ends, and its problems."""
         self._notes = []
         value, end = self._decoder.raw_decode(text, start)
         return value, end, self._notes
@@ -233,14 +233,18 @@ def _read_array(
 
 
 def _has_rows(values: list[Any]) -> bool:
-    """Whether the items of an array may be rows: not messages, and not arrays all of them."""
+    """Whether the items of an array may be rows: they are no messages, and not all are arrays."""
     if foreign_files.is_conversation(values):
         return False
     return not all(isinstance(value, list) for value in values)
 
 
 def _check_array_in_lines(name: str, body: bytes) -> None:
-    """Raises a UserError for a ``.jsonl`` file that opens with "[" and has no objects in lines."""
+    """Checks that a ``.jsonl`` file is not one array.
+
+    Raises:
+        UserError: It opens with "[" and no line is an object.
+    """
     lines = body.strip().split(b"\n", 2)
     try:
         if len(lines[0]) > limits.ROW_BYTES.most:
@@ -263,11 +267,11 @@ def _check_array_in_lines(name: str, body: bytes) -> None:
 
 
 class _TooLargeError(ValueError):
-    """A row is larger than rows may be."""
+    """A row is larger than allowed."""
 
 
 def _parse_within(parser: _Parser, text: str, start: int) -> tuple[Any, int, list[str]]:
-    """As `_Parser.parse`, but no more of the text is looked at than one row may have.
+    """Parses like `_Parser.parse`, but reads no more text than one row may have.
 
     Raises:
         _TooLargeError: The value is longer than that.
@@ -281,9 +285,9 @@ def _parse_within(parser: _Parser, text: str, start: int) -> tuple[Any, int, lis
             value, end, notes = parser.parse(text[start : start + width])
         except json.JSONDecodeError as error:
             if not error.msg.startswith("Unterminated") and error.pos < width - 16:
-                break  # malformed, and not for being cut
+                break  # malformed, and not because it was cut
         else:
-            if end < width:  # else it may be a number that goes on
+            if end < width:  # at the end, a number may continue
                 return value, start + end, notes
     else:
         raise _TooLargeError

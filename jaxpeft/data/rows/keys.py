@@ -1,4 +1,4 @@
-"""Keys of rows that are refused by name, with what to write instead."""
+"""Keys of rows that are refused, with what to write instead."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -41,7 +41,7 @@ REFUSED = {
     **_same(_MASKS, "train_on_input", "train_on_inputs"),
     "chat_template": "one template serves all rows: model.chat_template",
 }
-"""Keys of rows that would change what is learned and have no meaning here."""
+"""Keys that change what other trainers learn, and that have no meaning here."""
 
 
 def is_foreign(value: Mapping[str, Any]) -> bool:

@@ -1,10 +1,10 @@
-"""Rows of training data: which kinds there are, and what makes one of them wrong.
+"""Rows of training data: the kinds of rows, and the checks of each.
 
 A row is an object with ``messages``, or with ``prompt`` and ``completion`` (both text or both
 lists of messages), or with ``text``. Beside messages it may have ``tools``, ``documents``,
-``chat_template_kwargs`` and ``system``. A method of several tasks reads its ``task``, a number from
-0 on. Keys that would mean something to another trainer are refused by name; any other key is not
-used, and named once.
+``chat_template_kwargs`` and ``system``. A method for several tasks reads ``task``, a number from 0
+on. Keys that have a meaning for another trainer are refused; any other key is ignored, and reported
+once.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Row:
     """One row of a file.
 
     Attributes:
-        line: Where it starts, from 1.
+        line: The line where it starts, from 1.
         value: The object.
     """
 
@@ -47,11 +47,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class RowFile:
-    """The usable rows of a file, and what is wrong with the others.
+    """The usable rows of a file, and the problems of the others.
 
     Attributes:
         path: The file as the user wrote it.
-        sha256: Of its bytes, in hex.
+        sha256: The hash of its bytes, in hex.
         rows: Checked rows in the order of the file.
         problems: At least one for every other row.
     """
@@ -64,7 +64,7 @@ class RowFile:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """A row of messages with what its chat template is given beside them.
+    """A row of messages, with the further inputs of its chat template.
 
     Attributes:
         messages: All messages, in one form.
@@ -125,7 +125,7 @@ def check_rows(values: Sequence[Any], name: str) -> RowFile:
 
 
 def read_rows(path: str | pathlib.Path) -> list[Row]:
-    """Reads a file of rows, all of which must be right.
+    """Reads a file of rows, all of which must be correct.
 
     Args:
         path: A ``.jsonl`` or ``.json`` file.
@@ -134,7 +134,7 @@ def read_rows(path: str | pathlib.Path) -> list[Row]:
         The rows in the order of the file.
 
     Raises:
-        UserError: Naming every problem with its line, the first 20 in full.
+        UserError: Some rows are not correct; the text has the first 20 problems with their lines.
     """
     file = scan_rows(path)
     if file.problems:
@@ -143,13 +143,13 @@ def read_rows(path: str | pathlib.Path) -> list[Row]:
 
 
 def check_row(value: Any) -> list[str]:
-    """Says what is wrong with a row, as "field: why".
+    """Checks a row.
 
     Args:
         value: Any JSON value.
 
     Returns:
-        All problems found; empty for a row that is right.
+        All problems, each as "field: why"; empty for a row that is correct.
     """
     if not isinstance(value, dict):
         return [f"expected an object, got {type_name(value)}"]
@@ -175,13 +175,13 @@ def check_row(value: Any) -> list[str]:
 
 
 def read_conversation(row: Mapping[str, Any]) -> tuple[Conversation, list[str]]:
-    """The conversation of a row, and what is wrong with it, as "field: why".
+    """The conversation of a row, and its problems, each as "field: why".
 
     Args:
         row: A row with messages, or with a prompt and a completion of messages.
 
     Returns:
-        The conversation, not to be used where there are problems.
+        The conversation, which must not be used if there are problems.
     """
     fields = ("messages",) if "messages" in row else ("prompt", "completion")
     parts, problems = [], []
@@ -217,11 +217,11 @@ def read_conversation(row: Mapping[str, Any]) -> tuple[Conversation, list[str]]:
 
 
 def check_task(row: dict[str, Any], count: int) -> str | None:
-    """Says what is wrong with a row's task, as "field: why".
+    """The problem with a row's task, as "field: why".
 
     Args:
         row: The value of a checked row.
-        count: How many tasks there are. With one, the row need not name it.
+        count: The number of tasks. With one, the row need not name it.
     """
     if "task" not in row:
         missing = f'"task": missing; the method has {count} tasks, give every row one from 0 on'
@@ -238,7 +238,7 @@ def is_chat(row: Mapping[str, Any]) -> bool:
 
 
 def has_answer(row: Mapping[str, Any]) -> bool:
-    """Whether a checked row asks something and answers it, which plain text does not."""
+    """Whether a checked row has a question and an answer, which plain text does not have."""
     return "text" not in row
 
 
@@ -282,7 +282,7 @@ def _read_list(field: str, value: Any) -> tuple[tuple[Any, ...] | None, list[str
 
 
 def _check_tool(tool: Mapping[str, Any]) -> list[str]:
-    """Says what is wrong with the schema of a tool, as "field: why"."""
+    """The problem with the schema of a tool, as "field: why"."""
     function = tool.get("function", tool)
     if not isinstance(function, dict):
         return [f'"tools": function: expected an object, got {type_name(function)}']
@@ -303,7 +303,7 @@ def _check_pair(prompt: Any, completion: Any) -> list[str]:
 
 
 def _explain_kinds(value: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
-    """What to say of a row that is of no kind, or of several."""
+    """The error about a row that is of no kind, or of several."""
     keys = first_few([json.dumps(key) for key in value]) or "none"
     if kinds in (("prompt",), ("completion",)):
         missing = "completion" if kinds == ("prompt",) else "prompt"

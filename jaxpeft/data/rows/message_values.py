@@ -1,7 +1,7 @@
-"""The values of a message: its content, thinking, calls of tools, and whether it is learned.
+"""The values of a message: its content, thinking, tool calls, and whether it is learned.
 
-Each reader gives what the message says in the form of `jaxpeft.data.rows.messages`, and what is
-wrong with it, as "field: why".
+Each reader returns a value in the form of `jaxpeft.data.rows.messages`, and its problems as "field:
+why".
 """
 
 import json
@@ -16,14 +16,14 @@ TEXT_ONLY = "only text can be learned here"
 
 
 def is_tool(role: str) -> bool:
-    """Whether a role answers for a tool."""
+    """Whether a role is that of a tool's answer."""
     return role in ("tool", "observation", "ipython")
 
 
 def read_content(
     where: str, given: dict[str, Any], value: dict[str, Any], role: str
 ) -> tuple[str | None, str, list[str]]:
-    """The text, the thinking among its parts, and problems."""
+    """The text, the thinking in its parts, and problems."""
     field, content = f'"{where}.content"', given.get("content")
     silent = role == "assistant" and (given.get("tool_calls") or _thinks(given))
     if content is None:
@@ -49,7 +49,7 @@ def _thinks(given: dict[str, Any]) -> bool:
 
 
 def _read_parts(where: str, parts: list[Any]) -> tuple[str, str, list[str]]:
-    """Joins a content that is a list of parts: its text, its thinking, and problems."""
+    """Joins a content that is a list of parts; returns its text, its thinking, and problems."""
     texts: list[str] = []
     thoughts: list[str] = []
     problems: list[str] = []
@@ -81,7 +81,7 @@ def _read_parts(where: str, parts: list[Any]) -> tuple[str, str, list[str]]:
 def read_reasoning(
     where: str, given: dict[str, Any], thoughts: str, role: str
 ) -> tuple[str, list[str]]:
-    """The thinking that a key or parts of the content hold, and problems."""
+    """The thinking in a key or in parts of the content, and problems."""
     found: dict[str, str] = {"content": thoughts} if thoughts.strip() else {}
     for key in REASONING:
         value = given.get(key)
@@ -103,7 +103,7 @@ def read_reasoning(
 
 
 def read_tool_calls(field: str, calls: Any, role: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The calls of tools in one form, and problems."""
+    """The tool calls in one form, and problems."""
     if calls is None or calls == []:
         return [], []
     if not isinstance(calls, list):

@@ -1,15 +1,15 @@
-"""Messages of a row: which roles, contents and keys there are, and what each of them means.
+"""Messages of a row: the roles, contents and keys they may have, and their meaning.
 
-`read_messages` checks the messages as the file has them and writes them in one form:
+`read_messages` checks messages as the file has them and converts them to one form:
 
-* ``role`` is a role of `ROLES` (``human`` becomes ``user``, ``gpt`` becomes ``assistant``, ...);
+* ``role`` is a role in `ROLES` (``human`` becomes ``user``, ``gpt`` becomes ``assistant``, ...);
 * ``content`` is text, or None in a turn that only calls tools;
-* ``reasoning_content`` is the thinking of an assistant turn, whatever the file called it;
+* ``reasoning_content`` is the thinking of an assistant turn, whatever its key in the file;
 * ``tool_calls`` is a list of ``{"type": "function", "function": {"name", "arguments"}}`` with the
   arguments as an object;
-* every other key is handed on to the chat template.
+* every other key is passed to the chat template.
 
-Whether an assistant turn is learned is no key of the message any more, but a `Message.weight`.
+Whether an assistant turn is learned is then no longer a key of the message but a `Message.weight`.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from jaxpeft.data.rows.message_values import (
 ROLES = ("system", "user", "assistant", "tool", "developer", "observation", "ipython")
 RENAMED = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 HANDED_ON = ("tool_plan", "citations")
-"""Keys that a template must render: a row is refused where it does not."""
+"""Keys that a template must render; if it does not, the row is refused."""
 KNOWN = ("role", "content", "tool_calls", "tool_call_id", "name", *REASONING, *WEIGHTS, *HANDED_ON)
 
 _TOOLS = 'write tool_calls: [{"type": "function", "function": {"name": ..., "arguments": {...}}}]'
@@ -63,7 +63,7 @@ REFUSED = {
     "from": _SHAREGPT,
     "value": _SHAREGPT,
 }
-"""Keys of messages that would change what is learned and have no meaning here."""
+"""Keys that change what other trainers learn, and that have no meaning here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Message:
     """One message in the form that the top of this module describes.
 
     Attributes:
-        values: What the chat template is given.
+        values: The message for the chat template.
         weight: 0 for an assistant turn that is not learned, 1 for one that may be.
         unknown: Keys that neither this library nor its tables know.
         where: Its place in the row, such as "messages[1]", for problems.
@@ -84,17 +84,17 @@ class Message:
 
     @property
     def role(self) -> str:
-        """Who speaks."""
+        """The speaker."""
         return self.values["role"]
 
     @property
     def text(self) -> str:
-        """The content; empty where there is none."""
+        """The content; empty if there is none."""
         return self.values.get("content") or ""
 
     @property
     def reasoning(self) -> str:
-        """The thinking that a key holds; empty where there is none."""
+        """The thinking in the key for it; empty if there is none."""
         return self.values.get(REASONING[0]) or ""
 
     @property
@@ -104,15 +104,15 @@ class Message:
 
 
 def read_messages(field: str, messages: Any) -> tuple[list[Message], list[str]]:
-    """Checks messages and writes them in one form.
+    """Checks messages and converts them to one form.
 
     Args:
-        field: What holds them, such as "messages", for problems.
+        field: The key that holds them, such as "messages", for problems.
         messages: Any JSON value.
 
     Returns:
-        The messages, and what is wrong with them, as "field: why"; with problems the messages
-        are not to be used.
+        The messages and their problems, as "field: why". If there are problems, the messages must
+        not be used.
     """
     if not isinstance(messages, list):
         return [], [f'"{field}": expected a list of messages, got {type_name(messages)}']
@@ -127,13 +127,13 @@ def read_messages(field: str, messages: Any) -> tuple[list[Message], list[str]]:
 
 
 def check_turns(parts: Sequence[tuple[str, Sequence[Message]]]) -> list[str]:
-    """Checks the order of roles over all parts of a conversation, the last of which is learned.
+    """Checks the order of roles over all parts of a conversation; the last part is learned.
 
     Args:
         parts: The name of each part, for problems, and its messages.
 
     Returns:
-        At most one problem: what no template can mend.
+        At most one problem, of a kind that no template can repair.
     """
     previous = None
     for field, messages in parts:

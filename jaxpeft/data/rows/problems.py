@@ -1,7 +1,7 @@
-"""What is wrong with a data file: collected in one pass, reported together.
+"""The problems of a data file: collected in one pass, reported together.
 
-The report has one line a problem, ``data/train.jsonl:17: "completion": expected text, got null``,
-the first 20 of them, then a count and the ways out.
+The report has one line per problem, ``data/train.jsonl:17: "completion": expected text, got null``,
+for the first 20 of them, then a count and the ways out.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ class Problem:
         line: Line of the file where the row starts, from 1.
         text: Field and why.
         reason: Short label, under which dropped rows are counted.
-        hint: The way out, told once for all problems that share it.
-        column: Column of the line, from 1, where it is known.
-        row: Place of the row among the file's rows, where several problems may share it.
-        fatal: The rest of the file cannot be read, so dropping the row does not help.
+        hint: The way out, reported once for all problems that share it.
+        column: Column of the line, from 1, if it is known.
+        row: Place of the row among the file's rows, if several problems may share it.
+        fatal: Whether the rest of the file cannot be read, so that dropping the row does not help.
     """
 
     line: int
@@ -42,7 +42,7 @@ class Problem:
 
 
 def report(path: str, problems: Sequence[Problem]) -> UserError:
-    """Builds the error that tells all problems of a file.
+    """Builds the error that reports all problems of a file.
 
     Args:
         path: The file as the user wrote it.
@@ -63,5 +63,5 @@ def report(path: str, problems: Sequence[Problem]) -> UserError:
 
 
 def count_reasons(dropped: dict[str, int]) -> str:
-    """Says how many rows were dropped and why, e.g. "3 too long, 1 malformed JSON"."""
+    """The number of dropped rows and why, e.g. "3 too long, 1 malformed JSON"."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))

@@ -1,8 +1,8 @@
-"""How large the results of the operators and methods of a chat template will be.
+"""Bounds on the results of the operators and methods that a chat template uses.
 
-Each function takes from the budget what will be read and made, and raises `LimitPassed` where
-that is too much, before anything is computed. What it does not know is left to the thing
-itself, which raises its own errors for wrong arguments.
+Each function charges the budget for what will be read and made, and raises `LimitPassed` if that is
+too much, before anything is computed. Calls that it does not know are left to the operation itself,
+which raises its own errors for wrong arguments.
 """
 
 import operator
@@ -15,8 +15,8 @@ from jaxpeft.data.templates.limits import MAX_CHARS, Budget
 _Text = str | bytes
 Values = tuple[Any, ...]
 Names = Mapping[str, Any]
-_SHORT = 32  # characters up to which searching for a text costs what reading does
-_SLOW_CODECS = ("idna", "punycode")  # these take as long as the square of the length
+_SHORT = 32  # longest text that is searched for as fast as reading
+_SLOW_CODECS = ("idna", "punycode")  # their time grows with the square of the length
 
 
 def add(budget: Budget, left: Any, right: Any) -> Any:
@@ -98,10 +98,10 @@ def method(budget: Budget, owner: Any, name: str, args: Values, kwargs: Names) -
 
     Args:
         budget: The budget of the rendering.
-        owner: What the method belongs to.
+        owner: The object that the method belongs to.
         name: Its name.
-        args: What it is called with.
-        kwargs: What it is called with by name.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
 
     Returns:
         The arguments to call it with.
@@ -124,7 +124,7 @@ def method(budget: Budget, owner: Any, name: str, args: Values, kwargs: Names) -
 
 
 def text_method(budget: Budget, text: _Text, name: str, args: Values, kwargs: Names) -> Values:
-    """Bounds a method of a text or of bytes, as `method` does."""
+    """Bounds a method of a text or of bytes, like `method`."""
     size = len(text)
     budget.spend(1 + (size >> 3))
     if name == "join" and args:
@@ -171,7 +171,7 @@ def replacing(budget: Budget, text: Any, old: Any, new: Any, count: int) -> None
 
 
 def count_parts(text: Any, name: str, args: Values, kwargs: Names) -> int:
-    """At most how many parts a text is split into."""
+    """An upper bound on the number of parts that a text is split into."""
     size = len(text)
     if name == "splitlines":
         if isinstance(text, str) and not text.isascii():
@@ -194,7 +194,7 @@ def _like(text: _Text, character: str) -> Any:
 
 
 def whole(args: Values, kwargs: Names, place: int, name: str, default: int) -> int:
-    """A whole number among the arguments of a call; `default` where it is none."""
+    """A whole number among the arguments of a call; `default` if it is missing."""
     value = args[place] if len(args) > place else kwargs.get(name, default)
     return int(value) if isinstance(value, int) else default
 

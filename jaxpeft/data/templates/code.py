@@ -1,6 +1,6 @@
-"""The Python code that jinja turns a chat template into, with what counts its work.
+"""The Python code that jinja makes of a chat template, extended by code that counts its work.
 
-Jinja compiles a template. The generator here adds to its code what takes from the budget of a
+Jinja compiles a template to Python. This generator adds code that charges the budget of a
 rendering: steps at the head of every loop and macro, and the size of what is printed, joined,
 sliced or compared.
 """
@@ -14,7 +14,7 @@ _NODES_OF_A_STEP = 100
 
 
 class BoundedCodeGenerator(CodeGenerator):
-    """Writes Python code that takes from the budget of its context."""
+    """Writes Python code that charges the budget of its context."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -64,7 +64,7 @@ class BoundedCodeGenerator(CodeGenerator):
         return super().macro_body(node, frame)
 
     def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
-        """Writes a comparison, which reads both sides where both can be long."""
+        """Writes a comparison; it reads both sides if both can be long."""
         operands = [node.expr, *(operand.expr for operand in node.ops)]
         if any(operand.op in ("in", "notin") for operand in node.ops):
             is_short = all(map(_is_written_out, operands[1:]))
@@ -81,7 +81,7 @@ class BoundedCodeGenerator(CodeGenerator):
         self.write(")")
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        """Writes ``~``, with a look at the sizes before the texts are joined."""
+        """Writes ``~``, which checks sizes before it joins texts."""
         join = "markup_join" if frame.eval_ctx.autoescape else "str_join"
         if frame.eval_ctx.volatile:
             join = "(markup_join if context.eval_ctx.volatile else str_join)"
@@ -137,13 +137,13 @@ class BoundedCodeGenerator(CodeGenerator):
         self.write(")")
 
     def _count(self, node: Any) -> None:
-        """Notes how many steps the body of a node takes each time."""
+        """Notes how many steps each run of a node's body takes."""
         size = sum(1 for part in node.body for _ in part.find_all(nodes.Node))
         self._costs[id(node.body)] = 1 + size // _NODES_OF_A_STEP
 
 
 def _is_written_out(node: nodes.Expr) -> bool:
-    """Whether a value stands in the template itself, so that it is short."""
+    """Whether a value is a literal in the template, so that it is short."""
     if isinstance(node, (nodes.List, nodes.Tuple)):
         return all(map(_is_written_out, node.items))
     return isinstance(node, nodes.Const)

@@ -1,7 +1,7 @@
-"""The date that chat templates are told, the same at every run.
+"""The fixed date that chat templates are given.
 
-Templates that write the date of today would change the data daily. They are told 26 July 2024,
-midnight, which is Llama 3's own fallback, in English and in no timezone.
+Templates that write today's date would change the data daily. They are given 26 July 2024,
+midnight, which is Llama 3's own fallback, in English and without a timezone.
 """
 
 import re
@@ -54,7 +54,7 @@ _DIRECTIVE = re.compile(r"%([-_0^#]?)([EO]?)([A-Za-z%])")
 
 
 def strftime_now(format: str) -> str:
-    """Writes the fixed date, as ``datetime.strftime`` does in the C locale.
+    """Formats the fixed date, as ``datetime.strftime`` does in the C locale.
 
     Args:
         format: Text with directives such as ``%d``; flags as in ``%-d`` are those of glibc.

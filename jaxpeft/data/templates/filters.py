@@ -1,6 +1,6 @@
-"""How large the results of the filters, tests and functions of a chat template will be.
+"""Bounds on the results of the filters, tests and functions that a chat template uses.
 
-As in `template_bounds`, everything is measured before it runs.
+As in `jaxpeft.data.templates.bounds`, everything is measured before it runs.
 """
 
 import json
@@ -24,7 +24,7 @@ def tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """Writes JSON as the filter of transformers does: HTML characters are not escaped."""
+    """Writes JSON like the filter of transformers, which does not escape HTML characters."""
     weight = budget.weigh(value)
     budget.expect(weight)
     options: dict[str, Any] = {
@@ -37,7 +37,7 @@ def tojson(
     for text in (indent, *(separators or ())):
         width = max(width, len(text) if isinstance(text, str) else 0)
     budget.expect(width)
-    # A place in the text weighs 4 or more, a level of nesting 6, and each place is indented.
+    # Each item weighs at least 4, each level of nesting 6, and each item is indented.
     if weight * weight * width // 24 <= MAX_CHARS:
         return json.dumps(value, **options)
     pieces, total = [], 0
@@ -57,7 +57,7 @@ def lorem_ipsum(budget: Budget, args: Values, kwargs: Names) -> None:
     budget.expect(200 * max(1, paragraphs) * max(1, words))
 
 
-# Filters: bounds that take the value and the arguments, and return the value to filter.
+# Bounds of filters take the value and the arguments, and return the value to filter.
 
 
 def _join(budget: Budget, value: Any, args: Values, kwargs: Names) -> Any:
@@ -137,7 +137,7 @@ def _urlize(budget: Budget, value: Any, args: Values, kwargs: Names) -> Any:
 
 
 def _times(factor: int) -> Callable[[Budget, Any, Values, Names], Any]:
-    """The bound of a filter that takes so many times longer than copying its text."""
+    """The bound of a filter that takes `factor` times as long as copying its text."""
 
     def bound(budget: Budget, value: Any, args: Values, kwargs: Names) -> Any:
         budget.expect(budget.weigh(value))
@@ -148,7 +148,7 @@ def _times(factor: int) -> Callable[[Budget, Any, Values, Names], Any]:
 
 
 def _listed(factor: int) -> Callable[[Budget, Any, Values, Names], Any]:
-    """The bound of a filter that lists what it is given, and compares the items."""
+    """The bound of a filter that makes a list of its input and compares the items."""
 
     def bound(budget: Budget, value: Any, args: Values, kwargs: Names) -> Any:
         if isinstance(value, Mapping) or not isinstance(value, Iterable):
@@ -191,17 +191,17 @@ BOUNDS: dict[str, Callable[[Budget, Any, Values, Names], Any]] = {
     "wordwrap": _wordwrap,
     "xmlattr": _times(20),
 }
-"""Bounds of the filters that can make more than they are given, or take long."""
+"""Bounds of the filters whose results can be larger than their input, or that take long."""
 
 
 CHEAP_FILTERS = frozenset({"abs", "attr", "count", "d", "default", "first", "length", "random"})
-"""Filters that look at one thing only, and stay as they are."""
+"""Filters that look at a single item only and need no bound."""
 
 
 def summed(
     budget: Budget, environment: Environment, values: Any, attribute: Any = None, start: Any = 0
 ) -> Any:
-    """The filter ``sum``: adding up lists copies all that was added before."""
+    """The filter ``sum``; adding lists copies everything that was added before."""
     items = budget.items(values)
     budget.tick(len(items))
     if attribute is not None:

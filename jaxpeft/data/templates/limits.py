@@ -1,10 +1,10 @@
-"""What rendering one chat template may cost, counted in steps and characters, not in seconds.
+"""Limits on the cost of rendering a chat template, counted in steps and characters.
 
-A template is text from somebody else that runs for every row. A limit in seconds would refuse
-good templates on a slow machine, so the work itself is counted: every run through the body of a
-loop or macro takes from a budget of steps, everything that is read or made takes from a budget
-of characters, and no single text, list or number may grow beyond a size that a conversation
-never needs. What would make something large is measured before it runs.
+A template is text from somebody else that runs for every row. A limit in seconds would refuse good
+templates on a slow machine, so the work itself is counted. Every run through the body of a loop or
+macro takes from a budget of steps, and everything that is read or made takes from a budget of
+characters. No single text, list or number may grow beyond a size that no conversation needs.
+Operations that could make something large are measured before they run.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,16 +23,16 @@ MAX_BITS = TEMPLATES["TEMPLATE_BITS"].most
 MAX_DEPTH = TEMPLATES["TEMPLATE_DEPTH"].most
 
 MIN_STEPS = 10_000
-"""Steps that every rendering has, however often its template passed a limit before."""
+"""Steps that every rendering may take, however often its template passed a limit before."""
 
 MIN_TOTAL_CHARS = 1_000_000
-"""Characters of all texts, likewise."""
+"""Characters of all texts that every rendering may read and make."""
 
 STEPS_OF_A_MACRO = 20
-"""What calling a macro, a block or a recursive loop takes."""
+"""Steps that a call of a macro, a block or a recursive loop takes."""
 
 STEPS_OF_A_CALL = 4
-"""What calling any other function, method or filter takes, or an item that a filter yields."""
+"""Steps that any other call takes, and each item that a filter yields."""
 
 _ITEM_CHARS = 8
 _ATOMS = frozenset({int, float, bool, type(None)})
@@ -40,20 +40,21 @@ _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 
 
 class LimitPassed(Exception):
-    """A template asks for more than it may; the text ends "the template ..."."""
+    """A template passes a limit; the text completes "the template ..."."""
 
 
 class Budget:
-    """What is left of the limits while one template is rendered once.
+    """The remaining budget while one template is rendered once.
 
     Args:
-        failures: How often the template passed a limit before. It gets a part of the steps and
-            characters only, so that a template that always passes them is soon done with a file.
+        failures: How often the template passed a limit before. It then gets only a part of the
+            steps and characters, so that a template that always passes them is soon done with a
+            file.
 
     Attributes:
         steps: Steps that are left.
         chars: Characters that are left.
-        known: Weights of containers that the caller handed in, by id; they stay alive.
+        known: Weights of containers that the caller passed in, by id; the containers stay alive.
     """
 
     __slots__ = ("_all_chars", "_all_steps", "chars", "known", "steps")
@@ -119,11 +120,11 @@ class Budget:
             raise LimitPassed(f"computes a number of more than {MAX_BITS:,} bits")
 
     def weigh(self, value: Any) -> int:
-        """About how many characters the text of a value has, which may hold others."""
+        """About how many characters the text of a value has, including values inside it."""
         return weigh(value, self.known, self.tick)
 
     def read(self, value: Any) -> Any:
-        """Takes what reading a whole value costs, and returns it."""
+        """Charges the cost of reading a whole value, and returns it."""
         if type(value) is str:
             self.chars -= 1 + (len(value) >> 3)
             if self.chars < 0:
@@ -144,13 +145,13 @@ class Budget:
         return str(value)
 
     def shown(self, value: Any) -> Any:
-        """The value itself, measured as `text` does."""
+        """The value, after its text was measured as in `text`."""
         if type(value) is not str and type(value) not in _ATOMS:
             self.expect(self.weigh(value))
         return value
 
     def checked(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The values, whose texts together are no longer than a text may be."""
+        """The values, after a check that their texts together are not too long."""
         total = 0
         for value in values:
             total += len(value) if type(value) is str else self.weigh(value)
@@ -163,11 +164,11 @@ class Budget:
         return "".join(pieces)
 
     def sliced(self, value: Any, where: slice) -> Any:
-        """Some items of a list or characters of a text."""
+        """A slice of a list or text, charged to the budget."""
         return self.made(value[where])
 
     def made(self, value: Any) -> Any:
-        """Takes what a new value costs, and returns it, refused if it is too large."""
+        """Charges the cost of a new value, and returns it; a value that is too large is refused."""
         if isinstance(value, (str, bytes)):
             self.expect(len(value))
         elif isinstance(value, (list, tuple, dict)):
@@ -177,7 +178,7 @@ class Budget:
         return value
 
     def items(self, values: Iterable[Any]) -> list[Any]:
-        """Lists what can be iterated over, an item a step where its length is not known."""
+        """Makes a list of an iterable; if its length is unknown, every item takes a step."""
         if hasattr(values, "__len__"):
             self.expect_items(len(values))  # type: ignore[arg-type]
             return list(values)
@@ -195,8 +196,8 @@ class Counted(Iterator[Any]):
     Args:
         items: The generator.
         budget: The budget of the rendering.
-        source: What the filter reads: another of these counts towards the nesting.
-        cost: Steps an item takes.
+        source: The input of the filter; another `Counted` adds to the nesting.
+        cost: Steps that an item takes.
     """
 
     __slots__ = ("_budget", "_cost", "_depth", "_items")
@@ -228,19 +229,19 @@ def check_depth(depth: int) -> None:
 def weigh(value: Any, known: Mapping[int, int] | None = None, tick: Any = None) -> int:
     """About how many characters the text of a value has.
 
-    A list that stands in another one several times counts as often, but is looked at once, so
-    that lists that double in every turn of a loop are weighed at once.
+    A list that occurs several times inside another one counts as often, but is visited once, so
+    lists that double in every iteration of a loop are weighed quickly.
 
     Args:
-        value: Any value a template can have.
+        value: Any value that a template can have.
         known: Weights of containers by id.
-        tick: Called with the number of items of every container that is looked at.
+        tick: Called with the number of items of every container that is visited.
 
     Returns:
         The weight, at least 1.
 
     Raises:
-        LimitPassed: If it is nested too deeply.
+        LimitPassed: The value is nested too deeply.
     """
     if type(value) in _ATOMS:
         return 8

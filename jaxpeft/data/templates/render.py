@@ -1,8 +1,8 @@
-"""Renders the chat template of a tokenizer: the text transformers gives, within limits.
+"""Renders the chat template of a tokenizer: the same text as transformers, within limits.
 
-A template is code that came with a model. Whatever it does, and whatever its messages make it
-do, ends in the text or in a `TemplateError` of one line; what it may cost stands in
-`template_limits`. Templates are told a fixed date (`template_date`), or data would change daily.
+A template is code that came with a model. Whatever it does, the result is the text or a
+`TemplateError` of one line. `jaxpeft.data.templates.limits` bounds its cost, and
+`jaxpeft.data.templates.date` gives it a fixed date, because data must not change daily.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class TemplateError(ValueError):
-    """Why a template cannot be rendered; the text is one line."""
+    """A template cannot be rendered; the text is one line."""
 
 
 def render_template(
@@ -36,13 +36,13 @@ def render_template(
 ) -> str:
     """Renders messages with the chat template of a tokenizer.
 
-    As in transformers, keys of a message whose value is None count as absent, and what a model
-    thought stands under every name that templates read it by. No tools at all, and no documents,
-    are None to the template.
+    As in transformers, keys of a message whose value is None count as absent, and thinking is
+    given under all names that templates use for it. Empty lists of tools and of documents become
+    None.
 
     Args:
         tokenizer: A tokenizer of transformers.
-        messages: What was said, one mapping each.
+        messages: The messages, one mapping each.
         tools: JSON schemas of functions; a template named ``tool_use`` is chosen for them.
         documents: Mappings to answer from.
         add_generation_prompt: Whether to open an assistant turn at the end.
@@ -77,7 +77,7 @@ def render_template(
 
 
 def _source(tokenizer: Any, tools: Any) -> str:
-    """The text of the template in force."""
+    """The text of the template that applies."""
     named = tokenizer.chat_template
     if not named:
         raise UserError(
@@ -101,11 +101,11 @@ def _source(tokenizer: Any, tools: Any) -> str:
 
 @dataclasses.dataclass
 class _Compiled:
-    """A template that is ready to be rendered.
+    """A compiled template.
 
     Attributes:
         template: The template; None if it cannot be compiled.
-        problem: Why not, in one line.
+        problem: The reason, in one line.
         failures: How often it passed a limit.
     """
 
@@ -116,7 +116,7 @@ class _Compiled:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(source: str) -> _Compiled:
-    """What a text is compiled to; kept, also where that is a problem."""
+    """Compiles a text; the result is cached, also if it cannot be compiled."""
     if len(source) > MAX_TEMPLATE_CHARS:
         problem = f"the template has {len(source):,} characters, more than {MAX_TEMPLATE_CHARS:,}"
         return _Compiled(None, problem)
@@ -148,7 +148,7 @@ def _render(compiled: _Compiled, variables: dict[str, Any], weights: dict[int, i
 
 
 def _messages(messages: Sequence[Mapping[str, Any]], weights: dict[int, int]) -> list[Any]:
-    """Copies of the messages, as transformers prepares them."""
+    """Copies of the messages, prepared as in transformers."""
     plain = []
     total = 2
     for message in messages:
@@ -166,9 +166,10 @@ def _messages(messages: Sequence[Mapping[str, Any]], weights: dict[int, int]) ->
 
 
 def _plain(value: Any, weights: dict[int, int]) -> Any:
-    """A copy of a value in plain types, the weight of each container noted by id.
+    """A copy of a value in plain types; the weight of each container is noted by id.
 
-    Objects of other types have methods that a template must not call; it sees their type's name.
+    Objects of other types have methods that a template must not call; it sees the name of their
+    type.
     """
     return _copy(value, weights)[0]
 
@@ -209,14 +210,14 @@ def _copy(value: Any, weights: dict[int, int]) -> tuple[Any, int]:
 
 
 def _why(error: Exception, template: jinja2.Template | None) -> str:
-    """One line on what came out of a template."""
+    """One line about an exception of a template."""
     if isinstance(error, RaisedByTemplate):
         return _line(error)
     if isinstance(error, LimitPassed):
         return f"the template {error}{_place(error, template)}"
     if isinstance(error, RecursionError) or (isinstance(error, MemoryError) and template is None):
         return f"the template nests or calls itself too deeply{_place(error, template)}"
-    if isinstance(error, MemoryError):  # the compiler's own, above, means brackets and the like
+    if isinstance(error, MemoryError):  # not the compiler's, which is handled above
         return f"the template takes more memory than there is{_place(error, template)}"
     text = _line(error)
     if not isinstance(error, jinja2.TemplateError):
@@ -227,7 +228,7 @@ def _why(error: Exception, template: jinja2.Template | None) -> str:
 
 
 def _line(error: Exception) -> str:
-    """The message of an error without line breaks, cut if it is long."""
+    """The message of an exception without line breaks, cut if it is long."""
     try:
         Budget().expect(sum(map(weigh, error.args)))
         text = " ".join(str(error).splitlines())
@@ -237,7 +238,7 @@ def _line(error: Exception) -> str:
 
 
 def _place(error: BaseException, template: jinja2.Template | None) -> str:
-    """Where in the template an error was raised, in words; nothing if that is not known."""
+    """The place in the template where an exception was raised, in words; "" if it is unknown."""
     line = None
     trace = error.__traceback__
     while template is not None and trace is not None:

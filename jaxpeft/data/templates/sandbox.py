@@ -1,8 +1,8 @@
-"""The environment that chat templates run in: that of transformers, with all work counted.
+"""The environment of chat templates: the one of transformers, with all work counted.
 
-Operators, calls, filters and tests go through the environment, which measures their results
-before they run; what else takes time is counted by the code that `template_code` writes. Every
-rendering has a context of its own, with a budget of its own.
+Operators, calls, filters and tests go through the environment, which measures their results before
+they run. Other work is counted by code that `jaxpeft.data.templates.code` adds. Every rendering has
+its own context and budget.
 """
 
 import types
@@ -36,11 +36,11 @@ from jaxpeft.data.templates.limits import (
 
 
 class RaisedByTemplate(jinja2.TemplateError):
-    """What a template says with ``raise_exception``."""
+    """The error that a template raises with ``raise_exception``."""
 
 
 class BoundedContext(Context):
-    """The variables of one rendering, and what is left of its limits."""
+    """The variables of one rendering, and its budget."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -55,7 +55,7 @@ class BoundedContext(Context):
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks what an assistant writes, and renders as what is in it."""
+    """``{% generation %}`` marks what an assistant writes; it renders as its content."""
 
     tags = {"generation"}  # noqa: RUF012, as jinja declares it
 
@@ -110,7 +110,7 @@ class _EscapeFormatter(_Formatter, SandboxedEscapeFormatter):
 
 
 class _Dict:
-    """``dict`` as a template sees it: a function, and not the class."""
+    """``dict`` for templates: a function, not the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -186,11 +186,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Looks up an item."""
         if isinstance(argument, tuple):
-            weigh(argument)  # hashing one that is nested too deeply would crash
+            weigh(argument)  # hashing a deeply nested value would crash
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Any:
-        """Gives a text's own format methods back as bounded ones."""
+        """Replaces a text's own format methods by bounded ones."""
         if type(value) not in (types.MethodType, types.BuiltinMethodType):
             return None
         if value.__name__ not in ("format", "format_map") or not isinstance(value.__self__, str):
@@ -235,7 +235,7 @@ def _sum(context: BoundedContext, value: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _bounded_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, with its bound in front and its result counted."""
+    """The filter, with its bound applied first and its result counted."""
     bound = filters.BOUNDS.get(name)
     passed = _passed(filter_)
 
@@ -261,7 +261,7 @@ def _bounded_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any
 
 
 def _bounded_test(bound: Callable[..., None], test: Callable[..., Any]) -> Callable[..., bool]:
-    """The test, with its bound in front."""
+    """The test, with its bound applied first."""
     passed = _passed(test)
 
     @jinja2.pass_context
@@ -273,7 +273,7 @@ def _bounded_test(bound: Callable[..., None], test: Callable[..., Any]) -> Calla
 
 
 def _passed(function: Callable[..., Any]) -> Callable[[Context], tuple[Any, ...]]:
-    """What jinja hands to a filter or test in front of its value."""
+    """The argument that jinja passes to a filter or test before its value."""
     return {
         _PassArg.context: lambda context: (context,),
         _PassArg.eval_context: lambda context: (context.eval_ctx,),

@@ -1,8 +1,8 @@
-"""The GGUF container: metadata and the places of tensors, read without touching the weights.
+"""The GGUF container: metadata and the places of tensors, read without the weights.
 
-The header is parsed here rather than by ``gguf.GGUFReader``, which makes several NumPy arrays a
-token: 2.9 s and 180 MB for a vocabulary of 49 thousand, far more for today's large ones. Block
-formats are left to that package, see `jaxpeft.files.tensors.decode`.
+The header is parsed here and not by ``gguf.GGUFReader``, which makes several NumPy arrays per
+token: 2.9 s and 180 MB for a vocabulary of 49 thousand, and far more for today's large ones. The
+gguf package decodes block formats, see `jaxpeft.files.tensors.decode`.
 
 Reference:
     https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -39,18 +39,18 @@ _MAX_DIMS = 4
 
 
 def read_gguf(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Metadata and tensor places of a GGUF file.
+    """Reads the metadata and the places of tensors in a GGUF file.
 
     Args:
         path: The file.
 
     Returns:
-        Metadata by key (arrays of strings as lists, of numbers as NumPy arrays), and every
-        tensor's place by name.
+        Metadata by key (arrays of strings as lists, of numbers as NumPy arrays), and the place of
+        every tensor by name.
 
     Raises:
-        UserError: The file is something else, cut short, inconsistent, split over several files,
-            or holds a tensor of an unsupported type.
+        UserError: The file is something else, cut short, inconsistent, split over several files, or
+            holds a tensor of an unsupported type.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -116,11 +116,11 @@ def _place(
 
 
 class _VersionError(Exception):
-    """The file is of another version; to download it again would not help."""
+    """The file has another version of the format; downloading it again would not help."""
 
 
 class _Cursor:
-    """Walks over the header, checking every length against what is left."""
+    """Walks over the header, and checks every length against the bytes that are left."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.position = data, 4

@@ -1,6 +1,6 @@
-"""GGUF files as models: llama.cpp's metadata to a config, its tensors to a `Source`.
+"""Reads GGUF files as models: llama.cpp's metadata as a config, its tensors as a `Source`.
 
-Mistral models are written under the architecture "llama", which carries no sliding window.
+Mistral models have the architecture "llama", which has no sliding window.
 """
 
 import math
@@ -27,25 +27,26 @@ OURS = {
     "attention.head_count_kv": "num_kv_heads",
     "attention.key_length": "head_dim",
 }
-"""Our names of sizes."""
-# Not needed for the forward pass; the scaling is read from rope_freqs once, into the config.
+"""Names of sizes in `ModelConfig`."""
+# Not used by the model; the scaling is read from rope_freqs once, for the config.
 IGNORED = ("rope_freqs.weight",)
 
 
 def read_gguf_config(path: pathlib.Path) -> ModelConfig:
-    """The architecture a GGUF file describes.
+    """The architecture that a GGUF file describes.
 
     Raises:
-        UserError: Damaged file, unsupported architecture or setting, missing metadata.
+        UserError: The file is damaged, the architecture or a setting is not supported, or metadata
+            is missing.
     """
     return _config(path, *read_gguf(path))
 
 
 def open_gguf(path: pathlib.Path) -> Source:
-    """The config and every tensor's place in a GGUF file.
+    """The config of a GGUF file and the place of every tensor.
 
     Raises:
-        UserError: Damaged file, unsupported architecture, setting or tensor type.
+        UserError: The file is damaged, or an architecture, setting or tensor type is not supported.
     """
     metadata, tensors = read_gguf(path)
     config = _config(path, metadata, tensors)
@@ -130,7 +131,7 @@ def _config(
 def _epsilon(path: pathlib.Path, value: float | None) -> float:
     if value is None:
         raise UserError(f"{path}: attention.layer_norm_rms_epsilon is missing")
-    # Stored as float32: 1e-5 comes back as 9.999999747378752e-06; give the number that was meant.
+    # Stored as float32, so 1e-5 would be read as 9.999999747378752e-06; this finds 1e-5 again.
     return float(str(np.float32(value)))
 
 
@@ -164,11 +165,11 @@ def _rope_scaling(
 def _llama3_scaling(
     path: pathlib.Path, info: TensorInfo, theta: float, head_dim: int
 ) -> RopeScaling | None:
-    """Finds the Llama 3 settings behind stored divisors of the rotary frequencies.
+    """Finds the Llama 3 settings from the stored divisors of the rotary frequencies.
 
-    llama.cpp stores, for every frequency, what to divide it by. Released models use low and high
-    factors 1 and 4 on 8192 positions with a factor of 8 or 32, which is also what
-    `RopeScaling` defaults to: the factor is the largest divisor, and the rest must reproduce.
+    llama.cpp stores a divisor for every frequency. Released models use low and high factors 1 and 4
+    on 8192 positions with a factor of 8 or 32, which are also the defaults of `RopeScaling`. The
+    factor is the largest divisor, and the settings must reproduce all others.
     """
     with path.open("rb") as file:
         file.seek(info.offset)

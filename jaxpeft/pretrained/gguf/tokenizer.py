@@ -1,8 +1,9 @@
-"""Tokenizer and chat template from the metadata of a GGUF file.
+"""The tokenizer and chat template in the metadata of a GGUF file.
 
-A GGUF stores the vocabulary, the merges, the token types and the *name* of the way text is split
-before merging; the splitting itself is code, listed here for the models this library reads. Files
-with a sentencepiece vocabulary (Llama 2, Mistral 7B) store scores, from which merges follow.
+A GGUF file stores the vocabulary, the merges, the token types and the *name* of a rule for
+splitting text before merging. The rules themselves are code and are listed here, for the models
+that this library reads. Files with a sentencepiece vocabulary (Llama 2, Mistral 7B) store scores,
+from which the merges follow.
 """
 
 import pathlib
@@ -12,7 +13,7 @@ from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.pretrained.gguf.file import read_gguf
 
 _GPT2, _SMOLLM, _LLAMA3, _QWEN2, _TEKKEN = "gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"
-# Names found in files, and whose splitting they mean.
+# Names found in files, and the rules that they mean.
 PRE_TOKENIZERS = {
     "default": _GPT2,
     "gpt-2": _GPT2,
@@ -40,7 +41,7 @@ _SPACE = "\u2581"
 
 
 def read_gguf_tokenizer(path: pathlib.Path) -> Any:
-    """The tokenizer a GGUF file describes.
+    """The tokenizer that a GGUF file describes.
 
     Args:
         path: The file.
@@ -49,7 +50,7 @@ def read_gguf_tokenizer(path: pathlib.Path) -> Any:
         A `transformers.PreTrainedTokenizerFast` with the file's special tokens and chat template.
 
     Raises:
-        UserError: The metadata lacks something, or names a tokenizer that is not supported.
+        UserError: The metadata is incomplete, or the tokenizer is not supported.
     """
     metadata, _ = read_gguf(path)
     kind = metadata.get("tokenizer.ggml.model")
@@ -148,7 +149,7 @@ def _sentencepiece(
 def merges_from_scores(
     vocab: dict[str, int], scores: list[float], types: list[int]
 ) -> list[tuple[str, str]]:
-    """The merges a sentencepiece BPE vocabulary implies, best score first.
+    """The merges that a sentencepiece BPE vocabulary implies, best score first.
 
     Args:
         vocab: Id of every token.
@@ -175,7 +176,7 @@ def _finish(
     types: list[int],
     add_bos: bool,
 ) -> Any:
-    """Adds the special tokens, what is put around a text, and the chat template."""
+    """Adds the special tokens, the tokens around a text, and the chat template."""
     from tokenizers import AddedToken, processors
 
     from jaxpeft.pretrained.quiet_transformers import import_transformers

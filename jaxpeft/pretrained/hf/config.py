@@ -1,8 +1,8 @@
-"""``config.json`` of a Hugging Face folder in and out, without running its code.
+"""Reads and writes ``config.json`` of a Hugging Face folder, without running its code.
 
-Missing keys take the default of the transformers class of that ``model_type``; both ways of
-writing rotary settings are read (``rope_parameters`` of transformers 5, ``rope_theta`` and
-``rope_scaling`` before it) and written.
+Missing keys have the default of the transformers class of that ``model_type``. Both forms of rotary
+settings (``rope_parameters`` of transformers 5, ``rope_theta`` and ``rope_scaling`` before it) are
+read, and both are written.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jaxpeft.core.errors import UserError
 from jaxpeft.models.config import ModelConfig, RopeScaling
 from jaxpeft.pretrained.hf.fields import Fields
 
-# Defaults of the transformers classes for keys a file may leave out.
+# Defaults of the transformers classes, for keys that a file may leave out.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
         "max_position_embeddings": 2048,
@@ -125,12 +125,12 @@ def check_config(config: ModelConfig, where: str, names: dict[str, str]) -> Mode
     """Returns `config` if its numbers fit together.
 
     Args:
-        config: What was read.
+        config: The architecture.
         where: File name for messages.
-        names: The file's own name of a field of ours, where it differs.
+        names: The file's name of a field, if it differs from that of `ModelConfig`.
 
     Raises:
-        UserError: Numbers that do not fit, under the file's names.
+        UserError: Numbers do not fit together; the message has the file's names.
     """
 
     def fail(field: str, text: str) -> UserError:
@@ -158,7 +158,7 @@ def check_config(config: ModelConfig, where: str, names: dict[str, str]) -> Mode
 
 
 def config_to_hf(config: ModelConfig) -> dict:
-    """The dict transformers needs in ``config.json`` to load a folder of this `config`.
+    """The ``config.json`` that transformers needs to load a folder with this `config`.
 
     Raises:
         UserError: transformers' class of this ``model_type`` cannot express the config.

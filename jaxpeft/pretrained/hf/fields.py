@@ -1,4 +1,4 @@
-"""The fields of a ``config.json``, read one by one: a wrong type is an error with the place."""
+"""The fields of a ``config.json``, read one by one; a wrong type is an error that names it."""
 
 import sys
 from typing import Any
@@ -14,11 +14,11 @@ OURS = {
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
 }
-"""Our names of sizes."""
+"""Names of sizes in `ModelConfig`."""
 
 
 class Fields:
-    """A dict whose getters name the field when its value does not fit."""
+    """A dict whose getters check values and name the field in errors."""
 
     def __init__(self, d: dict, where: str, prefix: str = ""):
         self.d, self.where, self.prefix = d, where, prefix
@@ -28,12 +28,12 @@ class Fields:
         return UserError(f"{self.where}: {self.prefix}{key}: {text}")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value as it stands; `default` where there is none, or null."""
+        """The value without a check; `default` if the field is missing or null."""
         value = self.d.get(key)
         return default if value is None else value
 
     def size(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number from `least` up to what `jaxpeft.core.limits` allows.
+        """A whole number from `least` up to the limit in `jaxpeft.core.limits`.
 
         Raises:
             UserError: The field has another value.
@@ -55,12 +55,12 @@ class Fields:
         """
         value = self.get(key, default)
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if not numeric or not 0 < value <= sys.float_info.max:  # no NaN, no Infinity
+        if not numeric or not 0 < value <= sys.float_info.max:  # excludes NaN and infinity
             raise self.error(key, f"expected a positive number, got {value!r}")
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """True or false; false where there is none.
+        """True or false; false if the field is missing.
 
         Raises:
             UserError: The field has another value.
@@ -71,7 +71,7 @@ class Fields:
         return value
 
     def token(self, key: str) -> int | None:
-        """A token id; None where there is none, or a negative one.
+        """A token id; None if the field is missing or negative.
 
         Raises:
             UserError: The field has another value.

@@ -1,8 +1,9 @@
-"""Hugging Face folders read: ``config.json`` and safetensors files, single or sharded.
+"""Reads Hugging Face folders: ``config.json`` and safetensors files, single or sharded.
 
-The safetensors header is parsed here (8 bytes of length, then JSON), so that every fault is told
-with the name of its file: a page of HTML, a git-LFS pointer, a file cut short. Only headers are
-read; the bytes of tensors stay on disk until `jaxpeft.pretrained.weights.reading` asks for them.
+The safetensors header is parsed here (8 bytes of length, then JSON), so that every fault is
+reported with the name of its file: a page of HTML, a git-LFS pointer, a file cut short. Only
+headers are read; the bytes of tensors stay on disk until `jaxpeft.pretrained.weights.reading` reads
+them.
 """
 
 import dataclasses
@@ -48,7 +49,7 @@ def read_folder_config(folder: Place) -> ModelConfig:
 
 
 def open_folder(folder: Place) -> Source:
-    """The config and every tensor's place in a Hugging Face folder.
+    """The config of a Hugging Face folder and the place of every tensor.
 
     Raises:
         UserError: The folder's files are missing, damaged or contradict each other.

@@ -1,14 +1,14 @@
-"""The identity of base weights: sha256 over what the files hold, before any cast.
+"""The identity of base weights: a sha256 over the content of the files, before any cast.
 
 The rows of a matrix are cut into 1024 parts if it holds 4 Mi numbers or more, else into 256, as
-even as whole rows allow (some are empty where there are fewer rows); a vector is one part.
-Processes read whole parts, so many parts make even shares, and in small matrices cost time. Each
-part that is not empty is hashed. The hash of a tensor covers its name, dtype, shape and the digests
-of its parts; the fingerprint covers the sorted hashes of all tensors. It depends neither on shards
-nor on the order of reading, and processes that each read some parts find it together.
+evenly as whole rows allow (some are empty if there are fewer rows); a vector is one part. Processes
+read whole parts: many parts make even shares, but cost time in small matrices. Each part that is
+not empty is hashed. The hash of a tensor covers its name, dtype, shape and the digests of its
+parts; the fingerprint covers the sorted hashes of all tensors. It depends neither on shards nor on
+the order of reading, and processes that each read some parts compute it together.
 
-Version 2. The first version, without a prefix, hashed chunks of 16 MiB, which processes that read
-some rows each could not share; the two do not compare.
+This is version 2. The first version, without a prefix, hashed chunks of 16 MiB, which processes
+that each read some rows could not share. The two versions cannot be compared.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _LARGE = 4 << 20  # numbers
 
 @dataclasses.dataclass
 class _Tensor:
-    """What is known of a tensor: digests by the number of the part, written as text for JSON."""
+    """The known digests of a tensor, by the number of the part, written as text for JSON."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class _Tensor:
 
 
 class Fingerprint:
-    """Collects digests of parts and gives their common hash."""
+    """Collects digests of parts and computes their common hash."""
 
     def __init__(self):
         self._tensors: dict[str, _Tensor] = {}
@@ -45,15 +45,15 @@ class Fingerprint:
         tensor.digests.update({str(part): digest for part, digest in digests.items()})
 
     def export(self) -> bytes:
-        """What was added so far, for `merge` in another process."""
+        """Everything added so far, for `merge` in another process."""
         tensors = {name: dataclasses.astuple(tensor) for name, tensor in self._tensors.items()}
         return json.dumps(tensors, separators=(",", ":")).encode()
 
     def merge(self, exported: bytes) -> list[str]:
-        """Adds what another process has found.
+        """Adds the digests that another process has found.
 
         Returns:
-            The names of tensors of which both have read a part, and found other bytes.
+            The names of tensors of which both processes read a part and found different bytes.
         """
         other = []
         for name, (dtype, shape, digests) in json.loads(exported).items():
@@ -63,7 +63,7 @@ class Fingerprint:
         return other
 
     def hexdigest(self) -> str:
-        """The fingerprint of all tensors added so far, of each of which all parts are known."""
+        """The fingerprint of all tensors added so far; all parts of each must be known."""
         hashes = []
         for name, tensor in self._tensors.items():
             edges = [part_rows(tensor.shape, part) for part in range(num_parts(tensor.shape) + 1)]
@@ -76,17 +76,17 @@ class Fingerprint:
 
 
 def num_parts(shape: tuple[int, ...]) -> int:
-    """Into how many parts the rows of a tensor are cut."""
+    """The number of parts into which the rows of a tensor are cut."""
     if len(shape) < 2:
         return 1
     return 1024 if math.prod(shape) >= _LARGE else 256
 
 
 def part_rows(shape: tuple[int, ...], part: int) -> int:
-    """The first row of a part of a tensor; the part behind the last one begins behind all rows."""
+    """The first row of a part of a tensor, or the number of rows for the part after the last."""
     return shape[0] * part // num_parts(shape)
 
 
 def comparable(one: str, other: str) -> bool:
-    """Whether two fingerprints are of the same version, so that other ones mean other weights."""
+    """Whether two fingerprints have the same version; only then they can be compared."""
     return one.startswith(VERSION) == other.startswith(VERSION)

@@ -1,10 +1,10 @@
-"""One table of names: our parameter paths, Hugging Face's tensor names, GGUF's tensor names.
+"""The table of names: parameter paths, Hugging Face's tensor names, and GGUF's tensor names.
 
-Our tree carries Hugging Face's module names with the layers stacked on axis 0, so one row of the
-table stands for one parameter of ours and, where it is stacked, for one tensor a layer in a file.
-Files hold linear weights as ``(out, in)``; our kernels are ``(in, out)``. llama.cpp reorders the
-rows of q and k in its "llama" architecture so that the two halves of the rotary pairs interleave;
-`Entry.heads` says how many heads those rows form.
+The parameter tree has Hugging Face's module names, with the layers stacked on axis 0. So a row of
+the table stands for one parameter and, if it is stacked, for one tensor per layer in a file. Files
+hold linear weights as ``(out, in)``; kernels here are ``(in, out)``. In its "llama" architecture
+llama.cpp reorders the rows of q and k so that the two halves of the rotary pairs interleave;
+`Entry.heads` is the number of heads that those rows form.
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ from jaxpeft.models.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One parameter of ours and where files keep it.
+    """One parameter, and its place in files.
 
     Attributes:
-        path: "/"-joined path in our tree.
-        hf: Hugging Face's tensor name, with ``{layer}`` where stacked.
-        gguf: GGUF's tensor name, with ``{layer}`` where stacked.
-        shape: Shape of one layer's slice in our layout.
+        path: "/"-joined path in the parameter tree.
+        hf: Hugging Face's tensor name, with ``{layer}`` if stacked.
+        gguf: GGUF's tensor name, with ``{layer}`` if stacked.
+        shape: Shape of one layer of the parameter.
         transposed: Whether files hold the transpose.
-        stacked: Whether our leaf has a layer axis in front.
-        heads: Heads whose rows a GGUF of architecture "llama" interleaves; 0 for none.
+        stacked: Whether the parameter has a layer axis in front.
+        heads: Heads whose rows a GGUF file of architecture "llama" interleaves; 0 for none.
     """
 
     path: str
@@ -40,7 +40,7 @@ class Entry:
         return self.shape[::-1] if self.transposed else self.shape
 
     def file_names(self, style: str, num_layers: int) -> list[str]:
-        """The tensor names behind this parameter, in layer order.
+        """The names of the tensors that make this parameter, in layer order.
 
         Args:
             style: "hf" or "gguf".

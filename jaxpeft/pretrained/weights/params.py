@@ -1,12 +1,12 @@
-"""Weights from files into a parameter tree on devices, one parameter at a time.
+"""Loads weights from files into a parameter tree on devices, one parameter at a time.
 
-With one process, a stacked parameter is read into host memory, handed to the devices and dropped.
-Host memory holds the parameters loaded so far where the device is the host, one stacked
-parameter, and one layer.
+In one process, a stacked parameter is read into host memory, put on the devices and dropped. Host
+memory holds one stacked parameter and one layer, and if the device is the host, the parameters
+loaded so far.
 
-On a mesh over several processes each reads its share of the rows of every matrix (see
+On a mesh over several processes each process reads its share of the rows of every matrix (see
 `jaxpeft.pretrained.weights.shares`), so host memory holds one device's share of one stacked
-parameter. Vectors are read by all.
+parameter. All processes read the vectors.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ from jaxpeft.pretrained.weights.source import Source
 
 
 class Loaded(NamedTuple):
-    """What came out of the files of a model.
+    """The result of loading.
 
     Attributes:
         params: The nested parameter dict.
-        fingerprint: Which weights these are, see `jaxpeft.pretrained.weights.fingerprint`.
-        bytes_read: How many bytes of tensors this process has read.
+        fingerprint: The identity of the weights, see `jaxpeft.pretrained.weights.fingerprint`.
+        bytes_read: The number of bytes of tensors that this process has read.
     """
 
     params: dict
@@ -57,17 +57,18 @@ def read_params(
     """Reads every tensor of `source` into a nested parameter dict.
 
     Args:
-        source: Where the tensors lie.
-        dtype: Target dtype; None keeps what is stored.
-        mesh: Devices to spread the parameters over, or a layout; where they belong to all
+        source: The places of the tensors.
+        dtype: Target dtype; None keeps the stored dtype.
+        mesh: Devices to spread the parameters over, or a layout. If the devices belong to several
             processes, all must call.
-        quantization: Kind of the layers' kernels, and whether scales are quantised too.
+        quantization: The kind for kernels of the layers, and whether scales are quantised too.
 
     Returns:
-        The parameters, the fingerprint of the tensors read, and how much was read.
+        The parameters, the fingerprint of the tensors read, and the number of bytes read.
 
     Raises:
-        UserError: Missing, extra, misshapen or non-finite tensors, or a file that ends early.
+        UserError: Tensors are missing, unexpected, of another shape or not finite, or a file ends
+            early.
     """
     kind, double = quantization or (None, False)
     form = Form(dtype, kind, double)
@@ -91,10 +92,11 @@ def read_params(
 
 
 def check_tensors(source: Source, table: tuple[Entry, ...]) -> None:
-    """Compares the names, shapes and dtypes of `source` with what its config needs.
+    """Compares the names, shapes and dtypes of `source` with those that its config needs.
 
     Raises:
-        UserError: Lists everything missing, extra, misshapen or of another dtype.
+        UserError: Some differ; the message lists everything missing, unexpected, or of another
+            shape or dtype.
     """
     wanted = {
         name: entry.file_shape
@@ -133,7 +135,7 @@ def check_tensors(source: Source, table: tuple[Entry, ...]) -> None:
 
 
 def _load_shared(reader: Reader, entry: Entry, form: Form, layout: Layout) -> Any:
-    """A matrix of which every process reads some rows, on the mesh; all must call."""
+    """Loads a matrix onto the mesh; each process reads some rows, and all must call."""
     cut = cut_entry(reader, entry, form, layout)
     here = [device for device in cut.devices if device.process_index == jax.process_index()]
     pieces = together(functools.partial(read_pieces, reader, entry, form, cut, here))
@@ -141,7 +143,7 @@ def _load_shared(reader: Reader, entry: Entry, form: Form, layout: Layout) -> An
 
 
 def cut_entry(reader: Reader, entry: Entry, form: Form, layout: Layout) -> Cut:
-    """How the rows of a matrix are dealt to the devices of a mesh."""
+    """The distribution of a matrix's rows to the devices of a mesh."""
     shapes = _shapes(reader, entry, form, double=False)
     target = jax.tree.leaves(leaf_sharding(entry.path, shapes, layout))[0]
     ndim = jax.tree.leaves(shapes)[0].ndim
@@ -151,13 +153,13 @@ def cut_entry(reader: Reader, entry: Entry, form: Form, layout: Layout) -> Cut:
 def read_pieces(
     reader: Reader, entry: Entry, form: Form, cut: Cut, devices: Sequence[Any]
 ) -> dict[Any, Any]:
-    """The rows of a matrix that some devices take in, on these devices; scales are not quantised.
+    """Reads rows of a matrix for some devices and puts them there; scales are not quantised yet.
 
     Args:
-        reader: Reads.
+        reader: The reader of the files.
         entry: The parameter.
-        form: What it is turned into.
-        cut: How rows are dealt.
+        form: The form in which it is loaded.
+        cut: The distribution of the rows.
         devices: Devices of this process.
     """
     single = dataclasses.replace(form, double=False)
@@ -170,12 +172,12 @@ def read_pieces(
 def place_pieces(
     pieces: Mapping[Any, Any], reader: Reader, entry: Entry, form: Form, cut: Cut, layout: Layout
 ) -> Any:
-    """Moves what `read_pieces` gave to where it belongs; all processes must call."""
+    """Moves the pieces of `read_pieces` to their final devices; all processes must call."""
     shapes = _shapes(reader, entry, form, double=False)
     targets = leaf_sharding(entry.path, shapes, layout)
     if not (form.double and form.quantises(entry.path)):
         return assemble(pieces, cut, targets)
-    # Their mean is over all of them: every process has them all, and finds what one would.
+    # Scales are quantised by the mean of all of them, so every process needs all scales.
     weight = assemble(pieces, cut, targets.replace(scale=replicated(layout.mesh)))
     layers = [quantize_scales(scale) for scale in weight.scale.addressable_data(0)]
     fields = jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *layers)
@@ -185,7 +187,7 @@ def place_pieces(
 
 
 def _shapes(reader: Reader, entry: Entry, form: Form, double: bool) -> Any:
-    """The shapes of a whole parameter as it will be."""
+    """The shapes of a whole parameter in its loaded form."""
     stack = (reader.num_layers,) if entry.stacked else ()
     plain = jax.ShapeDtypeStruct((*stack, *entry.shape), reader.target(entry, form))
     if form.quantization is None or not form.quantises(entry.path):
@@ -195,7 +197,7 @@ def _shapes(reader: Reader, entry: Entry, form: Form, double: bool) -> Any:
 
 
 def _put(path: str, host: Any, layout: Layout | None) -> Any:
-    """Copies to the device; the copy is the device's own, so donation stays possible."""
+    """Copies to the device; the copy belongs to the device alone, so it can be donated."""
     if layout is None:
         return jax.block_until_ready(jax.device_put(host, may_alias=False))
     return jax.block_until_ready(jax.tree.map(_place, host, leaf_sharding(path, host, layout)))
@@ -206,7 +208,7 @@ def _place(array: np.ndarray, sharding: Any) -> jax.Array:
 
 
 def _check_same_headers(source: Source) -> None:
-    """All processes must see the same model, or what they load together is none."""
+    """Checks that all processes see the same model, because they load it together."""
     tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
     text = json.dumps([repr(source.config), tensors], sort_keys=True)
     found = exchange(hashlib.sha256(text.encode()).digest())
@@ -219,7 +221,7 @@ def _check_same_headers(source: Source) -> None:
 
 
 def _common(source: Source, fingerprint: Fingerprint) -> Fingerprint:
-    """What all processes have found; tensors that several have read must be the same."""
+    """The fingerprint of all processes; tensors that several have read must be the same."""
     common = Fingerprint()
     for index, exported in enumerate(exchange(fingerprint.export())):
         if other := common.merge(exported):

@@ -1,4 +1,4 @@
-"""Tensors of files as host arrays in our layout: read once, hashed, decoded, transposed, cast.
+"""Reads tensors of files as host arrays: read once, hashed, decoded, transposed, cast.
 
 A stacked parameter is one ``(layers, d_in, d_out)`` buffer in the target dtype, filled layer by
 layer, or codes and scales of one layer after the other. Beside it, host memory holds one layer.
@@ -27,11 +27,11 @@ from jaxpeft.pretrained.weights.stacks import PlainStack, QuantStack, fill
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What parameters are turned into while they are read.
+    """The form in which parameters are loaded.
 
     Attributes:
-        dtype: Target dtype; None keeps what is stored.
-        quantization: Kind of the layers' kernels; None for none.
+        dtype: Target dtype; None keeps the stored dtype.
+        quantization: The kind for kernels of the layers; None for none.
         double: Whether their scales are quantised too.
     """
 
@@ -40,16 +40,16 @@ class Form:
     double: bool = False
 
     def quantises(self, path: str) -> bool:
-        """Whether the parameter at `path` becomes codes and scales."""
+        """Whether the parameter at `path` is quantised."""
         return self.quantization is not None and is_quantised(path)
 
 
 class Reader:
-    """Reads parameters of one model, or some of their rows; counts bytes and hashes them.
+    """Reads parameters of one model, or some of their rows, and counts and hashes the bytes.
 
     Attributes:
-        bytes_read: How many bytes of tensors were read.
-        fingerprint: Covers what was read.
+        bytes_read: The number of bytes of tensors that were read.
+        fingerprint: The fingerprint of these bytes.
         interleaved: Whether the file interleaves rows, see `jaxpeft.pretrained.weights.names`.
         num_layers: Layers of the model.
     """
@@ -63,7 +63,7 @@ class Reader:
         self._files: dict[Place, Ranges] = {}
 
     def target(self, entry: Entry, form: Form) -> np.dtype:
-        """The dtype of a parameter, or of the kernel behind its codes."""
+        """The dtype of a parameter; for a quantised one, the dtype of the kernel it stands for."""
         if form.dtype:
             return jnp.dtype(form.dtype)
         infos = self._infos(entry).values()
@@ -81,10 +81,11 @@ class Reader:
 
         Args:
             entry: The parameter.
-            form: What it is turned into.
-            parts: The first part of the fingerprint to read, and the first not to; None: all.
-            whole: Whether rows that a GGUF file interleaves are put in order; some of them alone
-                cannot be.
+            form: The form in which it is loaded.
+            parts: The parts of the fingerprint to read, from the first up to but without the
+                second; None for all.
+            whole: Whether rows that a GGUF file interleaves are put in order, which needs all of
+                them.
 
         Raises:
             UserError: Values are not finite, or a file ends early.
@@ -147,7 +148,7 @@ class Reader:
     def _check_tied_head(
         self, embedding: TensorInfo, parts: tuple[int, int], digests: dict[int, str]
     ) -> None:
-        """A head stored although tied must be the embedding, byte for byte."""
+        """Checks that a head stored in spite of tying is the embedding, byte for byte."""
         head = self._source.tensors.get("lm_head.weight")
         if "lm_head.weight" not in self._source.ignored or head is None or head == embedding:
             return
@@ -167,7 +168,7 @@ def read_into(view: memoryview, file: Ranges, offset: int) -> None:
     Args:
         view: The buffer.
         file: The file.
-        offset: Where to begin, in bytes.
+        offset: The place to begin, in bytes.
 
     Raises:
         EOFError: The file ends before the buffer is full.

@@ -1,19 +1,19 @@
-"""How processes share the reading of a matrix, and how its rows get to where they belong.
+"""How processes share the reading of a matrix, and how rows reach their final devices.
 
-Files hold a matrix row by row, and a mesh may want columns of it on every device; columns would be
-thousands of tiny reads. So each device of a mesh over several processes first takes in its share
-of the *rows*, one large read, and one compiled program moves the pieces over the interconnect to
-the target sharding. Every byte of a matrix is read once, by one process.
+Files hold a matrix row by row, and a mesh may need columns of it on every device; reading columns
+would mean thousands of tiny reads. So each device of a mesh over several processes first takes a
+share of the *rows*, in one large read, and a compiled program moves the pieces over the
+interconnect to the target sharding. Every byte of a matrix is read once, by one process.
 
-The rows are dealt by the parts of the fingerprint: of a matrix of ``p`` parts device ``n`` of
-``count`` gets those from ``p n / count`` to ``p (n + 1) / count``. Devices are numbered so that
-moving needs the fewest steps: first along the mesh axes that cut the rows in the end, then along
+The rows are distributed by the parts of the fingerprint: if a matrix has ``p`` parts, device ``n``
+of ``count`` gets those from ``p n / count`` to ``p (n + 1) / count``. Devices are numbered so that
+moving takes the fewest steps: first along the mesh axes that cut the rows in the end, then along
 those that cut another dimension (an all-to-all), last along those that hold copies (an all-gather).
 
-The largest share is that of one part, or ``count / p``, above the mean at most, and even where
+A share exceeds the mean by at most one part, a factor of ``count / p``. Shares are equal if
 ``count`` is a power of two up to ``p``; beyond ``p`` devices some read nothing. So the shares of
-large matrices (1024 parts) are within a tenth of the mean for up to 102 devices, of others (256
-parts) for up to 25.
+large matrices (1024 parts) are within a tenth of the mean for up to 102 devices, those of others
+(256 parts) for up to 25.
 """
 
 import dataclasses
@@ -33,17 +33,18 @@ from jaxpeft.pretrained.weights.names import Entry
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How the rows of one stored matrix are dealt to the devices of a mesh.
+    """The distribution of the rows of a stored matrix to the devices of a mesh.
 
     Attributes:
-        shape: Of the matrix in the file.
-        row_dim: Our axis that runs along its rows: 0, or -1 where files hold the transpose.
-        stacked: Whether our array has a layer axis in front.
+        shape: Shape of the matrix in the file.
+        row_dim: Axis of the parameter that runs along the file's rows: 0, or -1 if files hold the
+            transpose.
+        stacked: Whether the parameter has a layer axis in front.
         heads: Heads whose rows are interleaved in the file; 0 for none.
         mesh: The devices.
-        axes: The axes of the mesh that cut the array in the end, in the order in which devices
-            are numbered: those along the rows first.
-        copies: The others, which number devices last.
+        axes: The mesh axes that cut the array in the end, in the order in which devices are
+            numbered: those along the rows first.
+        copies: The other mesh axes, which number devices last.
     """
 
     shape: tuple[int, ...]
@@ -61,26 +62,26 @@ class Cut:
 
     @functools.cached_property
     def width(self) -> int:
-        """Rows that a device makes room for: as many as the one that has most."""
+        """The number of rows that every device makes room for: those of the largest share."""
         return max(stop - start for start, stop in map(self._rows_of, range(self.mesh.size)))
 
     def parts(self, device: Any) -> tuple[int, int]:
-        """The first part that a device gets, and the first that it doesn't get any more."""
+        """The parts of a device, from the first up to but without the second."""
         return self._parts_of(self._numbers[device])
 
     def staged(self, ndim: int) -> NamedSharding:
-        """How an array of so many axes lies right after reading."""
+        """The sharding of an array with this many axes right after reading."""
         return self._over((*self.axes, *self.copies), ndim)
 
     def gathered(self, ndim: int) -> NamedSharding:
-        """The same, with what copies share gathered on each.
+        """The sharding after devices that hold copies have gathered their shares.
 
-        XLA has to be told this step: on its own it would replicate the whole array first.
+        XLA needs this step spelled out; on its own it would replicate the whole array first.
         """
         return self._over(self.axes, ndim)
 
     def places(self) -> np.ndarray | None:
-        """Where each row of ours lies in the staged array; None if all are in order."""
+        """The place of each row of the parameter in the staged array; None if all are in order."""
         places = np.concatenate(
             [
                 number * self.width + np.arange(stop - start, dtype=np.int32)
@@ -112,14 +113,14 @@ class Cut:
 
 
 def cut_rows(entry: Entry, interleaved: bool, mesh: Mesh, target: PartitionSpec, ndim: int) -> Cut:
-    """The cut from which a target sharding is reached in the fewest steps.
+    """The distribution from which a target sharding is reached in the fewest steps.
 
     Args:
         entry: The parameter.
         interleaved: Whether the file interleaves the rows of heads.
         mesh: The devices.
-        target: Where the array belongs.
-        ndim: Its number of axes.
+        target: The target sharding.
+        ndim: The number of axes of the array.
     """
     row_dim = -1 if entry.transposed else 0
     spec = [axes if isinstance(axes, tuple) else (axes,) for axes in target]
@@ -134,11 +135,11 @@ def cut_rows(entry: Entry, interleaved: bool, mesh: Mesh, target: PartitionSpec,
 
 
 def stage(leaf: Any, cut: Cut, device: Any) -> Any:
-    """The rows that a process has read for one of its devices, on that device.
+    """Puts the rows that a process has read for one of its devices on that device.
 
     Args:
         leaf: An array, or a tree of arrays that all have the rows on the same axis.
-        cut: How rows are dealt.
+        cut: The distribution of the rows.
         device: The device.
     """
 
@@ -154,15 +155,15 @@ def stage(leaf: Any, cut: Cut, device: Any) -> Any:
 
 
 def assemble(pieces: Mapping[Any, Any], cut: Cut, targets: Any) -> Any:
-    """Moves rows that devices have taken in to where they belong; all processes must call.
+    """Moves staged rows to their final devices; all processes must call.
 
     Args:
-        pieces: What `stage` gave, for every device of this process.
-        cut: How rows are dealt.
-        targets: Sharding of every array.
+        pieces: The results of `stage`, for every device of this process.
+        cut: The distribution of the rows.
+        targets: Target sharding of every array.
 
     Returns:
-        Arrays as `targets` wants them.
+        Arrays with the target shardings.
     """
     found = cut.places()
     places = () if found is None else (found,)
@@ -180,9 +181,9 @@ def assemble(pieces: Mapping[Any, Any], cut: Cut, targets: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def mover(cut: Cut, target: NamedSharding) -> Callable[..., jax.Array]:
-    """The compiled function that moves a staged array, and picks rows of it by their places.
+    """The compiled function that moves a staged array and reorders its rows.
 
-    Layers move one after the other, which bounds the room that moving needs.
+    Layers are moved one after the other, which bounds the memory that moving needs.
     """
     by_layer = cut.stacked and not any(target.spec[:1])
     spec = target.spec[1:] if by_layer else target.spec

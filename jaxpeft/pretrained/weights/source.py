@@ -1,6 +1,6 @@
-"""Tensors in files, whatever the container: where their bytes lie and how they become floats.
+"""Tensors in files of any format: where their bytes lie and how they become floats.
 
-A safetensors folder and a GGUF file both reduce to a `Source`: a dict from tensor name to file,
+A safetensors folder and a GGUF file both become a `Source`: a dict from tensor name to file,
 offset, dtype and shape. Everything after that (strict checks, stacking, casting, hashing) is
 written once, in `jaxpeft.pretrained.weights.params` and `jaxpeft.pretrained.weights.reading`.
 """
@@ -14,13 +14,13 @@ from jaxpeft.models.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """All tensors of a model and the names they go by.
+    """All tensors of a model, with the naming scheme of the file.
 
     Attributes:
         path: The folder or file, for messages.
-        config: The architecture the tensors must fit.
+        config: The architecture that the tensors must fit.
         tensors: Tensor name to place.
-        style: "hf" or "gguf": the column of the name table.
+        style: "hf" or "gguf": the column of the table of names.
         interleaved: Whether the rows of q and k are in llama.cpp's order.
         ignored: Names that may be there and are not read.
     """

@@ -1,7 +1,7 @@
-"""Where the layers of a parameter are gathered in host memory while a model loads.
+"""Collects the layers of a parameter in host memory while a model is loaded.
 
-A plain parameter is one buffer; a quantised one is one layer at a time, which becomes codes and
-scales before the next is read.
+A plain parameter is one buffer. A quantised one is read one layer at a time, and each layer becomes
+codes and scales before the next is read.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ import numpy as np
 from jaxpeft.files.tensors import TensorInfo, decode, deinterleave
 from jaxpeft.ops.quant import QuantTensor, quantize_kernel
 
-# Rows copied at once when a matrix is transposed: keeps both sides in the processor's cache.
+# Rows copied at once when a matrix is transposed, so that both sides stay in the cache.
 TILE_ROWS = 64
-# Values decoded at once: bounds what dequantising and casting need beside the target.
+# Values decoded at once, which bounds the memory for dequantising and casting.
 SLAB_VALUES = 1 << 20
 
 
@@ -33,11 +33,11 @@ class PlainStack:
         self._stacked = layers is not None
 
     def buffer(self, layer: int) -> np.ndarray:
-        """Where the values of a layer go."""
+        """The buffer for the values of a layer."""
         return self.result[layer] if self._stacked else self.result
 
     def done(self, layer: int) -> None:
-        """The buffer of this layer holds its values."""
+        """Is called when the buffer of this layer holds its values."""
 
 
 class QuantStack:
@@ -61,11 +61,11 @@ class QuantStack:
         )
 
     def buffer(self, layer: int) -> np.ndarray:
-        """Where the values of a layer go: the same memory for all of them."""
+        """The buffer for the values of a layer, the same memory for all layers."""
         return self._layer
 
     def done(self, layer: int) -> None:
-        """Quantises what the buffer holds."""
+        """Quantises the values in the buffer."""
         quantised = quantize_kernel(self._layer, self._kind, self._double)
 
         def keep(whole: np.ndarray, one: jax.Array) -> None:
@@ -78,14 +78,14 @@ def fill(out: np.ndarray, raw: np.ndarray, info: TensorInfo, transposed: bool, h
     """Decodes, transposes and casts one tensor into `out`, a slab of rows at a time.
 
     Args:
-        out: Where it goes, in our layout and the target dtype.
+        out: The buffer, in the parameter's layout and the target dtype.
         raw: The tensor's bytes.
-        info: What they mean.
+        info: Its dtype and shape.
         transposed: Whether `out` is the transpose of the tensor.
         heads: Heads whose rows are interleaved; 0 for none.
 
     Returns:
-        How many values of `out` are not finite.
+        The number of values in `out` that are not finite.
     """
     rows = info.shape[0]
     row_bytes = info.nbytes // rows
@@ -112,7 +112,7 @@ def fill(out: np.ndarray, raw: np.ndarray, info: TensorInfo, transposed: bool, h
 
 
 def count_nonfinite(value: np.ndarray) -> int:
-    """How many values are NaN or infinite, by their exponent bits."""
+    """The number of values that are NaN or infinite, by their exponent bits."""
     bits, mask = {
         "float32": (np.uint32, 0x7F800000),
         "float16": (np.uint16, 0x7C00),
