@@ -6,7 +6,6 @@ import unicodedata
 
 import pytest
 
-import jaxpeft as jp
 from jaxpeft.cli import arguments, exits, inputs
 from jaxpeft.core.errors import UserError
 from jaxpeft.generate import main as generate_main
@@ -52,7 +51,9 @@ def test_generate_asks_one_prompt_a_line(monkeypatch, capsys):
         tokenizer = None
 
     monkeypatch.setattr(arguments, "load_base", lambda args: Base())
-    monkeypatch.setattr(jp, "generate", lambda base, texts, **_: asked.extend(texts) or texts)
+    monkeypatch.setattr(
+        "jaxpeft.inference.decoding.generate", lambda base, texts, **_: asked.extend(texts) or texts
+    )
     monkeypatch.setattr(sys, "stdin", stdin_of("a\u2028b\fc\n\x1cd\x85\n \n".encode()))
     generate_main(["--model", "m", "--raw", "-"])
     assert asked == ["a\u2028b\fc", "\x1cd\x85"]

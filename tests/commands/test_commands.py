@@ -60,7 +60,7 @@ def loaded(files, monkeypatch):
         assert settings in (plain, plain | none)
         return files.base
 
-    monkeypatch.setattr(jp, "load_model", load_model)
+    monkeypatch.setattr("jaxpeft.pretrained.load.load_model", load_model)
     return files
 
 

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from places import GOLDEN
 from safetensors.numpy import load_file, save_file
@@ -64,8 +63,8 @@ def assert_same_adapter(actual, expected):
 
 def run_golden(base, adapter, expected):
     """Logits at every position that is not padding."""
-    mask = jnp.asarray(expected["attention_mask"])
-    logits = base(jnp.asarray(expected["input_ids"]), adapter=adapter, segment_ids=mask)
+    ids, mask = jax.device_put((expected["input_ids"], expected["attention_mask"]))
+    logits = base(ids, adapter=adapter, segment_ids=mask)
     return np.asarray(logits)[expected["attention_mask"].astype(bool)]
 
 

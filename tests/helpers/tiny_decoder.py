@@ -35,15 +35,25 @@ def decoder(config=CONFIG, remat="none", dtype=jnp.float32):
         ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         shapes = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
         params = draw(shapes, seed=0, scale=0.2)
-        norms = {path: 1 + leaf for path, leaf in paths.flatten(params).items() if "norm" in path}
-        return module, paths.put(params, norms)
+        leaves = paths.flatten(params)
+        norms = {path: 1 + np.asarray(leaf) for path, leaf in leaves.items() if "norm" in path}
+        return module, paths.put(params, jax.device_put(norms))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(module, variables, *arguments, **options):
+    """``module.apply`` as one program; outside of ``jax.jit`` each operation would be one."""
+    return module.apply(variables, *arguments, **options)
 
 
 def draw(shapes, seed, scale):
-    """Normal numbers in the shapes of a tree, by NumPy: nothing is compiled."""
+    """Normal numbers in the shapes of a tree, by NumPy: nothing is compiled.
+
+    Unlike `jnp.asarray`, which is a program for every shape, `jax.device_put` only copies.
+    """
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda x: jnp.asarray(scale * rng.standard_normal(x.shape, np.float32)), shapes
+        lambda x: jax.device_put(scale * rng.standard_normal(x.shape, np.float32)), shapes
     )
 
 
@@ -54,8 +64,8 @@ def make_adapter(method=LoRA(rank=2, alpha=4.0), config=CONFIG, trained=False): 
     drawn = draw(jax.eval_shape(init, jax.random.key(0)).params, seed=1, scale=0.25)
     if not trained:
         leaves = paths.flatten(drawn)
-        zeros = {path: 0 * leaf for path, leaf in leaves.items() if path.endswith("/b")}
-        drawn = paths.put(drawn, zeros)
+        ends = {path: np.zeros_like(leaf) for path, leaf in leaves.items() if path.endswith("/b")}
+        drawn = paths.put(drawn, jax.device_put(ends))
     buffers = jax.jit(lambda key: init(key).buffers)(jax.random.key(0))
     return Adapter(drawn, buffers, jax.eval_shape(init, jax.random.key(0)).spec)
 
@@ -64,10 +74,11 @@ def make_batch(rows, seq, seed=0, vocab=CONFIG.vocab_size):
     """Rows of random tokens with targets; row ``i`` supervises its last ``seq - 1 - i`` tokens."""
     tokens = np.random.default_rng(seed).integers(0, vocab, (rows, seq + 1))
     supervised = np.arange(seq)[None] > np.arange(rows)[:, None] % (seq - 1)
-    return {
-        "tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
-        "targets": jnp.asarray(tokens[:, 1:], jnp.int32),
-        "weights": jnp.asarray(supervised, jnp.float32),
-        "segment_ids": jnp.ones((rows, seq), jnp.int32),
-        "positions": jnp.broadcast_to(jnp.arange(seq), (rows, seq)),
+    batch = {
+        "tokens": tokens[:, :-1].astype(np.int32),
+        "targets": tokens[:, 1:].astype(np.int32),
+        "weights": supervised.astype(np.float32),
+        "segment_ids": np.ones((rows, seq), np.int32),
+        "positions": np.tile(np.arange(seq, dtype=np.int32), (rows, 1)),
     }
+    return jax.device_put(batch)

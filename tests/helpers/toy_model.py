@@ -33,9 +33,10 @@ def toy_model(key, tokenizer=True, **changes):
     config = jp.ModelConfig(**{**CONFIG, **changes})
     module = Transformer(config, jnp.float32)
     params = draw(key, shapes_of(module), config.initializer_range)
-    norms = {path: jnp.ones_like(x) for path, x in paths.flatten(params).items() if "norm" in path}
+    leaves = paths.flatten(params)
+    norms = {path: np.ones_like(leaf) for path, leaf in leaves.items() if "norm" in path}
     return jp.Model(
-        params=paths.put(params, norms),
+        params=paths.put(params, jax.device_put(norms)),
         config=config,
         module=module,
         tokenizer=TOKENIZER() if tokenizer is True else tokenizer or None,
@@ -60,10 +61,13 @@ def toy_adapter(key, base, **changes):
 
 
 def draw(key, shapes, scale):
-    """Normal numbers in the shapes of a tree, by NumPy: nothing is compiled."""
+    """Normal numbers in the shapes of a tree, by NumPy: nothing is compiled.
+
+    Unlike `jnp.asarray`, which is a program for every shape, `jax.device_put` only copies.
+    """
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     return jax.tree.map(
-        lambda x: jnp.asarray(scale * rng.standard_normal(x.shape, np.float32)), shapes
+        lambda x: jax.device_put(scale * rng.standard_normal(x.shape, np.float32)), shapes
     )
 
 

@@ -111,7 +111,7 @@ def test_generate_takes_tools_documents_and_variables_from_the_command_line(
     getkey, tmp_path, monkeypatch, capsys
 ):
     base = toy_model(getkey(), tokenizer=toy_tokenizer(TEMPLATE))
-    monkeypatch.setattr(jp, "load_model", lambda path, **_: base)
+    monkeypatch.setattr("jaxpeft.pretrained.load.load_model", lambda path, **_: base)
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
     (tmp_path / "documents.json").write_text(json.dumps(DOCUMENTS))
     generate_main(

@@ -108,7 +108,7 @@ def answers_of(texts, monkeypatch):
     def answer(base, prompts, **_):
         return [base.tokenizer(next(said), add_special_tokens=False).input_ids for _ in prompts]
 
-    monkeypatch.setattr(evaluate, "generate_ids", answer)
+    monkeypatch.setattr(metrics, "generate_ids", answer)
 
 
 def test_exact_match_ignores_blanks_around_and_nothing_else(getkey, monkeypatch):
@@ -165,9 +165,9 @@ def write(tmp_path):
 
 def test_a_file_is_evaluated_for_every_adapter_with_one_compile(getkey, write, monkeypatch):
     traced = []
-    original = evaluate.make_lm_loss
+    original = metrics.make_lm_loss
     monkeypatch.setattr(
-        evaluate, "make_lm_loss", lambda *a, **k: traced.append(1) or original(*a, **k)
+        metrics, "make_lm_loss", lambda *a, **k: traced.append(1) or original(*a, **k)
     )
     base = toy_model(getkey(), d_ff=20)
     adapters = {
@@ -228,9 +228,9 @@ def test_evaluation_is_traced_at_most_once(getkey, monkeypatch):
     """For all batches, and for adapters that differ in numbers alone."""
     base = toy_model(getkey(), d_ff=36)
     chex.clear_trace_counter()
-    make = evaluate.make_lm_loss
+    make = metrics.make_lm_loss
     once = lambda *args, **kwargs: chex.assert_max_traces(make(*args, **kwargs), n=1)  # noqa: E731
-    monkeypatch.setattr(evaluate, "make_lm_loss", once)
+    monkeypatch.setattr(metrics, "make_lm_loss", once)
     parts = list(batches(base, encode(base), packing=False))
     assert len(parts) > 1
     for alpha in (2.0, 8.0):

@@ -1,5 +1,7 @@
 """LoRA's initialisers by their laws and against float64 NumPy; NF4 against a plain loop."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,14 +24,16 @@ PATH = "layers/mlp/up_proj/kernel"
 apply = jax.jit(MODULE.apply)
 
 
+@functools.cache
 def new(name, **values):
     method = LoRA(**{"rank": 4, "alpha": 6.0, "init_weights": name, **values})
-    return init_adapter(method, PARAMS, jax.random.key(0))
+    return jax.jit(functools.partial(init_adapter, method))(PARAMS, jax.random.key(0))
 
 
 def moved(adapter):
     shift = draw(adapter.params, seed=1, scale=0.2)
-    return adapter.replace(params=jax.tree.map(jnp.add, adapter.params, shift))
+    params = jax.tree.map(lambda x, y: jax.device_put(np.add(x, y)), adapter.params, shift)
+    return adapter.replace(params=params)
 
 
 def logits(adapter=None):

@@ -4,12 +4,13 @@ What PEFT computes is in ``tests/methods/test_golden_methods.py``.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_decoder import CONFIG, decoder, draw, make_batch
+from tiny_decoder import CONFIG, apply, decoder, draw, make_batch
 
 import jaxpeft as jp
 from jaxpeft.core import paths
@@ -27,6 +28,7 @@ EMBED, HEAD = "embed_tokens", "lm_head"
 models = pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
 
 
+@functools.cache
 def make(config=CONFIG, seed=0, **values):
     """A LoRA with all arrays moved."""
     method = LoRA(**{"rank": 2, "alpha": 3.0, "targets": (EMBED, HEAD, "q_proj")} | values)
@@ -35,16 +37,16 @@ def make(config=CONFIG, seed=0, **values):
 
 
 def moved(adapter, seed):
-    return adapter.replace(
-        params=jax.tree.map(jnp.add, adapter.params, draw(adapter.params, seed + 5, 0.15))
-    )
+    shift = draw(adapter.params, seed + 5, 0.15)
+    params = jax.tree.map(lambda x, y: jax.device_put(np.add(x, y)), adapter.params, shift)
+    return adapter.replace(params=params)
 
 
 def logits(adapter, config=CONFIG, params=None, tokens=None, **options):
     module, base = decoder(config)
     params = base if params is None else params
     tokens = make_batch(3, 6)["tokens"] if tokens is None else tokens
-    return module.apply(bind(params, adapter, **options), tokens)
+    return apply(module, bind(params, adapter, **options), tokens)
 
 
 def close(actual, expected, atol=1e-5):
@@ -185,9 +187,8 @@ def test_the_loss_of_a_frozen_head_has_the_gradients_of_the_plain_one():
 
     def grads(frozen):
         loss_fn = jp.make_lm_loss(module, head_frozen=frozen)
-        return jax.grad(lambda p: loss_fn(params, adapter.replace(params=p), batch)[0])(
-            adapter.params
-        )
+        loss = lambda p: loss_fn(params, adapter.replace(params=p), batch)[0]  # noqa: E731
+        return jax.jit(jax.grad(loss))(adapter.params)
 
     jax.tree.map(close, grads(True), grads(False))
 

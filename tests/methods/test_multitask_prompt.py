@@ -11,7 +11,6 @@ from toy_model import CONFIG as TOY
 from toy_tokenizer import toy_tokenizer
 
 import jaxpeft as jp
-from jaxpeft import evaluate
 from jaxpeft import train as program
 from jaxpeft.inference import metrics
 from jaxpeft.inference.decoding import generate_ids
@@ -179,7 +178,7 @@ def test_answers_are_those_of_every_rows_task(monkeypatch):
     rows.insert(1, {"text": "without an answer", "task": 0})
     asked = {}
     monkeypatch.setattr(
-        evaluate,
+        metrics,
         "generate_ids",
         lambda base, prompts, **o: asked.update(o) or [[5] for _ in prompts],
     )

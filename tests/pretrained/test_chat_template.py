@@ -156,7 +156,7 @@ def test_merge_writes_the_template_of_the_flag_or_of_the_adapter(files, tmp_path
 
 @pytest.mark.parametrize("verb", [generate_main, evaluate_main, merge_main])
 def test_a_bad_template_is_told_before_the_model_is_loaded(files, tmp_path, monkeypatch, verb):
-    monkeypatch.setattr(jp, "load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("jaxpeft.pretrained.load.load_model", lambda *_, **__: 1 / 0)
     out = ["--output", str(tmp_path / "out")]
     rest = {generate_main: ["Who?"], evaluate_main: arguments(files, "data"), merge_main: out}
     names = ("model", "adapter") if verb is merge_main else ("model",)

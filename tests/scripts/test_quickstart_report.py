@@ -10,8 +10,6 @@ import pytest
 import quickstart_report as qr
 from rich.console import Console
 
-import jaxpeft
-
 
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -89,7 +87,7 @@ def test_commands_that_come_next_understand_their_arguments(monkeypatch):
         assert path == "data/quickstart/smollm2-135m-instruct.gguf"
         raise ArgumentsUnderstood
 
-    monkeypatch.setattr(jaxpeft, "load_model", load_model)
+    monkeypatch.setattr("jaxpeft.pretrained.load.load_model", load_model)
     monkeypatch.setattr("jaxpeft.data.rows.kinds.read_rows", lambda path: [])
     for _, command in qr.next_commands("runs/quickstart"):
         _, _, module, *arguments = shlex.split(command)

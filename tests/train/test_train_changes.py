@@ -80,7 +80,7 @@ def small(**changes):
     for key, value in {**lines, **changes}.items():
         section, _, name = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[name] = value
-    return run_config.yaml_config.loads(run_config.SCHEMA, json.dumps(nested), "c.yaml")
+    return run_config.yaml_reader.loads(run_config.SCHEMA, json.dumps(nested), "c.yaml")
 
 
 OTHER = {

@@ -36,6 +36,7 @@ from jaxpeft.checkpoints.folder import CheckpointFolder
 from jaxpeft.core.errors import DivergedError, InterruptedRunError, UserError
 from jaxpeft.mesh import layout
 from jaxpeft.pretrained.load import load_config
+from jaxpeft.reports import trackers
 from jaxpeft.training.run import Run
 
 
@@ -229,9 +230,9 @@ def test_checkpoint_is_hardly_larger_than_adapter_and_moments(files, tmp_path, g
 @pytest.mark.slow
 def test_trackers_and_profiler_go_on_with_a_resumed_run(files, tmp_path, monkeypatch):
     codes = []
-    close = program.track.Tracker.close
+    close = trackers.Tracker.close
     monkeypatch.setattr(
-        program.track.Tracker,
+        trackers.Tracker,
         "close",
         lambda self, exit_code=0: (codes.append(exit_code), close(self, exit_code)),
     )

@@ -17,7 +17,8 @@ from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core.errors import UserError
 from jaxpeft.planning.plan import describe_data
 from jaxpeft.pretrained.load import load_config
-from jaxpeft.training.output.template import find_template, run_tokenizer
+from jaxpeft.training.output import folder
+from jaxpeft.training.output.template import find_template, keep_template, run_tokenizer
 from jaxpeft.training.run import Run
 
 OTHER = (
@@ -53,8 +54,8 @@ def began(config: RunConfig, template: str) -> None:
     """Leaves what a run leaves that was stopped before its first checkpoint."""
     output = pathlib.Path(config.output_dir)
     output.mkdir()
-    program.keep_template(config, template)
-    program.write_config(config)
+    keep_template(config, template)
+    folder.write_config(config)
 
 
 def test_rows_are_learned_under_the_template(files, tmp_path, template):
@@ -130,12 +131,12 @@ def test_a_template_left_by_a_start_that_was_killed_is_taken_over_by_the_same_st
     config = make_config(files, tmp_path, template)
     left = tmp_path / "run" / "chat_template.jinja"
     left.parent.mkdir()
-    program.keep_template(config, OTHER)
+    keep_template(config, OTHER)
     program.check_folder(config)
-    program.keep_template(config, find_template(config))
+    keep_template(config, find_template(config))
     assert left.read_text() == OTHER
     with pytest.raises(UserError, match=r"run/chat_template\.jinja: is there but no config\.yaml"):
-        program.keep_template(config, OTHER + " ")
+        keep_template(config, OTHER + " ")
     assert left.read_text() == OTHER
 
 
@@ -203,7 +204,7 @@ def test_overwrite_does_not_discard_the_template_that_is_read(files, tmp_path):
 def test_discarding_a_run_discards_its_template(files, tmp_path, template):
     config = make_config(files, tmp_path, template)
     began(config, OTHER)
-    program.discard(pathlib.Path(config.output_dir))
+    folder.discard(pathlib.Path(config.output_dir))
     assert list(pathlib.Path(config.output_dir).iterdir()) == []
 
 

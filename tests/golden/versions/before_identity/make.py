@@ -12,14 +12,14 @@ import sys
 
 import jax
 import yaml
-from jaxpeft.errors import InterruptedRunError
-from jaxpeft.run import Run
 from tiny_run import make_row, write_rows
 from toy_model import toy_model
 
 import jaxpeft as jp
 from jaxpeft import manifest
 from jaxpeft import train as program
+from jaxpeft.errors import InterruptedRunError
+from jaxpeft.run import Run
 
 CONFIG = {
     "model": {"path": "model"},
