@@ -82,7 +82,7 @@ def _require_products(kind: Kind, adapter: Adapter) -> None:
     """Checks that an adapter's change is a sum of products.
 
     Raises:
-        UserError: It is not.
+        UserError: The change is something else.
     """
     what = f"of kind {kind.name!r}"
     if kind.products is not None:
