@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_decoder import CONFIG, decoder
+from toy_model import toy_model
 
 import jaxpeft as jp
 from jaxpeft.core import paths
@@ -44,7 +45,7 @@ def test_a_model_without_biases_is_refused_with_the_names_of_models_that_have_th
 
 def test_peft_has_no_folders_for_it(tmp_path):
     with pytest.raises(jp.UserError, match="no folders for adapters of kind 'bitfit'"):
-        jp.save_adapter(tmp_path / "out", start(), None)
+        jp.save_adapter(tmp_path / "out", start(), toy_model(jax.random.key(0)))
 
 
 @pytest.mark.parametrize(
