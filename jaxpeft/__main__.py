@@ -1,4 +1,4 @@
-"""Says which commands there are: ``python -m jaxpeft``."""
+"""Lists the commands: ``python -m jaxpeft``."""
 
 import ast
 import pathlib
@@ -8,13 +8,14 @@ COMMANDS = ("train", "evaluate", "generate", "merge", "plan")
 
 
 def main(argv: list[str]) -> int:
-    """Prints every command with the first line of its module, and where its options are told.
+    """Prints every command with the first line of its module, and how to see its options.
 
     Args:
-        argv: The arguments behind ``python -m jaxpeft``.
+        argv: The arguments after ``python -m jaxpeft``.
 
     Returns:
-        The exit code: 0 for none or ``--help``, 2 for anything else, since a command is a module.
+        The exit code: 0 without arguments or with ``--help``; 2 for anything else, since every
+        command is a module of its own.
     """
     if argv and argv[0] not in ("-h", "--help"):
         verb = argv[0] if argv[0] in COMMANDS else "train"

@@ -1,4 +1,4 @@
-"""What an array of an adapter is to code that does not know the family it belongs to."""
+"""The role of an adapter's array, for code that does not know the family it belongs to."""
 
 import dataclasses
 from typing import Literal
@@ -6,22 +6,22 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArrayRole:
-    """What one array of an adapted place is; the family declares it by the array's name.
+    """The properties of one array of an adapted place; the family declares them by the array's
+    name.
 
-    Every default says that there is nothing special about the array.
+    The defaults are those of an ordinary array.
 
     Attributes:
         rank_axis: The axis that is as wide as the rank, counted from the end: -1 for a factor
             ``(d_in, rank)``. Numbers beyond the rank of a layer are padding.
-        side: Which side of the base's matrix the array belongs to. Its last axis (the last but
-            one where the last is the rank's) is then cut over devices as that side is.
-        replaces: "whole" for an array of the base leaf's own shape that stands in for it; "part"
-            for one that takes the place of some of the leaf's numbers, such as its rows. Neither
-            can follow another adapter that changes the leaf.
-        fast: Whether LoRA+ trains it at the higher rate; None leaves that to its number of axes:
+        side: The side of the base's matrix to which the array belongs. Its last axis (or the last
+            but one, if the last is the rank's) is cut over devices like that side.
+        replaces: "whole" for an array that replaces the base leaf and has its shape; "part" for an
+            array that replaces some numbers of the leaf, such as rows. Neither can follow another
+            adapter that changes the leaf.
+        fast: Whether LoRA+ trains it at the higher rate; None decides by its number of axes:
             vectors are fast, matrices are not.
-        unreached: What to tell the user where no gradient reaches the array, a clause; "" for the
-            usual text.
+        unreached: A clause for the user if no gradient reaches the array; "" for the usual text.
     """
 
     rank_axis: int | None = None
@@ -32,4 +32,4 @@ class ArrayRole:
 
 
 ORDINARY = ArrayRole()
-"""The role of an array that its family says nothing about."""
+"""The role of an array for which its family declares nothing."""

@@ -43,7 +43,7 @@ def require(where: str, value: Any) -> None:
     """Checks that float32 can hold a number.
 
     Raises:
-        ValueError: It cannot. The message begins with `where`.
+        ValueError: Float32 cannot hold it. The message begins with `where`.
     """
     if text := misfit(value):
         raise ValueError(f"{where} {text}.")
@@ -53,12 +53,12 @@ def require_fields(owner: str, values: Mapping[str, Any], hints: Mapping[str, An
     """Checks that float32 can hold the numbers of a config.
 
     Args:
-        owner: What to call the config.
+        owner: The name of the config, for messages.
         values: Its fields. The config itself checks those that are not numbers.
         hints: Their types; a field whose type contains no float is skipped.
 
     Raises:
-        ValueError: It cannot hold one of them.
+        ValueError: Float32 cannot hold one of them.
     """
     for name, value in values.items():
         if not _has_float(hints.get(name)):

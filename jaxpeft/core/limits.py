@@ -174,7 +174,7 @@ def number(value: float) -> str:
     """A number for a message; one of many digits is shortened.
 
     Example:
-        >>> number(10**30), number(-(10**5000))  # of which Python writes no digits at all
+        >>> number(10**30), number(-(10**5000))  # Python refuses to print the second
         ('a number of 31 digits', 'a number of about 5001 digits')
     """
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:

@@ -1,4 +1,4 @@
-"""Lines that a person should see and that are no errors, on standard error."""
+"""Prints notes and warnings, which are no errors, on standard error."""
 
 import sys
 

@@ -35,7 +35,7 @@ def require_tree(params: Any) -> None:
     """Checks that base parameters are a nested dict.
 
     Raises:
-        UserError: They are something else, such as a whole model.
+        UserError: The argument is something else, such as a whole model.
     """
     if not isinstance(params, Mapping):
         raise UserError(

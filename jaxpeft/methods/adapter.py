@@ -1,18 +1,18 @@
 """The adapter: trained arrays, frozen arrays, and the static description that reads them.
 
-An adapter is a tree of its own, never spliced into the base:
+An adapter is a separate tree, never spliced into the base:
 
-* ``params``: the trained arrays, the only thing differentiated, optimised and donated;
+* ``params``: the trained arrays, which alone are differentiated, optimised and donated;
 * ``buffers``: frozen arrays it needs (scales, ranks, dropout rates);
 * ``spec``: static and hashable. All numbers are arrays, so adapters that differ in alpha or
   dropout share one compilation and stack under ``jax.vmap``.
 
-Both trees are nested like the base parameters, one dict of arrays at each adapted place; what all
-places share (VeRA's matrices) lies under the key ``shared``.
+Both trees are nested like the base parameters, with one dict of arrays at each adapted place.
+Arrays that all places share (VeRA's matrices) are under the key ``shared``.
 
-Names of arrays are a family's own, with three exceptions: the buffers `RANK`, `SCALE` and `DROPOUT`
-mean the same in every family that has them. What else is to be known of an array its family
-declares, see `jaxpeft.methods.family.Kind`.
+Each family chooses the names of its arrays, with three exceptions: the buffers `RANK`, `SCALE` and
+`DROPOUT` mean the same in every family that has them. The family declares further properties of
+its arrays, see `jaxpeft.methods.family.Kind`.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ import numpy as np
 from jaxpeft.core import paths
 
 RANK = "rank"
-"""The buffer that holds the rank of every layer of a place, 0 for a layer that is left as it is."""
+"""The buffer with the rank of every layer of a place, 0 for a layer that is not adapted."""
 
 SCALE = "scale"
-"""The buffer that holds what the change of every layer of a place is multiplied with."""
+"""The buffer with the factor of the change of every layer of a place."""
 
 DROPOUT = "dropout"
-"""The buffer that holds the dropout rate of every layer of a place; every run sets its own."""
+"""The buffer with the dropout rate of every layer of a place; every run sets its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Spec:
     Attributes:
         kind: Name of the method family, a key of ``jaxpeft.methods.registry.KINDS``.
         paths: "/"-joined paths of the adapted places, sorted.
-        rank: Inner width all layers are padded to; 0 where there is none.
+        rank: Inner width to which all layers are padded; 0 for families without one.
         options: Further static choices of the family, as sorted pairs.
     """
 
@@ -53,10 +53,9 @@ class Spec:
 
 
 class Label(str):
-    """A text that says something about an adapter and does not tell two of them apart.
+    """A note about an adapter that never affects equality.
 
-    All labels are equal: they are static parts of pytrees, and adapters that differ in nothing
-    else share one compilation.
+    All labels compare equal, so they do not cause recompilation.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -73,10 +72,10 @@ class Adapter:
     Attributes:
         params: Nested like the base; at each path of the spec a dict of trained arrays.
         buffers: The same nesting with frozen arrays.
-        spec: What the trees mean.
-        base_name: The base it was trained on, as `jaxpeft.load_model` takes it; "" if not known.
-        base_revision: Its branch, tag or commit on the hub; "" for none.
-        chat: How it was taught to chat, see `jaxpeft.methods.chat_settings`; "" if not known.
+        spec: The static description of the trees.
+        base_name: The base it was trained on, as for `jaxpeft.load_model`; "" if unknown.
+        base_revision: The base's branch, tag or commit on the hub; "" for none.
+        chat: The chat settings of its training, see `jaxpeft.methods.chat_settings`; "" if unknown.
     """
 
     params: dict
@@ -101,13 +100,13 @@ class Adapter:
 
 
 def ranks_at(adapter: Adapter, path: str) -> np.ndarray | None:
-    """The rank of every layer at `path`, or None for a kind that has none."""
+    """The rank of every layer at `path`, or None for a family without ranks."""
     rank = paths.get(adapter.buffers, f"{path}/{RANK}")
     return None if rank is None else np.asarray(rank)
 
 
 def is_named(path: str, *names: str) -> bool:
-    """Whether the array at a path, place and name, has one of these names."""
+    """Whether the last part of a path, the name of an array, is one of `names`."""
     return path.rpartition("/")[2] in names
 
 

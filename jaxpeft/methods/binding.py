@@ -1,4 +1,4 @@
-"""Where base and adapter meet: ``bind`` and ``merge``.
+"""Combines base and adapter: ``bind`` and ``merge``.
 
 ``bind`` is called inside the traced function: ``module.apply(bind(params, adapter), tokens)``.
 """
@@ -26,17 +26,18 @@ def init_adapter(method: Method, base: Any, key: jax.Array, *, batches: Any = No
 
     Args:
         method: A config such as ``LoRA(rank=16)``.
-        base: A `jaxpeft.Model`, or its parameters alone; for methods that draw at random and
-            need nothing else of the model, their shapes are enough.
+        base: A `jaxpeft.Model`, or its parameters alone. For random initialisations that need
+            nothing else of the model, the shapes of the parameters are enough.
         key: Typed PRNG key (``jax.random.key(0)``).
-        batches: Batches as the training step takes them, for initialisations from data.
+        batches: Batches for the training step, for initialisations from data.
 
     Returns:
-        An adapter; but for a few soft prompts, and LoftQ, which makes up for what quantising the
-        base loses, it leaves the model's function unchanged.
+        An adapter that leaves the model's function unchanged. Exceptions are some soft prompts,
+        and LoftQ, which compensates the error of quantising the base.
 
     Raises:
-        UserError: If a target pattern matches no module, or the method needs what is not there.
+        UserError: If a target pattern matches no module, or the method needs something that is
+            missing.
     """
     if isinstance(base, Mapping):
         return method.init(dict(base), key, Context(batches=batches))
@@ -60,20 +61,20 @@ def bind(
 
     Args:
         params: Base parameters, a nested dict.
-        adapter: What to put on them; None gives the base alone, several are put on one after the
-            other: changes of a kernel by LoRA add up.
-        weights: For several adapters, what each one's change is multiplied with; 1 by default.
-        index: For adapters from `jaxpeft.stack_adapters`, which of them each row of the batch
-            gets: ``(batch,)`` whole numbers, -1 for none.
+        adapter: One adapter, several, or None for the base alone. Several are applied one after
+            the other: changes of a kernel by LoRA add up.
+        weights: For several adapters, the factor of each one's change; 1 by default.
+        index: For adapters from `jaxpeft.stack_adapters`, the adapter of each row of the batch:
+            ``(batch,)`` whole numbers, -1 for none.
         dropout_key: Typed PRNG key of this step; None drops nothing, as at inference.
 
     Returns:
-        ``{"params": tree}``, where the adapted leaves are nodes (see `jaxpeft.ops.linear`), and
-        ``"shared"`` beside it where nodes have what all layers share.
+        ``{"params": tree}``, where the adapted leaves are nodes (see `jaxpeft.ops.linear`). If
+        nodes share arrays over all layers, these are in a second collection, ``"shared"``.
 
     Raises:
-        UserError: If an adapter addresses leaves that the base lacks, or with other shapes, or if
-            it has no meaning to multiply its change, or to let it differ from row to row.
+        UserError: If the base lacks leaves of an adapter or has other shapes, or if the family
+            does not support `weights` or `index`.
     """
     tree, changed = params, {}
     for position, one in enumerate(adapters_of(adapter, weights)):
@@ -95,7 +96,7 @@ def bind(
 
 
 def _bind_mixed(leaf: Leaf, adapter: Adapter, index: Any) -> dict[str, Any]:
-    """What stands at one place of stacked adapters, see `jaxpeft.methods.mixed`."""
+    """The bound tree's entries at one place of stacked adapters, see `jaxpeft.methods.mixed`."""
 
     def bind_one(base: Any, bound: dict, arrays: tuple[dict, dict, dict]) -> dict[str, Any]:
         params, buffers, shared = arrays
@@ -109,12 +110,15 @@ def _bind_mixed(leaf: Leaf, adapter: Adapter, index: Any) -> dict[str, Any]:
 
 
 def _require_unchanged(adapter: Adapter, changed: dict[str, bool]) -> None:
-    """Raises a UserError if an adapter replaces what adapters before it changed.
+    """Checks that an adapter does not replace leaves that adapters before it changed.
 
     Args:
         adapter: The adapter.
-        changed: Paths that those before it stand at, and whether the base's own leaf is changed:
-            virtual tokens only stand behind the table. The adapter's own are added.
+        changed: Paths that earlier adapters changed, and whether the base's own leaf is changed
+            (virtual tokens only extend the table). This adapter's own paths are added.
+
+    Raises:
+        UserError: It replaces such a leaf.
     """
     kind = KINDS[adapter.spec.kind]
     virtual = kind.virtual_tokens(adapter) > 0
@@ -132,10 +136,10 @@ def _require_unchanged(adapter: Adapter, changed: dict[str, bool]) -> None:
 def adapters_of(
     adapter: Adapter | Sequence[Adapter] | None, weights: Sequence[Any] | None = None
 ) -> list[Adapter]:
-    """The adapters in an argument that may hold one, several or none, multiplied by their weights.
+    """The adapters in an argument that may hold one, several or none, scaled by their weights.
 
     Raises:
-        UserError: The weights are not one for each adapter, or an adapter cannot be weighted.
+        UserError: There is not one weight for each adapter, or an adapter cannot be weighted.
     """
     if adapter is None:
         return []
@@ -172,10 +176,10 @@ def check_weights(weights: Any, count: int) -> None:
 
 
 def make_leaf(tree: dict, adapter: Adapter, path: str, key: Any = None) -> Leaf:
-    """What `adapter` brings to `path` and finds there.
+    """Collects the arrays of `adapter` at `path` and the base's leaf there.
 
     Args:
-        tree: Base parameters, with what other adapters put on them.
+        tree: Base parameters, with the nodes of earlier adapters.
         adapter: The adapter.
         path: One of its places.
         key: Typed PRNG key of the step, or None.
@@ -197,34 +201,34 @@ def make_leaf(tree: dict, adapter: Adapter, path: str, key: Any = None) -> Leaf:
 
 
 def make_leaves(tree: dict, adapter: Adapter, key: Any = None) -> list[Leaf]:
-    """What `adapter` brings to each of its places and finds there, see `make_leaf`."""
+    """Makes the leaf of each of the adapter's places, see `make_leaf`."""
     paths.require_tree(tree)
     return [make_leaf(tree, adapter, path, key) for path in adapter.spec.paths]
 
 
 def _after(leaf: Leaf, bound: dict) -> Leaf:
-    """The leaf in a tree where the adapter's places before it are bound.
+    """The leaf in a tree in which the adapter's places before it are bound.
 
-    A tied head then stands on the bound table.
+    A tied head then reads the bound table.
     """
     base = weight_at(bound, leaf.path) if leaf.path == paths.HEAD else leaf.base
     return dataclasses.replace(leaf, base=base, bound=bound)
 
 
 def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
-    """Plain arrays that compute what base and adapter compute together.
+    """Merges an adapter into the base: plain arrays that compute the same function.
 
     Args:
-        params: Base parameters; they stay as they are.
+        params: Base parameters; they are not changed.
         adapter: An adapter of a mergeable kind, or several to merge one after the other.
 
     Returns:
-        A tree like `params`, in its dtypes; leaves that no adapter touches are shared with it.
-        Where a tied table and the head come to differ there is an ``lm_head/kernel`` more.
+        A tree like `params`, in its dtypes; leaves that no adapter changes are shared with it.
+        If a tied table and the head come to differ, there is a new leaf ``lm_head/kernel``.
 
     Raises:
-        UserError: If an adapter does not fit the base, or cannot be merged, or the base is
-            quantised where it is changed.
+        UserError: If an adapter does not fit the base or cannot be merged, or a leaf that it
+            changes is quantised.
     """
     paths.require_tree(params)
     tree, parted, changed = params, False, {}
@@ -276,26 +280,26 @@ def unties(params: dict, adapter: Adapter) -> bool:
 
 
 def check_fit(params: dict, adapter: Adapter) -> None:
-    """Finds out from names and shapes alone whether an adapter fits a base.
+    """Checks from names and shapes alone whether an adapter fits a base.
 
     Args:
         params: Base parameters, or their shapes.
         adapter: The adapter, or its shapes.
 
     Raises:
-        UserError: If a leaf of the adapter belongs to no leaf of the base, or to one of another
-            shape, or if these are several stacked adapters.
+        UserError: A leaf of the adapter belongs to no leaf of the base, or to one of another shape;
+            or these are several stacked adapters.
     """
     _check_leaves(make_leaves(params, adapter), params, adapter)
 
 
 def _check_leaves(leaves: Sequence[Leaf], params: dict, adapter: Adapter) -> None:
-    """What `check_fit` does, for leaves that are made already.
+    """Does the checks of `check_fit` for leaves that are made already.
 
     Args:
-        leaves: All places of the adapter, perhaps on what other adapters put there.
+        leaves: All places of the adapter, perhaps on top of other adapters' nodes.
         params: Base parameters.
-        adapter: The adapter, of stacked ones the shapes of one.
+        adapter: The adapter; for stacked adapters, the shapes of one.
     """
     kind = KINDS[adapter.spec.kind]
     lost = [leaf.path for leaf in leaves if leaf.base is None]
@@ -322,11 +326,11 @@ def _check_leaves(leaves: Sequence[Leaf], params: dict, adapter: Adapter) -> Non
 
 
 def head_is_frozen(params: dict, adapter: Adapter | None, trained: Any = None) -> bool:
-    """Whether nothing that makes logits is trained, so that the loss omits its gradient.
+    """Whether no weight of the head is trained, so that the loss omits its gradient.
 
     Args:
         params: Base parameters: arrays, nodes or shapes.
-        adapter: What is trained.
+        adapter: The adapter that is trained.
         trained: Base leaves that are trained as well, nested like `params`, None elsewhere.
     """
     head = paths.HEAD if paths.get(params, paths.HEAD) is not None else paths.EMBEDDING

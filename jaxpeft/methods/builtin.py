@@ -1,4 +1,4 @@
-"""The methods of this package, one line a family. Importing the package registers them."""
+"""The methods of this package, one line per family. Importing this module registers them."""
 
 from jaxpeft.methods.adalora import config as adalora
 from jaxpeft.methods.kernels import ia3, loha, lokr, oft, vera

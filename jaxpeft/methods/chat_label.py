@@ -1,4 +1,4 @@
-"""The chat settings of an adapter that is made of several, see `jaxpeft.methods.chat_settings`."""
+"""The chat settings of an adapter made of several, see `jaxpeft.methods.chat_settings`."""
 
 import json
 import warnings
@@ -11,13 +11,13 @@ _STOPS = "stop_ids"
 
 
 def joined_chat(adapters: Sequence[Adapter]) -> Label:
-    """The label of an adapter made of several.
+    """The chat label of an adapter that is made of several.
 
-    Tokens that end what one of them learned end what the result says. Of the other settings those
-    are kept that all have alike, which is told where they differ.
+    Tokens that end the learned turns of one of them end those of the result. Other settings are
+    kept if all adapters agree on them; a disagreement is reported.
 
     Args:
-        adapters: At least one; those without settings have no say.
+        adapters: At least one; adapters without settings are ignored.
     """
     known: list[dict[str, Any]] = [json.loads(str(one.chat)) for one in adapters if one.chat]
     if not known:

@@ -1,7 +1,7 @@
-"""How an adapter was taught to chat: what generation must do in the same way.
+"""The chat settings of an adapter's training, which generation must use too.
 
-The settings travel with the adapter, in memory as a label (they never decide what is compiled)
-and on disk as ``chat`` in ``jaxpeft.json``.
+The settings travel with the adapter: in memory as a label (they never affect compilation) and on
+disk as ``chat`` in ``jaxpeft.json``.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ from jaxpeft.methods.chat_label import joined_chat
 
 @dataclasses.dataclass(frozen=True)
 class ChatSettings:
-    """What generation needs to know of the chats that an adapter learned from.
+    """The settings of the chats that an adapter learned from.
 
     Attributes:
-        template: The text of a chat template that replaces the tokenizer's; "" for the
-            tokenizer's own.
-        arguments: Values handed to the template with every conversation
+        template: The text of a chat template that replaces the tokenizer's; "" for the tokenizer's
+            own.
+        arguments: Values passed to the template with every conversation
             (``data.chat_template_kwargs``).
-        stop_ids: Ids of the tokens that ended what was learned; generation stops there too.
+        stop_ids: Ids of the tokens that ended learned turns; generation stops there too.
         learn: Which turns were learned (``data.learn``); "" for the default.
         end_of_turn: What ended them (``data.end_of_turn``); "" for the default.
         special_tokens_in_content: Whether contents may hold special tokens; "" for the default.
@@ -38,7 +38,7 @@ class ChatSettings:
     special_tokens_in_content: str = ""
 
     def to_values(self) -> dict[str, Any]:
-        """The settings as JSON values; empty where there is nothing to say."""
+        """The settings as JSON values; empty if all are the defaults."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values |= {"arguments": dict(self.arguments), "stop_ids": list(self.stop_ids)}
         return {name: value for name, value in values.items() if value}
@@ -49,10 +49,10 @@ class ChatSettings:
 
         Args:
             values: JSON values.
-            where: What holds them, for errors.
+            where: The place that holds them, for errors.
 
         Raises:
-            UserError: If they are not such settings.
+            UserError: If they are no such settings.
         """
         known = {field.name: str for field in dataclasses.fields(cls)}
         known |= {"arguments": dict, "stop_ids": list}
@@ -75,6 +75,6 @@ class ChatSettings:
 
 
 def chat_of(adapter: Adapter | Sequence[Adapter] | None) -> ChatSettings:
-    """The chat settings of an adapter, or of several together; empty ones where there are none."""
+    """The chat settings of an adapter, or of several together; empty settings if there are none."""
     text = "" if adapter is None else str(joined_chat(adapters_of(adapter)))
     return ChatSettings.from_values(json.loads(text), "the adapter") if text else ChatSettings()

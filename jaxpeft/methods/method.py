@@ -1,4 +1,4 @@
-"""The config of a method: what is trained, and how it starts; see `jaxpeft.LoRA`."""
+"""The config of a method: what is trained, and how it is initialised; see `jaxpeft.LoRA`."""
 
 import abc
 import dataclasses
@@ -21,15 +21,15 @@ M = TypeVar("M", bound="Method")
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What an initialisation may need beside the parameters; all of it is optional.
+    """Further inputs that an initialisation may need; all of them are optional.
 
     Attributes:
         config: The base's `jaxpeft.ModelConfig`.
         module: Its Linen module.
         tokenizer: Its tokenizer.
-        batches: Batches as the training step takes them, for initialisations from data.
-        shapes_only: Only shapes matter to the caller: what batches decide may be anything.
-        steps: Updates of the run that is to come, 0 if not known.
+        batches: Batches for the training step, for initialisations from data.
+        shapes_only: The caller uses shapes only; values that depend on batches may be arbitrary.
+        steps: Updates of the coming run, 0 if unknown.
     """
 
     config: Any = None
@@ -48,8 +48,8 @@ class Method(Record, abc.ABC):
     """A frozen, validated record of what to train and how; see `jaxpeft.LoRA`.
 
     Attributes:
-        init_from: An adapter to go on from, as `jaxpeft.load_adapter` takes it, or a hub id and
-            revision, "org/name@v1"; the other values must then describe that adapter.
+        init_from: An adapter to start from, as for `jaxpeft.load_adapter`, or a hub id and
+            revision, "org/name@v1". The other fields must then describe that adapter.
     """
 
     name: ClassVar[str]
@@ -58,7 +58,7 @@ class Method(Record, abc.ABC):
     init_from: str | None = None
 
     def __str__(self) -> str:
-        """What differs from the defaults, such as ``lora(rank=8, dora=True)``."""
+        """The fields that differ from the defaults, such as ``lora(rank=8, dora=True)``."""
         values = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -68,18 +68,18 @@ class Method(Record, abc.ABC):
 
     @classmethod
     def from_peft(cls: type[M], config: Any, *, revision: str | None = None) -> M:
-        """The config that describes the same method as one of HF PEFT.
+        """The config that describes the same method as a config of HF PEFT.
 
         Args:
             config: An ``adapter_config.json``, its folder, a hub id, a dict of its values, or a
-                config object of PEFT. What it leaves out has PEFT's defaults, not ours.
+                config object of PEFT. Missing values have PEFT's defaults.
             revision: Branch, tag or commit of a hub id.
 
         Returns:
             A config of this class.
 
         Raises:
-            UserError: If it is of another method, or says what this class cannot.
+            UserError: If it is of another method, or this class cannot express it.
 
         Example:
             >>> from jaxpeft import LoRA
@@ -96,12 +96,12 @@ class Method(Record, abc.ABC):
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Virtual tokens that its adapters put in front of every segment."""
+        """The number of virtual tokens that its adapters put in front of every segment."""
         return 0
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks rows of data may name; 0 where the method knows none."""
+        """The number of tasks that rows of data may name; 0 for methods without tasks."""
         return 0
 
     @property
@@ -111,7 +111,7 @@ class Method(Record, abc.ABC):
 
     @property
     def drops(self) -> bool:
-        """Whether training drops anything, and so needs a key in every step."""
+        """Whether training uses dropout, and so needs a key in every step."""
         return False
 
     @property
@@ -120,14 +120,14 @@ class Method(Record, abc.ABC):
         return False
 
     def check_quantization(self, quantization: str | None, double: bool) -> None:
-        """Finds out whether `init` can start from the weights before the base is quantised.
+        """Checks whether `init` can start from the weights before the base is quantised.
+
+        A method that `starts_dense` overrides this, and raises a UserError if it cannot use a base
+        with this quantisation.
 
         Args:
             quantization: How the base is going to be quantised, None for not at all.
             double: Whether the scales of its blocks are quantised, too.
-
-        A method that `starts_dense` overrides this, with a UserError where it has no use for a
-        base that is quantised so.
         """
         del quantization, double
 
@@ -136,27 +136,27 @@ class Method(Record, abc.ABC):
         """A new adapter.
 
         Args:
-            params: Base parameters; shapes are enough for initialisations that don't read them.
+            params: Base parameters; shapes are enough for initialisations that do not read them.
             key: Typed PRNG key.
-            context: What else there is; a method that misses something says so.
+            context: Further inputs; a method raises if it needs one that is missing.
 
         Returns:
             The adapter; ``jax.jit`` of this function works, unless it `needs_batches`.
         """
 
     def go_on(self, saved: Adapter, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
-        """What a run starts from that goes on from a saved adapter, one that this describes.
+        """The adapter a run starts from when it continues `saved`, which this config must describe.
 
         Args:
             saved: The adapter.
             key: Typed PRNG key.
-            context: As `init` takes it.
+            context: See `init`.
         """
         del key, context
         return saved
 
     def trainable(self, params: dict) -> dict:
-        """Which leaves of an adapter's `params` are trained: a tree of booleans, all by default."""
+        """The trained leaves of an adapter's `params`: a tree of booleans, all True by default."""
         return jax.tree.map(lambda _: True, params)
 
     def penalty(self, adapter: Adapter) -> Any:
@@ -165,7 +165,7 @@ class Method(Record, abc.ABC):
         return None
 
     def wrap_optimizer(self, tx: Any, steps: int) -> Any:
-        """The update rule of the trained leaves, with what the method adds to it.
+        """The update rule of the trained leaves, with the method's additions.
 
         Args:
             tx: An optax transformation of gradients that are clipped already. Its update gets

@@ -1,14 +1,15 @@
 """Mixed batches: every row of a batch has its own adapter, or none.
 
 Adapters stacked by `jaxpeft.stack_adapters` are bound with an index ``(batch,)``. Each adapted
-place holds the arrays of all of them and picks, inside the layer, those of every row; the kind's
-own node then runs under ``jax.vmap`` over the rows with the base unbatched. For LoRA that is
+place holds the arrays of all adapters and, inside the layer, picks those of every row. The
+family's own node then runs under ``jax.vmap`` over the rows with the base unbatched. For LoRA:
 
     y[i] = x[i] W + scale[index[i]] * (x[i] A[index[i]]) B[index[i]],
 
-one product with the base and two batched products for all rows: the work does not grow with the
-number of adapters. Row index -1 is no adapter: zeros, the identity of `jaxpeft.methods.family`.
-A prefix is picked for every row before the layers run, and rows without one attend to none.
+This takes one product with the base and two batched products for all rows, so the work does not
+grow with the number of adapters. Index -1 means no adapter: zeros, the identity in
+`jaxpeft.methods.family`. A prefix is picked for every row before the layers run, and rows without
+an adapter attend to none.
 
 Reference:
     Chen et al., "Punica: Multi-Tenant LoRA Serving", 2023, https://arxiv.org/abs/2310.18547,
@@ -37,19 +38,19 @@ NOT_STACKED = "index: the adapters are not stacked; use jaxpeft.stack_adapters([
 
 @flax.struct.dataclass
 class Mixed(OnBase):
-    """A weight that each row of a batch sees through its own adapter.
+    """A weight with another adapter for each row of a batch.
 
     Attributes:
         base: The weight without adapters, an array or a node.
         params: Trained arrays of this place, ``(adapters, ...)``.
         buffers: Its frozen arrays, ``(adapters, ...)``.
-        shared: ``index``, the adapter of every row ``(batch,)``, and ``arrays``, what all places
-            of an adapter share, ``(adapters, ...)``.
+        shared: ``index``, the adapter of every row ``(batch,)``, and ``arrays``, those that all
+            places of an adapter share, ``(adapters, ...)``.
         key: PRNG key of this step and place, or None to drop nothing.
         kind: The family.
         path: The place.
         options: The spec's options.
-        attends_base: Whether the family's node leaves a tied head to the base.
+        attends_base: Whether a tied head reads the base alone, as with the family's own node.
     """
 
     base: Any
@@ -115,7 +116,7 @@ class Mixed(OnBase):
 
 
 def pick(stored: Array, index: Int[Array, "rows"]) -> Array:
-    """The entries of ``stored`` at ``index``: zeros for -1, NaN outside of what is stored."""
+    """The entries of ``stored`` at ``index``: zeros for -1, NaN for an unknown index."""
     count = stored.shape[0]
     place = jnp.where(index == -1, count, index)
     taken = jnp.take(stored, place, axis=0, mode="fill", fill_value=0)
@@ -126,17 +127,17 @@ def pick(stored: Array, index: Int[Array, "rows"]) -> Array:
 
 
 def mixed_leaf(leaf: Leaf, adapter: Adapter, probe: dict[str, Any], index: Any) -> dict[str, Any]:
-    """What stands in the bound tree at one place of stacked adapters.
+    """The entries of the bound tree at one place of stacked adapters.
 
     Args:
         leaf: The place, with the stacked arrays.
         adapter: The stacked adapters.
-        probe: What the family binds there for a single adapter: shapes are enough.
+        probe: The entries that the family binds there for a single adapter: shapes are enough.
         index: The adapter of every row ``(batch,)``, -1 for none.
 
     Raises:
-        UserError: If the family puts something else there than one weight that answers for
-            itself, or on another one whose rows differ.
+        UserError: The family binds something other than one node, or the base's rows differ
+            already.
     """
     under = leaf.base.table if isinstance(leaf.base, Transposed) else leaf.base
     if isinstance(under, Mixed) and not (under is not leaf.base and under.attends_base):
@@ -177,14 +178,14 @@ def mixed_leaf(leaf: Leaf, adapter: Adapter, probe: dict[str, Any], index: Any) 
 
 
 def first_of(stacked: Any) -> Any:
-    """The shapes of one of several stacked adapters, or of a part of it."""
+    """The shapes of one of several stacked adapters, or of a part of one."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
 
 
 def extra_axes(adapter: Adapter) -> int | None:
-    """How many axes stand in front of an adapter's own: 1 if it is several, stacked.
+    """The number of axes in front of an adapter's own: 1 for several stacked adapters.
 
-    None where the family does not tell.
+    None if the family does not tell.
     """
     for path in adapter.spec.paths:
         rank = paths.get(adapter.buffers, f"{path}/{RANK}")
@@ -200,14 +201,14 @@ def check_index(adapter: Adapter | Sequence[Adapter] | None, index: Any, rows: i
 
     Args:
         adapter: Stacked adapters.
-        index: One number a row, -1 for none.
-        rows: How many rows there are.
+        index: One number per row, -1 for none.
+        rows: The number of rows.
 
     Returns:
         ``(rows,)``, int32.
 
     Raises:
-        UserError: If adapters are not stacked, or a number is missing or addresses none of them.
+        UserError: Adapters are not stacked, or a number is missing or addresses none of them.
     """
     if adapter is None:
         raise UserError("index: there is no adapter; pass adapter=jaxpeft.stack_adapters([...]).")

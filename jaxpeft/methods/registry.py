@@ -1,4 +1,4 @@
-"""The table of methods. Whatever depends on the kind of an adapter looks here."""
+"""The table of methods; code that depends on the kind of an adapter looks here."""
 
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.family import Kind
@@ -6,17 +6,17 @@ from jaxpeft.methods.method import Method
 from jaxpeft.methods.peft.values import FORMATS
 
 KINDS: dict[str, Kind] = {}
-"""By ``Spec.kind`` what reads such adapters."""
+"""Families by ``Spec.kind``."""
 
 METHODS: dict[str, type[Method]] = {}
-"""Config class by the name that YAML's ``method.name`` uses."""
+"""Config classes by the name in YAML's ``method.name``."""
 
 
 def register_method(kind: Kind) -> None:
     """Adds a family of adapters, so that configs, folders and every operation know it.
 
     Args:
-        kind: The family; its config class carries the name.
+        kind: The family; its config class has the name.
 
     Raises:
         UserError: If another family has that name, or that ``peft_type``.

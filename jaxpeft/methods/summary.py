@@ -1,4 +1,4 @@
-"""What an adapter trains, counted: modules with their ranks, and numbers."""
+"""Counts what an adapter trains: modules with their ranks, and numbers."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from jaxpeft.ops.linear import shape_of
 
 
 class ModuleRow(NamedTuple):
-    """One adapted leaf of the base, as the table shows it.
+    """One adapted leaf of the base, as a row of the table.
 
     Attributes:
         path: Its path in the base parameters.
-        layers: Adapted layers of all, such as "28/30".
-        shape: Of one layer, such as "576 x 192".
-        rank: Such as "8", or "4-16" where layers differ; "-" where there is none.
-        trainable: Trained numbers, padding not counted.
+        layers: The number of adapted layers and of all, such as "28/30".
+        shape: The shape of one layer, such as "576 x 192".
+        rank: The rank, such as "8", or "4-16" if layers differ; "-" if there is none.
+        trainable: Trained numbers without padding.
     """
 
     path: str
@@ -33,12 +33,12 @@ class ModuleRow(NamedTuple):
 def describe_adapter(
     params: Mapping, adapter: Adapter, trained: Mapping | None = None
 ) -> list[ModuleRow]:
-    """One row for each adapted leaf, in the order of the adapter's paths; then what they share.
+    """One row per adapted leaf, in the order of the adapter's paths, then one for shared arrays.
 
     Args:
         params: Base parameters: arrays, nodes or shapes.
-        adapter: Its buffers are concrete where they hold a "rank"; its parameters may be shapes.
-        trained: As `count_trainable` takes it.
+        adapter: The adapter. Buffers named "rank" must be concrete; parameters may be shapes.
+        trained: See `count_trainable`.
 
     Returns:
         Rows whose `trainable` sum up to ``count_trainable(adapter, trained)``.
@@ -68,17 +68,17 @@ def describe_adapter(
 
 
 def count_trainable(adapter: Adapter, trained: Mapping | None = None) -> int:
-    """How many numbers are trained: zero padding and layers that are not adapted do not count.
+    """The number of trained numbers, without padding and without layers that are not adapted.
 
     Args:
-        adapter: As `describe_adapter` takes it.
+        adapter: See `describe_adapter`.
         trained: A tree of booleans like its `params`, from ``Method.trainable``; all by default.
     """
     return sum(_trainable_sizes(adapter, trained).values())
 
 
 def count_parameters(params: Mapping) -> int:
-    """How many numbers the base has, by logical shape, however they are stored."""
+    """The number of numbers in the base, by logical shape, however they are stored."""
     return sum(size_of(shape_of(leaf)) for leaf in paths.flatten(params).values())
 
 
@@ -88,7 +88,7 @@ def _rank_text(ranks: np.ndarray | None) -> str:
 
 
 def _trainable_sizes(adapter: Adapter, trained: Mapping | None) -> dict[str, int]:
-    """Trained numbers by place, then by path of every leaf that belongs to no place."""
+    """Trained numbers by place, or by path for leaves that belong to no place."""
     wanted = None if trained is None else paths.flatten(trained)
     sizes, places = dict.fromkeys(adapter.spec.paths, 0), set(adapter.spec.paths)
     kind = KINDS[adapter.spec.kind]
@@ -106,8 +106,8 @@ def _trainable_sizes(adapter: Adapter, trained: Mapping | None) -> dict[str, int
 def _size_at(role: ArrayRole, shape: Sequence[int], ranks: np.ndarray | None) -> int:
     """Trained numbers of one array of a place.
 
-    The axis that the rank is padded on counts as wide as each layer's rank; any other array counts
-    for the layers that have a rank, or in full where the kind has none.
+    The axis that is padded to the largest rank counts with each layer's own rank. Other arrays
+    count for layers with a rank, or fully if the family has no ranks.
     """
     if ranks is None:
         return size_of(shape)
@@ -118,5 +118,5 @@ def _size_at(role: ArrayRole, shape: Sequence[int], ranks: np.ndarray | None) ->
 
 
 def size_of(shape: Sequence[int]) -> int:
-    """How many numbers an array of this shape holds."""
+    """The number of numbers in an array of this shape."""
     return int(np.prod(shape, dtype=np.int64))

@@ -1,8 +1,8 @@
-"""Soft prompts in front of tokens: ``with_prompt``.
+"""Puts soft prompts in front of tokens: ``with_prompt``.
 
 A soft prompt is a row of ids from the size of the vocabulary on, which
 `jaxpeft.methods.prompts.prompt` looks up among the trained rows. Every segment of a packed row gets
-its own.
+its own copy.
 """
 
 import dataclasses
@@ -38,14 +38,14 @@ class Prompted:
 
 
 def virtual_ids(adapter: Adapter | Sequence[Adapter] | None, task: Any = 0) -> Any:
-    """The ids that address a soft prompt.
+    """The ids of a soft prompt's virtual tokens.
 
     Args:
         adapter: An adapter, several, or None.
-        task: Which task's prompt, for multitask prompt tuning: a number, or one a row.
+        task: For multitask prompt tuning, the task: one number, or one per row.
 
     Returns:
-        int32 of shape ``(n,)``, or ``(batch, n)`` for one task a row; of length 0 for adapters
+        int32 of shape ``(n,)``, or ``(batch, n)`` for one task per row; of length 0 for adapters
         without virtual tokens.
 
     Raises:
@@ -65,7 +65,7 @@ def virtual_ids(adapter: Adapter | Sequence[Adapter] | None, task: Any = 0) -> A
 
 
 def num_tasks(adapter: Adapter | Sequence[Adapter] | None) -> int:
-    """How many tasks an adapter has soft prompts for; 0 where it knows none."""
+    """The number of tasks with soft prompts in an adapter; 0 if it has no tasks."""
     found = [dict(one.spec.options).get("num_tasks", 0) for one in adapters_of(adapter)]
     return max(found, default=0)
 
@@ -103,14 +103,14 @@ def with_prompt(
     """Writes a soft prompt's virtual ids in front of every segment.
 
     Args:
-        adapter: Whose prompt; without virtual tokens the input stays as it is.
+        adapter: The adapter with the prompt; without virtual tokens the input is unchanged.
         input_ids: Token ids.
         segment_ids: Packed or right-padded segments, each one contiguous; 0 is padding. They must
-            be concrete: what comes out is as long as the fullest row needs. Default: one segment
-            a row, and the function may be traced.
-        task: Which task's prompt, for multitask prompt tuning: a number, or one a row.
-        index: For a mixed batch, which of stacked adapters each row gets. In rows of -1 the
-            virtual tokens are padding: those rows are as without an adapter.
+            be concrete, because the fullest row determines the length of the result. By default
+            each row is one segment, and the function may be traced.
+        task: For multitask prompt tuning, the task: one number, or one per row.
+        index: For a mixed batch of stacked adapters, the adapter of each row. In rows with -1 the
+            virtual tokens become padding, so these rows are as without an adapter.
 
     Returns:
         Ids ``(batch, n + seq)``; with `segment_ids` or `index` a `Prompted`, whose arrays
@@ -138,11 +138,11 @@ def with_prompt(
 def hide_unused(
     input_ids: Any, segment_ids: Any, positions: Any, virtual: np.ndarray, index: Any
 ) -> tuple[Any, Any]:
-    """Makes virtual tokens padding in the rows of a mixed batch that have no adapter.
+    """Turns virtual tokens into padding in rows of a mixed batch that have no adapter.
 
     Args:
-        input_ids: Ids with `virtual` ones in front of every segment.
-        segment_ids: Their segments, or None for one a row.
+        input_ids: Ids with virtual ids in front of every segment.
+        segment_ids: Their segments, or None for one per row.
         positions: Their positions, or None for 0, 1, 2, ...
         virtual: The virtual ids.
         index: The adapter of every row, -1 for none; None if the batch is not mixed.

@@ -268,9 +268,7 @@ def _shapes_of(place: Place, name: str, version: str) -> Model:
 
 def _open(file: Place) -> Tensors:
     infos = read_header(file)
-    whole = (
-        file.read_bytes() if storage.is_remote(file) else None
-    )  # one request instead of thousands
+    whole = file.read_bytes() if storage.is_remote(file) else None  # one request, not thousands
 
     def read(key: str) -> np.ndarray:
         info = infos[key]

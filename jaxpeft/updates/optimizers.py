@@ -20,13 +20,13 @@ from jaxpeft.methods.registry import KINDS
 from jaxpeft.updates.lora_rules import EMBEDDING_RATE, lora_plus, project_b
 
 MakeOptimizer = Callable[["OptimConfig", optax.Schedule], optax.GradientTransformation]
-"""``make(config, rate)``: an update rule, with the learning rate by number of updates done."""
+"""``make(config, rate)`` returns an update rule; `rate` maps updates done to a learning rate."""
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {}
-"""The update rules by the name that ``optim.name`` uses."""
+"""Update rules by the name in ``optim.name``."""
 
 WHOLE_ARRAYS: set[str] = set()
-"""Names of the rules that move a number by what else is in its array."""
+"""Names of the rules in which the update of a number depends on others in its array."""
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -169,16 +169,17 @@ def make_rule(config: OptimConfig, steps: int) -> optax.GradientTransformation:
 
 
 def register_optimizer(name: str, make: MakeOptimizer, *, whole_arrays: bool = False) -> None:
-    """Adds an update rule, so that ``optim.name`` may be its name.
+    """Adds an update rule, so that configs can name it in ``optim.name``.
 
     Args:
         name: Its name in configs.
-        make: ``make(config, rate)``: an optax transformation from an `OptimConfig` and the learning
-            rate by number of updates done. It is called once for each group of LoRA+, with that
-            group's rate and weight decay. What it does not use of the config changes nothing.
-        whole_arrays: Whether it moves a number by what else is in its array, as Adafactor does,
-            which scales by means. Such a rule is refused where layers of a stack are not adapted
-            or padded.
+        make: ``make(config, rate)`` returns an optax transformation. `config` is an `OptimConfig`,
+            and `rate` maps updates done to a learning rate. It is called once for each group of
+            LoRA+, with that group's rate and weight decay. Fields of the config that it does not
+            use have no effect.
+        whole_arrays: Whether the update of a number depends on others in its array, as in
+            Adafactor, which scales by means. Such a rule is refused if layers of a stack are not
+            adapted or are padded.
 
     Raises:
         UserError: If there is another rule of that name.

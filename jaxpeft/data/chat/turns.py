@@ -234,7 +234,7 @@ def _check_closed(message: Message, turn: Rendered) -> None:
     """Checks that the turn closes a block of another name which the prompt opens.
 
     Raises:
-        RowError: It does not.
+        RowError: The turn leaves the block open.
     """
     tag = thinking.unknown_open_at_end(turn.opened)
     if tag and thinking.closing_of(tag) not in turn.rest:

@@ -1,13 +1,12 @@
 """AdaLoRA: adapters in the form of a singular value decomposition, whose ranks compete.
 
-A kernel ``W`` is used as ``W + scale * A diag(e) B``, ``scale = alpha / (rank + 1e-5)``: the small
-number is PEFT's, and the rank is the initial one throughout. A penalty keeps ``A`` and ``B``
-orthogonal::
+A kernel ``W`` is used as ``W + scale * A diag(e) B`` with ``scale = alpha / (rank + 1e-5)``, where
+``rank`` is always the initial one, and 1e-5 is PEFT's. A penalty keeps ``A`` and ``B`` orthogonal::
 
     penalty = orthogonality * mean(|A^T A - I|_F, |B B^T - I|_F, over all kernels)
 
-In training, entries of ``e`` that matter little are set to zero, until `AdaLoRA.rank` are left per
-kernel on average; `jaxpeft.methods.adalora.schedule` does it as a part of the optimizer.
+In training, entries of ``e`` with little importance are set to zero, until `AdaLoRA.rank` are left
+per kernel on average; `jaxpeft.methods.adalora.schedule` does this as a part of the optimizer.
 
 Reference:
     Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 2023,
@@ -40,10 +39,10 @@ from jaxpeft.methods.peft.values import Values
 from jaxpeft.ops.linear import shape_of
 
 EPSILON = 1e-5
-"""What PEFT adds to the rank that alpha is divided by."""
+"""The number that PEFT adds to the rank by which alpha is divided."""
 
 STD = 0.02
-"""Standard deviation of the factors at first, as in PEFT."""
+"""Initial standard deviation of the factors, as in PEFT."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,18 +50,19 @@ class AdaLoRA(Method):
     """Which kernels to adapt, and how their ranks are chosen.
 
     Attributes:
-        rank: Singular values a kernel that are left at the end, on average.
-        initial_rank: The same at the start; None for half as many more, as in the paper.
+        rank: Singular values per kernel that are left at the end, on average.
+        initial_rank: Singular values of every kernel at the start; None for 1.5 times `rank`, as in
+            the paper.
         alpha: Numerator of the scale.
         targets: "all-linear", a regex matched in full, or module names, as in PEFT.
         exclude: Modules to leave alone: a regex or names; wins over `targets`.
         dropout: Probability of dropping an input of the branch, in [0, 1).
         orthogonality: Weight of the penalty.
-        initial_steps: Updates at the start in which all ranks stay.
-        final_steps: Updates at the end in which the chosen ranks stay.
-        every: Updates from one choice to the next.
+        initial_steps: Updates at the start in which all ranks are kept.
+        final_steps: Updates at the end in which the chosen ranks are kept.
+        every: Updates between two choices.
         beta1: Decay of the average of importance.
-        beta2: Decay of the average of its uncertainty.
+        beta2: Decay of the average of the uncertainty of importance.
     """
 
     name: ClassVar[str] = "adalora"
@@ -157,10 +157,11 @@ class AdaLoRA(Method):
         return Adapter(paths.unflatten(trained), paths.unflatten(buffers) | shared, spec)
 
     def go_on(self, saved: Adapter, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
-        """The saved adapter with this schedule, and with factors for triplets that were taken away.
+        """The saved adapter with this schedule, and new factors for triplets that were removed.
 
-        A saved triplet without rank is zero, and so would be all its gradients. Its factors are
-        drawn as in `init`; its singular value stays zero, and with it the model's function.
+        All arrays of a removed triplet are zero, so all its gradients would be zero too. Its
+        factors are drawn as in `init`. Its singular value stays zero, so the model's function is
+        unchanged.
         """
         drawn = {}
         for path in saved.spec.paths:
@@ -174,7 +175,7 @@ class AdaLoRA(Method):
         return dataclasses.replace(saved, params=paths.put(saved.params, drawn), buffers=buffers)
 
     def penalty(self, adapter: Adapter) -> Any:
-        """How far the factors are from orthogonal; see the module."""
+        """The distance of the factors from orthogonal ones; the module has the equation."""
         if not self.orthogonality:
             return None
         total, count = jnp.zeros(()), jnp.zeros(())
@@ -189,7 +190,7 @@ class AdaLoRA(Method):
         """The update rule, followed by the choice of ranks; see `jaxpeft.methods.adalora.schedule`.
 
         Raises:
-            UserError: If the run has no updates between its initial and final ones.
+            UserError: The run has no updates between its initial and its final ones.
         """
         schedule = Schedule(
             steps=steps,
@@ -206,25 +207,25 @@ class AdaLoRA(Method):
 def draw_factors(
     key: jax.Array, path: str, a: tuple[int, ...], b: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """New factors of a place, of these shapes; they depend on the key and the path only."""
+    """New factors of a place with these shapes; they depend on the key and the path only."""
     keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())))
     return STD * jax.random.normal(keys[0], a), STD * jax.random.normal(keys[1], b)
 
 
 def distance_from_orthogonal(rows: jax.Array) -> jax.Array:
-    """``|M M^T - I|_F`` of matrices ``(*stack, rank, d)``; rows of zeros are left out.
+    """``|M M^T - I|_F`` of matrices ``(*stack, rank, d)``; rows of zeros are ignored.
 
-    A row is all zero where the rank of a layer is smaller than the padding.
+    A row is zero if the rank of a layer is smaller than the padded rank.
     """
     gram = jnp.matmul(rows, jnp.swapaxes(rows, -1, -2), precision=jax.lax.Precision.HIGHEST)
     live = (rows != 0).any(-1)
     square = jnp.square(gram - jnp.eye(gram.shape[-1]) * live[..., None]).sum((-1, -2))
-    away = square > 0  # the root has no slope at zero
+    away = square > 0  # the root has no derivative at zero
     return jnp.where(away, jnp.sqrt(jnp.where(away, square, 1.0)), 0.0)
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """LoRA's node, with the singular values taken into the first factor."""
+    """LoRA's node, with the singular values multiplied into the first factor."""
     node = LoRAKernel(
         leaf.base,
         leaf.params["a"] * leaf.params["e"][..., None, :],
@@ -253,7 +254,7 @@ def config_of(adapter: Adapter) -> AdaLoRA:
 
 
 def config_from_peft(values: Values) -> AdaLoRA:
-    """The config that PEFT's describes, but for the length of the run; see `PeftFormat`."""
+    """Reads PEFT's config, except for the length of the run; see `PeftFormat`."""
     values.only("init_lora_weights", True)
     own, r = peft.read_settings(values), values.count("init_r")
     alpha = values.number("lora_alpha")

@@ -1,9 +1,9 @@
-"""AdaLoRA in HF PEFT's format, out and in.
+"""AdaLoRA in HF PEFT's format: reading and writing.
 
 PEFT keeps ``lora_A`` ``(rank, d_in)``, ``lora_E`` ``(rank, 1)`` and ``lora_B`` ``(d_out, rank)``.
 After training, ``rank_pattern`` says for every module which of the initial triplets are left, and
-the file holds only those; the scale stays that of the initial rank. Ours is the other way round:
-triplets that were taken away are zeros in their place.
+the file holds only those; the scale stays that of the initial rank. In jaxpeft removed triplets are
+zeros in their old places.
 """
 
 from collections.abc import Mapping
@@ -29,16 +29,16 @@ from jaxpeft.ops.linear import SHARED, shape_of
 
 COUNTS = {"rank": "target_r", "initial_steps": "tinit", "final_steps": "tfinal", "every": "deltaT"}
 NUMBERS = {"orthogonality": "orth_reg_weight", "beta1": "beta1", "beta2": "beta2"}
-"""Our fields, and PEFT's keys, of the settings that only training needs."""
+"""Fields that only training needs, and PEFT's keys for them."""
 LEAST = {"rank": 1, "initial_steps": 0, "final_steps": 0, "every": 1}
 """The smallest value of each whole number."""
 
 STEPS = "steps"
-"""Updates of the run that an adapter was made for, PEFT's ``total_step``; 0 if not known."""
+"""Updates of the run that an adapter was made for, PEFT's ``total_step``; 0 if unknown."""
 
 
 def settings(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """What only training needs, as buffers: the adapter knows its config.
+    """The settings that only training needs, as buffers, so that the adapter knows its config.
 
     Args:
         values: The fields of an `AdaLoRA`, or more.
@@ -50,7 +50,7 @@ def settings(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def saved_settings(adapter: Adapter) -> dict[str, Any]:
-    """The settings of an adapter, by our names."""
+    """The settings of an adapter, by field."""
     shared = adapter.buffers[SHARED]
     whole = {field: int(shared[field]) for field in COUNTS}
     return whole | {field: shortest_decimal(np.asarray(shared[field])) for field in NUMBERS}
@@ -60,7 +60,7 @@ def read_settings(values: Values) -> dict[str, Any]:
     """The settings in PEFT's config, under jaxpeft's names.
 
     Raises:
-        UserError: One has a value that PEFT would refuse.
+        UserError: A setting has a value that PEFT would refuse.
     """
     whole = {field: values.count(key, LEAST[field]) for field, key in COUNTS.items()}
     real = {field: values.number(key) for field, key in NUMBERS.items()}
@@ -76,7 +76,7 @@ def read_steps(values: Values, own: Mapping[str, Any]) -> int:
     """The number of updates of the run that a PEFT config describes.
 
     Raises:
-        UserError: It leaves no updates in which ranks are lowered.
+        UserError: The config leaves no updates in which ranks are lowered.
     """
     steps, taken = values.count("total_step"), own["initial_steps"] + own["final_steps"]
     if steps <= taken:
@@ -160,7 +160,7 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
 
 
 def _kept(values: Values, r: int) -> dict[str, np.ndarray]:
-    """Which triplets are left, by module."""
+    """The triplets that are left, by module."""
     kept, pattern = {}, values.get("rank_pattern") or {}
     if not isinstance(pattern, dict):
         raise values.wrong("rank_pattern", "an object of names and lists")

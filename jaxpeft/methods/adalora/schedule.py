@@ -1,19 +1,18 @@
-"""Which singular values AdaLoRA keeps: importance and budget, as a part of the optimizer.
+"""The singular values that AdaLoRA keeps: importance and budget, as a part of the optimizer.
 
-After every update ``t`` (from 1 to ``T``) each trained number ``p`` has an importance
-``I = |p g|``, where its gradient ``g`` is the clipped one. It is averaged, and the deviation from
-that average, too::
+After every update ``t`` (from 1 to ``T``) each trained number ``p`` with clipped gradient ``g`` has
+an importance ``I = |p g|``. Its average and the average deviation from it are::
 
     m <- beta1 m + (1 - beta1) I        u <- beta2 u + (1 - beta2) |I - m|        s = m u
 
-A triplet (one singular value, its column of A, its row of B) scores ``s(e) + mean s(a) +
-mean s(b)``. The budget falls from ``b0``, all triplets, to ``bT``, `Schedule.rank` a kernel::
+A triplet (one singular value, its column of A, its row of B) has the score ``s(e) + mean s(a) +
+mean s(b)``. The budget falls from ``b0``, all triplets, to ``bT``, `Schedule.rank` per kernel::
 
     b(t) = bT + (b0 - bT) (1 - (t - initial) / (T - final - initial))^3
 
-and the ``b0 - b(t)`` triplets of the lowest scores get ``e = 0``, every few updates; those chosen
-at ``T - final`` stay at zero. Numbers, order of steps and ties are those of HF PEFT's
-``RankAllocator``, called with the number of the update after the optimizer's step.
+Every few updates, ``e`` is set to 0 in the ``b0 - b(t)`` triplets with the lowest scores. Triplets
+that are removed at update ``T - final`` stay removed. Numbers, order of steps and ties are those of
+HF PEFT's ``RankAllocator``, called with the number of the update after the optimizer's step.
 
 Reference:
     Zhang et al., "AdaLoRA", 2023, https://arxiv.org/abs/2303.10512, algorithm 1, equations 8 to 12.
@@ -56,18 +55,18 @@ class Schedule:
 
     @property
     def last(self) -> int:
-        """The update at which the ranks are chosen for good."""
+        """The update at which the final ranks are chosen."""
         return self.steps - self.final_steps
 
     def cuts(self, first: int, modules: int) -> np.ndarray:
-        """How many triplets each update takes away, by its number; 0 where it chooses none.
+        """The number of triplets that each update removes; 0 for updates that choose none.
 
         Args:
             first: Triplets of every kernel at the start.
             modules: Number of kernels.
 
         Returns:
-            ``(last + 1,)`` whole numbers, in float64 arithmetic as PEFT's.
+            ``(last + 1,)`` whole numbers by number of the update, computed in float64 as in PEFT.
         """
         start, target = first * modules, self.rank * modules
         cuts = np.zeros(self.last + 1, np.int32)
@@ -79,14 +78,14 @@ class Schedule:
 
 
 class AllocationState(NamedTuple):
-    """State of `allocate_ranks`, beside that of the optimizer it follows.
+    """The state of `allocate_ranks`, beside the state of the optimizer that it follows.
 
     Attributes:
         inner: State of that optimizer.
         count: Updates done.
         importance: By place, the averages of importance of its leaves.
-        uncertainty: The same of uncertainty.
-        kept: By place, which singular values are left for good.
+        uncertainty: By place, the averages of uncertainty of its leaves.
+        kept: By place, the singular values in the final choice.
     """
 
     inner: Any
@@ -102,15 +101,16 @@ def allocate_ranks(
     """Follows an optimizer's updates with the choice of ranks.
 
     Args:
-        tx: Any optax transformation. Importance takes the gradients as they come in, so clip them
-            before, not here.
+        tx: Any optax transformation. Importance uses the gradients that it gets, so clip them
+            before this, not in `tx`.
         schedule: When to choose, and how many.
-        count_modules: From the shapes of the singular values by path, the number of kernels that
-            are really adapted (layers of a stack may not be). A static number.
+        count_modules: A function from the shapes of the singular values by path to the number of
+            kernels that are really adapted (some layers of a stack may not be). It returns a static
+            number.
 
     Returns:
-        A transformation over any tree with dicts ``{"a", "b", "e"}`` in it. Its update wants
-        ``buffers=`` with ``rank`` at the same paths (below "adapter", where the tree has that).
+        A transformation over any tree with dicts ``{"a", "b", "e"}`` in it. Its update takes
+        ``buffers=`` with ``rank`` at the same paths (under "adapter", if the tree has that key).
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -161,13 +161,13 @@ def allocate_ranks(
 
 
 def count_places(shapes: dict, targets: Any, exclude: Any) -> int:
-    """How many modules the patterns choose among the layers of stacked places.
+    """The number of modules that the patterns choose among the layers of stacked places.
 
     Args:
-        shapes: By path in ``{"base", "adapter"}`` or in the adapter alone, arrays with a layer axis
-            in front where layers are stacked.
+        shapes: Arrays by path in ``{"base", "adapter"}`` or in the adapter alone; there is a layer
+            axis in front if layers are stacked.
         targets: See `jaxpeft.core.paths.match`.
-        exclude: The same.
+        exclude: See `jaxpeft.core.paths.match`.
     """
     sites = {}
     for path, leaf in shapes.items():
@@ -190,7 +190,7 @@ def places_of(tree: Any) -> dict[str, dict[str, Any]]:
 def _averages(
     new: dict, grads: dict, state: AllocationState, count: jax.Array, schedule: Schedule
 ) -> tuple[dict, dict]:
-    """The averages after an update; at the last choice and behind it they stay."""
+    """The averages after an update; they no longer change from the last choice on."""
     running, beta1, beta2 = count < schedule.last, schedule.beta1, schedule.beta2
     now = jax.tree.map(lambda p, g: jnp.abs(p * g), new, grads)
     importance = jax.tree.map(
@@ -205,13 +205,13 @@ def _averages(
 
 
 def _score(importance: dict, uncertainty: dict) -> jax.Array:
-    """The scores of a place's triplets, shaped like its singular values."""
+    """The scores of a place's triplets, in the shape of its singular values."""
     s = jax.tree.map(jnp.multiply, importance, uncertainty)
     return s["e"] + s["a"].mean(-2) + s["b"].mean(-1)
 
 
 def _ranks(buffers: Any, path: str, e: jax.Array) -> jax.Array:
-    """The buffer ``rank`` of a place; one for every layer where there are no buffers."""
+    """The buffer ``rank`` of a place; ones for every layer if there are no buffers."""
     rank = paths.get(buffers or {}, path.removeprefix("adapter/") + "/rank")
     return jnp.ones(e.shape[:-1], jnp.int32) if rank is None else rank
 

@@ -1,17 +1,17 @@
-"""One LoRA from several: sums, and what is done against the interference of their parts.
+"""One LoRA from several: sums, and ways to reduce the interference of their parts.
 
-The change of a kernel by LoRA ``i`` is ``D_i = s_i A_i B_i`` (``s_i (A_i B_i - A0_i B0_i)`` where
-the initial product belongs to the base, as with PiSSA). `combine` makes one LoRA of several:
+The change of a kernel by LoRA ``i`` is ``D_i = s_i A_i B_i``, or ``s_i (A_i B_i - A0_i B0_i)`` if
+the initial product belongs to the base, as with PiSSA. `combine` makes one LoRA of several:
 
-* "cat" and "linear": ``sum_i w_i D_i``, exactly: the factors stand side by side, so ranks add up;
+* "cat" and "linear": ``sum_i w_i D_i``, exactly: factors are concatenated, so ranks add up;
 * "svd": the same sum, cut to its largest singular values;
 * "magnitude_prune": ``sum_i w_i prune(D_i)`` keeps the share `density` of largest entries;
 * "dare_linear": the same, but entries are kept at random and divided by `density`;
-* "ties", "dare_ties": of the pruned entries only those count that have the sign of their sum, and
-  what is left is divided by how many there are: ``sum_i w_i P_i m_i / max(1, sum_i m_i)``.
+* "ties", "dare_ties": of the pruned entries only those with the sign of their sum count, and their
+  sum is divided by their number: ``sum_i w_i P_i m_i / max(1, sum_i m_i)``.
 
-All but the first are computed layer by layer in float64 on whole changes (HF PEFT works on the
-factors, which mixes ``A_i`` with ``B_j``) and come back to a LoRA by SVD.
+All but the first are computed layer by layer in float64 on whole changes, and become a LoRA by SVD.
+(HF PEFT works on the factors, which mixes ``A_i`` with ``B_j``.)
 
 References:
     Yadav et al., "TIES-Merging", 2023, https://arxiv.org/abs/2306.01708, algorithm 1.
@@ -58,7 +58,7 @@ def combine(
 
     Args:
         adapters: LoRAs for one base; ranks, scales and targets may differ.
-        weights: What each one's change is multiplied with.
+        weights: The factor of each adapter's change.
         how: "cat", "linear", "svd", "magnitude_prune", "ties", "dare_linear" or "dare_ties".
         rank: Rank of the result, for all but "cat" and "linear"; by default the largest of the
             adapters'.
@@ -67,12 +67,12 @@ def combine(
         key: Typed PRNG key, for the "dare" modes.
 
     Returns:
-        A plain LoRA. "cat" and "linear" keep factors and scale as they are where all weighted
-        scales are the same; else, and with all other modes, scales are 1 (alpha is the rank).
+        A plain LoRA. "cat" and "linear" leave factors and scale unchanged if all weighted scales
+        are the same; else, and in all other modes, scales are 1 (alpha is the rank).
 
     Raises:
         UserError: If an adapter's change is no sum of products (DoRA, other kinds), or an option
-            is missing, out of range, or means nothing to this mode.
+            is missing, out of range, or has no meaning in this mode.
     """
     several = adapters_of(adapters)
     _check_options(several, weights, how, rank, energy, density, key)
@@ -127,7 +127,7 @@ def _check_options(
 
 
 def _additive(adapter: Adapter, where: str) -> Products:
-    """By path and layer the products whose sum is an adapter's change; none where rank is 0."""
+    """By path and layer, the products whose sum is an adapter's change; empty if the rank is 0."""
     kind = KINDS[adapter.spec.kind]
     if kind.products is None:
         raise UserError(f"{where}: kind {kind.name!r} is no LoRA; convert it by to_lora first.")
@@ -183,7 +183,7 @@ def _key(key: Any, path: str, layer: int) -> Any:
 
 
 def _merge_changes(changes: list[Any], weights: Any, how: str, density: Any, key: Any) -> Any:
-    """One layer's changes, pruned and added as `how` says."""
+    """Prunes and adds the changes of one layer by the mode `how`."""
     shape = next(np.shape(change) for change in changes if np.ndim(change))
     changes = [np.broadcast_to(change, shape) for change in changes]
     if how.startswith("dare"):
@@ -203,7 +203,7 @@ def _merge_changes(changes: list[Any], weights: Any, how: str, density: Any, key
 
 
 def largest_entries(change: np.ndarray, density: float) -> np.ndarray:
-    """The share `density` of entries with the largest magnitudes, zeros elsewhere."""
+    """The share `density` of entries with the largest magnitudes; the others become zero."""
     count = int(density * change.size)
     order = np.argsort(-np.abs(change), axis=None, kind="stable")[:count]
     kept = np.zeros(change.size)
@@ -212,12 +212,12 @@ def largest_entries(change: np.ndarray, density: float) -> np.ndarray:
 
 
 def drop_entries(change: np.ndarray, density: float, key: Any) -> np.ndarray:
-    """Entries kept with probability `density` and divided by it, zeros elsewhere."""
+    """Entries kept with probability `density` and divided by it; the others become zero."""
     return change * np.asarray(jax.random.bernoulli(key, density, change.shape)) / density
 
 
 def _sides(several: list[Adapter], path: str) -> tuple[int, int]:
-    """Both sides of the kernel at a path; adapters for different bases are an error."""
+    """Inputs and outputs of the kernel at a path; adapters for different bases are an error."""
     holders = [one for one in several if path in one.spec.paths]
     found = [KINDS[one.spec.kind].leaf_shape(paths.get(one.params, path)) for one in holders]
     shapes = {shape for shape in found if shape is not None}
@@ -228,7 +228,7 @@ def _sides(several: list[Adapter], path: str) -> tuple[int, int]:
 
 
 def _common_dropout(several: list[Adapter]) -> float:
-    """The dropout rate of all layers of all adapters if it is one, else 0."""
+    """The dropout rate if it is the same for all layers of all adapters, else 0."""
     found = {
         rate
         for one in several

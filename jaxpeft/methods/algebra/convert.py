@@ -1,9 +1,9 @@
-"""Any method that changes kernels, as a plain LoRA.
+"""Converts adapters of any method that changes kernels to plain LoRAs.
 
-The change ``D = merged - base`` of every layer is replaced by its largest singular values,
-``D ~ U S V^T = (U sqrt(S)) (sqrt(S) V^T)``, the closest matrix of that rank. Where the change is
-known as a product of small factors, they are decomposed in its stead. A LoRA that starts
-from an initial product in the base (PiSSA, OLoRA) is a sum of two products already:
+The change ``D = merged - base`` of every layer is approximated by its largest singular values,
+``D ~ U S V^T = (U sqrt(S)) (sqrt(S) V^T)``, the closest matrix of that rank. If the change is known
+as a product of small factors, these are decomposed instead. A LoRA that starts from an initial
+product in the base (PiSSA, OLoRA) is a sum of two products already:
 ``s (A B - A0 B0) = s [A, A0] [B; -B0]``, exactly.
 
 References:
@@ -33,17 +33,16 @@ from jaxpeft.ops.linear import OnBase, materialise
 def to_lora(
     adapter: Adapter, base: Any, *, rank: int | None = None, energy: float | None = None
 ) -> tuple[Adapter, dict[str, float]]:
-    """Any adapter that changes kernels and can be merged, as a plain LoRA.
+    """Converts any adapter that changes kernels and can be merged to a plain LoRA.
 
     Args:
         adapter: The adapter.
         base: The `jaxpeft.Model` it was made for, or its parameters.
         rank: Singular values to keep of every layer's change.
         energy: Instead of `rank`: the share of the squared norm that each layer must keep. A
-            LoRA, also one that starts from PiSSA or OLoRA, needs neither and becomes plain
-            exactly. Where a method's change is known only from merged kernels, singular values
-            that rounding them to float32 may have made, below ``2^-23 |kernel|`` (Frobenius), are
-            never kept.
+            LoRA, also one that starts from PiSSA or OLoRA, needs neither and is converted
+            exactly. If a method's change is known only from merged kernels, singular values below
+            ``2^-23 |kernel|`` (Frobenius), which float32 rounding may have caused, are dropped.
 
     Returns:
         The LoRA, and by path the relative error ``|change - LoRA| / |change|`` (Frobenius).
@@ -80,7 +79,11 @@ def to_lora(
 
 
 def _require_products(kind: Kind, adapter: Adapter) -> None:
-    """Raises a UserError unless an adapter's change is a sum of products as it stands."""
+    """Checks that an adapter's change is a sum of products.
+
+    Raises:
+        UserError: The change is something else.
+    """
     what = f"of kind {kind.name!r}"
     if kind.products is not None:
         try:
@@ -92,10 +95,10 @@ def _require_products(kind: Kind, adapter: Adapter) -> None:
 
 
 def _decomposed(params: dict, adapter: Adapter, path: str) -> Iterator[tuple[Any, Any, Any, int]]:
-    """The SVD of every layer's change at a path, in float64; nothing where it is left alone.
+    """The SVD of every layer's change at a path, in float64; nothing for layers that are unchanged.
 
     Yields:
-        ``u``, ``s``, ``vt``, and how many of ``s`` are more than rounding.
+        ``u``, ``s``, ``vt``, and how many of ``s`` are larger than rounding errors.
     """
     kind = KINDS[adapter.spec.kind]
     found = paths.get(params, path)
@@ -123,9 +126,10 @@ def _decomposed(params: dict, adapter: Adapter, path: str) -> Iterator[tuple[Any
 def _merged_change(
     params: dict, leaf: Leaf, merged: Mapping[str, Any], factored: bool
 ) -> tuple[Any, Any]:
-    """The kernel of a place in float32 and how merging changes it; None where it is left alone.
+    """The kernel of a place in float32 and its change by merging; None if it is unchanged.
 
-    What is no kernel counts as one where the place is `factored`: its arrays belong to its sides.
+    A leaf that is no kernel counts as one if the place is `factored`, because its arrays then
+    belong to its sides.
     """
     result = None, None
     for place, array in merged.items():

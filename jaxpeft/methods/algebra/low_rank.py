@@ -13,7 +13,7 @@ from jaxpeft.core.errors import UserError
 
 
 def check_cut(rank: Any, energy: Any) -> None:
-    """Checks what limits the factors of a `truncate`.
+    """Checks the options that limit the size of low-rank factors.
 
     Args:
         rank: The rank to keep, or None.
@@ -33,10 +33,13 @@ def check_cut(rank: Any, energy: Any) -> None:
 def cut(
     u: np.ndarray, s: np.ndarray, vt: np.ndarray, rank: int | None, energy: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Factors of the largest singular values, each with their root: so many, or so much energy."""
+    """Splits the top singular values evenly between two factors.
+
+    It keeps `rank` of them, or as many as give the share `energy` of the squared norm.
+    """
     if rank is None:
         share = np.cumsum(s**2) / max(float(np.sum(s**2)), np.finfo(np.float64).tiny)
-        # Less by what rounding of float32 factors leaves in singular values that should be zero.
+        # The tolerance covers singular values that only rounding of float32 factors made nonzero.
         rank = int(np.searchsorted(share, (energy or 1.0) - 1e-12)) + 1
     root = np.sqrt(s[:rank])
     return u[:, : root.size] * root, root[:, None] * vt[: root.size]
@@ -45,8 +48,8 @@ def cut(
 def svd_of_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The SVD of ``a @ b`` from the small factors of their QR decompositions, in float64.
 
-    Singular values that rounding may have made are left out, as NumPy's ``matrix_rank`` does, but
-    measured against ``|a| |b|``: the product itself may be zero, as where PiSSA starts.
+    Singular values that rounding may have caused are dropped, as in NumPy's ``matrix_rank``, but
+    relative to ``|a| |b|``, because the product itself may be zero, as at PiSSA's start.
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
     q_left, r_left = np.linalg.qr(a)

@@ -1,7 +1,7 @@
-"""Merging into a quantised base, which rounds the sum to codes again.
+"""Merges an adapter into a quantised base, and quantises the sum again.
 
-`jaxpeft.merge` refuses a quantised base: merging belongs into the weights it was made from. Where
-those are not at hand, this is the way, and it says what it costs.
+`jaxpeft.merge` refuses a quantised base, because an adapter should be merged into the original
+weights. If those are not available, this is the way; it reports the error that it causes.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from jaxpeft.ops.quant import QuantTensor, quantize_kernel, relative_change
 
 
 class MergeError(NamedTuple):
-    """What quantising a merged kernel again changed.
+    """The error caused by quantising a merged kernel again.
 
     Attributes:
-        kernel: Length of that change over the length of the merged kernel.
-        change: The same over the length of what the adapter changed; above 1, more is lost than
-            the adapter brought.
+        kernel: Norm of the error relative to the norm of the merged kernel.
+        change: Norm of the error relative to the norm of the adapter's change. Above 1, more is
+            lost than the adapter contributed.
     """
 
     kernel: float
@@ -29,15 +29,15 @@ class MergeError(NamedTuple):
 def merge_quantized(
     params: dict, adapter: Adapter | Sequence[Adapter]
 ) -> tuple[dict, dict[str, MergeError]]:
-    """Base and adapter as one quantised base, in the kinds of the old one.
+    """Merges an adapter into a quantised base; the result has the same kinds of quantisation.
 
     Args:
-        params: Base parameters with `jaxpeft.ops.quant.QuantTensor` leaves; they stay as they are.
+        params: Base parameters with `jaxpeft.ops.quant.QuantTensor` leaves; they are not changed.
         adapter: An adapter of a mergeable kind, or several.
 
     Returns:
-        The merged parameters, and by path what it cost. Leaves that are not quantised are merged
-        as `jaxpeft.merge` does it.
+        The merged parameters, and a dict from paths to the errors. Leaves that are not quantised
+        are merged as in `jaxpeft.merge`.
 
     Raises:
         UserError: If an adapter does not fit the base, or cannot be merged.

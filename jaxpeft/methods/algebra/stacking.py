@@ -1,8 +1,9 @@
-"""Adapters as values: weighted, padded to one rank, stacked on a leading axis.
+"""Operations on whole adapters: padding to one rank, and stacking on a leading axis.
 
-What is stacked is trained or served at once: under ``jax.vmap`` against one base, or in one batch
-with an index (`jaxpeft.methods.mixed`). Padding is zeros, which no method notices: a layer of rank
-0 and zeros is left as it is, and zero columns of A times zero rows of B stay zero in training.
+Stacked adapters are trained or served at once: under ``jax.vmap`` against one base, or in one batch
+with an index (`jaxpeft.methods.mixed`). Padding consists of zeros, which change no method: a layer
+of rank 0 and zeros is not adapted, and zero columns of A times zero rows of B stay zero in
+training.
 """
 
 import dataclasses
@@ -22,14 +23,14 @@ def pad_rank(adapter: Adapter, rank: int) -> Adapter:
     """The same adapter with its factors padded to a larger width.
 
     Args:
-        adapter: Of a family whose `Kind.pads_rank`, such as LoRA.
+        adapter: An adapter of a family with `Kind.pads_rank`, such as LoRA.
         rank: The width; at least the adapter's own.
 
     Returns:
-        An adapter that computes and trains the same; its buffers ``rank`` say the true ranks.
+        An adapter that computes and trains the same; its buffers ``rank`` hold the true ranks.
 
     Raises:
-        UserError: If the family's factors cannot be padded, or the adapter is wider than `rank`.
+        UserError: The family's factors cannot be padded, or the adapter is wider than `rank`.
     """
     extra, kind = rank - adapter.spec.rank, KINDS[adapter.spec.kind]
     if extra == 0:
@@ -66,9 +67,9 @@ def pad_rank(adapter: Adapter, rank: int) -> Adapter:
 
 
 def pad_alike(adapters: Mapping[str, Adapter | None]) -> dict[str, Adapter | None]:
-    """Adapters by name, those of a family that can be padded at the largest rank of that family.
+    """Adapters by name, padded to the largest rank of their family if the family can be padded.
 
-    They then share what is compiled for one of them.
+    They then share one compiled program.
     """
     widths: dict[str, int] = {}
     for one in adapters.values():
@@ -84,15 +85,15 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     """Several adapters of one kind as one tree with a leading axis on every leaf.
 
     Args:
-        adapters: Adapters of the same kind and options for the same base. LoRA's ranks may
-            differ, and so may the places they adapt: what one lacks is zero.
+        adapters: Adapters of the same kind and options for the same base. LoRA's ranks may differ,
+            and so may the places that they adapt: missing places become zeros.
 
     Returns:
-        What ``jax.vmap`` maps over, and what `jaxpeft.bind`, `jaxpeft.generate` and a model take
-        together with ``index=``.
+        A tree for ``jax.vmap``; also for `jaxpeft.bind`, `jaxpeft.generate` and a model, together
+        with ``index=``.
 
     Raises:
-        UserError: If there are none, or they don't belong together.
+        UserError: There are none, or they cannot be stacked together.
     """
     several = list(adapters)
     if not several:
@@ -129,7 +130,7 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def _stack(trees: Sequence[dict]) -> dict:
-    """Leaves by path on a new first axis, zeros where a tree lacks one."""
+    """Stacks leaves by path on a new first axis; a leaf that a tree lacks becomes zeros."""
     flat = [paths.flatten(tree) for tree in trees]
     stacked, wrong = {}, []
     for path in sorted({path for leaves in flat for path in leaves}):

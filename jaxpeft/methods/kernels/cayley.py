@@ -20,15 +20,15 @@ def cayley(
 
     Args:
         q: Entries above the diagonal, row by row.
-        exact: Whether to solve or to take the series.
-        terms: Terms of the series. As in PEFT, the last power counts once and those between
-            twice, and three terms are the same as four.
+        exact: Whether to solve a linear system instead of summing the series.
+        terms: Terms of the series. As in PEFT, the last power counts once and those between twice,
+            so three terms are the same as four.
     """
     size = (1 + math.isqrt(1 + 8 * q.shape[-1])) // 2
     rows, columns = np.triu_indices(size, 1)
     upper = jnp.zeros((*q.shape[:-1], size, size), q.dtype).at[..., rows, columns].set(q)
     skew, eye = upper - jnp.swapaxes(upper, -1, -2), jnp.eye(size, dtype=q.dtype)
-    if exact:  # the factors commute
+    if exact:  # the two factors commute
         return jnp.linalg.solve(eye + skew, eye - skew)
     result = eye + 2.0 * skew
     if terms > 2:

@@ -1,8 +1,8 @@
 """IA3: activations are scaled, element by element, by trained vectors.
 
-Keys and values are scaled behind their kernel and bias, ``y = l * (x W + b)``; a feed-forward
-module in front of its kernel, ``y = (l * x) W + b``. All vectors start at one; layers of a stack
-that are not adapted hold zeros, have rank 0 and are left alone.
+Keys and values are scaled after their kernel and bias, ``y = l * (x W + b)``; a feed-forward module
+is scaled before its kernel, ``y = (l * x) W + b``. All vectors start at one. Layers of a stack that
+are not adapted hold zeros and have rank 0.
 
 Reference:
     Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
@@ -37,7 +37,7 @@ from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.ops.linear import OnBase, linear, materialise, shape_of
 
 FEEDFORWARD = ("down_proj",)
-"""What PEFT scales in front of the kernel when no feed-forward modules are given."""
+"""Modules that PEFT scales before the kernel if no feed-forward modules are given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class IA3(Method):
 
     Attributes:
         targets: "all-linear", a regex matched in full, or module names, as in PEFT.
-        feedforward: Those of the targets that are scaled in front of the kernel: a regex or names.
+        feedforward: Targets that are scaled before the kernel: a regex or names.
         exclude: Modules to leave alone: a regex or names; wins over `targets`.
     """
 
@@ -110,11 +110,11 @@ def feedforward_paths(
 
     Args:
         sites: All adapted modules.
-        names: Those that are scaled in front of the kernel.
-        where: What an error is about.
+        names: The modules that are scaled before the kernel.
+        where: The field that errors are about.
 
     Raises:
-        UserError: If adapted layers of one path are on different sides.
+        UserError: Adapted layers of one path are on different sides.
     """
     chosen = {sites[name].path for name in names}
     mixed = [name for name, site in sites.items() if site.path in chosen and name not in names]
@@ -163,7 +163,7 @@ def scale_of(vector: Float[Array, "*stack d"], rank: Any) -> Float[Array, "*stac
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for a kernel and, if its outputs are scaled, its scaled bias."""
+    """The node for a kernel and, if its outputs are scaled, its scaled bias."""
     vector, rank = leaf.params["l"], leaf.buffers["rank"]
     feedforward = leaf.path in leaf.options["feedforward"]
     bound = {leaf.path: IA3Kernel(leaf.base, vector, rank, feedforward=feedforward)}
@@ -177,7 +177,7 @@ def check(params: dict, adapter: Adapter) -> None:
     """Checks that vectors are as long as the base's inputs or outputs.
 
     Raises:
-        UserError: One has another length.
+        UserError: A vector has another length.
     """
     feedforward = dict(adapter.spec.options)["feedforward"]
     for path in adapter.spec.paths:
@@ -198,10 +198,10 @@ def config_of(adapter: Adapter) -> IA3:
 
 
 def config_from_peft(values: Values) -> IA3:
-    """Reads the config that PEFT's config describes; see `PeftFormat`.
+    """Reads PEFT's config; see `PeftFormat`.
 
     Raises:
-        UserError: It names no modules.
+        UserError: The config names no modules.
     """
     values.only("init_ia3_weights", True)
     if values.get("target_modules") is None:
@@ -216,7 +216,7 @@ def config_from_peft(values: Values) -> IA3:
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """An adapter from PEFT's config and tensors; see `PeftFormat`."""
+    """Reads an adapter from PEFT's config and tensors; see `PeftFormat`."""
     sites = paths.module_names(base.params)
     attention = "q_proj" if base.config.model_type.startswith("qwen") else "k_proj"
     default = (attention, "v_proj", *FEEDFORWARD)
@@ -247,20 +247,20 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
             vector.reshape((1, -1) if name in feedforward else (-1, 1))
         )
     targets = targets_value(names, paths.module_names(base.params))
-    # PEFT wants the feed-forward modules as a part of the list of targets, word by word.
+    # PEFT requires the feed-forward modules to be in the list of targets, letter by letter.
     inner = [t for t in targets if any(paths.name_matches((t,), name) for name in feedforward)]
     return {"feedforward_modules": inner, "target_modules": targets}, tensors
 
 
 def _names(adapter: Adapter) -> tuple[list[str], set[str]]:
-    """Full names of all adapted modules, and of those scaled in front of the kernel."""
+    """Full names of all adapted modules, and of those scaled before the kernel."""
     sites = {name: path for name, path, _ in modules_of(adapter)}
     feedforward = dict(adapter.spec.options)["feedforward"]
     return list(sites), {name for name, path in sites.items() if path in feedforward}
 
 
 def _is_feedforward(pattern: str | tuple[str, ...], name: str) -> bool:
-    """PEFT's rule, which looks at no dots."""
+    """PEFT's rule, which ignores dots in names."""
     if isinstance(pattern, str):
         return paths.name_matches(pattern, name)
     return name.endswith(tuple(pattern))

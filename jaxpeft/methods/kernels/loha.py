@@ -1,12 +1,12 @@
 """LoHa: the change of a kernel is the element-wise product of two low-rank matrices.
 
 A kernel ``W`` is used as ``W + scale * (A1 B1) * (A2 B2)`` with ``A: (d_in, rank)``,
-``B: (rank, d_out)`` and ``scale = alpha / rank``. That is also a plain product of two matrices
-with ``rank ** 2`` inner columns, all products of a column of A1 with one of A2, and of a row of
-B1 with one of B2. Where that is smaller than the kernel it is computed so; where it is not, the
-change is built for one layer at a time inside the layer, as PEFT always does. Flax kernels are the
-transpose of the paper's: our ``A1 B1`` is PEFT's ``(hada_w1_a hada_w1_b)^T``. Layers of a stack
-that are not adapted hold zeros in all factors and have rank 0.
+``B: (rank, d_out)`` and ``scale = alpha / rank``. This equals a plain product of two matrices with
+``rank ** 2`` inner columns: all products of a column of A1 with one of A2, and of a row of B1 with
+one of B2. If that is smaller than the kernel, it is used; if not, the change is built for one layer
+at a time inside the layer, as PEFT always does. Flax kernels are the transpose of the paper's: our
+``A1 B1`` is PEFT's ``(hada_w1_a hada_w1_b)^T``. Layers of a stack that are not adapted hold zeros
+in all factors and have rank 0.
 
 References:
     Hyeon-Woo et al., "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated
@@ -137,7 +137,7 @@ class LoHaKernel(OnBase):
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for a kernel adapted with LoHa."""
+    """The node for a kernel adapted with LoHa."""
     return {leaf.path: LoHaKernel(leaf.base, **leaf.params, scale=leaf.buffers["scale"])}
 
 
@@ -157,16 +157,16 @@ def config_of(adapter: Adapter) -> LoHa:
 
 
 PEFT_NAMES = {"b1": "hada_w1_a", "a1": "hada_w1_b", "b2": "hada_w2_a", "a2": "hada_w2_b"}
-"""PEFT's name of every factor; it is the transpose of ours."""
+"""PEFT's name of every factor; PEFT stores the transpose."""
 
 
 def config_from_peft(values: Values) -> LoHa:
-    """The config that PEFT's describes; see `PeftFormat`."""
+    """Reads PEFT's config; see `PeftFormat`."""
     return LoHa(**lycoris.fields_from_peft(values))
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """An adapter from PEFT's config and tensors; see `PeftFormat`."""
+    """Reads an adapter from PEFT's config and tensors; see `PeftFormat`."""
     sites = paths.module_names(base.params)
     chosen = values.selection().select(sites, values.file)
     ranks = lycoris.read_ranks(values, chosen)

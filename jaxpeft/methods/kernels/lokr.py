@@ -2,7 +2,7 @@
 
 A kernel ``W`` of shape ``(m n, l k)`` is used as ``W + scale * kron(W1, W2)`` with
 ``W1: (m, l)``, ``W2: (n, k)`` and ``scale = alpha / rank``. Either factor is trained whole, or
-as a product of rank `rank` where that is smaller (W1 only with `decompose_both`). The Kronecker
+as a product of rank `rank` if that is smaller (W1 only with `decompose_both`). The Kronecker
 product is never built: inputs are reshaped to ``(m, n)`` and multiplied from both sides. Flax
 kernels are the transpose of the paper's: our ``W1`` is PEFT's ``lokr_w1^T``. Layers of a stack
 that are not adapted hold zeros in all factors and have rank 0.
@@ -49,8 +49,8 @@ class LoKr(Method):
         targets: "all-linear", a regex matched in full, or module names, as in PEFT.
         exclude: Modules to leave alone: a regex or names; wins over `targets`.
         decompose_both: Whether W1 may be a product too.
-        decompose_factor: Size of W1's sides where it divides, else at most; -1 splits near the
-            square root.
+        decompose_factor: Size of W1's sides if it divides the kernel's, else an upper bound; -1
+            splits near the square root.
     """
 
     name: ClassVar[str] = "lokr"
@@ -77,8 +77,8 @@ class LoKr(Method):
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that leaves the model's function unchanged.
 
-        As in PEFT, W1 (or its second factor) is zero and everything else uniform within one over
-        the root of its inputs.
+        As in PEFT, W1 (or its second factor) is zero. The other arrays are uniform within ``1 /
+        sqrt(inputs)``.
 
         Args:
             params: Base parameters; shapes are enough.
@@ -115,12 +115,12 @@ def make_options(decompose_both: bool, decompose_factor: int) -> tuple[tuple[str
 
 
 def split(size: int, factor: int) -> tuple[int, int]:
-    """The sides of both factors: PEFT's ``factorization``.
+    """The sizes of both factors' sides: PEFT's ``factorization``.
 
     Args:
         size: Inputs or outputs of a kernel.
-        factor: The first side if it divides, else the most that the smaller side may be; -1 for
-            no limit.
+        factor: The first size if it divides, else an upper bound for the smaller size; -1 for no
+            bound.
 
     Example:
         >>> split(128, -1), split(128, 4), split(128, 5)
@@ -136,7 +136,7 @@ def split(size: int, factor: int) -> tuple[int, int]:
 def factor_shapes(
     d_in: int, d_out: int, rank: int, decompose_both: bool, decompose_factor: int
 ) -> dict[str, tuple[int, int]]:
-    """Which factors a kernel has and their shapes, by PEFT's rules."""
+    """The factors of a kernel and their shapes, by PEFT's rules."""
     (m, n), (l, k) = split(d_in, decompose_factor), split(d_out, decompose_factor)  # noqa: E741
     shapes = {}
     for name, rows, columns, low in (("w1", m, l, decompose_both), ("w2", n, k, True)):
@@ -179,14 +179,14 @@ class LoKrKernel(OnBase):
 
 
 def whole(factors: Mapping[str, Any], name: str) -> Float[Array, "*stack rows columns"]:
-    """``w1`` or ``w2``; a product where it is held as one."""
+    """``w1`` or ``w2`` as one array; factors are multiplied."""
     if name in factors:
         return factors[name]
     return jnp.matmul(factors[f"{name}_a"], factors[f"{name}_b"], precision=HIGHEST)
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for a kernel adapted with LoKr."""
+    """The node for a kernel adapted with LoKr."""
     return {leaf.path: LoKrKernel(leaf.base, leaf.params, leaf.buffers["scale"])}
 
 
@@ -211,12 +211,12 @@ def config_of(adapter: Adapter) -> LoKr:
 
 
 def config_from_peft(values: Values) -> LoKr:
-    """The config that PEFT's describes; see `PeftFormat`."""
+    """Reads PEFT's config; see `PeftFormat`."""
     return LoKr(**lycoris.fields_from_peft(values), **_split_fields(values))
 
 
 def _split_fields(values: Values) -> dict[str, Any]:
-    """How PEFT's config splits the sides of a kernel."""
+    """The fields about the split of a kernel's sides, from PEFT's config."""
     both, factor = values.flag("decompose_both"), values.get("decompose_factor")
     if factor != -1:
         factor = values.count("decompose_factor")
@@ -227,7 +227,7 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """Reads an adapter from PEFT's config and tensors; see `PeftFormat`.
 
     Raises:
-        UserError: Ranks make factors of products in some layers and whole factors in others.
+        UserError: A factor would be a product in some layers and whole in others.
     """
     sites = paths.module_names(base.params)
     chosen = values.selection().select(sites, values.file)
@@ -277,7 +277,7 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
 
 
 def _key(name: str, part: str) -> str:
-    """PEFT's key of a factor; transposing a product swaps its factors."""
+    """PEFT's key of a factor; the factors of a product are swapped, because PEFT transposes."""
     part = part.translate(str.maketrans("ab", "ba"))
     return f"{PREFIX}{name}.lokr_{part}"
 

@@ -1,4 +1,4 @@
-"""What LoHa and LoKr share: rank and alpha of every module, their start, their PEFT settings.
+"""Common parts of LoHa and LoKr: rank and alpha of modules, initialisation, PEFT settings.
 
 Reference:
     Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model
@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "target_modules": None,
     "use_effective_conv2d": False,
 }
-"""Keys that PEFT writes for both, with the values that change nothing."""
+"""Keys that PEFT writes for both methods, with the values that change nothing."""
 
 READ_KEYS = (
     *("alpha", "alpha_pattern", "exclude_modules", "layers_pattern", "layers_to_transform", "r"),
@@ -52,7 +52,7 @@ READ_KEYS = (
 )
 HARMLESS_KEYS = (
     *("init_weights", "module_dropout", "rank_dropout"),
-    "use_effective_conv2d",  # of convolutions there are none
+    "use_effective_conv2d",  # there are no convolutions
 )
 
 
@@ -64,7 +64,7 @@ def check_fields(method: Any, name: str) -> None:
         name: The name of its class, for messages.
 
     Raises:
-        ValueError: One of them makes no sense.
+        ValueError: A field has a value that makes no sense.
     """
     if isinstance(method.rank, bool) or not isinstance(method.rank, int) or method.rank < 1:
         raise ValueError(f"{name}.rank must be a whole number of at least 1, got {method.rank!r}.")
@@ -89,13 +89,13 @@ def new_adapter(
     draw: Callable[[str, jax.Array], dict[str, jax.Array]],
     options: tuple = (),
 ) -> Adapter:
-    """An adapter of drawn factors, zero in layers that are not chosen.
+    """An adapter with drawn factors, which are zero in layers that are not chosen.
 
     Args:
         method: A config with rank, alpha, targets and exclude.
         params: Base parameters; shapes are enough.
-        key: Typed PRNG key; every path's numbers depend on it and the path only.
-        draw: ``draw(path, key)``: the factors of one path, for all its layers.
+        key: Typed PRNG key; the numbers of every path depend only on it and the path.
+        draw: ``draw(path, key)`` returns the factors of one path, for all its layers.
         options: The spec's options.
     """
     sites = paths.match(method.targets, method.exclude, paths.module_names(params))
@@ -131,10 +131,10 @@ def rank_and_alpha(adapter: Adapter) -> tuple[int, float, tuple[str, ...]]:
 
 
 def ranks_and_alphas(adapter: Adapter) -> tuple[dict[str, int], dict[str, int | float]]:
-    """Rank and alpha by full module name; whole alphas are ints, as PEFT writes them.
+    """Rank and alpha by full module name; whole alphas are ints, as in PEFT's files.
 
     Raises:
-        UserError: If no module is adapted.
+        UserError: No module is adapted.
     """
     ranks, alphas = {}, {}
     for name, path, at in modules_of(adapter):
@@ -193,7 +193,7 @@ def stacked_adapter(
     base: Any,
     options: tuple = (),
 ) -> Adapter:
-    """An adapter from the factors of single modules, padded alike."""
+    """An adapter from the factors of single modules, padded to one rank."""
     sites = paths.module_names(base.params)
     numbers = {
         name: {"rank": np.int32(ranks[name][0]), "scale": np.float32(ranks[name][1])}

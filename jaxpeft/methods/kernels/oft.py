@@ -1,8 +1,8 @@
 """Orthogonal fine-tuning (OFT): inputs are rotated before they meet the frozen kernel.
 
 A kernel is used as ``y = (x R) W`` with a block-diagonal, orthogonal ``R``. A block is made from a
-skew-symmetric ``Q``, whose upper triangle is trained, by Cayley's transform. Two modes, as in PEFT,
-which are each other's transpose:
+skew-symmetric ``Q``, whose upper triangle is trained, by Cayley's transform. There are two modes,
+as in PEFT; one is the transpose of the other:
 
 * exact: ``R = (I + Q)^-1 (I - Q)``;
 * Cayley-Neumann, the default: ``(I + Q)(I - Q)^-1`` as a series, by five terms
@@ -54,8 +54,8 @@ class OFT(Method):
         block_size: Width of a block; it must divide the inputs of every kernel.
         targets: "all-linear", a regex matched in full, or module names, as in PEFT.
         exclude: Modules to leave alone: a regex or names; wins over `targets`.
-        exact: Cayley's transform itself, which solves a system for every block, in place of its
-            series.
+        exact: Use Cayley's transform itself, which solves a linear system for every block, instead
+            of its series.
         terms: Terms of the series, counted as PEFT does.
     """
 
@@ -79,7 +79,7 @@ class OFT(Method):
             raise ValueError("OFT.targets must name at least one module.")
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
-        """A new adapter that rotates by nothing: all ``Q`` are zero.
+        """A new adapter that does not rotate: all ``Q`` are zero.
 
         Args:
             params: Base parameters; shapes are enough.
@@ -134,12 +134,12 @@ def count_blocks(d_in: int, block_size: int, where: str) -> int:
 
 @flax.struct.dataclass
 class OFTKernel(OnBase):
-    """A frozen kernel behind a rotation of its inputs.
+    """A frozen kernel after a rotation of its inputs.
 
     Attributes:
         base: Kernel ``(d_in, d_out)``, an array or a node.
         q: Upper triangles, row by row: ``(blocks, size * (size - 1) / 2)``, float32.
-        rank: Scalar; 0 for a layer that is left alone.
+        rank: Scalar; 0 for a layer that is not adapted.
         exact: See `OFT`.
         terms: See `OFT`.
     """
@@ -171,7 +171,7 @@ class OFTKernel(OnBase):
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for a rotated kernel."""
+    """The node for a rotated kernel."""
     exact, terms = leaf.options["exact"], leaf.options["terms"]
     q, rank = leaf.params["q"], leaf.buffers["rank"]
     return {leaf.path: OFTKernel(leaf.base, q, rank, exact=exact, terms=terms)}
@@ -181,7 +181,7 @@ def check(params: dict, adapter: Adapter) -> None:
     """Checks that the blocks make up the inputs of every kernel.
 
     Raises:
-        UserError: They do not.
+        UserError: The blocks of a kernel do not.
     """
     size = dict(adapter.spec.options)["block_size"]
     for path in adapter.spec.paths:
@@ -201,10 +201,10 @@ def config_of(adapter: Adapter) -> OFT:
 
 
 def config_from_peft(values: Values) -> OFT:
-    """Reads the config that PEFT's config describes; see `PeftFormat`.
+    """Reads PEFT's config; see `PeftFormat`.
 
     Raises:
-        UserError: It gives the number of blocks, or a setting that rotates nothing.
+        UserError: The config gives the number of blocks, or a setting that rotates nothing.
     """
     values.only("init_weights", True)
     values.only("module_dropout", 0)
@@ -219,7 +219,7 @@ def config_from_peft(values: Values) -> OFT:
 
 
 def _rotation_fields(values: Values) -> dict[str, Any]:
-    """How PEFT's config makes rotations."""
+    """The fields about rotations, from PEFT's config."""
     exact, terms = not values.flag("use_cayley_neumann"), values.count("num_cayley_neumann_terms")
     if terms < 2 and not exact:
         raise values.wrong("num_cayley_neumann_terms", "at least 2: PEFT rotates nothing by fewer")
@@ -228,7 +228,7 @@ def _rotation_fields(values: Values) -> dict[str, Any]:
 
 @functools.cache
 def size_in_peft(d_in: int, block_size: int, blocks: int) -> int:
-    """Width of the blocks that PEFT makes; what does not divide becomes the nearest that does.
+    """The width of the blocks that PEFT makes: the divisor of the inputs nearest to the setting.
 
     Args:
         d_in: Inputs of the kernel.
@@ -242,7 +242,7 @@ def size_in_peft(d_in: int, block_size: int, blocks: int) -> int:
 
 
 def _block_size(values: Values, widths: dict[str, int]) -> int:
-    """The one width of all blocks; `widths` are the inputs of the kernels by module."""
+    """The common width of all blocks; `widths` are the inputs of the kernels by module."""
     given = [values.count(key) if values.get(key) else 0 for key in ("oft_block_size", "r")]
     if all(given) or not any(given):
         raise values.wrong(

@@ -4,7 +4,7 @@ A kernel ``W`` is used as ``W + (A * d) B * b``: ``A: (d_in, rank)`` and ``B: (r
 drawn once, frozen and cut to the size of each kernel; the vectors ``d: (rank,)`` and
 ``b: (d_out,)`` are trained. ``d`` starts at a constant and ``b`` at zero. Flax kernels are the
 transpose of the paper's. Layers that are not adapted hold zeros in both vectors and have rank 0.
-``A`` and ``B`` lie once in the adapter's buffers under ``shared``, and are broadcast to all layers.
+``A`` and ``B`` are stored once, in the adapter's buffers under ``shared``, and broadcast to layers.
 
 Reference:
     Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", 2023,
@@ -53,11 +53,11 @@ class VeRA(Method):
     """Which kernels to adapt, and how.
 
     Attributes:
-        rank: Inner dimension of ``A B``; larger than LoRA's, as a rank costs one number a layer.
+        rank: Inner dimension of ``A B``; larger than in LoRA, as a rank costs one number a layer.
         targets: "all-linear", a regex matched in full, or module names, as in PEFT.
         exclude: Modules to leave alone: a regex or names; wins over `targets`.
         dropout: Probability of dropping an input of the branch, in [0, 1).
-        d_initial: What the vectors ``d`` start at.
+        d_initial: Initial value of the vectors ``d``.
     """
 
     name: ClassVar[str] = "vera"
@@ -87,8 +87,8 @@ class VeRA(Method):
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that leaves the model's function unchanged.
 
-        A and B are uniform within ``sqrt(6 / inputs)``, PEFT's distribution; its numbers come from
-        torch's generator and are others. What we save holds A and B.
+        A and B are uniform within ``sqrt(6 / inputs)``, which is PEFT's distribution, but the
+        numbers differ from those of torch's generator. Saved adapters contain A and B.
 
         Args:
             params: Base parameters; shapes are enough.
@@ -121,7 +121,7 @@ class VeRA(Method):
 
 
 def kaiming(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Uniform within ``sqrt(6 / inputs)``."""
+    """Uniform numbers within ``sqrt(6 / inputs)``."""
     bound = math.sqrt(6.0 / shape[0])
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
@@ -129,15 +129,15 @@ def kaiming(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def projection_shapes(
     params: Mapping, places: Iterable[str], rank: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of A and B: as large as the largest of the adapted kernels."""
+    """The shapes of A and B, which fit the largest of the adapted kernels."""
     shapes = [shape_of(paths.get(params, path)) for path in places]
     return (max(s[-2] for s in shapes), rank), (rank, max(s[-1] for s in shapes))
 
 
 def make_adapter(vectors: dict, buffers: dict, a: Any, b: Any, prng_key: int = 0) -> Adapter:
-    """An adapter from its arrays by path, A and B, and what PEFT drew those from.
+    """An adapter from its arrays by path, A and B, and the key that PEFT drew A and B from.
 
-    The last is kept for the way back: PEFT wants all adapters of a model to agree on it.
+    The key is kept for saving, because PEFT requires all adapters of a model to have the same.
     """
     spec = Spec(kind=VeRA.name, paths=tuple(sorted(vectors)), rank=a.shape[-1])
     shared = {"a": a, "b": b, "prng_key": jnp.uint32(prng_key)}
@@ -195,7 +195,7 @@ class VeRAKernel(OnBase):
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for a kernel adapted with VeRA."""
+    """The node for a kernel adapted with VeRA."""
     d, b, dropout = leaf.params["d"], leaf.params["b"], leaf.buffers["dropout"]
     shared = {name: leaf.shared[name] for name in "ab"}
     return {leaf.path: VeRAKernel(leaf.base, d, b, dropout, leaf.keys(), shared)}
@@ -205,7 +205,7 @@ def check(params: dict, adapter: Adapter) -> None:
     """Checks that A, B and the vectors have the sizes that the base needs.
 
     Raises:
-        UserError: One is too small or too large.
+        UserError: An array is too small or too large.
     """
     a, b = (paths.get(adapter.buffers, f"{SHARED}/{name}").shape for name in ("a", "b"))
     for path in adapter.spec.paths:
@@ -219,7 +219,7 @@ def check(params: dict, adapter: Adapter) -> None:
 
 
 def weigh(adapter: Adapter, weight: Any) -> Adapter:
-    """The adapter with its change multiplied by `weight`: all its vectors ``b`` are."""
+    """The adapter with its change multiplied by `weight`, by way of its vectors ``b``."""
     scaled = {
         path: value * weight if path.endswith("/b") else value
         for path, value in paths.flatten(adapter.params).items()
@@ -228,7 +228,7 @@ def weigh(adapter: Adapter, weight: Any) -> Adapter:
 
 
 def config_of(adapter: Adapter) -> VeRA:
-    """The config of an adapter; targets come back as full names, `d_initial` as the default.
+    """The config of an adapter, with targets as full names and the default `d_initial`.
 
     Raises:
         UserError: If dropout differs from layer to layer.
@@ -238,7 +238,7 @@ def config_of(adapter: Adapter) -> VeRA:
 
 
 def config_from_peft(values: Values) -> VeRA:
-    """The config that PEFT's describes; see `PeftFormat`."""
+    """Reads PEFT's config; see `PeftFormat`."""
     values.only("init_weights", True)
     return VeRA(
         rank=values.count("r"),

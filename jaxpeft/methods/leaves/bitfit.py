@@ -41,12 +41,12 @@ class BitFit(Method):
             raise ValueError(f"BitFit.targets must name modules, got {self.targets!r}.")
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
-        """Copies of the biases; `key` and `context` are not used.
+        """Copies the biases; `key` and `context` are not used.
 
         Args:
             params: Base parameters.
-            key: Typed PRNG key, there for the common signature.
-            context: The same.
+            key: Not used.
+            context: Not used.
 
         Returns:
             An adapter that leaves the model's function unchanged.

@@ -1,8 +1,8 @@
-"""Full fine-tuning as a method: the "adapter" is a copy of base leaves that replaces them.
+"""Full fine-tuning as a method: the "adapter" is a copy of all base leaves that replaces them.
 
 Reference:
     Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", 2018,
-    https://arxiv.org/abs/1801.06146 (all weights move from a pre-trained start).
+    https://arxiv.org/abs/1801.06146 (all weights are trained from a pre-trained start).
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ class Full(Method):
     name: ClassVar[str] = "full"
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
-        """A float32 copy of all base leaves; `key` and `context` are not used.
+        """Copies all base leaves in float32; `key` and `context` are not used.
 
         Args:
             params: Base parameters.
-            key: Typed PRNG key, there for the common signature.
-            context: The same.
+            key: Not used.
+            context: Not used.
 
         Returns:
             An adapter with ``{"value": array}`` at the path of every base leaf.
@@ -39,7 +39,7 @@ class Full(Method):
 
 
 def config_of(adapter: Adapter) -> Full:
-    """There is only one."""
+    """The config, which has no fields of its own."""
     del adapter
     return Full()
 

@@ -26,7 +26,7 @@ from jaxpeft.ops.linear import shape_of
 
 LEAF = "scale"
 DEFAULT_TARGETS = ("input_layernorm", "post_attention_layernorm", "norm")
-"""What PEFT trains in Llama, Mistral and Qwen models when no targets are given."""
+"""Norms that PEFT trains in Llama, Mistral and Qwen models if no targets are given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,12 +50,12 @@ class LNTuning(Method):
             raise ValueError(f"LNTuning.targets must name norms, got {self.targets!r}.")
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
-        """Copies of the chosen scales; `key` and `context` are not used.
+        """Copies the chosen scales; `key` and `context` are not used.
 
         Args:
             params: Base parameters.
-            key: Typed PRNG key, there for the common signature.
-            context: The same.
+            key: Not used.
+            context: Not used.
 
         Returns:
             An adapter that leaves the model's function unchanged.
@@ -76,12 +76,12 @@ def config_of(adapter: Adapter) -> LNTuning:
 
 
 def config_from_peft(values: Values) -> LNTuning:
-    """The config that PEFT's describes; see `PeftFormat`."""
+    """Reads PEFT's config; see `PeftFormat`."""
     return LNTuning(**values.selection(DEFAULT_TARGETS).fields(values.file))
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """An adapter from PEFT's config and tensors; see `PeftFormat`."""
+    """Reads an adapter from PEFT's config and tensors; see `PeftFormat`."""
     sites = paths.module_names(base.params, LEAF)
     chosen = values.selection(DEFAULT_TARGETS).select(sites, values.file)
     shapes = {

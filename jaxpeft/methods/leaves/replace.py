@@ -1,11 +1,11 @@
-"""Trained copies of base leaves that stand in for them: the leaf ``{"value": array}``.
+"""Trained copies that replace base leaves: the arrays ``{"value": array}``.
 
-Full fine-tuning, LayerNorm tuning and BitFit are made of these, and LoRA's trained biases and
-saved modules too. Values are kept in float32 whatever the base's dtype: an update of 1e-3 would be
-lost in bfloat16.
+Full fine-tuning, LayerNorm tuning and BitFit consist of such copies, and so do LoRA's trained
+biases and saved modules. Values are float32 whatever the base's dtype, because an update of 1e-3
+would be lost in bfloat16.
 
-Where only some layers of a stack are trained, a buffer ``rank`` says which: 1 for those, 0 for the
-others, which hold zeros and leave the base as it is.
+If only some layers of a stack are trained, a buffer ``rank`` is 1 for those, and 0 for the others,
+which hold zeros and leave the base unchanged.
 """
 
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ from jaxpeft.ops.linear import materialise, shape_of
 from jaxpeft.ops.quant import QuantTensor
 
 ARRAYS = {"value": ArrayRole(replaces="whole")}
-"""What a trained copy is to code outside of its family."""
+"""The roles of a trained copy for code outside of its family."""
 
 
 def replacement(kind: str, leaves: dict[str, Any]) -> Adapter:
-    """An adapter whose arrays stand in for the base leaves at their paths, equal at first.
+    """An adapter whose arrays replace the base leaves at their paths; they are equal at first.
 
     Raises:
         UserError: There are only shapes, or a leaf is quantised.
@@ -45,7 +45,7 @@ def require_dense(kind: str, leaves: Mapping[str, Any]) -> None:
         leaves: The base's leaves by path.
 
     Raises:
-        UserError: One is quantised.
+        UserError: A leaf is quantised.
     """
     for path, leaf in leaves.items():
         require_values(leaf, f"{path}: {kind!r} starts from the base's own values")
@@ -70,7 +70,7 @@ def value_shape(params: dict) -> tuple[int, ...]:
 
 
 def selected_replacement(kind: str, params: dict, sites: Mapping[str, paths.Site]) -> Adapter:
-    """An adapter that stands in for the chosen layers of base leaves, equal to them at first.
+    """An adapter that replaces the chosen layers of base leaves; they are equal at first.
 
     Args:
         kind: Name of the family.
@@ -78,8 +78,8 @@ def selected_replacement(kind: str, params: dict, sites: Mapping[str, paths.Site
         sites: The chosen modules by name, from `jaxpeft.core.paths.match`.
 
     Returns:
-        ``{"value": array}`` of the leaf's shape at each path, zero in layers that are not
-        chosen, and the buffer ``rank``.
+        ``{"value": array}`` with the leaf's shape at each path, zero in layers that are not chosen,
+        and the buffer ``rank``.
     """
     values, buffers = {}, {}
     require_dense(kind, {site.path: paths.get(params, site.path) for site in sites.values()})
@@ -92,7 +92,7 @@ def selected_replacement(kind: str, params: dict, sites: Mapping[str, paths.Site
 
 
 def selected_layers(params: dict, sites: Mapping[str, paths.Site]) -> dict[str, jax.Array]:
-    """By path, which layers are chosen: ``(layers,)`` ones and zeros, a 1 where not stacked."""
+    """By path, the chosen layers: ``(layers,)`` ones and zeros, or a scalar 1 if not stacked."""
     layers: dict[str, list[int | None]] = {}
     for site in sites.values():
         layers.setdefault(site.path, []).append(site.layer)
@@ -113,5 +113,5 @@ def bind_selected(leaf: Leaf) -> dict[str, Any]:
 
 
 def _over(rank: jax.Array, array: jax.Array) -> jax.Array:
-    """Which layers are chosen, as a mask that spreads over the arrays of a stack."""
+    """The chosen layers as a mask that broadcasts over the arrays of a stack."""
     return (rank > 0).reshape(rank.shape + (1,) * (array.ndim - rank.ndim))

@@ -1,11 +1,11 @@
-"""Trained rows of an embedding table, and trained columns of a head: those of a few tokens.
+"""Trained rows of an embedding table, and trained columns of a head, for a few tokens.
 
 A table ``E`` of shape ``(vocab, d)`` is used with its rows ``ids`` replaced by trained ones,
 ``E[ids[i]] = rows[i]``. Neither a copy of the table nor a gradient of its size is made: a look-up
 reads the base and the few rows, and a tied head replaces ``n`` of its scores. Rows are kept in
 float32 and rounded to the dtype of the table where they are used.
 
-At a head of its own, with a kernel ``(d, vocab)``, the same rows are columns.
+In a separate head with a kernel ``(d, vocab)``, the same rows are columns.
 """
 
 import collections
@@ -26,7 +26,7 @@ from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.ops.linear import OnBase, attend, embed, linear, materialise, shape_of
 
 PLACES = (paths.EMBEDDING, paths.HEAD)
-"""Where rows may be trained."""
+"""The weights whose rows may be trained."""
 
 ARRAYS = {
     "rows": ArrayRole(
@@ -35,21 +35,21 @@ ARRAYS = {
         "tokens of data.train",
     )
 }
-"""What trained rows are to code outside of their family."""
+"""The roles of trained rows for code outside of their family."""
 
 COMPARED = ("ids",)
-"""What must be the same where a run goes on from saved rows."""
+"""Buffers that must be equal if a run starts from saved rows."""
 
 
 @flax.struct.dataclass
 class _TokenWeight(OnBase):
-    """What a table and a head with trained rows have in common.
+    """The common part of a table and a head with trained rows.
 
     Attributes:
         base: An array or a node.
         rows: ``(n, d_model)``, float32.
         ids: ``(n,)`` tokens, int32, each one once.
-        rank: Scalar; 0 leaves the base as it is.
+        rank: Scalar; 0 leaves the base unchanged.
     """
 
     base: Any
@@ -61,7 +61,7 @@ class _TokenWeight(OnBase):
         return self.rows.astype(self.dtype)
 
     def _places(self, vocab: int) -> Int[Array, "n"]:
-        """The ids, or others that are outside of the vocabulary where the rank is 0."""
+        """The ids; if the rank is 0, ids outside of the vocabulary."""
         return jnp.where(self.rank > 0, self.ids, vocab + jnp.arange(self.ids.shape[0]))
 
     def _replace_scores(
@@ -76,10 +76,10 @@ class TokenTable(_TokenWeight):
     """An embedding table ``(vocab, d_model)`` with trained rows."""
 
     def lookup(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
-        """Rows of both, in the dtype of the base.
+        """Rows of the base and trained rows, in the dtype of the base.
 
-        The trained rows are multiplied with zeros and a one: exact, and the gradient is a product,
-        the same in every run, where adding rows up would depend on their order.
+        Trained rows are selected by a product with zeros and ones, which is exact. Its gradient is
+        a product too, and so is deterministic, while a sum of rows would depend on their order.
         """
         rows = embed(ids, self.base)
         chosen = ids[..., None] == self._places(self.shape[0])
@@ -89,7 +89,7 @@ class TokenTable(_TokenWeight):
         return jnp.where(chosen.any(axis=-1)[..., None], own.astype(rows.dtype), rows)
 
     def attend(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
-        """Scores of all rows, in float32: a tied head sees the trained ones too."""
+        """Scores of all rows, in float32; a tied head sees the trained rows too."""
         return self._replace_scores(attend(x, self.base), attend(x, self._rounded()))
 
     def materialise(self) -> Float[Array, "vocab d_model"]:
@@ -120,7 +120,7 @@ def check_ids(owner: str, ids: Any) -> tuple[int, ...]:
         ids: A sequence of whole numbers.
 
     Raises:
-        ValueError: They are not distinct whole numbers of at least 0, one or more.
+        ValueError: There are no ids, or they are not distinct whole numbers of at least 0.
     """
     try:
         known = tuple(ids)
@@ -162,7 +162,7 @@ def require_known(ids: Sequence[int], vocab_size: int, where: Any) -> None:
     """Checks that token ids belong to a vocabulary.
 
     Raises:
-        UserError: One is not below `vocab_size`; the message begins with `where`.
+        UserError: An id is not below `vocab_size`; the message begins with `where`.
     """
     if beyond := [token for token in ids if token >= vocab_size]:
         raise UserError(
@@ -172,7 +172,7 @@ def require_known(ids: Sequence[int], vocab_size: int, where: Any) -> None:
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for the table, or for the head."""
+    """The node for the table or the head."""
     node = TokenTable if leaf.path == paths.EMBEDDING else TokenHead
     buffers = leaf.buffers
     return {leaf.path: node(leaf.base, leaf.params["rows"], buffers["ids"], buffers["rank"])}
@@ -182,7 +182,7 @@ def check(params: dict, adapter: Adapter) -> None:
     """Checks that all trained rows of an adapter are as wide as those of the base.
 
     Raises:
-        UserError: They have another width.
+        UserError: Rows have another width.
     """
     for path in PLACES:
         rows = paths.get(adapter.params, f"{path}/rows")

@@ -1,9 +1,9 @@
 """Trainable tokens: only the embeddings of a few tokens are trained.
 
 The rows ``token_ids`` of the embedding table are replaced by trained ones, see
-`jaxpeft.methods.leaves.token_rows`. They suit tokens that were added, or that must come to mean
-something else. The head of a tied model is the table and sees them as well; a head of its own sees
-them only if it is among the targets.
+`jaxpeft.methods.leaves.token_rows`. This suits tokens that were added, or that are to get a new
+meaning. The head of a tied model is the table and uses the trained rows too; a separate head uses
+them only if it is a target.
 
 Reference:
     HF PEFT 0.21, ``tuners/trainable_tokens``.
@@ -34,9 +34,9 @@ class TrainableTokens(Method):
     """Which tokens are trained.
 
     Attributes:
-        token_ids: Their ids, each one once.
-        targets: Where: ``embed_tokens`` is the embedding table, ``lm_head`` a head that is not
-            tied to it; names, or a regex matched in full, as in PEFT.
+        token_ids: Ids of the tokens, each one once.
+        targets: The weights with trained rows: names, or a regex matched in full, as in PEFT.
+            ``embed_tokens`` is the embedding table, ``lm_head`` a head that is not tied to it.
     """
 
     name: ClassVar[str] = "trainable_tokens"
@@ -54,18 +54,18 @@ class TrainableTokens(Method):
             )
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
-        """Copies of the base's rows; `key` and `context` are not used.
+        """Copies the base's rows; `key` and `context` are not used.
 
         Args:
             params: Base parameters.
-            key: Typed PRNG key, there for the common signature.
-            context: The same.
+            key: Not used.
+            context: Not used.
 
         Returns:
             An adapter that leaves the model's function unchanged.
 
         Raises:
-            UserError: If an id is beyond the vocabulary, or a target is not there.
+            UserError: If an id is beyond the vocabulary, or a target is missing.
         """
         del key, context
         chosen = paths.match(self.targets, (), _sites(params), what="embedding table or head")
@@ -101,7 +101,7 @@ def config_of(adapter: Adapter) -> TrainableTokens:
 
 
 def config_from_peft(values: Values) -> TrainableTokens:
-    """The config that PEFT's describes; see `PeftFormat`."""
+    """Reads PEFT's config; see `PeftFormat`."""
     return TrainableTokens(
         token_ids=values.ints("token_indices") or (),
         targets=values.selection(DEFAULT_TARGETS).targets,

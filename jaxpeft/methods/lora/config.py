@@ -4,9 +4,9 @@ A kernel ``W`` of shape ``(d_in, d_out)`` is used as ``W + scale * A @ B`` with
 ``A: (d_in, rank)`` and ``B: (rank, d_out)``; ``scale`` is ``alpha / rank``, or
 ``alpha / sqrt(rank)`` with rank stabilisation. Stacked layers put one axis in front of all of
 them. Flax kernels are the transpose of the paper's, so our ``A @ B`` is the paper's
-``(B A)^T``. Layers of a stack that are not adapted hold zeros in both factors and have rank 0:
-their gradients are zero, and so they stay. The buffer ``rslora`` says which scales are rank
-stabilised; only what writes alpha down reads it.
+``(B A)^T``. Layers of a stack that are not adapted hold zeros in both factors and have rank 0;
+their gradients are zero, so they never change. The buffer ``rslora`` says which scales are rank
+stabilised; it is used only to compute alpha when an adapter is saved or described.
 
 References:
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021,
@@ -56,26 +56,26 @@ class LoRA(Method):
         dropout: Probability of dropping an input of the low-rank branch, in [0, 1).
         rslora: Divide alpha by the square root of the rank instead of the rank.
         exclude: Modules to leave alone: a regex or names; wins over `targets`.
-        layers: Layers to adapt, the first is 0; all where empty. Modules that `targets` names in
-            full are adapted in any case.
-        layers_pattern: Name of the list of layers, needed where a model has several.
+        layers: Layers to adapt, counted from 0; empty for all. Modules that `targets` names in full
+            are adapted in any case.
+        layers_pattern: Name of the list of layers, needed if a model has several.
         rank_pattern: Ranks of some modules, by a name or regex for the end of their names; the
             first that matches counts.
         alpha_pattern: Alphas of some modules, in the same way.
         dora: Train the length of every column too, see `jaxpeft.methods.lora.dora`.
-        init_weights: How the factors start: "default", a name of `jaxpeft.methods.lora.starts`, or
+        init_weights: How the factors start: "default", a name in `jaxpeft.methods.lora.starts`, or
             "eva" from the inputs of the kernels, see `jaxpeft.methods.lora.eva`.
-        loftq_steps: For "loftq", how often it alternates.
-        eva_rho: For "eva", how many times its own rank a kernel may get at most.
-        eva_tau: For "eva", the cosine of a component with itself one batch before, from which on
-            it counts as settled.
+        loftq_steps: For "loftq", the number of alternations.
+        eva_rho: For "eva", the largest rank of a kernel as a multiple of `rank`.
+        eva_tau: For "eva", the cosine between a component and itself one batch before from which
+            the component counts as settled.
         bias: Which biases of the base are trained: "none", "all", or "lora_only" for those of
             adapted modules.
         lora_bias: Train a bias on ``B``, too.
         save_modules: Modules that are trained and saved whole, and not adapted: names or dotted
             parts of names, see `jaxpeft.methods.lora.saved`.
         token_ids: Tokens whose rows of the embedding table are trained, see
-            `jaxpeft.methods.lora.tokens`; a tied head sees them too.
+            `jaxpeft.methods.lora.tokens`; a tied head uses these rows too.
         head_token_ids: Tokens whose columns of the head are trained.
     """
 
@@ -137,34 +137,34 @@ class LoRA(Method):
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied with where no pattern says otherwise."""
+        """The factor of the product of A and B, unless a pattern sets another."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that leaves the model's function unchanged (LoftQ: on a quantised base).
 
         A is uniform in ``(-1/sqrt(d_in), 1/sqrt(d_in))`` (PEFT's Kaiming with ``a = sqrt(5)``),
-        B is zero; both float32. Every kernel's numbers depend on the key and its own path only.
+        B is zero; both are float32. The numbers of a kernel depend on the key and its path only.
 
         Args:
             params: Base parameters; shapes are enough.
             key: Typed PRNG key.
-            context: For "eva" its module and batches.
+            context: For "eva", its module and batches are used.
 
         Returns:
-            The adapter; ``jax.jit`` of this function works and places it like the base, but for
-            "eva".
+            The adapter. ``jax.jit`` of this function works and places it like the base, except
+            for "eva".
 
         Raises:
-            UserError: If a pattern matches nothing, a layer is not there, a rank exceeds a
-                kernel's sides, or values of the base or batches are needed and are not there.
+            UserError: If a pattern matches nothing, a layer does not exist, a rank exceeds a
+                kernel's sides, or values of the base or batches are needed and missing.
         """
         saved = lora_saved.saved_modules(self.save_modules, params)
         modules = lora_select.select(self, params, leave=saved)
         places = lora_select.by_path(modules.values(), params)
         width = max(int(ranks.max()) for ranks, _ in places.values())
         factors, buffers, first = {}, {}, {}
-        if self.init_weights == "eva":  # the table has no inputs to look at
+        if self.init_weights == "eva":  # the table has no inputs
             kernels = {path: place for path, place in places.items() if path != paths.EMBEDDING}
             first, changed = eva.start(self, params, kernels, key, context)
             places |= changed
@@ -173,7 +173,7 @@ class LoRA(Method):
             path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
             kernel = weight_at(params, path)
             if context.shapes_only and isinstance(kernel, QuantTensor):
-                kernel = jnp.zeros(shape_of(kernel))  # LoftQ has no use for codes
+                kernel = jnp.zeros(shape_of(kernel))  # LoftQ cannot use codes
             if path in first:
                 a, b = first[path], jnp.zeros((*ranks.shape, width, shape_of(kernel)[-1]))
             else:
@@ -240,8 +240,8 @@ class LoRA(Method):
 def config_of(adapter: Adapter) -> LoRA:
     """The config of an adapter, rebuilt from its spec and buffers.
 
-    Targets come back as full module names, ranks and alphas that differ as patterns for such
-    names; alphas and dropout as the shortest decimals that give the same float32 buffers.
+    Targets are given as full module names, and differing ranks and alphas as patterns for such
+    names. Alphas and dropout are the shortest decimals that give the same float32 buffers.
 
     Raises:
         UserError: If dropout differs from layer to layer.
@@ -253,7 +253,7 @@ def config_of(adapter: Adapter) -> LoRA:
 
 
 def config_from_peft(values: Values) -> LoRA:
-    """The config that describes the same method as PEFT's; see `PeftFormat`."""
+    """Reads PEFT's config; see `PeftFormat`."""
     return LoRA(**config.fields(values), **tokens.peft_fields(values))
 
 
@@ -261,8 +261,8 @@ def weigh(adapter: Adapter, weight: Any) -> Adapter:
     """The adapter with all its scales multiplied by `weight`.
 
     Raises:
-        UserError: If it is a DoRA adapter, or has trained biases or tokens, or saved modules: its
-            change is no sum.
+        UserError: The adapter has DoRA's magnitudes, trained biases or tokens, or saved modules, so
+            its change is no multiple of the scales.
     """
     whole = any(sort is not lora_places.FACTORS for sort, _ in lora_places.by_sort(adapter))
     if whole or dict(adapter.spec.options).get("dora"):

@@ -6,7 +6,7 @@ the norm is a constant for differentiation (section 4.3). No sum of full size is
 
     norm(W + s A B)^2 = norm(W)^2 + 2 s colsum((A^T W) * B) + s^2 colsum((A^T A B) * B)
 
-``norm(W)`` is kept, and with B = 0 it is the result to the bit, so that g is exactly 1 at first.
+``norm(W)`` is stored. With B = 0 the formula gives it bit by bit, so g is exactly 1 at first.
 
 Reference:
     Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024,
@@ -55,9 +55,9 @@ class DoRAKernel(OnBase):
     key: Any = None
 
     def factor(self) -> Float[Array, "d_out"]:
-        """What every output is multiplied with, ``m`` over the norm; exactly 1 for a new adapter.
+        """The factor of every output, ``m`` over the norm; exactly 1 for a new adapter.
 
-        A column whose norm is zero has no direction: its factor is 1.
+        A column whose norm is zero has no direction; its factor is 1.
         """
         a, b = (jax.lax.stop_gradient(leaf) for leaf in (self.a, self.b))
         with jax.default_matmul_precision("highest"):
@@ -71,8 +71,7 @@ class DoRAKernel(OnBase):
     def multiply(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Computes ``x @ (g * (base + scale * a @ b))`` without forming the sum.
 
-        With dropout, PEFT multiplies ``g - 1`` with the base's answer to the dropped input, and
-        so does this.
+        With dropout, ``g - 1`` multiplies the base's result for the dropped input, as in PEFT.
 
         Args:
             x: Activations, in the compute dtype.
@@ -93,7 +92,7 @@ class DoRAKernel(OnBase):
     def materialise(self) -> Float[Array, "*stack d_in d_out"]:
         """``g * (base + scale * a @ b)`` in float32, rounded to the base's dtype; also of a stack.
 
-        The norm is that of the sum itself.
+        The norm is computed from the sum itself.
         """
         scale = jnp.asarray(self.scale, jnp.float32)[..., None, None]
         total = materialise(self.base).astype(jnp.float32)
@@ -103,7 +102,7 @@ class DoRAKernel(OnBase):
 
 
 def base_norm(kernel: Any) -> Float[Array, "*stack d_out"]:
-    """Lengths of a kernel's columns, in float32; an array or a node, stacked or not."""
+    """Norms of a kernel's columns, in float32; the kernel is an array or a node, stacked or not."""
     return jnp.sqrt(jnp.sum(jnp.square(materialise(kernel).astype(jnp.float32)), axis=-2))
 
 
@@ -114,17 +113,17 @@ def _over(m: Any, norm: Any, rank: Any) -> Any:
 
 
 def start(kernel: Any, rank: Any) -> Float[Array, "*stack d_out"]:
-    """Magnitudes of a new adapter, and the norms it keeps: zero in layers of rank 0.
+    """Magnitudes of a new adapter, and the stored norms; both are zero in layers of rank 0.
 
     Raises:
-        UserError: If there are only shapes, no values.
+        UserError: There are only shapes, no values.
     """
     require_values(kernel, "DoRA starts from the norms of the base's kernels")
     return jnp.where(jnp.asarray(rank)[..., None] > 0, base_norm(kernel), 0.0)
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for a kernel adapted with DoRA."""
+    """The node for a kernel adapted with DoRA."""
     node = DoRAKernel(
         leaf.base,
         leaf.params["a"],

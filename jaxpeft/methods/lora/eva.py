@@ -1,15 +1,14 @@
-"""EVA: LoRA's first factor from what its kernels see, and ranks where that varies most.
+"""EVA: LoRA's first factor from the inputs of its kernels, and ranks by their variance.
 
-The columns of ``A`` are the first principal components of a kernel's inputs over some batches,
-``B`` is zero. They are brought up to date batch by batch (`jaxpeft.methods.lora.principal`); a
-kernel has seen enough when the components that it keeps stay where they are: cosine at least
-``tau``.
+The columns of ``A`` are the first principal components of a kernel's inputs over some batches, and
+``B`` is zero. The components are updated batch by batch (`jaxpeft.methods.lora.principal`), until
+the ones that are kept no longer change: the cosine between batches is at least ``tau``.
 
-Every component has a share of the variance of its kernel's inputs. As many of the largest as the
-ranks add up to are kept, over all kernels, but at most ``rho`` times its rank of one kernel. Scales
-are as if the rank had not changed: alpha is multiplied by new over old rank.
+Every component explains a share of the variance of its kernel's inputs. The components with the
+largest shares over all kernels are kept, as many as the ranks add up to, but per kernel at most
+``rho`` times its rank. Scales do not change: alpha is multiplied by new over old rank.
 
-Inputs are those of tokens that are learned, which PEFT calls the label mask.
+The inputs are those of learned tokens, which PEFT calls the label mask.
 
 Reference:
     Paischer et al., "One Initialization to Rule them All: Fine-tuning via Explained Variance
@@ -40,7 +39,7 @@ ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 """The modules of a layer in the order of Hugging Face's models."""
 
 SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-"""Modules that read what an earlier one reads."""
+"""Modules that have the same inputs as an earlier one."""
 
 NAME = 'LoRA.init_weights "eva"'
 FIELDS = ("tokens", "segment_ids", "positions", "weights")
@@ -56,16 +55,16 @@ def start(
     """First factors, ranks and scales of all kernels.
 
     Args:
-        config: A `jaxpeft.LoRA`: its ``eva_rho``, ``eva_tau`` and ``rslora``.
+        config: A `jaxpeft.LoRA`, for its ``eva_rho``, ``eva_tau`` and ``rslora``.
         params: Base parameters.
-        places: By path the rank and scale that each layer would have, 0 where it is not adapted.
-        key: Typed PRNG key of the decompositions' first guesses.
-        context: Its module and batches; batches are read until all kernels have seen enough, at
-            most once. With ``shapes_only``, nothing is read.
+        places: By path, the rank and scale that each layer has without EVA, 0 if it is not adapted.
+        key: Typed PRNG key for the first guesses of the decompositions.
+        context: Its module and batches are used. Batches are read until all components are settled,
+            at most once. With ``shapes_only``, nothing is read.
 
     Returns:
         By path ``A`` of shape ``(*stack, d_in, width)``, zero beyond each rank, where the width is
-        the most that a kernel may get; and new `places`.
+        the largest rank a kernel may get; and new `places`.
 
     Raises:
         UserError: If there are no kernels, no batches, no module, or no learned tokens.
@@ -90,7 +89,7 @@ def start(
         for at in np.ndindex(new.shape):
             new[at] = chosen.get((path, at), 0)
             a[at][:, : new[at]] = v[at or 0][: new[at]].T
-        ratio = new / np.maximum(old, 1)  # alpha grows with the rank
+        ratio = new / np.maximum(old, 1)  # scales alpha with the rank
         scales = np.asarray(scales * (np.sqrt(ratio) if config.rslora else ratio > 0), np.float32)
         factors[path], changed[path] = jnp.asarray(a), (new, scales)
     return factors, changed
@@ -114,16 +113,16 @@ Place = tuple[str, tuple[int, ...]]
 def allocate(
     shares: Mapping[Place, np.ndarray], leaders: Mapping[Place, Place], budget: int
 ) -> dict[Place, int]:
-    """How many of their components kernels keep: PEFT's rule.
+    """The number of components that every kernel keeps, by PEFT's rule.
 
     Args:
         shares: By kernel, in the model's order, the shares of its components, largest first.
-        leaders: By kernel the first that reads the same inputs.
+        leaders: By kernel, the first kernel with the same inputs.
         budget: Components in total.
 
     Returns:
-        Ranks. Of equal shares the first kernel's come first, but those of leaders before all
-        others; no kernel has more than its leader.
+        Ranks. Among equal shares the first kernel wins, but leaders win over all others; no kernel
+        has more than its leader.
     """
     places = sorted(shares, key=lambda place: leaders[place] != place)
     owners = [i for i, place in enumerate(places) for _ in shares[place]]
@@ -146,7 +145,7 @@ def _principal(
     tau: float,
     context: Context,
 ) -> tuple[dict[Place, int], dict[str, Components]]:
-    """Reads batches until the components of all kernels stay; their ranks, and the components."""
+    """Reads batches until the components of all kernels are settled; gives ranks and components."""
     module, parts = context.module, {}
     for path, k in wanted.items():
         *stack, d_in, _ = shape_of(weight_at(params, path))
@@ -181,7 +180,7 @@ def _principal(
             raise UserError(f"batches: expected dicts with {', '.join(FIELDS)}, as of a Plan.")
         fields = {name: batch[name] for name in FIELDS}
         parts = step(params, fields, parts, active)
-        if jax.process_count() > 1:  # each has a part of the arrays, all of them decide alike
+        if jax.process_count() > 1:  # each holds a part, but all must decide alike
             parts = jax.tree.map(to_host, parts)
         shares = {path: part.shares() for path, part in parts.items()}
         chosen = allocate(
@@ -197,12 +196,12 @@ def _principal(
 def captured(
     module: Any, params: dict, batch: Mapping[str, Any], wanted: Any
 ) -> tuple[dict[str, Float[Array, "layers tokens d_in"]], Bool[Array, "tokens"]]:
-    """The inputs of kernels in the base model, and which of the tokens are learned.
+    """The inputs of kernels in the base model, and which tokens are learned.
 
     Args:
         module: The Linen module.
         params: Base parameters.
-        batch: As the training step takes it.
+        batch: A batch for the training step.
         wanted: Paths of kernels.
     """
     hidden, state = module.apply(
@@ -221,7 +220,8 @@ def captured(
             (x,) = paths.get(state[CAPTURE], f"{path.rpartition('/')[0]}/inputs")
         layers = x.shape[0] if paths.is_stacked(path) else 1
         seen[path] = x.reshape(layers, -1, x.shape[-1])
-    before = jnp.pad(batch["weights"], ((0, 0), (1, 0)))[:, :-1]  # what led to a token
+    # The weights of the next tokens: inputs count if they predict a learned token.
+    before = jnp.pad(batch["weights"], ((0, 0), (1, 0)))[:, :-1]
     return seen, (before > 0).reshape(-1)
 
 
@@ -229,7 +229,7 @@ def check(config: Any) -> None:
     """Checks the EVA fields of a `jaxpeft.LoRA` with ``init_weights="eva"``.
 
     Raises:
-        ValueError: One is out of its range.
+        ValueError: A field is out of its range.
     """
     if not 1.0 <= config.eva_rho < math.inf:
         raise ValueError(f"LoRA.eva_rho must be finite and at least 1, got {config.eva_rho!r}.")
@@ -240,7 +240,7 @@ def check(config: Any) -> None:
 def _most(
     ranks: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, ...]], rho: float
 ) -> dict[str, np.ndarray]:
-    """The most components of every kernel; the largest of those with the same inputs."""
+    """The largest rank of every kernel; kernels with the same inputs share the largest."""
     shared: dict[str, Any] = {}
     for path, rank in ranks.items():
         count = np.minimum(np.round(np.asarray(rank) * rho).astype(int), sizes[path][-2])
@@ -249,7 +249,11 @@ def _most(
 
 
 def _require(context: Context, params: dict) -> None:
-    """Raises a UserError unless there is what EVA reads."""
+    """Checks that everything EVA needs is given.
+
+    Raises:
+        UserError: Something is missing.
+    """
     if context.batches is None:
         raise UserError(
             f"{NAME} reads the inputs of the kernels: pass batches, as in init_adapter(method, "
@@ -262,7 +266,7 @@ def _require(context: Context, params: dict) -> None:
 
 
 def _position(place: Place) -> tuple[float, int]:
-    """Where a kernel stands in the model."""
+    """The position of a kernel in the model, for sorting."""
     path, at = place
     module = path.split("/")[-2]
     return at[0] if at else math.inf, ORDER.index(module) if module in ORDER else len(ORDER)

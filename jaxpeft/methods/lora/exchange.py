@@ -1,6 +1,6 @@
-"""LoRA in HF PEFT's format, out and in: the parts of a folder, brought together.
+"""LoRA in HF PEFT's format: combines the parts of a folder.
 
-Every sort of places has a `Part` of its own, see `jaxpeft.methods.lora.places`.
+Every sort of places has its own `Part`, see `jaxpeft.methods.lora.places`.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from jaxpeft.methods.peft.values import CONFIG, FLOATS, PREFIX, PeftFormat, Tens
 from jaxpeft.ops.linear import dtype_of, materialise, shape_of
 
 COPY = re.compile(re.escape(PREFIX) + r"(lm_head|model\.embed_tokens)(?:\.base_layer)?\.weight")
-"""Copies of base weights that PEFT adds when the embedding table or the head is adapted."""
+"""Copies of base weights that PEFT adds if the embedding table or the head is adapted."""
 
 PARTS = [sort.peft for sort in lora_places.SORTS]
 
@@ -102,7 +102,7 @@ PEFT = PeftFormat(
 
 
 def _require_known(folder: Folder) -> None:
-    """Every tensor must belong to a part, or be a copy of the base's own."""
+    """Checks that every tensor belongs to a part, or is a copy of a base weight."""
     tensors, unexpected = folder.tensors, []
     known = set().union(*(part.keys(folder) for part in PARTS))
     for key in sorted(tensors.shapes.keys() - known):
@@ -118,7 +118,7 @@ def _require_known(folder: Folder) -> None:
 
 
 def _require_copy(tensors: Tensors, key: str, module: str, base: Any) -> None:
-    """A base weight in an adapter's file must be the base's own."""
+    """Checks that a copy of a base weight in an adapter's file equals the base weight."""
     path = paths.EMBEDDING if module.endswith("embed_tokens") else paths.HEAD
     weight = paths.get(base.params, path)
     tied = weight is None

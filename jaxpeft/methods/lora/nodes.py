@@ -29,7 +29,7 @@ class LoRAKernel(OnBase):
         scale: Scalar.
         dropout: Scalar probability; used only with a key.
         key: PRNG key of this step and kernel, or None to drop nothing.
-        bias: ``(d_out,)``, float32, added to the answer of ``b``; None for none.
+        bias: ``(d_out,)``, float32, added to the result of ``b``; None for none.
     """
 
     base: Any
@@ -66,7 +66,7 @@ class LoRAKernel(OnBase):
     def materialise(self) -> Float[Array, "*stack d_in d_out"]:
         """``base + scale * a @ b`` in float32, rounded to the base's dtype; also of a stack.
 
-        A bias is no part of it.
+        The bias is not part of it.
         """
         scale = jnp.asarray(self.scale, jnp.float32)[..., None, None]
         product = jnp.matmul(self.a, self.b, precision=jax.lax.Precision.HIGHEST)
@@ -74,7 +74,7 @@ class LoRAKernel(OnBase):
         return total.astype(self.dtype)
 
     def product(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """See `OnBase.product`; with a bias it is more than that."""
+        """See `OnBase.product`; None with a bias, which is not part of a product."""
         return None if self.bias is not None else product_of(self.a, self.b, self.scale)
 
 
@@ -84,11 +84,11 @@ def low_rank(
     b: Float[Array, "rank d_out"],
     scale: Any,
 ) -> Float[Array, "*batch d_out"]:
-    """``scale * x @ a @ b``, arranged so that the products of the backward pass are quick too."""
-    # Two dimensions: the factors' gradients then contract one dimension, a plain product. The
-    # scale goes to the few numbers between the factors, in the backward pass too.
+    """``scale * x @ a @ b``, arranged so that the products of the backward pass are fast too."""
+    # With two dimensions the factors' gradients contract one dimension, as plain products. The
+    # scale multiplies the small array between the factors, in the backward pass too.
     flat = x.reshape(-1, x.shape[-1])
-    if choices().turn_a:  # The barrier keeps XLA from turning it back.
+    if choices().turn_a:  # The barrier keeps XLA from undoing the transpose.
         turned = jax.lax.optimization_barrier(a.T)
         narrow = jax.lax.dot_general(flat, turned, (((1,), (1,)), ((), ())))
     else:
@@ -104,6 +104,6 @@ def product_of(a: Any, b: Any, scale: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def drop(x: Float[Array, "..."], rate: Any, key: jax.Array) -> Float[Array, "..."]:
-    """Inverted dropout: zeros with probability `rate`, the rest divided by ``1 - rate``."""
+    """Inverted dropout: zeros with probability `rate`, other numbers divided by ``1 - rate``."""
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0.0)

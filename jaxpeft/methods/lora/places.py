@@ -1,11 +1,11 @@
-"""What a place of a LoRA adapter may hold: three sorts, each one record.
+"""The three sorts of places in a LoRA adapter, each one record.
 
 ==========  ====================================================  ============================
-sort        what it holds                                         defined in
+sort        arrays                                                defined in
 ==========  ====================================================  ============================
 `FACTORS`   factors of a kernel; DoRA's magnitudes, a bias of B   `jaxpeft.methods.lora.config`
             the same of the embedding table                       `jaxpeft.methods.lora.table`
-`COPIES`    a trained copy that stands in for a base leaf         `jaxpeft.methods.lora.saved`
+`COPIES`    a trained copy that replaces a base leaf              `jaxpeft.methods.lora.saved`
 `TOKENS`    the rows of a few tokens                              `jaxpeft.methods.lora.tokens`
 ==========  ====================================================  ============================
 """
@@ -32,15 +32,16 @@ from jaxpeft.methods.peft.modules import default_and_exceptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sort:
-    """One sort of places; the functions on leaves are those of `jaxpeft.methods.family.Kind`.
+    """One sort of places; its functions on leaves are those of `jaxpeft.methods.family.Kind`.
 
     Attributes:
-        array: The trained array that only such places hold.
-        arrays: What their arrays are to code outside of the family.
-        bind: What stands in the bound tree, by path.
+        array: The trained array that only such places have.
+        arrays: The roles of their arrays for code outside of the family.
+        bind: The entries of the bound tree, by path.
         leaf_shape: The shape of the base leaf that its trained arrays belong to.
         merge: Merged arrays by path.
-        fields: What places of this sort say of the config, from an adapter with no others.
+        fields: The fields of the config that these places determine, from an adapter with no
+            others.
         peft: How HF PEFT stores them.
     """
 
@@ -54,7 +55,7 @@ class Sort:
 
 
 def bind_factors(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for a kernel, or the embedding table, adapted with LoRA or DoRA."""
+    """The node for a kernel or the embedding table, adapted with LoRA or DoRA."""
     if leaf.path == paths.EMBEDDING:
         return table.bind(leaf)
     if leaf.options.get("dora"):
@@ -73,10 +74,10 @@ def bind_factors(leaf: Leaf) -> dict[str, Any]:
 
 
 def merge_factors(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
-    """The kernel, and with a bias of B the module's bias.
+    """The merged kernel, and the module's bias if B has a bias.
 
     Raises:
-        UserError: If B has a bias and the module has none to add it to.
+        UserError: B has a bias, and the module has none to which it could be added.
     """
     merged = merge_leaf(leaf, nodes)
     if "bias" in leaf.params:
@@ -150,7 +151,7 @@ def sort_of(params: dict) -> Sort:
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """What stands in the bound tree at a place of a LoRA."""
+    """The entries of the bound tree at a place of a LoRA."""
     return sort_of(leaf.params).bind(leaf)
 
 
@@ -160,12 +161,12 @@ def leaf_shape(params: dict) -> tuple[int, ...] | None:
 
 
 def merge(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
-    """Merged arrays by path, from a place and what `bind` made of it."""
+    """Merged arrays by path, from a place and the result of `bind`."""
     return sort_of(leaf.params).merge(leaf, nodes)
 
 
 def by_sort(adapter: Adapter) -> Iterator[tuple[Sort, Adapter]]:
-    """The adapter taken apart: for each sort that occurs, an adapter with those places only."""
+    """Splits the adapter: for each sort that occurs, an adapter with its places only."""
     for sort in SORTS:
         chosen = tuple(
             path for path in adapter.spec.paths if sort_of(paths.get(adapter.params, path)) is sort

@@ -1,8 +1,8 @@
-"""Plain LoRAs as sums of products, and a plain LoRA from the factors of every layer.
+"""Plain LoRAs as sums of products, and plain LoRAs made of the factors of every layer.
 
-The change of a kernel is ``s (A B - A0 B0)``; the second product is there where the initial one
-belongs to the base, as with PiSSA. What a LoRA may hold beside these arrays (DoRA's magnitudes,
-biases, saved modules, rows of tokens) makes its change something else than a sum of products.
+The change of a kernel is ``s (A B - A0 B0)``; the second product exists if the initial product
+belongs to the base, as with PiSSA. With further arrays (DoRA's magnitudes, biases, saved modules,
+rows of tokens) the change of a LoRA is no sum of products.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ FACTORS = {
     "a": ArrayRole(side="in", rank_axis=-1),
     "b": ArrayRole(side="out", rank_axis=-2, fast=True),
 }
-"""What the factors of a kernel are to code outside of their family."""
+"""The roles of the factors of a kernel for code outside of their family."""
 
 REQUIRED = {"a", "b", "scale", "rank"}
 PLAIN = REQUIRED | {"dropout", "rslora", "a0", "b0"}
-"""Arrays of a place whose change is a sum of products."""
+"""The arrays that a place may have if its change is a sum of products."""
 
 
 def factors_shape(params: dict) -> tuple[int, ...]:
@@ -35,10 +35,10 @@ def factors_shape(params: dict) -> tuple[int, ...]:
 
 
 def products(adapter: Adapter) -> Products:
-    """By path and layer the products whose sum is an adapter's change; none where the rank is 0.
+    """By path and layer, the products whose sum is an adapter's change; empty if the rank is 0.
 
     Raises:
-        UserError: If a place holds more than a sum of products.
+        UserError: A place has arrays that make its change something else.
     """
     found: Products = {}
     for path in adapter.spec.paths:
@@ -68,12 +68,12 @@ def lora_of(
     dropout: float,
     source: Adapter,
 ) -> Adapter:
-    """A plain LoRA from the factors of every layer, None where a layer is left as it is.
+    """A plain LoRA from the factors of every layer, None for layers that are not adapted.
 
-    It has the base's name and revision of its `source`, and its chat settings.
+    Base name, revision and chat settings are those of `source`.
 
     Raises:
-        UserError: All layers are left as they are, so there is no LoRA to make.
+        UserError: No layer is adapted, so there is no LoRA to make.
     """
     ranks = {
         path: [0 if f is None else f[0].shape[1] for f in each] for path, each in layers.items()

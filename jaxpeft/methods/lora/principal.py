@@ -1,13 +1,13 @@
-"""Principal components of rows that come batch by batch, for a stack of layers at once.
+"""Principal components of rows that arrive batch by batch, for a stack of layers at once.
 
 After ``N`` rows with mean ``M``, components ``V`` and singular values ``S``, and for ``n`` new rows
 ``X`` with mean ``m``, the rows
 
     [S V;  X - m;  sqrt(N n / (N + n)) (M - m)]
 
-have the components and singular values of all ``N + n``, but for what was cut off before. They come
-from a few steps of subspace iteration, as in HF PEFT; the last components are a good guess for the
-next ones.
+have the components and singular values of all ``N + n`` rows, except for components that were cut
+off before. They are computed by a few steps of subspace iteration, as in HF PEFT, which starts from
+the components so far.
 
 References:
     Ross et al., "Incremental Learning for Robust Visual Tracking", 2008, section 3.1.
@@ -29,15 +29,15 @@ STEPS = 4
 
 @flax.struct.dataclass
 class Components:
-    """Principal components of the inputs of a stack of kernels, so far.
+    """The principal components so far of the inputs of a stack of kernels.
 
     Attributes:
         v: Components, largest first: ``(layers, k, d_in)``.
         s: Singular values of the centred inputs, ``(layers, k)``.
         mean: ``(layers, d_in)``.
         total: Sum of the squared distances from the mean, ``(layers,)``.
-        count: Tokens, ``(layers,)``.
-        settled: Whether a component stayed where it was, ``(layers, k)``.
+        count: Number of tokens, ``(layers,)``.
+        settled: Whether a component did not change in the last update, ``(layers, k)``.
     """
 
     v: Any
@@ -49,7 +49,7 @@ class Components:
 
     @classmethod
     def none(cls, layers: int, k: int, d_in: int) -> "Components":
-        """Of no tokens yet."""
+        """The components before the first token."""
         return cls(
             v=jnp.zeros((layers, k, d_in)),
             s=jnp.zeros((layers, k)),
@@ -73,7 +73,7 @@ def update(
     key: jax.Array,
     tau: float,
 ) -> Components:
-    """Components with the inputs of one more batch, in layers that are active."""
+    """The components after one more batch of inputs, in layers that are active."""
     k, d_in = old.v.shape[1:]
     noise = jax.random.normal(key, (d_in, min(2 * k, d_in)))
     weights = learned.astype(jnp.float32)
@@ -111,7 +111,7 @@ def leading(
 ) -> tuple[Float[Array, "k"], Float[Array, "k d"]]:
     """The largest singular values and their right vectors, by subspace iteration from a guess.
 
-    As in PEFT, the entry of a vector that is largest in absolute value is positive.
+    As in PEFT, the entry of each vector with the largest absolute value is positive.
     """
     basis = guess
     for _ in range(STEPS):

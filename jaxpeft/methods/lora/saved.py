@@ -1,10 +1,10 @@
-"""What a LoRA trains beside its factors: biases, and whole modules.
+"""Biases and whole modules that a LoRA trains beside its factors.
 
-Both are trained copies of base leaves (`jaxpeft.methods.leaves.replace`). Saving modules of a model
-whose head is its embedding table makes two weights of one, as in HF PEFT:
+Both are trained copies of base leaves (`jaxpeft.methods.leaves.replace`). In a model whose head is
+its embedding table, saving one of these modules makes two weights of one, as in HF PEFT:
 
-* ``lm_head`` is a head of its own, which starts as the transposed table; the table stays;
-* ``embed_tokens`` is a table for look-ups only (`LookupTable`); the head goes on reading the
+* ``lm_head`` becomes a separate head, which starts as the transposed table; the table stays;
+* ``embed_tokens`` becomes a table for look-ups only (`LookupTable`); the head still reads the
   base's table.
 """
 
@@ -25,12 +25,12 @@ from jaxpeft.ops.linear import OnBase, Transposed, attend, embed, materialise
 
 BIASES = ("none", "all", "lora_only")
 WEIGHTS = ("kernel", "scale", "embedding")
-"""Leaves that make a module, by the last part of their path; a bias goes with its kernel."""
+"""Leaves that count as modules, by the last part of their path; a bias belongs to its kernel."""
 
 
 @flax.struct.dataclass
 class LookupTable(OnBase):
-    """A trained embedding table of a model whose head goes on reading the base's.
+    """A trained embedding table of a model whose head still reads the base's table.
 
     Attributes:
         base: ``(vocab, d_model)``, an array or a node.
@@ -56,7 +56,7 @@ class LookupTable(OnBase):
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The trained copy, in the layers that it is trained in."""
+    """The trained copy, in the layers in which it is trained."""
     nodes = bind_selected(leaf)
     if leaf.path == paths.EMBEDDING and paths.get(leaf.bound, paths.HEAD) is None:
         return {leaf.path: LookupTable(leaf.base, nodes[leaf.path])}
@@ -67,7 +67,7 @@ def check(config: Any) -> None:
     """Checks the fields of a `jaxpeft.LoRA` about biases and modules that are saved whole.
 
     Raises:
-        ValueError: One is wrong, or they do not go together.
+        ValueError: A field is wrong, or two fields do not go together.
     """
     if config.bias not in BIASES:
         known = ", ".join(map(repr, BIASES))
@@ -84,7 +84,7 @@ def check(config: Any) -> None:
 
 
 def sites_of(params: Mapping, leaf: str) -> dict[str, paths.Site]:
-    """All modules that own a `leaf`, by full name; a head that is the embedding table too."""
+    """All modules that own a `leaf`, by full name, including a head that is the embedding table."""
     sites = paths.module_names(params, leaf)
     if leaf == "kernel" and paths.get(params, paths.HEAD) is None:
         sites["lm_head"] = paths.Site(paths.HEAD, None)
@@ -92,13 +92,13 @@ def sites_of(params: Mapping, leaf: str) -> dict[str, paths.Site]:
 
 
 def saved_modules(names: Iterable[str], params: Mapping) -> tuple[str, ...]:
-    """Full names of the modules that `LoRA.save_modules` means.
+    """Full names of the modules that `LoRA.save_modules` selects.
 
-    A name stands for all modules that have it as dotted part of theirs: ``norm`` is the last norm
-    alone, ``mlp`` all that is in one.
+    A name selects all modules that have it as a dotted part of theirs: ``norm`` is only the last
+    norm, ``mlp`` is everything inside an MLP.
 
     Raises:
-        UserError: If a name means no module.
+        UserError: A name selects no module.
     """
     known = list(dict.fromkeys(name for leaf in WEIGHTS for name in sites_of(params, leaf)))
     chosen = []
@@ -131,7 +131,7 @@ def start(
         Trained and frozen arrays by path.
 
     Raises:
-        UserError: If there are no biases to train, or only shapes.
+        UserError: There are no biases to train, or only shapes.
     """
     saved, biased = set(saved), paths.module_names(params, "bias")
     trained = set(biased) if bias == "all" else set(biased) & set(adapted)
@@ -171,13 +171,13 @@ def require_apart(factors: Iterable[str], copies: Iterable[str]) -> None:
 
 
 def fields(adapter: Adapter) -> dict[str, Any]:
-    """What trained copies say of the config: the modules that are saved, by full names."""
+    """The config's field that trained copies determine: the saved modules, by full names."""
     names = [name for name, path, _ in modules_of(adapter) if not path.endswith("/bias")]
     return {"save_modules": tuple(names)}
 
 
 def _with_leaves(params: dict, sites: Mapping[str, paths.Site]) -> dict:
-    """The parameters with a tied head in its place; values that are only shapes are an error."""
+    """The parameters with a tied head as a leaf of its own; shapes without values are an error."""
     for site in sites.values():
         leaf = paths.get(params, site.path)
         leaf = paths.get(params, paths.EMBEDDING) if leaf is None else leaf

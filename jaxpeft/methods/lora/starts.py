@@ -1,9 +1,9 @@
-"""How LoRA's factors start: functions of one kernel, in the definitions of HF PEFT 0.21.
+"""Initialisations of LoRA's factors: functions of one kernel, as defined in HF PEFT 0.21.
 
 Each takes a key, the kernel ``W: (d_in, d_out)`` in float32, the rank ``r`` and the scale ``s``,
-and returns ``A: (d_in, r)`` and ``B: (r, d_out)``. Where ``A @ B`` is not zero at first
-(`SUBTRACTED`), the product is taken off the kernel, ``W - s A B``; here the base stays frozen and
-the adapter keeps the first factors, to subtract their product.
+and returns ``A: (d_in, r)`` and ``B: (r, d_out)``. If ``A @ B`` is not zero at first
+(`SUBTRACTED`), PEFT subtracts it from the kernel, ``W - s A B``. Here the base stays frozen, and
+the adapter keeps the first factors and subtracts their product.
 
 =============  ======================  ======================  =================================
 name           A                       B                       source
@@ -38,7 +38,7 @@ from jaxpeft.ops.linear import materialise, shape_of
 from jaxpeft.ops.quant import QuantTensor, nf4_round_trip
 
 SUBTRACTED = ("pissa", "olora")
-"""Initialisations whose first product is subtracted from the kernel."""
+"""Initialisations whose first product must be subtracted from the kernel."""
 
 NEEDS_WEIGHTS = ("pissa", "olora", "loftq")
 """Initialisations that read the base's values, not only its shapes."""
@@ -54,7 +54,7 @@ def gaussian(key: jax.Array, kernel: Any, rank: int, scale: Any) -> Factors:
 
 
 def orthogonal(key: jax.Array, kernel: Any, rank: int, scale: Any) -> Factors:
-    """Random factors through orthogonal rows, so that ``A @ B`` is zero; an even rank."""
+    """Random factors from orthogonal rows, so that ``A @ B`` is zero; the rank must be even."""
     del scale
     d_in, d_out = kernel.shape
     of_q, of_a, of_b = jax.random.split(key, 3)
@@ -66,7 +66,7 @@ def orthogonal(key: jax.Array, kernel: Any, rank: int, scale: Any) -> Factors:
 
 
 def pissa(key: jax.Array, kernel: Any, rank: int, scale: Any) -> Factors:
-    """The principal part of the kernel: ``scale * A @ B`` is its best approximation of the rank."""
+    """The principal part of the kernel: ``scale * A @ B`` is its best approximation of a rank."""
     del key
     a, b = _halves(kernel, rank)
     return a / jnp.sqrt(scale), b / jnp.sqrt(scale)
@@ -80,17 +80,17 @@ def olora(key: jax.Array, kernel: Any, rank: int, scale: Any) -> Factors:
 
 
 def loftq(key: jax.Array, kernel: Any, rank: int, scale: Any, *, steps: int = 1) -> Factors:
-    """What a quantised kernel lacks: the best approximation of ``W - Q(W)`` of the rank.
+    """The quantisation error of a kernel: the best approximation of ``W - Q(W)`` of this rank.
 
-    Q is NF4 with blocks of 64 along d_in. The adapter is meant for the quantised base: on the full
-    one it adds that difference. PEFT does not divide the product by the scale, which is right
-    where the scale is 1.
+    Q is NF4 with blocks of 64 along d_in. The adapter is meant for the quantised base; on the full
+    base it adds the error. PEFT does not divide the product by the scale, which is correct only if
+    the scale is 1.
 
     Args:
         key: Not used.
         kernel: ``(d_in, d_out)``, float32.
         rank: Inner dimension.
-        scale: What the product will be multiplied with.
+        scale: The factor by which the product will be multiplied.
         steps: How often to alternate between quantisation and approximation.
     """
     del key
@@ -120,14 +120,14 @@ def of_stack(
     Args:
         name: A key of `BY_NAME`.
         key: Typed PRNG key of the place.
-        kernel: ``(*stack, d_in, d_out)``: an array, a node, or shapes where values are not read.
-        ranks: ``stack`` whole numbers.
-        scales: ``stack`` numbers; not read where the rank is 0.
+        kernel: ``(*stack, d_in, d_out)``: an array, a node, or shapes if values are not read.
+        ranks: Whole numbers of shape ``stack``.
+        scales: Numbers of shape ``stack``; not used where the rank is 0.
         width: At least the largest rank.
         steps: For "loftq".
 
     Raises:
-        UserError: If values are needed and there are only shapes.
+        UserError: Values are needed, and there are only shapes.
     """
     *stack, d_in, d_out = shape_of(kernel)
     if isinstance(kernel, jax.ShapeDtypeStruct):
@@ -157,10 +157,10 @@ def of_stack(
 
 
 def check(config: Any) -> None:
-    """Checks the fields of a `jaxpeft.LoRA` about its start.
+    """Checks the fields of a `jaxpeft.LoRA` about its initialisation.
 
     Raises:
-        ValueError: One is wrong, or they do not go together.
+        ValueError: A field is wrong, or two fields do not go together.
     """
     name = config.init_weights
     if name not in ("default", "eva", *BY_NAME):
@@ -203,10 +203,11 @@ def check_quantization(config: Any, quantization: str | None, double: bool) -> N
 
 
 def without_start(leaf: Leaf) -> tuple[Any, Any, Any]:
-    """Base and factors of a place, less the product that the factors started with.
+    """Base and factors of a place, minus the initial product of the factors.
 
-    Without dropout it is a part of the factors: one product, exact when merged. With dropout the
-    branch sees other inputs than the base, from which PEFT takes the product off.
+    Without dropout, the initial product is folded into the factors: one product, exact when merged.
+    With dropout, the low-rank branch sees dropped inputs, so the initial product is subtracted from
+    the base instead, as in PEFT.
     """
     a, b = leaf.params["a"], leaf.params["b"]
     if "a0" not in leaf.buffers:
@@ -219,7 +220,7 @@ def without_start(leaf: Leaf) -> tuple[Any, Any, Any]:
 
 
 def _halves(matrix: Any, rank: int) -> Factors:
-    """The best approximation of the rank as two factors that share the singular values."""
+    """The best approximation of this rank as two factors that share the singular values evenly."""
     u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
     root = jnp.sqrt(s[:rank])
     return u[:, :rank] * root, root[:, None] * v[:rank]

@@ -2,13 +2,12 @@
 
 A table ``E`` of shape ``(vocab, d)`` is looked up as ``E + scale * A @ B`` with
 ``A: (vocab, rank)``, ``B: (rank, d)``: ``E[i] + scale * (A[i] @ B)``. Here A starts at zero and B
-from normal numbers, the reverse of a kernel's factors. Nothing is dropped.
+at random normal numbers, the reverse of a kernel's factors. There is no dropout.
 
-Only look-ups change. A tied head goes on to score with the base's rows, as in HF PEFT, unless the
-head is adapted as well: it then has factors of its own. Merging such a table gives the model a
-head of its own.
+Only look-ups change. A tied head still scores with the base's rows, as in HF PEFT, unless the head
+is adapted as well with factors of its own. Merging such a table gives the model a separate head.
 
-With DoRA the magnitudes belong to the ``d`` columns.
+With DoRA there is a magnitude for each of the ``d`` columns.
 
 References:
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021,
@@ -50,7 +49,7 @@ class LoRATable(OnBase):
     attends_base: ClassVar[bool] = True
 
     def branch(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
-        """What the factors add to the rows; nothing for ids beyond the table, virtual tokens."""
+        """The change of the rows; zero for ids of virtual tokens, which are beyond the table."""
         low = (jnp.take(self.a, ids, axis=0, mode="clip") @ self.b) * self.scale
         return jnp.where((ids < self.a.shape[0])[..., None], low, 0.0)
 
@@ -89,7 +88,7 @@ class DoRATable(LoRATable):
     rank: Any = None
 
     def factor(self) -> Float[Array, "d_model"]:
-        """What every column is multiplied with, see `jaxpeft.methods.lora.dora`."""
+        """The factor of every column, see `jaxpeft.methods.lora.dora`."""
         table = materialise(self.base)
         return dora.DoRAKernel(
             table, self.a, self.b, self.m, self.norm, self.scale, self.rank
@@ -109,20 +108,20 @@ class DoRATable(LoRATable):
         ).materialise()
 
     def product(self) -> None:
-        """None: the magnitudes change the base, too."""
+        """None, because the magnitudes change the base too."""
 
 
 def start(
     key: jax.Array, shape: tuple[int, ...], rank: int, width: int
 ) -> tuple[Float[Array, "vocab width"], Float[Array, "width d_model"]]:
-    """Factors of a new adapter of a table: zeros, and normal numbers, zero beyond the rank."""
+    """Factors of a new adapter of a table: A is zero, B is normal, and zero beyond the rank."""
     vocab, d_model = shape
     b = jax.random.normal(key, (width, d_model))
     return jnp.zeros((vocab, width)), jnp.where(jnp.arange(width)[:, None] < rank, b, 0.0)
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for the table adapted with LoRA or DoRA."""
+    """The node for the table, adapted with LoRA or DoRA."""
     params, buffers = leaf.params, leaf.buffers
     if not leaf.options.get("dora"):
         return {leaf.path: LoRATable(leaf.base, params["a"], params["b"], buffers["scale"])}

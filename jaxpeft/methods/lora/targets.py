@@ -1,8 +1,9 @@
-"""Which modules a LoRA adapts, and the rank and alpha of each: the rules of HF PEFT, strictly.
+"""The modules that a LoRA adapts, with rank and alpha of each: PEFT's rules, strictly.
 
-Targets and exclude are matched as in `jaxpeft.core.paths.match`; of the chosen modules those in the
-layers named by `layers`, and those that targets name in full; rank and alpha by the first pattern
-that matches the end of a module's name. A pattern or a layer that is not there is an error here.
+Targets and exclude are matched as in `jaxpeft.core.paths.match`. With `layers`, only chosen modules
+in these layers are adapted, and modules that targets name in full. Rank and alpha are those of the
+first pattern that matches the end of a module's name. A pattern that matches nothing, or a layer
+that does not exist, is an error here.
 """
 
 import math
@@ -28,9 +29,9 @@ class Module(NamedTuple):
     """One adapted module.
 
     Attributes:
-        site: Where its kernel is.
+        site: The place of its kernel.
         rank: Inner dimension.
-        scale: What the product of its factors is multiplied with.
+        scale: The factor of the product of its factors.
     """
 
     site: paths.Site
@@ -44,7 +45,7 @@ def check(config: Any) -> None:
     It also puts them into the form in which they are kept: tuples and immutable mappings.
 
     Raises:
-        ValueError: One is wrong, or they do not go together.
+        ValueError: A field is wrong, or two fields do not go together.
     """
     keep_names(config, "targets", "exclude", "layers_pattern")
     patterns, layers = config.layers_pattern, config.layers
@@ -67,7 +68,7 @@ def check(config: Any) -> None:
 
 
 def sites_of(params: Mapping) -> dict[str, paths.Site]:
-    """All modules that LoRA can adapt, by full name: linear ones, a tied head, and the table."""
+    """All modules that LoRA can adapt, by full name: linear modules, a tied head, and the table."""
     return saved.sites_of(params, "kernel") | saved.sites_of(params, "embedding")
 
 
@@ -77,13 +78,13 @@ def select(config: Any, params: Mapping, leave: Iterable[str] = ()) -> dict[str,
     Args:
         config: The config.
         params: Base parameters: arrays, nodes or shapes.
-        leave: Full names of modules that are not adapted though they may be chosen.
+        leave: Full names of modules that are never adapted, even if they are chosen.
 
     Returns:
         The modules by full name.
 
     Raises:
-        UserError: If a pattern matches nothing, a layer is not there, a rank exceeds its kernel's
+        UserError: A pattern matches nothing, a layer does not exist, a rank exceeds its kernel's
             sides, or no module is left.
     """
     sites = sites_of(params)
@@ -135,7 +136,7 @@ def check_rank(field: str, rank: int, path: str, params: Mapping) -> None:
 
 
 def by_path(modules: Iterable[Module], params: Mapping) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Ranks and scales of all layers at each path, zero where a layer is not adapted."""
+    """Ranks and scales of all layers at each path, zero if a layer is not adapted."""
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for site, rank, scale in sorted(modules, key=lambda module: module.site.path):
         if site.path not in found:
@@ -148,14 +149,14 @@ def by_path(modules: Iterable[Module], params: Mapping) -> dict[str, tuple[np.nd
 
 
 class Numbers(NamedTuple):
-    """What a trained adapter's buffers say of its modules, by full name.
+    """The numbers of an adapter's modules, read from its buffers, by full name.
 
     Attributes:
         ranks: Inner dimensions.
         alphas: Numerators of the scales, as the shortest decimals that give them.
         dropouts: The rates that occur.
-        rslora: Whether all alphas are divided by the root of the rank. Where some are and some are
-            not, all are given as if by the rank, which has the same scales.
+        rslora: Whether all alphas are divided by the root of the rank. If only some are, all alphas
+            are given as if divided by the rank, which gives the same scales.
     """
 
     ranks: dict[str, int]
@@ -165,7 +166,7 @@ class Numbers(NamedTuple):
 
 
 def numbers_of(adapter: Adapter) -> Numbers:
-    """Ranks, alphas and dropout rates of an adapter that has places with factors only."""
+    """Ranks, alphas and dropout rates of an adapter that has only places with factors."""
     arrays = {
         name: [
             np.asarray(paths.get(adapter.buffers, f"{path}/{key}"))[at]
@@ -205,7 +206,7 @@ def is_alpha(value: Any) -> bool:
 def _of_layers(
     config: Any, chosen: Mapping[str, paths.Site], sites: Mapping[str, paths.Site]
 ) -> dict[str, paths.Site]:
-    """The chosen modules that are in `LoRA.layers`, or whose full names are targets."""
+    """The chosen modules that are in `LoRA.layers`, or that targets name in full."""
     patterns = config.layers_pattern
     patterns = (patterns,) if isinstance(patterns, str) else patterns
     for pattern in patterns:

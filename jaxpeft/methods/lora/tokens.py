@@ -1,7 +1,7 @@
 """Rows of a few tokens that a LoRA trains beside its factors.
 
 PEFT calls them ``trainable_token_indices``: a list for the embedding table, or ids by module. It
-keeps the rows under ``token_adapter.trainable_tokens_delta``.
+stores the rows under ``token_adapter.trainable_tokens_delta``.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,11 @@ ENDING = "token_adapter.trainable_tokens_delta"
 
 
 def check(config: Any) -> None:
-    """Raises a ValueError unless the fields of a `jaxpeft.LoRA` about tokens make sense."""
+    """Checks the fields of a `jaxpeft.LoRA` about tokens.
+
+    Raises:
+        ValueError: The ids are wrong.
+    """
     for field in FIELDS.values():
         if getattr(config, field) != ():
             ids = token_rows.check_ids(f"LoRA.{field}", getattr(config, field))
@@ -34,7 +38,7 @@ def check(config: Any) -> None:
 
 
 def start(config: Any, params: dict, taken: Mapping[str, dict]) -> tuple[dict, dict]:
-    """Rows of the base's own.
+    """The initial rows, which are copies of the base's.
 
     Args:
         config: A `jaxpeft.LoRA`.
@@ -45,8 +49,8 @@ def start(config: Any, params: dict, taken: Mapping[str, dict]) -> tuple[dict, d
         Trained and frozen arrays by path.
 
     Raises:
-        UserError: If an id is beyond the vocabulary, a weight is trained in another way already,
-            or a tied head should have rows beside those of its table.
+        UserError: An id is beyond the vocabulary, a weight is trained in another way already, or a
+            tied head should have other rows than its table.
     """
     asked = {path: ids for path, field in FIELDS.items() if (ids := getattr(config, field))}
     trained, frozen = {}, {}
@@ -73,7 +77,7 @@ def start(config: Any, params: dict, taken: Mapping[str, dict]) -> tuple[dict, d
 
 
 def fields(adapter: Adapter) -> dict[str, Any]:
-    """What trained rows say of the config."""
+    """The fields of the config that trained rows determine."""
     return {FIELDS[path]: token_rows.ids_of(adapter, path) for path in adapter.spec.paths}
 
 
@@ -81,14 +85,14 @@ def fields(adapter: Adapter) -> dict[str, Any]:
 
 
 def parse(values: Values, tied: bool) -> dict[str, tuple[int, ...]]:
-    """The tokens of each place.
+    """The tokens of each weight.
 
     Args:
         values: The config.
         tied: Whether the base's head is its table.
 
     Raises:
-        UserError: If the value is no ids, or names other modules.
+        UserError: The value is no list of ids, or names other modules.
     """
     found = values.get(KEY)
     if found is None or found == [] or found == {}:
@@ -118,12 +122,12 @@ def parse(values: Values, tied: bool) -> dict[str, tuple[int, ...]]:
 
 
 def peft_fields(values: Values) -> dict[str, Any]:
-    """The fields of the `jaxpeft.LoRA` that a config of PEFT describes."""
+    """The fields of the `jaxpeft.LoRA` that a PEFT config describes."""
     return {FIELDS[path]: ids for path, ids in parse(values, tied=False).items()}
 
 
 def keys(folder: Folder) -> set[str]:
-    """The rows among the file's tensors."""
+    """The names of the rows' tensors in the file."""
     return {_key(path) for path in folder.config.tokens} & folder.tensors.shapes.keys()
 
 
@@ -150,7 +154,7 @@ def check_folder(folder: Folder) -> None:
 
 
 def read(folder: Folder, width: int) -> Arrays:
-    """The rows."""
+    """The trained rows."""
     del width
     return {
         path: (

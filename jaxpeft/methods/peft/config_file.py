@@ -1,4 +1,4 @@
-"""An ``adapter_config.json`` of HF PEFT found and read, whatever method it is of."""
+"""Finds and reads an ``adapter_config.json`` of HF PEFT, for any method."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def read_method(config: Any, revision: str | None = None) -> Any:
     """Reads the `Method` that a PEFT config describes; see `jaxpeft.LoRA.from_peft`.
 
     Raises:
-        UserError: It is no PEFT config, or has a type, setting or value that is not supported.
+        UserError: The argument is no PEFT config, or a type, setting or value is not supported.
     """
     if isinstance(config, str | os.PathLike):
         local = storage.expanded(config)
@@ -34,7 +34,7 @@ def read_method(config: Any, revision: str | None = None) -> Any:
                 f"from_peft: expected an {CONFIG}, its folder, a hub id, a dict, or a config of "
                 f"PEFT, got {type(config).__name__}."
             )
-        values = json.loads(json.dumps(dict(values), default=sorted))  # sets and enums of PEFT's
+        values = json.loads(json.dumps(dict(values), default=sorted))  # PEFT's sets and enums
     peft = format_of(values, place)
     require_supported(values, place, peft)
     if peft.config is None:
@@ -43,7 +43,7 @@ def read_method(config: Any, revision: str | None = None) -> Any:
         return peft.config(Values(values, place, peft.defaults))
     except UserError:
         raise
-    except ValueError as error:  # what the config class itself refuses
+    except ValueError as error:  # from the config class itself
         raise UserError(f"{place}: {error}") from error
 
 
@@ -51,7 +51,7 @@ def find_config(folder: Place) -> Place:
     """Finds the config in the folder of an adapter or of a run.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no config.
     """
     if not (folder / CONFIG).exists() and (folder / "adapter").is_dir():
         folder = folder / "adapter"
@@ -69,7 +69,7 @@ def format_of(values: Mapping[str, Any], place: Any) -> PeftFormat:
     """The format that a config's ``peft_type`` names.
 
     Raises:
-        UserError: It is not supported.
+        UserError: The type is not supported.
     """
     kind = values.get("peft_type")
     if other_folders.is_mlx(values):

@@ -1,4 +1,4 @@
-"""From the modules of an HF PEFT folder to stacked layers, and back."""
+"""Converts between the modules of an HF PEFT folder and stacked layers."""
 
 import collections
 import re
@@ -18,16 +18,16 @@ from jaxpeft.ops.linear import shape_of
 def stack(
     modules: Mapping[str, Mapping[str, Any]], sites: Mapping[str, paths.Site], params: Mapping
 ) -> dict[str, dict[str, jax.Array]]:
-    """Arrays of single modules as arrays of stacked layers, zero where a layer has none.
+    """Stacks the arrays of single modules over the layers; layers without arrays are zero.
 
     Args:
-        modules: By full module name the arrays of one layer; an array (say, ``a``) has the same
-            shape in all layers of a stack: pad it where ranks differ.
-        sites: Where modules live, from `jaxpeft.core.paths.module_names`.
+        modules: By full module name, the arrays of one layer. An array (say, ``a``) has the same
+            shape in all layers of a stack: pad it if ranks differ.
+        sites: The places of modules, from `jaxpeft.core.paths.module_names`.
         params: Base parameters, for the number of layers.
 
     Returns:
-        By path of the base leaf the stacked arrays, for `jaxpeft.core.paths.unflatten`.
+        By path of the base leaf, the stacked arrays, for `jaxpeft.core.paths.unflatten`.
     """
     stacked: dict[str, dict[str, np.ndarray]] = {}
     for name, arrays in modules.items():
@@ -47,7 +47,7 @@ def modules_of(adapter: Adapter) -> Iterator[tuple[str, str, Any]]:
 
     Yields:
         Its full name, its path, and the index of its layer in stacked arrays, as in
-        ``np.asarray(leaf)[index]`` (``()`` where nothing is stacked).
+        ``np.asarray(leaf)[index]`` (``()`` if nothing is stacked).
     """
     for path in adapter.spec.paths:
         rank = np.asarray(paths.get(adapter.buffers, f"{path}/{RANK}"))
@@ -71,7 +71,7 @@ def targets_value(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def default_and_exceptions(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and the others by escaped full name, as PEFT's patterns want it."""
+    """The most frequent value, and the others by escaped full name, for PEFT's patterns."""
     counts = collections.Counter(values.values())
     default = max(counts, key=lambda value: (counts[value], value))
     others = {re.escape(name): value for name, value in values.items() if value != default}
@@ -79,7 +79,7 @@ def default_and_exceptions(values: Mapping[str, Any]) -> tuple[Any, dict[str, An
 
 
 def contiguous(array: Any) -> np.ndarray:
-    """The array as safetensors stores it: float32, rows in order."""
+    """The array in the form that safetensors stores: float32, contiguous rows."""
     return np.ascontiguousarray(array, np.float32)
 
 
@@ -87,7 +87,7 @@ def require_finite(name: str, *arrays: Any) -> None:
     """Checks the trained values of a module.
 
     Raises:
-        UserError: Some are not finite.
+        UserError: A value is not finite.
     """
     if not all(np.isfinite(array).all() for array in arrays):
         raise UserError(f"{name}: the adapter holds values that are not finite; it diverged.")
@@ -96,11 +96,11 @@ def require_finite(name: str, *arrays: Any) -> None:
 def shortest_decimal(value: Any, divisor: float = 1.0) -> float:
     """The shortest decimal that is `value` in float32 after division by `divisor`.
 
-    It finds the number a user wrote behind a float32 buffer.
+    It recovers the number that a user wrote from a float32 buffer.
 
     Args:
         value: A float32 number.
-        divisor: What the number was divided by: the rank, or its root, if it is an alpha.
+        divisor: The number that the decimal was divided by: for an alpha, the rank or its root.
 
     Example:
         >>> shortest_decimal(np.float32(0.1 / 3), 3)
@@ -115,7 +115,7 @@ def one_dropout(adapter: Adapter) -> float:
     """The dropout rate of an adapter whose layers must all have the same.
 
     Raises:
-        UserError: They differ.
+        UserError: The layers have different rates.
     """
     rates = {
         shortest_decimal(np.asarray(paths.get(adapter.buffers, f"{path}/dropout"))[at])

@@ -1,6 +1,6 @@
-"""Which modules a config means, and an ``adapter_config.json``: the rules of HF PEFT 0.21.
+"""Selects modules by the rules of HF PEFT 0.21, for a config or an ``adapter_config.json``.
 
-They are those of ``tuners_utils.check_target_module_exists`` and ``utils/other.py``.
+The rules are those of ``tuners_utils.check_target_module_exists`` and ``utils/other.py``.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jaxpeft.core.errors import UserError
 
 
 def keep_names(config: Any, *fields: str) -> None:
-    """Makes tuples of the fields of a config that name modules by a list; regexes stay.
+    """Makes tuples of a config's fields that list names of modules; regexes stay text.
 
     Raises:
         ValueError: A field is neither, or its regex is malformed.
@@ -32,7 +32,7 @@ def check_regex(where: str, pattern: str) -> None:
     """Checks that `pattern` is a regex.
 
     Raises:
-        ValueError: It is none; the message begins with `where`.
+        ValueError: The pattern is malformed; the message begins with `where`.
     """
     try:
         re.compile(pattern)
@@ -47,7 +47,7 @@ def is_count(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which modules an ``adapter_config.json`` adapts.
+    """The modules that an ``adapter_config.json`` adapts.
 
     Attributes:
         targets: "all-linear", a regex, or names and suffixes.
@@ -64,11 +64,11 @@ class Selection:
     def fields(self, where: Any) -> dict[str, Any]:
         """`targets` and `exclude` of a `Method` that selects the same modules.
 
-        Chosen layers of named modules become a part of a regex.
+        If layers are chosen, names become a regex that contains the layers.
 
         Raises:
-            UserError: If a regex stands beside layers, which PEFT does not take either, or the
-                layers are not those of our models.
+            UserError: There is a regex beside layers, which PEFT does not accept either, or the
+                names of the layers are not those of our models.
         """
         if self.layers is None:
             return {"targets": self.targets, "exclude": self.exclude}
@@ -97,7 +97,7 @@ class Selection:
                 return name.rpartition(".")[2] not in ("lm_head", "embed_tokens")
             return paths.name_matches(self.targets, name)
         if name in self.targets:
-            return True  # PEFT does not look at the layer of a module named in full
+            return True  # PEFT ignores layers for a module named in full
         if not paths.name_matches(self.targets, name):
             return False
         return self.layers is None or layer_of(name, self.layers_pattern) in self.layers
@@ -118,7 +118,7 @@ class Selection:
 
 
 def layer_of(name: str, patterns: Sequence[str] = ()) -> int | None:
-    """The layer that a module is in as PEFT reads its name, or None.
+    """The layer of a module, found in its name by PEFT's rule, or None.
 
     Args:
         name: Full name of the module.
@@ -132,7 +132,7 @@ def layer_of(name: str, patterns: Sequence[str] = ()) -> int | None:
 
 
 def first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first key that matches the end of `name` as PEFT reads it, or `default`."""
+    """The value of the first key that matches the end of `name` by PEFT's rule, or `default`."""
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value

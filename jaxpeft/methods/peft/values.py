@@ -1,8 +1,8 @@
-"""What every family needs to read and write HF PEFT folders.
+"""Classes with which every family reads and writes HF PEFT folders.
 
-A family brings a `PeftFormat`: the name and keys of its ``adapter_config.json``, a function that
-turns config and tensors into an adapter, and one for the way back. Everything is strict: `Values`
-refuses wrong types and settings that cannot be honoured, and `Tensors` accounts for every tensor.
+A family brings a `PeftFormat`: the name and keys of its ``adapter_config.json``, and functions that
+convert between config and tensors and an adapter. Everything is strict: `Values` refuses wrong
+types and unsupported settings, and `Tensors` accounts for every tensor.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 FLOAT32_MAX = 3.4e38
 PEFT_TARGETS = ("q_proj", "v_proj")
-"""What most families of PEFT adapt in Llama, Mistral and Qwen models if no targets are given."""
+"""Modules that most PEFT methods adapt in Llama, Mistral and Qwen models by default."""
 _OURS = {
     **dict.fromkeys(("r", "init_r", "target_r", "num_ranks"), "rank"),
     "encoder_hidden_size": "hidden_size",
@@ -31,7 +31,7 @@ _OURS = {
     "num_virtual_tokens": "num_tokens",
     "oft_block_size": "block_size",
 }
-"""Our names of counts, where PEFT's differ; for their limits."""
+"""Names of counts in jaxpeft where PEFT's differ; for their limits."""
 FLOATS = ("F32", "F16", "BF16")
 
 COMMON: dict[str, Any] = {
@@ -54,15 +54,15 @@ class PeftFormat:
         type: PEFT's ``peft_type``, such as "LORA".
         defaults: Every further key that PEFT writes, with the value that changes nothing.
         read_keys: Keys that `read` understands.
-        harmless_keys: Keys whose value does not change what a trained adapter computes. Dropout
-            that only PEFT has is one: it was at work in training alone, and is not kept.
-        read: ``read(values, tensors, base)``: the adapter; `base` is a `jaxpeft.Model`. It calls
-            `Tensors.require` for all tensors before it reads one.
-        write: ``write(adapter, base)``: the family's keys of the config that differ from
+        harmless_keys: Keys whose value does not change what a trained adapter computes, such as
+            dropout that only PEFT has: it matters in training alone, and is not kept.
+        read: ``read(values, tensors, base)`` returns the adapter; `base` is a `jaxpeft.Model`. It
+            calls `Tensors.require` for all tensors before it reads one.
+        write: ``write(adapter, base)`` returns the family's keys of the config that differ from
             `defaults`, and the tensors.
-        config: ``config(values)``: the `Method` that the config describes, as `read` would have it
-            trained; it refuses what the family's config class cannot say.
-        title: What the model card says of it, such as "LoRA adapter".
+        config: ``config(values)`` returns the `Method` that the config describes; it refuses
+            settings that the family's config class cannot express.
+        title: The adapter's name on the model card, such as "LoRA adapter".
     """
 
     type: str
@@ -76,17 +76,17 @@ class PeftFormat:
 
 
 FORMATS: dict[str, PeftFormat] = {}
-"""By ``peft_type`` how such adapters are written; `jaxpeft.register_method` adds to it."""
+"""Formats by ``peft_type``; `jaxpeft.register_method` adds to it."""
 
 
 class Values:
-    """An ``adapter_config.json``, read key by key; a wrong type is a UserError with the place."""
+    """An ``adapter_config.json``, read key by key; a wrong type is an error that names the key."""
 
     def __init__(self, values: Mapping[str, Any], file: Any, defaults: Mapping[str, Any]):
         self.values, self.file, self.defaults = values, file, defaults
 
     def get(self, key: str) -> Any:
-        """The value as it stands, or PEFT's default."""
+        """The value without a check, or PEFT's default."""
         return self.values.get(key, self.defaults.get(key))
 
     def wrong(self, key: str, expected: str) -> UserError:
@@ -97,7 +97,7 @@ class Values:
         """Checks that a key has one of the allowed values.
 
         Raises:
-            UserError: It has another.
+            UserError: The key has another value.
         """
         if self.get(key) not in allowed:
             expected = " or ".join(json.dumps(value) for value in allowed)
@@ -141,7 +141,7 @@ class Values:
         return value
 
     def names(self, key: str, empty: Any = ()) -> str | tuple[str, ...]:
-        """A regex, or a list of names; `empty` for null.
+        """A regex, or a list of names; `empty` if the value is null.
 
         Raises:
             UserError: The key has another value.
@@ -171,7 +171,7 @@ class Values:
         return tuple(value)
 
     def pattern(self, key: str, *, whole: bool) -> dict[str, Any]:
-        """A dict from names or regexes to numbers; to whole ones of at least 1 if `whole`.
+        """A dict from names or regexes to numbers; if `whole`, to whole numbers of at least 1.
 
         Raises:
             UserError: The key has another value.
@@ -185,10 +185,10 @@ class Values:
         return {name: check(key, item) for name, item in value.items()}
 
     def selection(self, default: str | tuple[str, ...] = PEFT_TARGETS) -> Selection:
-        """The modules that the config adapts; `default` where it names none.
+        """The modules that the config adapts; `default` if it names none.
 
         Raises:
-            UserError: A regex is none.
+            UserError: A key has another type, or a regex is malformed.
         """
         layers, pattern = self.ints("layers_to_transform"), self.names("layers_pattern")
         for name in pattern:
@@ -277,10 +277,10 @@ class Tensors:
 
         Args:
             wanted: Shape by key.
-            base_name: What the base is called, for messages.
+            base_name: The name of the base, for messages.
 
         Raises:
-            UserError: There are others, or some are missing, of another shape, or not floats.
+            UserError: Tensors are missing, unexpected, of another shape, or not floats.
         """
         self._require_there(wanted, base_name)
         extra = sorted(self.shapes.keys() - wanted.keys())
@@ -295,7 +295,7 @@ class Tensors:
         """Checks that the file holds these tensors; it may hold others. See `require`.
 
         Raises:
-            UserError: Some are missing, of another shape, or not floats.
+            UserError: Tensors are missing, of another shape, or not floats.
         """
         self._require_there(wanted, base_name)
         wrong = [
@@ -322,7 +322,7 @@ class Tensors:
         """Checks that tensors hold float32, float16 or bfloat16.
 
         Raises:
-            UserError: Some hold another dtype.
+            UserError: A tensor has another dtype.
         """
         odd = [f"{key} is {self.dtypes[key]}" for key in keys if self.dtypes[key] not in FLOATS]
         if odd:

@@ -1,4 +1,4 @@
-"""The keys and values that a base computes for a prompt: what a prefix may start from."""
+"""The keys and values that a base computes for a prompt, from which a prefix may start."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ def require_ids(ids: Sequence[int], vocab_size: int) -> None:
     """Checks the ids of a prompt.
 
     Raises:
-        UserError: There are none, or one is outside the vocabulary.
+        UserError: There are no ids, or one is outside the vocabulary.
     """
     outside = [token for token in ids if not 0 <= token < vocab_size]
     if not ids:

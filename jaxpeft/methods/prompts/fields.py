@@ -8,7 +8,7 @@ def require_count(method: Any, field: str) -> None:
     """Checks that a config's field is a whole number of at least 1.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The field has another value.
     """
     value = getattr(method, field)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -21,7 +21,7 @@ def require_choice(method: Any, field: str, choices: Any) -> None:
     """Checks that a config's field is one of the values of a Literal, `choices`.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The field has another value.
     """
     value, known = getattr(method, field), typing.get_args(choices)
     if value not in known:

@@ -2,8 +2,8 @@
 
 The prompt of task ``t`` is ``P * (cols[t] @ rows[t])``, element by element, with the shared
 ``P: (n, d)``, ``cols: (tasks, n, rank)`` and ``rows: (tasks, rank, d)``. Its virtual ids are
-``vocab + t * n + j``: the ids carry the task, so one packed row may mix tasks. In a run every row
-of data names its own, ``{"messages": [...], "task": 1}``; `jaxpeft.with_prompt` and
+``vocab + t * n + j``; they determine the task, so one packed row may mix tasks. In a run every row
+of data names its task, ``{"messages": [...], "task": 1}``; `jaxpeft.with_prompt` and
 `jaxpeft.generate` take ``task=``.
 
 Reference:
@@ -32,14 +32,14 @@ STDDEV = 0.02
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultitaskPromptTuning(Method):
-    """How many virtual tokens to train for how many tasks.
+    """The numbers of virtual tokens and of tasks.
 
     Attributes:
         num_tokens: Virtual tokens in front of every segment.
         num_tasks: How many tasks share the prompt.
         rank: Inner dimension of each task's factor.
-        initial: Where the shared prompt starts, as for `PromptTuning`.
-        text: For "text" only.
+        initial: What the shared prompt starts from, see `PromptTuning`.
+        text: The text to start from; for "text" only.
     """
 
     name: ClassVar[str] = "multitask_prompt_tuning"
@@ -66,13 +66,14 @@ class MultitaskPromptTuning(Method):
         Args:
             params: Base parameters; "random" needs their shapes only.
             key: Typed PRNG key.
-            context: For "text" its tokenizer.
+            context: For "text", its tokenizer is used.
 
         Returns:
             An adapter with ``prompt``, ``cols`` and ``rows`` at the embedding table.
 
         Raises:
-            UserError: If there is no tokenizer for "text", or it finds no token of the base.
+            UserError: If there is no tokenizer for "text", or the text gives no ids of the
+                vocabulary.
         """
         table = paths.get(params, paths.EMBEDDING)
         vocab_size, width = shape_of(table)
@@ -87,20 +88,20 @@ class MultitaskPromptTuning(Method):
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for the embedding table, with the rows of all tasks."""
+    """The node for the embedding table, with the rows of all tasks."""
     shared, cols, rows = (leaf.params[name] for name in ("prompt", "cols", "rows"))
     products = jnp.matmul(cols, rows, precision=jax.lax.Precision.HIGHEST)
     return prompt.bind_rows(leaf, (shared * products).reshape(-1, shared.shape[-1]))
 
 
 def config_of(adapter: Adapter) -> MultitaskPromptTuning:
-    """The config of an adapter; where it started from is not kept."""
+    """The config of an adapter; its initialisation is not stored."""
     tasks, count, rank = prompt.arrays_of(adapter)["cols"].shape
     return MultitaskPromptTuning(num_tokens=count, num_tasks=tasks, rank=rank)
 
 
 def config_from_peft(values: Values) -> MultitaskPromptTuning:
-    """The config that PEFT's describes; see `PeftFormat`."""
+    """Reads PEFT's config; see `PeftFormat`."""
     values.only("prompt_tuning_init", "RANDOM", "TEXT")
     return MultitaskPromptTuning(
         num_tokens=prompt.read_count(values),
@@ -111,7 +112,7 @@ def config_from_peft(values: Values) -> MultitaskPromptTuning:
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """The adapter of a PEFT folder."""
+    """Reads the adapter of a PEFT folder."""
     count, width = prompt.read_sizes(values, base)
     tasks, rank = values.count("num_tasks"), values.count("num_ranks")
     wanted = {
@@ -130,7 +131,7 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
 
 
 def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """PEFT's settings and tensors."""
+    """Config values and tensors of a PEFT folder."""
     arrays = prompt.arrays_of(adapter)
     tasks, count, rank = arrays["cols"].shape
     values = prompt.write_sizes(count, base) | {"num_tasks": tasks, "num_ranks": rank}
@@ -145,7 +146,7 @@ START: dict[str, Any] = prompt.INITIAL | {
     "prompt_tuning_init_state_dict_path": None,
     "prompt_tuning_init_task": 0,
 }
-"""Keys that say where training started."""
+"""Keys about the initialisation."""
 
 KIND = Kind(
     config=MultitaskPromptTuning,

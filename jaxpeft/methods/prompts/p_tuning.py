@@ -6,9 +6,9 @@ The rows of virtual tokens are ``encode(E)`` for input embeddings ``E`` of shape
     mlp:   Linear(d, h), ReLU, Linear(h, h), ReLU, Linear(h, d)
     lstm:  two bidirectional LSTM layers of width h, Linear(2h, 2h), ReLU, Linear(2h, d)
 
-The encoder runs inside ``bind``, once a step; what is looked up is a plain prompt. HF PEFT saves
-the encoder's output alone, so a folder gives an adapter without encoder (``encoder: none``), whose
-rows are trained themselves.
+The encoder runs inside ``bind``, once per step; its output is a plain prompt. HF PEFT saves only
+the encoder's output, so an adapter from a folder has no encoder (``encoder: none``), and its rows
+are trained directly.
 
 References:
     Liu et al., "GPT Understands, Too", 2021, https://arxiv.org/abs/2103.10385, section 3.2 and
@@ -43,12 +43,12 @@ LSTM_LAYERS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PTuning(Method):
-    """How many virtual tokens to train, and through which encoder.
+    """The number of virtual tokens, and the encoder that computes them.
 
     Attributes:
         num_tokens: Virtual tokens in front of every segment.
-        encoder: "mlp", "lstm", or "none" to train the rows themselves.
-        hidden_size: Width of the encoder; None is the model's.
+        encoder: "mlp", "lstm", or "none" to train the rows directly.
+        hidden_size: Width of the encoder; None for the model's width.
     """
 
     name: ClassVar[str] = "p_tuning"
@@ -69,10 +69,10 @@ class PTuning(Method):
         return self.num_tokens
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
-        """A new prompt and encoder, drawn as PEFT draws them.
+        """A new prompt and encoder, with PEFT's distributions.
 
-        Input embeddings are standard normal; weights and biases uniform in ``+-1/sqrt(fan_in)``,
-        those of an LSTM in ``+-1/sqrt(hidden_size)``.
+        Input embeddings are standard normal. Weights and biases are uniform in
+        ``+-1/sqrt(fan_in)``, those of an LSTM in ``+-1/sqrt(hidden_size)``.
 
         Args:
             params: Base parameters; shapes are enough.
@@ -99,7 +99,7 @@ class PTuning(Method):
 def encoder_shapes(
     encoder: Encoder, width: int, hidden: int
 ) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape and fan-in, which decides the range of the first values, of an encoder's arrays."""
+    """Shape and fan-in of an encoder's arrays; the fan-in determines the initial range."""
     if encoder == "none":
         return {}
     found: dict[str, tuple[tuple[int, ...], int]] = {}
@@ -153,7 +153,7 @@ def lstm(
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for the embedding table."""
+    """The node for the embedding table."""
     return prompt.bind_rows(leaf, encode(leaf.params, leaf.options["encoder"]))
 
 
@@ -168,20 +168,20 @@ def config_of(adapter: Adapter) -> PTuning:
 
 
 def config_from_peft(values: Values) -> PTuning:
-    """Reads the config that PEFT's config describes; see `PeftFormat`.
+    """Reads PEFT's config; see `PeftFormat`.
 
     Raises:
         UserError: The encoder is of an unknown kind.
     """
     encoder, hidden = _encoder(values)
-    if encoder == "lstm":  # PEFT's MLP has neither
+    if encoder == "lstm":  # settings that an MLP does not have
         values.only("encoder_num_layers", LSTM_LAYERS)
         values.only("encoder_dropout", 0)
     return PTuning(num_tokens=prompt.read_count(values), encoder=encoder, hidden_size=hidden)
 
 
 def _encoder(values: Values) -> tuple[Encoder, int | None]:
-    """The encoder of PEFT's config and its width, None for the model's."""
+    """The encoder in PEFT's config and its width, None for the model's width."""
     known: dict[str, Encoder] = {"MLP": "mlp", "LSTM": "lstm"}
     encoder = known.get(str(values.get("encoder_reparameterization_type")))
     if encoder is None:
@@ -194,7 +194,7 @@ def _encoder(values: Values) -> tuple[Encoder, int | None]:
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
     """Reads the adapter of a PEFT folder.
 
-    The folder holds the encoder's outputs, not the encoder: those rows are what is trained on.
+    The folder holds the encoder's output, not the encoder; these rows are what is trained on.
 
     Raises:
         UserError: The encoder is of an unknown kind.
@@ -213,7 +213,7 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
 
 
 def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """PEFT's settings and tensors: the encoder's output."""
+    """Config values and tensors of a PEFT folder: the encoder's output."""
     options = dict(adapter.spec.options)
     rows = encode(prompt.arrays_of(adapter), options["encoder"])
     encoder = options["encoder"]

@@ -5,13 +5,13 @@ With queries ``Q``, keys ``K`` and values ``V`` of a layer, and trained ``P_k, P
 
     softmax(Q [P_k; K]^T / sqrt(head_dim)) [P_v; V].
 
-The prefix takes positions 0 to n - 1 and the tokens go on from n; its keys are used as they are,
-without rotation. No slot of the input is spent: logits stand where the tokens do. Every packed
-segment sees the same prefix. A prefix taken from the key/value cache of a real prompt computes
-what that prompt would (`prefix_from_prompt`).
+The prefix has positions 0 to n - 1, and the tokens follow from n; its keys are not rotated. It
+takes no slots of the input, so logits have the places of the tokens. Every packed segment sees the
+same prefix. A prefix made of the key/value cache of a real prompt has the same effect as that
+prompt (`prefix_from_prompt`).
 
-With ``projection`` keys and values of all layers are ``W_2 tanh(W_1 E + b_1) + b_2`` of trained
-embeddings ``E``, computed inside ``bind``. HF PEFT saves the result alone.
+With ``projection``, keys and values of all layers are ``W_2 tanh(W_1 E + b_1) + b_2`` of trained
+embeddings ``E``, computed inside ``bind``. HF PEFT saves only the result.
 
 Reference:
     Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021,
@@ -52,15 +52,15 @@ KEYS = "layers/self_attn/k_proj/kernel"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixTuning(Method):
-    """How long a prefix to train, where it starts, and whether through a projection.
+    """The length of the prefix, its initialisation, and whether a projection computes it.
 
     Attributes:
         num_tokens: Keys and values in front of every segment, in every layer.
-        initial: "random" starts from normal numbers as PEFT does, "zero" from zeros, "prompt" from
+        initial: "random" starts from normal numbers as in PEFT, "zero" from zeros, "prompt" from
             the keys and values that the base computes for `text`.
-        text: Its first `num_tokens` tokens are read; for "prompt" only.
+        text: The text whose first `num_tokens` tokens are used; for "prompt" only.
         projection: Train embeddings and two layers that compute the prefix from them.
-        hidden_size: Width of the projection; None is that of the keys.
+        hidden_size: Width of the projection; None for the width of the keys.
     """
 
     name: ClassVar[str] = "prefix_tuning"
@@ -90,13 +90,13 @@ class PrefixTuning(Method):
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new prefix; it changes what the model computes from the start.
 
-        Embeddings and plain prefixes are standard normal, weights and biases of a projection
-        uniform in ``+-1/sqrt(fan_in)``; "zero" makes keys and values zero.
+        Embeddings and plain prefixes are standard normal. Weights and biases of a projection are
+        uniform in ``+-1/sqrt(fan_in)``. With "zero", keys and values are zero.
 
         Args:
-            params: Base parameters; "prompt" alone reads them.
+            params: Base parameters; only "prompt" reads them.
             key: Typed PRNG key.
-            context: The model's config; for "prompt" its tokenizer too.
+            context: The model's config is used; for "prompt" its tokenizer too.
 
         Returns:
             An adapter with ``k`` and ``v`` of shape ``(layers, n, kv_heads, head_dim)``, or with
@@ -159,14 +159,14 @@ class PrefixTuning(Method):
 
 
 def prefix_from_prompt(base: Any, ids: Sequence[int]) -> Adapter:
-    """The prefix that computes what these tokens in front of every segment would.
+    """The prefix with the same effect as these tokens in front of every segment.
 
     Args:
         base: The `jaxpeft.Model`.
         ids: Token ids of a prompt.
 
     Returns:
-        An adapter of as many virtual tokens; it can be trained on.
+        An adapter with one virtual token per id; it can be trained further.
 
     Raises:
         UserError: If there is no id, or one outside the vocabulary.
@@ -184,7 +184,7 @@ def _adapter(arrays: dict[str, Any]) -> Adapter:
 def project(
     arrays: Mapping[str, Any],
 ) -> tuple[Float[Array, "layers n kv_heads d"], Float[Array, "layers n kv_heads d"]]:
-    """Keys and values of trained arrays, projected or plain."""
+    """Keys and values from trained arrays, with or without a projection."""
     if "k" in arrays:
         return arrays["k"], arrays["v"]
     hidden = jnp.tanh(arrays["embedding"] @ arrays["mlp_0_kernel"] + arrays["mlp_0_bias"])
@@ -205,13 +205,13 @@ def bind(leaf: Leaf) -> dict[str, Any]:
 
 
 def bind_rows(leaf: Leaf, used: Any) -> dict[str, Any]:
-    """The same for a mixed batch: a prefix a row, or none where it is not used."""
+    """Puts a prefix for each row of a mixed batch beside the parameters, or none if unused."""
     k, v = jax.vmap(project, out_axes=1)(leaf.params)
     return {leaf.path: Prefix(k, v, jnp.broadcast_to(used, k.shape[:2]))}
 
 
 def length(adapter: Adapter) -> int:
-    """How many positions a prefix takes."""
+    """The number of positions that a prefix takes."""
     arrays = adapter.params[PATH]
     return arrays["k"].shape[-3] if "k" in arrays else arrays["embedding"].shape[-2]
 
@@ -220,7 +220,7 @@ def check(params: dict, adapter: Adapter) -> None:
     """Checks that the keys have the base's number of layers and width.
 
     Raises:
-        UserError: They have others.
+        UserError: The keys have another number of layers or another width.
     """
     arrays = adapter.params[PATH]
     plain = "k" in arrays
@@ -235,7 +235,7 @@ def check(params: dict, adapter: Adapter) -> None:
 
 
 def config_of(adapter: Adapter) -> PrefixTuning:
-    """The config of an adapter; where it started from is not kept."""
+    """The config of an adapter; its initialisation is not stored."""
     arrays, count = adapter.params[PATH], length(adapter)
     if "k" in arrays:
         return PrefixTuning(num_tokens=count)
@@ -247,7 +247,7 @@ def config_of(adapter: Adapter) -> PrefixTuning:
 
 
 def config_from_peft(values: Values) -> PrefixTuning:
-    """The config that PEFT's describes; see `PeftFormat`."""
+    """Reads PEFT's config; see `PeftFormat`."""
     values.only("init_weights", None, "zero")
     projection, hidden = values.flag("prefix_projection"), None
     if projection and values.get("encoder_hidden_size") is not None:
@@ -287,7 +287,7 @@ def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
 
 
 def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """PEFT's settings and its one tensor; a projection is computed, as PEFT does."""
+    """Config values and the one tensor of a PEFT folder; a projection is computed, as in PEFT."""
     rows = np.stack(project(adapter.params[PATH]), axis=1)
     rows = np.moveaxis(rows, 2, 0)
     config = base.config
@@ -308,7 +308,7 @@ STARTS: dict[str, Any] = {
     "init_weights": None,
     "prefix_projection": False,
 }
-"""Keys that say how the prefix was trained; what is saved is computed."""
+"""Keys that say how the prefix was trained; the saved tensors are the computed prefix."""
 
 PEFT = PeftFormat(
     type="PREFIX_TUNING",

@@ -3,7 +3,7 @@
 With token embeddings ``X`` of shape ``(seq, d)`` and a prompt ``P`` of shape ``(n, d)`` the model
 reads ``[P; X]``, and only ``P`` is trained. Soft prompts are tokens here: ids from the size of the
 vocabulary on address the rows of ``P``, and `jaxpeft.with_prompt` writes them in front of every
-segment. Positions, masks, packing, rematerialisation and the key/value cache know nothing of it.
+segment. So positions, masks, packing, remat and the key/value cache need no special case.
 
 A tied head scores the real tokens only. The prompt is cast to the dtype of the embeddings.
 
@@ -39,13 +39,13 @@ NO_MERGE = "its virtual tokens stand in front of the input; keep it beside the b
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptTuning(Method):
-    """How many virtual tokens to train, and where they start.
+    """The number of virtual tokens, and what they start from.
 
     Attributes:
         num_tokens: Virtual tokens in front of every segment.
-        initial: "sampled" starts from rows of the embedding table drawn at random, "random" from
-            normal numbers as PEFT does by default, "text" from the rows of `text`.
-        text: Cut or repeated to `num_tokens` tokens; for "text" only.
+        initial: "sampled" starts from randomly drawn rows of the embedding table, "random" from
+            normal numbers (PEFT's default), "text" from the rows of `text`.
+        text: A text, cut or repeated to `num_tokens` tokens; for "text" only.
     """
 
     name: ClassVar[str] = "prompt_tuning"
@@ -69,13 +69,13 @@ class PromptTuning(Method):
         Args:
             params: Base parameters; "random" needs their shapes only.
             key: Typed PRNG key.
-            context: For "text" its tokenizer.
+            context: For "text", its tokenizer is used.
 
         Returns:
             An adapter with ``{"prompt": (num_tokens, d_model)}`` at the embedding table.
 
         Raises:
-            UserError: If there is no tokenizer for "text", or it finds no token of the base.
+            UserError: If there is no tokenizer for "text", or it gives no ids of the vocabulary.
         """
         table = paths.get(params, paths.EMBEDDING)
         rows = first_rows(self.initial, self.num_tokens, table, key, self.text, context.tokenizer)
@@ -99,7 +99,7 @@ def require_start(method: Any) -> None:
 def first_rows(
     initial: Initial, count: int, table: Any, key: jax.Array, text: str | None, tokenizer: Any
 ) -> Float[Array, "count d_model"]:
-    """The rows a prompt starts from, in float32; see `PromptTuning`."""
+    """The initial rows of a prompt, in float32; see `PromptTuning`."""
     vocab_size, width = shape_of(table)
     if initial == "random":
         return jax.random.normal(key, (count, width))
@@ -145,7 +145,7 @@ def arrays_of(adapter: Adapter) -> dict[str, Any]:
 
 @flax.struct.dataclass
 class PromptTable(OnBase):
-    """An embedding table with the rows of virtual tokens behind its own.
+    """An embedding table, extended by the rows of virtual tokens.
 
     Attributes:
         base: ``(vocab, d_model)``, an array or a node.
@@ -157,10 +157,11 @@ class PromptTable(OnBase):
     attends_base: ClassVar[bool] = True
 
     def lookup(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
-        """Rows of both, in the dtype of the base.
+        """Rows of the base and of the prompt, in the dtype of the base.
 
-        The prompt is multiplied with rows of zeros and a one: exact, and its gradient is a
-        product, the same in every run, where adding rows up would depend on their order.
+        Rows of the prompt are selected by a product with zeros and ones, which is exact. Its
+        gradient is a product too, and so is deterministic, while a sum of rows would depend on
+        their order.
         """
         vocab = self.shape[0]
         rows = embed(jnp.minimum(ids, vocab - 1), self.base)
@@ -171,7 +172,7 @@ class PromptTable(OnBase):
         return jnp.where((ids < vocab)[..., None], rows, virtual.astype(rows.dtype))
 
     def attend(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
-        """Scores of the base's rows: a virtual token is never predicted."""
+        """Scores of the base's rows; a virtual token is never predicted."""
         return attend(x, self.base)
 
     def materialise(self) -> Float[Array, "vocab d_model"]:
@@ -180,7 +181,7 @@ class PromptTable(OnBase):
 
 
 def bind_rows(leaf: Leaf, rows: Float[Array, "rows d_model"]) -> dict[str, Any]:
-    """Puts rows of virtual tokens behind the table's own rows.
+    """Extends the table by rows of virtual tokens.
 
     Raises:
         UserError: The table has such rows already.
@@ -191,12 +192,12 @@ def bind_rows(leaf: Leaf, rows: Float[Array, "rows d_model"]) -> dict[str, Any]:
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node that stands for the embedding table."""
+    """The node for the embedding table."""
     return bind_rows(leaf, leaf.params["prompt"])
 
 
 def virtual_tokens(adapter: Adapter) -> int:
-    """How many rows a prompt has."""
+    """The number of rows of a prompt."""
     return arrays_of(adapter)["prompt"].shape[-2]
 
 
@@ -204,7 +205,7 @@ def check(params: dict, adapter: Adapter) -> None:
     """Checks that the table has the size that the prompt was made for.
 
     Raises:
-        UserError: It has another size.
+        UserError: The table has another size.
     """
     ours = shape_of(paths.get(params, paths.EMBEDDING))
     width = arrays_of(adapter)["prompt"].shape[-1]
@@ -217,7 +218,7 @@ def check(params: dict, adapter: Adapter) -> None:
 
 
 def config_of(adapter: Adapter) -> PromptTuning:
-    """The config of an adapter; where it started from is not kept."""
+    """The config of an adapter; its initialisation is not stored."""
     return PromptTuning(num_tokens=virtual_tokens(adapter))
 
 
@@ -229,7 +230,7 @@ SIZES: dict[str, Any] = {
     "num_virtual_tokens": None,
     "token_dim": None,
 }
-"""Keys of every soft prompt of PEFT."""
+"""Keys of all soft prompts in PEFT."""
 
 READ_KEYS = ("num_transformer_submodules", "num_virtual_tokens", "token_dim")
 HARMLESS_KEYS = ("num_attention_heads", "num_layers")
@@ -239,7 +240,7 @@ INITIAL: dict[str, Any] = {
     "tokenizer_kwargs": None,
     "tokenizer_name_or_path": None,
 }
-"""Keys of prompt tuning that say where training started."""
+"""Keys of prompt tuning about the initialisation."""
 
 
 def read_count(values: Values) -> int:
@@ -269,7 +270,7 @@ def read_sizes(values: Values, base: Any) -> tuple[int, int]:
 
 
 def write_sizes(count: int, base: Any) -> dict[str, Any]:
-    """The keys of `SIZES` as PEFT fills them in."""
+    """The values of the keys in `SIZES`."""
     config = base.config
     return {
         "num_attention_heads": config.num_heads,
@@ -281,14 +282,14 @@ def write_sizes(count: int, base: Any) -> dict[str, Any]:
 
 
 def write_tensors(**arrays: Any) -> dict[str, np.ndarray]:
-    """Tensors as PEFT names them; values that are not finite are an error."""
+    """Tensors with PEFT's names; values that are not finite are an error."""
     for name, value in arrays.items():
         require_finite(name, value)
     return {name: contiguous(value) for name, value in arrays.items()}
 
 
 def read_start(values: Values) -> dict[str, Any]:
-    """The fields `initial` and `text` that say what PEFT's config starts a prompt from.
+    """The fields `initial` and `text` from PEFT's config.
 
     Raises:
         UserError: The start is unknown, has no text, or needs another tokenizer.
@@ -309,19 +310,19 @@ def read_start(values: Values) -> dict[str, Any]:
 
 
 def config_from_peft(values: Values) -> PromptTuning:
-    """The config that PEFT's describes; see `PeftFormat`."""
+    """Reads PEFT's config; see `PeftFormat`."""
     return PromptTuning(num_tokens=read_count(values), **read_start(values))
 
 
 def read(values: Values, tensors: Tensors, base: Any) -> Adapter:
-    """The adapter of a PEFT folder."""
+    """Reads the adapter of a PEFT folder."""
     tensors.require({EMBEDDINGS: read_sizes(values, base)}, base.name)
     rows = jnp.array(tensors.read(EMBEDDINGS))
     return prompt_adapter(PromptTuning.name, {"prompt": rows}, base.config.vocab_size)
 
 
 def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """PEFT's settings and tensors."""
+    """Config values and tensors of a PEFT folder."""
     rows = arrays_of(adapter)["prompt"]
     return write_sizes(len(rows), base), write_tensors(**{EMBEDDINGS: rows})
 

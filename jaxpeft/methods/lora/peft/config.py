@@ -1,7 +1,7 @@
-"""What an ``adapter_config.json`` of HF PEFT 0.21 says of a LoRA, and the parts of its folder.
+"""The ``adapter_config.json`` of a LoRA in HF PEFT 0.21, and the parts of its folder.
 
-The config says three things about every module of the base: whether it is adapted, with which rank
-and with which alpha. What PEFT can do and we cannot is refused by name.
+For every module of the base the config decides whether it is adapted, with which rank and with
+which alpha. Features of PEFT that are not supported are refused by name.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "velora_config": None,
 }
-"""Every key of its own that PEFT 0.21 writes, with the value that changes nothing."""
+"""Every LoRA key that PEFT 0.21 writes, with the value that changes nothing."""
 
 READ_KEYS = (
     *("alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern"),
@@ -74,27 +74,27 @@ SUFFIXES = (
     *("q_norm", "k_norm", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),
 )
-"""Last parts of the names of modules in the models there are."""
+"""Last parts of the names of modules in all supported models."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftLoraConfig:
-    """The part of an ``adapter_config.json`` that decides what a LoRA computes.
+    """The part of an ``adapter_config.json`` that determines what a LoRA computes.
 
     Attributes:
         rank: Default inner dimension.
         alpha: Default numerator of the scale.
-        rank_pattern: Rank by name or regex; the first key that matches wins.
-        alpha_pattern: Alpha by name or regex; the first key that matches wins.
+        rank_pattern: Rank by name or regex; the first key that matches counts.
+        alpha_pattern: Alpha by name or regex; the first key that matches counts.
         dropout: Probability of dropping an input of the branch.
         rslora: Whether alpha is divided by the root of the rank.
         dora: Whether every module has magnitudes.
-        selection: Which modules are adapted, if they are not saved whole.
+        selection: The modules that are adapted, unless they are saved whole.
         bias: Which biases are trained: "none", "all" or "lora_only".
         lora_bias: Whether B has a bias.
         saved: Ends of the names of modules that are saved whole.
         tokens: Ids of trained tokens by the path of their weight.
-        start: "pissa" or "olora" where their first product is taken off the base, else "".
+        start: "pissa" or "olora" if PEFT subtracts their first product from the base, else "".
     """
 
     rank: int
@@ -118,7 +118,7 @@ class PeftLoraConfig:
         return self.selection.selects(name)
 
     def saves(self, name: str) -> bool:
-        """Whether PEFT saves the module with this full name, or one that holds it."""
+        """Whether PEFT saves the module with this full name, or a module that contains it."""
         parts = name.split(".")
         holders = [".".join(parts[: i + 1]) for i in range(len(parts))]
         return any(holder.endswith(item) for holder in holders for item in self.saved)
@@ -132,13 +132,13 @@ class PeftLoraConfig:
         return first_match(self.alpha_pattern, name, self.alpha)
 
     def scale_of(self, name: str) -> float:
-        """What the product of the factors of this module is multiplied with."""
+        """The factor of the product of this module's factors."""
         rank = self.rank_of(name)
         return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
 
 
 def parse(values: Values) -> PeftLoraConfig:
-    """Reads the meaning of an ``adapter_config.json``.
+    """Parses an ``adapter_config.json``.
 
     Raises:
         UserError: A value is wrong or not supported.
@@ -203,12 +203,12 @@ def fields(values: Values) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A PEFT folder that is read.
+    """A PEFT folder that is being read.
 
     Attributes:
-        config: What its config says.
+        config: Its config.
         tensors: Its tensors.
-        base: The `jaxpeft.Model` that the adapter is put on.
+        base: The `jaxpeft.Model` that the adapter is for.
     """
 
     config: PeftLoraConfig
@@ -225,12 +225,12 @@ class Part:
     """How PEFT stores one sort of places.
 
     Attributes:
-        keys: ``keys(folder)``: which of the file's tensors are its own.
+        keys: ``keys(folder)`` returns the names of its tensors in the file.
         check: ``check(folder)`` raises a UserError unless its tensors are all there and fit.
-        width: ``width(folder)``: the largest rank of its factors, 0 without any.
-        read: ``read(folder, width)``: its places, factors padded to `width`.
-        write: ``write(adapter, base)``: its values of the config and its tensors, from an adapter
-            with these places only.
+        width: ``width(folder)`` returns the largest rank of its factors, 0 without any.
+        read: ``read(folder, width)`` returns its places, factors padded to `width`.
+        write: ``write(adapter, base)`` returns its values of the config and its tensors, from an
+            adapter with these places only.
     """
 
     keys: Callable[[Folder], set[str]]

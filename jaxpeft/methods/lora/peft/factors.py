@@ -1,8 +1,8 @@
-"""The factors of a LoRA in HF PEFT's format, out and in.
+"""The factors of a LoRA in HF PEFT's format: reading and writing.
 
-PEFT keeps ``lora_A.weight`` ``(rank, d_in)`` and ``lora_B.weight`` ``(d_out, rank)``: the
-transposes of our ``a`` and ``b``, with the layers taken apart and the padding of the rank cut off.
-Those of the embedding table are ``lora_embedding_A`` ``(rank, vocab)`` and ``lora_embedding_B``.
+PEFT stores ``lora_A.weight`` ``(rank, d_in)`` and ``lora_B.weight`` ``(d_out, rank)``: the
+transposes of our ``a`` and ``b``, one per layer, without the padding of the rank. The factors of
+the embedding table are ``lora_embedding_A`` ``(rank, vocab)`` and ``lora_embedding_B``.
 """
 
 import math
@@ -36,23 +36,23 @@ FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.we
 
 
 def vectors(dora: Any, lora_bias: Any) -> dict[str, str]:
-    """Arrays ``(d_out,)`` that every module has beside its factors: our names, PEFT's endings."""
+    """Arrays ``(d_out,)`` that every module has beside its factors, with PEFT's endings."""
     known = {"m": ("lora_magnitude_vector", dora), "bias": ("lora_B.bias", lora_bias)}
     return {name: ending for name, (ending, there) in known.items() if there}
 
 
 def keys(folder: Folder) -> set[str]:
-    """The factors among the file's tensors, and the vectors beside them."""
+    """The names of factors, and of vectors beside them, in the file."""
     endings = tuple(f".{ending}" for ending in _endings(folder))
     shapes = folder.tensors.shapes
     return {key for key in shapes if _factor_of(key) or key.endswith(endings)}
 
 
 def check(folder: Folder) -> None:
-    """Checks that the factors are those that config and base ask for.
+    """Checks that the factors are those that config and base require.
 
     Raises:
-        UserError: Some are missing, unexpected or of another shape.
+        UserError: Factors are missing, unexpected or of another shape.
     """
     modules = _pairs(folder)
     sites = sites_of(folder.base.params)
@@ -125,7 +125,7 @@ def write(adapter: Adapter, base: Any) -> tuple[dict[str, Any], dict[str, np.nda
         if np.any(np.any(a[:, r:] != 0, axis=0) & np.any(b[r:] != 0, axis=1)):
             raise ValueError(f"{name}: the padding beyond rank {r} is not zero in both factors.")
         a, b = a[:, :r], b[:r]
-        if "init_weights" in options:  # what PEFT's own conversion writes
+        if "init_weights" in options:  # as in PEFT's own conversion
             a0, b0 = (
                 np.asarray(paths.get(adapter.buffers, f"{path}/{k}"))[at] for k in ("a0", "b0")
             )
@@ -170,7 +170,7 @@ def factor_key(name: str, letter: str) -> str:
 
 
 def _factor_of(key: str) -> tuple[str, str] | None:
-    """The module and the letter of a factor's key, None for other keys."""
+    """The module and the letter of a factor's key; None for other keys."""
     found = FACTOR.fullmatch(key)
     if found is None or key != PREFIX + factor_key(found[1], found[2]):
         return None
@@ -182,7 +182,7 @@ def _endings(folder: Folder) -> list[str]:
 
 
 def _pairs(folder: Folder) -> dict[str, set[str]]:
-    """Which factors every module has, "A" and "B", by its full name; a lonely one is an error."""
+    """The factors of every module, "A" and "B", by its full name; a missing one is an error."""
     tensors = folder.tensors
     modules: dict[str, set[str]] = {}
     for key in sorted(tensors.shapes):
@@ -213,7 +213,7 @@ def _pairs(folder: Folder) -> dict[str, set[str]]:
 def _check_modules(
     folder: Folder, modules: Mapping[str, Any], sites: Mapping[str, paths.Site]
 ) -> None:
-    """The modules of the tensors, of the base and of the config must be the same."""
+    """Checks that the modules of the tensors, of the base and of the config are the same."""
     file, base, config = folder.tensors.file, folder.base, folder.config
     foreign = [name for name in modules if name not in sites]
     if foreign:
@@ -240,7 +240,7 @@ def _check_modules(
 def _check_shapes(
     folder: Folder, modules: Mapping[str, Any], sites: Mapping[str, paths.Site]
 ) -> None:
-    """Every factor must have a float dtype, the config's rank and its kernel's width."""
+    """Checks that every factor has a float dtype, the config's rank and its kernel's width."""
     tensors, base, config = folder.tensors, folder.base, folder.config
     ranks, widths, keys = [], [], []
     for name in modules:

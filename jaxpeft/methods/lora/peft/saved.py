@@ -1,8 +1,8 @@
-"""A LoRA's trained biases and saved modules in HF PEFT's format, out and in.
+"""A LoRA's trained biases and saved modules in HF PEFT's format: reading and writing.
 
-Saved modules lie under the names they have in the base: ``lm_head.weight``, ``norm.weight``. So
-do biases, but for those of modules with factors: ``q_proj.base_layer.bias``. Beside the biases of
-saved modules PEFT writes copies that nothing reads (`SPARE`), if ``bias`` is "all".
+Saved modules have their names in the base: ``lm_head.weight``, ``norm.weight``. So do biases,
+except those of modules with factors: ``q_proj.base_layer.bias``. If ``bias`` is "all", PEFT also
+writes copies of the biases of saved modules that nothing reads (`SPARE`).
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from jaxpeft.methods.peft.values import PREFIX
 from jaxpeft.ops.linear import shape_of
 
 SPARE = ("modules_to_save.bias", "original_module.bias")
-"""Endings of copies of the biases of saved modules, of trained and of base ones."""
+"""Endings of the unused copies of biases of saved modules: the trained ones and the base's."""
 
 
 class Copy(NamedTuple):
-    """One tensor that stands in for a base leaf.
+    """One tensor that replaces a base leaf.
 
     Attributes:
         key: PEFT's name of it.
@@ -39,7 +39,7 @@ class Copy(NamedTuple):
 
 
 def keys(folder: Folder) -> set[str]:
-    """The tensors that stand in for base leaves, as config and base have them, and spare ones."""
+    """The tensors that replace base leaves by config and base, and unused copies."""
     wanted = [*_wanted(folder)]
     spare = {
         f"{PREFIX}{copy.name}.{ending}"
@@ -51,13 +51,17 @@ def keys(folder: Folder) -> set[str]:
 
 
 def check(folder: Folder) -> None:
-    """Raises a UserError unless all of them are there, in the base's shapes."""
+    """Checks that all tensors are there, with the base's shapes.
+
+    Raises:
+        UserError: A tensor is missing or has another shape.
+    """
     wanted = {copy.key: copy.shape for copy in _wanted(folder)}
     folder.tensors.require_some(wanted, folder.base.name)
 
 
 def read(folder: Folder, width: int) -> Arrays:
-    """The copies, stacked."""
+    """The trained copies, stacked over the layers."""
     del width
     params, places, wanted = folder.base.params, {}, [*_wanted(folder)]
     for leaf in (*WEIGHTS, "bias"):
@@ -110,7 +114,7 @@ def _key(name: str, leaf: str, wrapped: bool) -> str:
 
 
 def _shape(params: dict, path: str) -> tuple[int, ...]:
-    """The shape of one layer's leaf in PEFT's layout; a tied head has that of the table."""
+    """The shape of one layer's leaf in PEFT's layout; a tied head has the table's shape."""
     weight = paths.get(params, path)
     if weight is None:
         return shape_of(paths.get(params, paths.EMBEDDING))
@@ -123,7 +127,7 @@ def _turned(value: Any, leaf: str) -> Any:
 
 
 def _has_factors(adapter: Adapter, path: str, at: Any) -> bool:
-    """Whether the module of a bias has factors, in this layer."""
+    """Whether the module of a bias has factors in this layer."""
     kernel = f"{path.rpartition('/')[0]}/kernel"
     if paths.get(adapter.params, f"{kernel}/a") is None:
         return False
@@ -131,7 +135,7 @@ def _has_factors(adapter: Adapter, path: str, at: Any) -> bool:
 
 
 def _names(saved: list[str], params: dict) -> list[str]:
-    """Last parts of names where they mean to PEFT what is saved and no more, else full names."""
+    """Last parts of names if PEFT matches exactly the saved modules by them, else full names."""
     known = {name for leaf in WEIGHTS for name in sites_of(params, leaf)}
     names = set()
     for name in saved:

@@ -1,8 +1,9 @@
-"""How an ``adapter_config.json`` of HF PEFT 0.21 starts the factors of a LoRA.
+"""How an ``adapter_config.json`` of HF PEFT 0.21 initialises the factors of a LoRA.
 
-A start that takes a part of the base off stays in the folder: PEFT repeats it whenever it loads
-one that was not converted. What it takes off depends on the base's weights, and on no sign that a
-decomposition may choose; PEFT then rounds what is left to the base's dtype, which is not done here.
+PiSSA and OLoRA subtract part of the base. An unconverted folder keeps that setting, and PEFT
+subtracts again at every load. The part depends only on the base's weights; the signs a
+decomposition picks cancel. PEFT then rounds the remainder to the base's dtype, which is not done
+here.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from jaxpeft.ops.linear import shape_of
 from jaxpeft.ops.quant import QuantTensor
 
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Starts that leave the base as it is."""
+"""Initialisations that leave the base unchanged."""
 
 CONVERT = (
     "convert the adapter with PEFT: save_pretrained(..., "
@@ -40,12 +41,12 @@ EVA = {
 
 
 def start_fields(values: Values) -> dict[str, Any]:
-    """The fields of a `jaxpeft.LoRA` about its start.
+    """The fields of a `jaxpeft.LoRA` about its initialisation.
 
-    PEFT's randomised PiSSA is the exact one here.
+    PEFT's randomised PiSSA becomes the exact one.
 
     Raises:
-        UserError: For a start that LoRA does not have here.
+        UserError: The initialisation is not supported.
     """
     init = values.get("init_lora_weights")
     if isinstance(init, str) and init.startswith("pissa_niter_"):
@@ -73,10 +74,10 @@ def start_fields(values: Values) -> dict[str, Any]:
 
 
 def subtracted(values: Values) -> str:
-    """The start whose product PEFT takes off the base when it loads the folder, "" for none.
+    """The initialisation whose product PEFT subtracts from the base at every load; "" for none.
 
     Raises:
-        UserError: If it cannot be repeated, or goes with nothing else that the config says.
+        UserError: It cannot be repeated, or does not fit the other settings.
     """
     init = values.get("init_lora_weights")
     init = init.lower() if isinstance(init, str) else init
@@ -103,7 +104,7 @@ def subtracted(values: Values) -> str:
 
 
 def require_weights(file: Any, config: Any, sites: Mapping[str, paths.Site], params: Any) -> None:
-    """Checks that the start of a folder can be repeated on this base.
+    """Checks that the initialisation of a folder can be repeated on this base.
 
     Args:
         file: The config's file.
@@ -112,7 +113,7 @@ def require_weights(file: Any, config: Any, sites: Mapping[str, paths.Site], par
         params: Parameters of the base.
 
     Raises:
-        UserError: The start needs weights that are quantised, not loaded, or of another size.
+        UserError: The initialisation needs weights that are quantised, not loaded, or too small.
     """
     where = f"{file}: init_lora_weights: {config.start!r}"
     for name, site in sites.items():
@@ -147,22 +148,22 @@ def require_weights(file: Any, config: Any, sites: Mapping[str, paths.Site], par
 def first_factors(
     start: str, kernel: Any, ranks: np.ndarray, scales: np.ndarray, width: int
 ) -> dict[str, Float[Array, "..."]]:
-    """The frozen arrays ``a0`` and ``b0`` of a place, whose product PEFT takes off the base.
+    """The frozen arrays ``a0`` and ``b0`` of a place, whose product PEFT subtracts from the base.
 
     Args:
         start: "pissa" or "olora".
         kernel: The base's leaf, stacked or not.
-        ranks: Of every layer, 0 where it is not adapted.
-        scales: Of every layer.
-        width: The rank that all are padded to.
+        ranks: The rank of every layer, 0 if it is not adapted.
+        scales: The scale of every layer.
+        width: The rank to which all are padded.
     """
-    key = jax.random.key(0)  # neither start draws
+    key = jax.random.key(0)  # neither uses random numbers
     a0, b0 = starts.of_stack(start, key, kernel, ranks, scales, width, 1)
     return {"a0": a0, "b0": b0}
 
 
 def _settings(values: Values, key: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A config in the config, with PEFT's defaults where it says nothing."""
+    """A nested config, with PEFT's defaults for keys that are missing."""
     given = values.get(key) or {}
     if not isinstance(given, Mapping) or given.keys() - defaults.keys():
         raise values.wrong(key, f"an object with {', '.join(defaults)}")
