@@ -319,7 +319,7 @@ def merge_case(case: Case, root: pathlib.Path) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    sys.path.insert(0, str(HERE.parents[1] / "tests"))
+    sys.path.insert(0, str(HERE.parents[1] / "tests" / "helpers"))
     from toy_model import toy_adapter
 
     import jaxpeft as jp
