@@ -457,7 +457,7 @@ def test_an_optimizer_that_does_not_know_what_is_trained_is_refused():
     plain: Any = optax.adamw(1e-3)
     with pytest.raises(TypeError, match=r"wrap it, as in jaxpeft\.masked"):
         check_masked(plain)
-    with pytest.raises(TypeError, match="[Mm]asked"):
+    with pytest.raises(TypeError, match=r"[Mm]asked"):
         make_train_step(LOSS, plain)
-    with pytest.raises(TypeError, match="[Mm]asked"):
+    with pytest.raises(TypeError, match=r"[Mm]asked"):
         init_train_state(PARAMS, make_adapter(FEW), plain, jax.random.key(0))
