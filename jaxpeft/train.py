@@ -28,7 +28,7 @@ from jaxpeft.mesh import placement
 from jaxpeft.mesh.processes import from_first, is_first, require_same, together
 from jaxpeft.planning.memory_errors import memory_explained
 from jaxpeft.pretrained.chat_template import override_template
-from jaxpeft.pretrained.load import load_config, load_model
+from jaxpeft.pretrained.load import load_model_config, load_model
 from jaxpeft.pretrained.model import Model
 from jaxpeft.reports import tables, trackers
 from jaxpeft.training.checks import (
@@ -149,7 +149,7 @@ def train(
     mesh = sharding.make_mesh(**config.mesh.sizes)
     layout = sharding.Layout(mesh, sharding.parse_rules(config.mesh.rules))
     check_batches(config, mesh)
-    model = load_config(config.model.path, config.model.revision)
+    model = load_model_config(config.model.path, config.model.revision)
     template = together(lambda: find_template(config, overwrite=overwrite, accepted=accepted))
     from_first(lambda: check_place(config, template))
     tokenizer = run_tokenizer(config, template)
@@ -222,15 +222,15 @@ def load_base(
         template: The chat template that overrides the tokenizer's; "" for none.
         restored: Whether the run continues from a checkpoint.
     """
-    section, quantised = config.model, not starts_dense(config, restored)
+    section, quantized = config.model, not starts_dense(config, restored)
     base = load_model(
         section.path,
         revision=section.revision,
         dtype=section.dtype,
         compute_dtype=section.compute_dtype,
         mesh=layout,
-        quantization=section.quantization if quantised else None,
-        double_quantization=section.double_quantization and quantised,
+        quantization=section.quantization if quantized else None,
+        double_quantization=section.double_quantization and quantized,
     )
     return base.replace(tokenizer=override_template(base.tokenizer, template))
 

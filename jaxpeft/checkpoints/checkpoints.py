@@ -109,7 +109,7 @@ class Checkpoints:
             ValueError: `meta` holds NaN or infinity, which JSON cannot express.
         """
         self.wait()
-        leaves = checkpoint_leaves.flatten(state)
+        leaves = checkpoint_leaves.named_leaves(state)
         fields = {
             "step": step,
             "metric": float(metric) if metric is not None and math.isfinite(metric) else None,
@@ -207,7 +207,7 @@ class Checkpoints:
         path = self._folder.existing(step)
         first = jax.process_index() == 0
         fields = self._folder.verify(step) if first else self._folder.read(step)
-        leaves = checkpoint_leaves.flatten(like)
+        leaves = checkpoint_leaves.named_leaves(like)
         checkpoint_leaves.check(leaves, fields["leaves"], str(path))
         try:
             tree = ocp.load(os.fspath(path), checkpoint_leaves.targets(leaves))

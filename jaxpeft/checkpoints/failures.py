@@ -9,7 +9,7 @@ import traceback
 import warnings
 
 from jaxpeft.core.errors import CheckpointError, ResourceError, StoreError, UserError
-from jaxpeft.files.storage import Place, is_remote
+from jaxpeft.files.storage import StoragePath, is_remote
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FAILED = (
@@ -19,7 +19,7 @@ _FAILED = (
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def describe(error: BaseException, path: Place, needed_bytes: int) -> UserError:
+def describe(error: BaseException, path: StoragePath, needed_bytes: int) -> UserError:
     """The error to raise for a failed save; call it before cleaning up, while the disk is full.
 
     Args:
@@ -81,7 +81,7 @@ def _is_not_an_orbax_traceback(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _free_text(directory: Place) -> str:
+def _free_text(directory: StoragePath) -> str:
     try:
         return f"{shutil.disk_usage(directory).free:,} free"
     except OSError:

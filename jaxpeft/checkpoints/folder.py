@@ -26,7 +26,7 @@ from typing import Any
 from jaxpeft.checkpoints import manifest
 from jaxpeft.core.errors import CheckpointError, ResourceError, UserError, first_few
 from jaxpeft.files import storage
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 
 _LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleting)")
 _UNFINISHED = re.compile(r"(\d+)\.unfinished")
@@ -64,7 +64,7 @@ class CheckpointFolder:
         self._verified: set[int] = set()
         self.damaged: set[int] = set()
 
-    def path(self, step: int) -> Place:
+    def path(self, step: int) -> StoragePath:
         """The path of a step, whether it exists or not."""
         return self.directory / str(step)
 
@@ -76,7 +76,7 @@ class CheckpointFolder:
         """
         return [n for n in self._numbers() if storage.exists(self.path(n) / manifest.NAME)]
 
-    def existing(self, step: int) -> Place:
+    def existing(self, step: int) -> StoragePath:
         """The path of a step that exists.
 
         Raises:
@@ -200,7 +200,7 @@ class CheckpointFolder:
         if not self.remote:
             self._note(step).touch()
 
-    def _note(self, step: int) -> Place:
+    def _note(self, step: int) -> StoragePath:
         return self.directory / f"{step}.unfinished"
 
     def commit(self, step: int, fields: dict[str, Any]) -> None:
@@ -293,7 +293,7 @@ class CheckpointFolder:
             raise ResourceError(f"{self.directory}: cannot be read: {error.strerror}") from error
         return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
 
-    def _set_aside(self, step: int) -> Place:
+    def _set_aside(self, step: int) -> StoragePath:
         """Moves a step into `damaged/`, under a name that is free."""
         target = self.directory / "damaged" / str(step)
         number = 1

@@ -19,7 +19,7 @@ from jaxpeft.core.errors import CheckpointError, first_few
 Leaves = dict[str, Any]
 
 
-def flatten(state: Any) -> Leaves:
+def named_leaves(state: Any) -> Leaves:
     """Flattens a tree into ``{"adapter/layers/q_proj/a": leaf}``.
 
     Args:
@@ -115,7 +115,7 @@ def from_orbax(tree: dict[str, Any], like: Any) -> Any:
         CheckpointError: `like` holds a PRNG key of an unknown kind.
     """
     values = []
-    for name, leaf in flatten(like).items():
+    for name, leaf in named_leaves(like).items():
         value: Any = tree
         if 0 in leaf.shape:
             value = np.zeros(_stored(leaf).shape, _stored(leaf).dtype)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.files import storage
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -27,7 +27,7 @@ class DamageError(ValueError):
     """The folder differs from its manifest; the text names the file and what is wrong."""
 
 
-def write(folder: Place, fields: dict[str, Any]) -> None:
+def write(folder: StoragePath, fields: dict[str, Any]) -> None:
     """Makes every file of `folder` durable, then commits the folder by writing its manifest.
 
     Files and folders are fsynced before they are hashed. The manifest is written under a temporary
@@ -57,7 +57,7 @@ def write(folder: Place, fields: dict[str, Any]) -> None:
     _sync(folder.parent)
 
 
-def read(folder: Place) -> dict[str, Any]:
+def read(folder: StoragePath) -> dict[str, Any]:
     """Reads a manifest and checks that it is intact; `verify` checks the files too.
 
     Returns:
@@ -85,7 +85,7 @@ def read(folder: Place) -> dict[str, Any]:
     return body
 
 
-def verify(folder: Place) -> dict[str, Any]:
+def verify(folder: StoragePath) -> dict[str, Any]:
     """Reads a manifest and checks size and sha256 of every file it lists.
 
     Returns:
@@ -126,7 +126,7 @@ def _encode(body: dict[str, Any]) -> bytes:
     return text.encode() + b"\n"
 
 
-def _sync_and_hash(folder: Place) -> dict[str, dict[str, Any]]:
+def _sync_and_hash(folder: StoragePath) -> dict[str, dict[str, Any]]:
     files = {}
     for root, _, names in os.walk(folder):
         for name in sorted(names):
@@ -142,12 +142,12 @@ def _sync_and_hash(folder: Place) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _sha256(path: Place) -> str:
+def _sha256(path: StoragePath) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _crc32c(path: Place) -> str:
+def _crc32c(path: StoragePath) -> str:
     """The CRC-32C in the form of stores, for a checkpoint that was copied from a bucket to disk."""
     try:
         module = importlib.import_module("google_crc32c")
@@ -165,7 +165,7 @@ def _crc32c(path: Place) -> str:
 _DIGESTS = {"sha256": _sha256, "crc32c": _crc32c}
 
 
-def _objects(folder: Place) -> dict[str, dict[str, Any]]:
+def _objects(folder: StoragePath) -> dict[str, dict[str, Any]]:
     return {name: file for name, file in storage.objects(folder).items() if name != NAME}
 
 

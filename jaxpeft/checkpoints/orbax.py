@@ -4,10 +4,10 @@ import os
 from typing import Any
 
 from jaxpeft.checkpoints.failures import silence_orbax_tracebacks
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 
 
-def open_orbax(directory: Place) -> Any:
+def open_orbax(directory: StoragePath) -> Any:
     """A checkpointer that writes leaves, and nothing that the manifest already holds.
 
     Shapes, dtypes and shardings come from the manifest and from the state to restore into. Leaving

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxpeft.config import yaml_reader, yaml_writer
-from jaxpeft.config.schema import Schema, as_plain, flatten
+from jaxpeft.config.schema import Schema, as_plain, dotted_values
 from jaxpeft.config.sections import (
     CheckpointSection,
     EvaluationSection,
@@ -179,7 +179,7 @@ def hashed_values(config: RunConfig) -> dict[str, Any]:
 
 def hashed(config: RunConfig) -> dict[str, Any]:
     """The values that determine the states of a run, by path."""
-    return {path: value for path, value in flatten(config).items() if not _NOT_HASHED.match(path)}
+    return {path: value for path, value in dotted_values(config).items() if not _NOT_HASHED.match(path)}
 
 
 def diff(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:

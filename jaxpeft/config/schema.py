@@ -142,9 +142,9 @@ def to_plain(config: Any) -> dict[str, Any]:
     return plain
 
 
-def flatten(config: Any) -> dict[str, Any]:
+def dotted_values(config: Any) -> dict[str, Any]:
     """A config as ``{"optim.learning_rate": 2e-4, ...}``; a mapping stays one value."""
-    return dict(_flatten(config, ""))
+    return dict(_dotted_values(config, ""))
 
 
 def describe(schema: Schema) -> str:
@@ -194,13 +194,13 @@ def _attribute_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _flatten(config: Any, path: str):
+def _dotted_values(config: Any, path: str):
     for field, hint in fields_of(type(config)):
         value, inner = getattr(config, field.name), _join(path, field.name)
         if is_section(field, hint):
             if variants_of(field) is not None:
                 yield _join(inner, "name"), type(value).name
-            yield from _flatten(value, inner)
+            yield from _dotted_values(value, inner)
         else:
             yield inner, as_plain(value)
 

@@ -15,7 +15,7 @@ _MAX_DEPTH = 50
 _NULL = ("", "~", "null", "Null", "NULL")
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """The place where something was written; sorts by line, then by the order of flags.
 
     Attributes:
@@ -34,14 +34,14 @@ class _FlagMark(NamedTuple):
     index: int
 
 
-def place_of(node: yaml.Node | None, file: str) -> Place:
+def location_of(node: yaml.Node | None, file: str) -> Location:
     """The place where a node was written; the whole file for None."""
     mark: Any = None if node is None else node.start_mark
     if isinstance(mark, _FlagMark):
-        return Place((1, mark.index), mark.flag)
+        return Location((1, mark.index), mark.flag)
     if mark is None:
-        return Place((0, 0), file)
-    return Place((0, mark.line + 1), f"{file}:{mark.line + 1}")
+        return Location((0, 0), file)
+    return Location((0, mark.line + 1), f"{file}:{mark.line + 1}")
 
 
 def is_null(node: yaml.Node | None) -> bool:
@@ -148,13 +148,13 @@ def _check_events(text: str, where: Callable[[int], str]) -> None:
     """
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        place = where(event.start_mark.line + 1)
+        location = where(event.start_mark.line + 1)
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
-            raise UserError(f"{place}: nested too deeply for a config")
+            raise UserError(f"{location}: nested too deeply for a config")
         if getattr(event, "tag", None) is not None:
-            raise UserError(f"{place}: tags are not allowed, got {event.tag!r}; drop it")
+            raise UserError(f"{location}: tags are not allowed, got {event.tag!r}; drop it")
 
 
 def split_flags(overrides: Sequence[str]) -> list[tuple[str, str]]:

@@ -22,12 +22,12 @@ import yaml
 
 from jaxpeft.config.schema import Schema, is_mapping, is_section, variants_of
 from jaxpeft.config.yaml_nodes import (
-    Place,
+    Location,
     compose,
     empty_section,
     flag_node,
     is_null,
-    place_of,
+    location_of,
     put,
     read_text,
     show,
@@ -90,7 +90,7 @@ def loads(schema: Schema, text: str, file: str, overrides: Sequence[str] = ()) -
         try:
             root = put(root, flag, node)
         except KeyError as error:
-            reader.problem(reader.place(node), "", f"{error.args[0]} is a value and has no keys")
+            reader.problem(reader.location(node), "", f"{error.args[0]} is a value and has no keys")
     config = reader.section(schema.root, root, "", "")
     if reader.problems:
         lines = [text for _, text in sorted(reader.problems)]
@@ -105,15 +105,15 @@ class _Reader:
 
     def __init__(self, schema: Schema, file: str):
         self.schema, self.file = schema, file
-        self.problems: list[tuple[Place, str]] = []
-        self.places: dict[str, Place] = {}
+        self.problems: list[tuple[Location, str]] = []
+        self.locations: dict[str, Location] = {}
 
-    def place(self, node: yaml.Node | None) -> Place:
-        return place_of(node, self.file)
+    def location(self, node: yaml.Node | None) -> Location:
+        return location_of(node, self.file)
 
-    def problem(self, place: Place, path: str, text: str) -> Any:
-        subject = "" if not path or place.text == f"--{path}" else f"{path}: "
-        self.problems.append((place, f"{place.text}: {subject}{text}"))
+    def problem(self, location: Location, path: str, text: str) -> Any:
+        subject = "" if not path or location.text == f"--{path}" else f"{path}: "
+        self.problems.append((location, f"{location.text}: {subject}{text}"))
         return _BAD
 
     def section(self, cls: type, node: yaml.Node, path: str, variant: str) -> Any:
@@ -127,7 +127,7 @@ class _Reader:
             text = "unknown key"
             if index < _MAX_PROBLEMS:  # searching for similar names takes time
                 text = self.schema.explain(path, name, allowed, variant)
-            self.problem(self.place(given[name][0]), _join(path, name), text)
+            self.problem(self.location(given[name][0]), _join(path, name), text)
         values = {}
         for field, hint in fields:
             inner = _join(path, field.name)
@@ -140,9 +140,9 @@ class _Reader:
                 else:
                     values[field.name] = self.section(hint, child, inner, "")
             elif child is not None:
-                values[field.name] = self.value(hint, child, inner, self.place(key))
+                values[field.name] = self.value(hint, child, inner, self.location(key))
             elif _is_required(field):
-                where = self.place(node)
+                where = self.location(node)
                 self.problem(where, inner, f"missing, expected {expected(hint)}")
                 values[field.name] = _BAD
         if any(value is _BAD for value in values.values()):
@@ -163,47 +163,47 @@ class _Reader:
             return _BAD
         del self.problems[before:]  # `section` will find them again
         if child is None:
-            return self.problem(self.place(node), f"{path}.name", f"missing, one of: {names}")
+            return self.problem(self.location(node), f"{path}.name", f"missing, one of: {names}")
         name = child.value if isinstance(child, yaml.ScalarNode) else ""
         if name not in variants:
             close = nearest(name, list(variants), 1)
             guess = f', did you mean "{close[0]}"?' if close else ""
             text = f"expected one of {names}, got {show(child)}{guess}"
-            return self.problem(self.place(key), f"{path}.name", text)
+            return self.problem(self.location(key), f"{path}.name", text)
         return self.section(variants[name], node, path, name)
 
     def pairs(self, node: yaml.Node, path: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
         """The keys and values of a mapping node; repeated keys are a problem."""
-        self.places.setdefault(path, self.place(node if path else None))
+        self.locations.setdefault(path, self.location(node if path else None))
         if is_null(node):
             return {}
         if not isinstance(node, yaml.MappingNode):
             text = f"expected keys and values (key: value), got {show(node)}"
-            self.problem(self.place(node), path, text)
+            self.problem(self.location(node), path, text)
             return {}
         pairs: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
-            place = self.place(key)
+            location = self.location(key)
             if not isinstance(key, yaml.ScalarNode):
-                self.problem(place, path, "a key must be a word")
+                self.problem(location, path, "a key must be a word")
             elif key.value == "<<":
-                self.problem(place, path, "merge keys (<<) are not allowed; write the keys out")
+                self.problem(location, path, "merge keys (<<) are not allowed; write the keys out")
             elif key.value in pairs:
-                first = self.place(pairs[key.value][0]).order[1]
+                first = self.location(pairs[key.value][0]).order[1]
                 text = f"given twice, also on line {first}; keep one of the two"
-                self.problem(place, _join(path, key.value), text)
+                self.problem(location, _join(path, key.value), text)
             else:
                 pairs[key.value] = (key, value)
-                self.places[_join(path, key.value)] = place
+                self.locations[_join(path, key.value)] = location
         return pairs
 
-    def value(self, hint: Any, node: yaml.Node, path: str, place: Place) -> Any:
+    def value(self, hint: Any, node: yaml.Node, path: str, location: Location) -> Any:
         """The value of a field, or `_BAD` after noting the problem."""
         mapping = next(filter(is_mapping, kinds_of(hint)), None)
         if mapping is not None and isinstance(node, yaml.MappingNode):
             item = typing.get_args(mapping)[1]
             values = {
-                name: self.value(item, child, _join(path, name), self.place(key))
+                name: self.value(item, child, _join(path, name), self.location(key))
                 for name, (key, child) in self.pairs(node, path).items()
             }
             return _BAD if any(value is _BAD for value in values.values()) else values
@@ -215,7 +215,7 @@ class _Reader:
             text = (
                 f"expected {expected(hint)}, got {show(node)}{advice or advice_on(hint, node)}{why}"
             )
-            return self.problem(place, path, text)
+            return self.problem(location, path, text)
 
     def rejected(self, cls: type, path: str, line: str) -> None:
         """Notes the errors of a class about its values, at the lines of the fields they name."""
@@ -232,10 +232,10 @@ class _Reader:
         subject = paths[0] if paths and _join(path, line).startswith(paths[0]) else path
         if subject != path:
             line = _join(path, line)[len(subject) :].lstrip(": ")
-        written = [self.places[p] for p in paths if p in self.places]
-        flags = [place for place in written if place.order[0]]
-        place = (flags + written + [self.places.get(path, self.place(None))])[0]
-        self.problem(place, subject, line)
+        written = [self.locations[p] for p in paths if p in self.locations]
+        flags = [location for location in written if location.order[0]]
+        location = (flags + written + [self.locations.get(path, self.location(None))])[0]
+        self.problem(location, subject, line)
 
 
 def _is_required(field: dataclasses.Field) -> bool:

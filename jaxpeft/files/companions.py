@@ -9,7 +9,7 @@ import pathlib
 
 from jaxpeft.core.errors import UserError
 from jaxpeft.files import storage
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
@@ -52,7 +52,7 @@ def is_companion(name: str) -> bool:
     )
 
 
-def find_companions(folder: Place) -> dict[str, Place]:
+def find_companions(folder: StoragePath) -> dict[str, StoragePath]:
     """Finds the files beside the weights of a folder.
 
     Args:
@@ -81,7 +81,7 @@ def find_companions(folder: Place) -> dict[str, Place]:
     return dict(sorted(found.items()))
 
 
-def read_companions(folder: Place) -> dict[str, bytes]:
+def read_companions(folder: StoragePath) -> dict[str, bytes]:
     """Reads the files beside the weights; a dict from names within the folder to contents.
 
     Raises:

@@ -22,7 +22,7 @@ from collections.abc import Container, Iterator, Mapping
 
 from jaxpeft.core.errors import ResourceError, UserError, first_few
 from jaxpeft.files import storage
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 
 _OLD = ".old"
 
@@ -140,13 +140,13 @@ def _locked(folder: pathlib.Path) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def real_path(path: str | os.PathLike) -> Place:
+def real_path(path: str | os.PathLike) -> StoragePath:
     """The absolute path with links resolved: the folder is replaced, not a link to it."""
     text = storage.require_path(path)
     return storage.as_path(text if storage.is_remote(text) else os.path.realpath(text))
 
 
-def require_replaceable(folder: Place, names: Container[str]) -> None:
+def require_replaceable(folder: StoragePath, names: Container[str]) -> None:
     """Checks that saving into a folder replaces nothing but an earlier save.
 
     Args:

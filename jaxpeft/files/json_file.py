@@ -6,10 +6,10 @@ from typing import Any
 from jaxpeft.core import limits
 from jaxpeft.core.errors import UserError
 from jaxpeft.files import storage
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 
 
-def read_json(path: Place) -> dict[str, Any]:
+def read_json(path: StoragePath) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
     Raises:

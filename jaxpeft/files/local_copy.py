@@ -8,11 +8,11 @@ import tempfile
 from collections.abc import Iterable, Iterator
 
 from jaxpeft.files import storage
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 
 
 @contextlib.contextmanager
-def on_disk(folder: Place, patterns: Iterable[str]) -> Iterator[pathlib.Path]:
+def on_disk(folder: StoragePath, patterns: Iterable[str]) -> Iterator[pathlib.Path]:
     """Gives a folder on disk that holds some files of `folder`.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from jaxpeft.core.errors import UserError, nearest
 from jaxpeft.files import hub, other_folders, storage
 from jaxpeft.files.companions import COMPANIONS
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 SMALL = ("config.json", *COMPANIONS)
@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*")
 _ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth")
 
 
-def locate(path: str | os.PathLike, revision: str | None = None, *, weights: bool) -> Place:
+def locate(path: str | os.PathLike, revision: str | None = None, *, weights: bool) -> StoragePath:
     """Finds a model; it downloads from the Hugging Face hub only if given a hub id.
 
     Args:
@@ -54,7 +54,7 @@ def locate(path: str | os.PathLike, revision: str | None = None, *, weights: boo
     return hub.download(text, revision, [*SMALL, *(_WEIGHTS if weights else ())], "model")
 
 
-def locate_again(path: str | os.PathLike, revision: str | None = None) -> Place | None:
+def locate_again(path: str | os.PathLike, revision: str | None = None) -> StoragePath | None:
     """Finds a model that was loaded from `path` before, without downloading anything.
 
     Args:
@@ -84,7 +84,7 @@ def locate_again(path: str | os.PathLike, revision: str | None = None) -> Place 
     return None
 
 
-def locate_adapter(path: str | os.PathLike, revision: str | None, files: Iterable[str]) -> Place:
+def locate_adapter(path: str | os.PathLike, revision: str | None, files: Iterable[str]) -> StoragePath:
     """Finds an adapter's folder; it downloads only if given a hub id.
 
     Args:
@@ -126,7 +126,7 @@ def looks_local(text: str) -> bool:
     )
 
 
-def _in_bucket(text: str, revision: str | None, names: tuple[str, ...]) -> Place:
+def _in_bucket(text: str, revision: str | None, names: tuple[str, ...]) -> StoragePath:
     """A folder in a bucket, checked to hold an object with one of these names."""
     if revision is not None:
         raise UserError(f"{text}: revision {revision!r} has no meaning in a bucket; drop it")

@@ -7,11 +7,11 @@ from jaxpeft.core import limits
 from jaxpeft.core.errors import UserError
 from jaxpeft.files import storage
 from jaxpeft.files.json_file import no_doubles
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.files.tensors import PLAIN_DTYPES, TensorInfo, expected_nbytes
 
 
-def read_header(path: Place) -> dict[str, TensorInfo]:
+def read_header(path: StoragePath) -> dict[str, TensorInfo]:
     """Reads the place of every tensor in a safetensors file.
 
     Raises:
@@ -87,7 +87,7 @@ _DOWNLOAD_AGAIN = "download it again"
 _PLAUSIBLE = 1 << 40  # a greater "length" is the start of another kind of file
 
 
-def _tensor_info(path: Place, base: int, name: str, entry: dict) -> TensorInfo:
+def _tensor_info(path: StoragePath, base: int, name: str, entry: dict) -> TensorInfo:
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) or end < begin:
@@ -100,7 +100,7 @@ def _tensor_info(path: Place, base: int, name: str, entry: dict) -> TensorInfo:
     return TensorInfo(path, base + begin, end - begin, dtype, shape)
 
 
-def _check_layout(path: Place, base: int, tensors: dict[str, TensorInfo]) -> None:
+def _check_layout(path: StoragePath, base: int, tensors: dict[str, TensorInfo]) -> None:
     """Checks that tensors follow one another without overlaps or gaps, as the format requires."""
     position = base
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):

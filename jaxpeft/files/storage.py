@@ -21,9 +21,9 @@ from jaxpeft.core.errors import StoreError, UserError
 # The type that `as_path` returns. epath's paths have the methods of `pathlib.Path`, but do not
 # inherit from it.
 if TYPE_CHECKING:
-    Place = pathlib.Path
+    StoragePath = pathlib.Path
 else:
-    Place = pathlib.PurePath
+    StoragePath = pathlib.PurePath
 
 SCHEME = "gs://"
 MAX_NAME_BYTES = 255
@@ -96,7 +96,7 @@ def expanded(path: str | os.PathLike) -> pathlib.Path:
         ) from None
 
 
-def as_path(path: str | os.PathLike) -> Place:
+def as_path(path: str | os.PathLike) -> StoragePath:
     """The path of a file or folder, on disk or in a bucket, without looking whether it exists.
 
     Raises:
@@ -166,7 +166,7 @@ def is_store_error(error: BaseException) -> bool:
     return bool(_reached) and (known or _is_forbidden(error))
 
 
-def read_bytes(path: Place) -> bytes:
+def read_bytes(path: StoragePath) -> bytes:
     """The content of a file or object.
 
     Raises:
@@ -179,13 +179,13 @@ def read_bytes(path: Place) -> bytes:
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
 
 
-def size(path: Place) -> int:
+def size(path: StoragePath) -> int:
     """Bytes of a file or object."""
     stat: Any = path.stat()
     return stat.length if is_remote(path) else stat.st_size
 
 
-def exists(path: Place) -> bool:
+def exists(path: StoragePath) -> bool:
     """Whether a file, folder or object exists.
 
     The `exists` of epath's paths returns False for a failed request; this function raises.
@@ -210,7 +210,7 @@ class Ranges:
     An object is read by range requests, and nothing of it is stored on disk.
     """
 
-    def __init__(self, path: Place):
+    def __init__(self, path: StoragePath):
         self._path = os.fspath(path)
         self._client = _client(self._path) if is_remote(path) else None
         self._file = -1 if self._client else os.open(path, os.O_RDONLY)
@@ -240,7 +240,7 @@ class Ranges:
             os.close(self._file)
 
 
-def write_objects(folder: Place, files: Mapping[str, bytes]) -> None:
+def write_objects(folder: StoragePath, files: Mapping[str, bytes]) -> None:
     """Writes objects under `folder` one after the other; readers look for the last one.
 
     If there are several, an older object with the last one's name is removed first, so that it
@@ -254,7 +254,7 @@ def write_objects(folder: Place, files: Mapping[str, bytes]) -> None:
             (folder / name).write_bytes(content)
 
 
-def upload(local: pathlib.Path, folder: Place, last: str) -> None:
+def upload(local: pathlib.Path, folder: StoragePath, last: str) -> None:
     """Writes the files of a folder on disk as objects, in place of the objects there.
 
     Args:
@@ -278,7 +278,7 @@ def upload(local: pathlib.Path, folder: Place, last: str) -> None:
             client.put_file(str(local / name), f"{target}/{name}")
 
 
-def objects(folder: Place) -> dict[str, dict[str, Any]]:
+def objects(folder: StoragePath) -> dict[str, dict[str, Any]]:
     """A dict from the name of every object under a folder to its size and the store's CRC-32C.
 
     Raises:
@@ -295,7 +295,7 @@ def objects(folder: Place) -> dict[str, dict[str, Any]]:
     }
 
 
-def remove(folder: Place) -> None:
+def remove(folder: StoragePath) -> None:
     """Removes all objects under a folder, if there are any.
 
     Raises:
@@ -306,7 +306,7 @@ def remove(folder: Place) -> None:
         _client(os.fspath(folder)).rm(os.fspath(folder), recursive=True)
 
 
-def move(folder: Place, target: Place, first: str) -> None:
+def move(folder: StoragePath, target: StoragePath, first: str) -> None:
     """Copies all objects under a folder, then removes the originals, `first` before the others.
 
     A process killed meanwhile leaves the originals complete, or without `first`.

@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 
 PLAIN_DTYPES = {
     "F32": np.dtype(np.float32),
@@ -32,7 +32,7 @@ class TensorInfo:
         shape: The shape in torch's order: a linear weight is ``(out, in)``.
     """
 
-    file: Place
+    file: StoragePath
     offset: int
     nbytes: int
     dtype: str

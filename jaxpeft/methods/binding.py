@@ -233,7 +233,7 @@ def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
     paths.require_tree(params)
     tree, parted, changed = params, False, {}
     for one in adapters_of(adapter):
-        _require_unquantised(params, one)
+        _require_unquantized(params, one)
         kind = KINDS[one.spec.kind]
         if kind.no_merge:
             raise UserError(f"an adapter of kind {kind.name!r} cannot be merged: {kind.no_merge}")
@@ -261,7 +261,7 @@ def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
     return tree
 
 
-def _require_unquantised(params: dict, adapter: Adapter) -> None:
+def _require_unquantized(params: dict, adapter: Adapter) -> None:
     coded = [p for p in adapter.spec.paths if isinstance(paths.get(params, p), QuantTensor)]
     if coded:
         raise UserError(

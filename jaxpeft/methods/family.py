@@ -22,7 +22,7 @@ from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.method import Method
 from jaxpeft.methods.peft.values import PeftFormat
-from jaxpeft.ops.linear import Node, Transposed, materialise
+from jaxpeft.ops.linear import Node, Transposed, materialize
 
 Factors = tuple[np.ndarray, np.ndarray, float]
 """A product ``scale * A @ B`` of one layer: ``A: (d_in, r)``, ``B: (r, d_out)``, and the scale."""
@@ -95,7 +95,7 @@ def merge_leaf(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
     """The usual way to merge: the matrix of every bound node, by path."""
     del leaf
     return {
-        path: jax.jit(materialise)(node) if isinstance(node, Node) else node
+        path: jax.jit(materialize)(node) if isinstance(node, Node) else node
         for path, node in nodes.items()
     }
 

@@ -10,14 +10,14 @@ model code calls   an array does            a node answers        shapes
 ``linear(x, w)``   ``x @ w``                ``multiply(x)``       (*, d_in) -> (*, d_out)
 ``embed(ids, t)``  ``t[ids]``               ``lookup(ids)``       (*,) -> (*, d_model)
 ``attend(x, t)``   ``x @ t.T`` in float32   ``attend(x)``         (*, d_model) -> (*, vocab)
-``materialise(w)`` itself                   ``materialise()``     the logical shape
+``materialize(w)`` itself                   ``materialize()``     the logical shape
 ``shape_of(w)``    ``w.shape``              ``shape``             (d_in, d_out), (vocab, d_model)
 ``dtype_of(w)``    ``w.dtype``              ``dtype``             the dtype of the base
 =================  =======================  ====================  =============================
 
 **Layer axis.** Stacked layers put one axis in front of *every* leaf of a node, scalars
 included (a scale is an ``(L,)`` array), and ``nn.scan`` slices it off, so inside a layer a node
-has no layer axis. `materialise`, `shape_of` and `dtype_of` also accept a whole stack. Arrays that
+has no layer axis. `materialize`, `shape_of` and `dtype_of` also accept a whole stack. Arrays that
 all layers share (VeRA's matrices) are in a node's field ``shared``: `take_shared` moves them to a
 second collection, which ``nn.scan`` broadcasts, and `give_shared` puts them back inside the layer.
 
@@ -107,7 +107,7 @@ class Node:
         """
         raise self._unsupported("attend")
 
-    def materialise(self) -> Float[Array, "..."]:
+    def materialize(self) -> Float[Array, "..."]:
         """The weight as one array.
 
         Raises:
@@ -167,12 +167,12 @@ def attend(x: Float[Array, "*batch d_model"], table: Any) -> Float[Array, "*batc
     return scores(x, table.astype(x.dtype))
 
 
-def materialise(weight: Any) -> Any:
+def materialize(weight: Any) -> Any:
     """The weight as one array of its logical shape, stacked or not.
 
     A stand-in without values, see `jaxpeft.pretrained.shapes`, is returned as it is.
     """
-    return weight.materialise() if isinstance(weight, Node) else weight
+    return weight.materialize() if isinstance(weight, Node) else weight
 
 
 def shape_of(weight: Any) -> tuple[int, ...]:
@@ -209,12 +209,12 @@ class Transposed(Node):
         """Scores of all rows of the table, in the dtype of `x`."""
         return attend(x, self.table).astype(x.dtype)
 
-    def materialise(self) -> Float[Array, "d_model vocab"]:
+    def materialize(self) -> Float[Array, "d_model vocab"]:
         """The transpose of the table that `attend` reads."""
         table = self.table
         while getattr(table, "attends_base", False):
             table = table.base
-        return materialise(table).T
+        return materialize(table).T
 
 
 def take_shared(tree: Mapping) -> tuple[dict, dict]:

@@ -103,7 +103,7 @@ class QuantTensor(Node):
         wide = jnp.repeat(self.group_scale, SCALE_GROUP, axis=-1)[..., :d_out]
         return self.scale.astype(jnp.float32) * wide + self.offset[..., None, None]
 
-    def dequantise(self, dtype: Any = jnp.float32) -> Float[Array, "*stack d_in d_out"]:
+    def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "*stack d_in d_out"]:
         """The kernel in `dtype`, computed from codes and scales."""
         if self.kind == "int8":
             values = self.codes.astype(jnp.float32)
@@ -119,14 +119,14 @@ class QuantTensor(Node):
         """``x`` times the kernel; the backward pass dequantises again instead of keeping it."""
         return _product(x, self)
 
-    def materialise(self) -> Float[Array, "*stack d_in d_out"]:
+    def materialize(self) -> Float[Array, "*stack d_in d_out"]:
         """The kernel, or a stack of kernels, in the dtype before quantisation."""
-        return self.dequantise(self.dtype)
+        return self.dequantize(self.dtype)
 
 
 @jax.custom_vjp
 def _product(x: Any, weight: QuantTensor) -> Any:
-    return product(x, weight.dequantise(x.dtype))
+    return product(x, weight.dequantize(x.dtype))
 
 
 def _product_forward(x: Any, weight: QuantTensor) -> Any:
@@ -134,7 +134,7 @@ def _product_forward(x: Any, weight: QuantTensor) -> Any:
 
 
 def _product_backward(weight: QuantTensor, g: Any) -> Any:
-    return product(g, weight.dequantise(g.dtype).T), None
+    return product(g, weight.dequantize(g.dtype).T), None
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -168,7 +168,7 @@ def quantize_kernel(
         The node that stands for the kernel.
 
     Example:
-        >>> quantize_kernel(jnp.array([[2.0], [0.3], [-2.0]])).dequantise()[:, 0]
+        >>> quantize_kernel(jnp.array([[2.0], [0.3], [-2.0]])).dequantize()[:, 0]
         Array([ 2.       ,  0.3218604, -2.       ], dtype=float32)
     """
     coded = _quantize_blocks(kernel, kind)
@@ -221,7 +221,7 @@ def quantize_scales(scale: Float[Array, "*stack blocks d_out"]) -> dict[str, Any
 
 def nf4_round_trip(kernel: Float[Array, "*stack d_in d_out"]) -> Float[Array, "*stack d_in d_out"]:
     """A kernel after quantisation to NF4 and back, in float32; its scales stay float32."""
-    return quantize_kernel(kernel).dequantise()
+    return quantize_kernel(kernel).dequantize()
 
 
 def quantize(
@@ -249,7 +249,7 @@ def quantize(
     check_kind(kind)
     paths.require_tree(params)
     leaves = paths.flatten(params)
-    chosen = [path for path in leaves if is_quantised(path, head)]
+    chosen = [path for path in leaves if is_quantized(path, head)]
     coded = [path for path in chosen if isinstance(leaves[path], QuantTensor)]
     if coded:
         raise UserError(
@@ -280,7 +280,7 @@ def check_kind(kind: str | None, double: bool = False) -> None:
         raise UserError("double_quantization: there are no scales without quantization.")
 
 
-def is_quantised(path: str, head: bool = False) -> bool:
+def is_quantized(path: str, head: bool = False) -> bool:
     """Whether the leaf at `path` is a kernel that `quantize` quantises."""
     return path.endswith("/kernel") and (head or path != paths.HEAD)
 

@@ -39,7 +39,7 @@ it, and refuses to compile a program that needs more than the rest.
 """
 
 
-class Place(NamedTuple):
+class Machine(NamedTuple):
     """The devices that a plan is made for.
 
     Attributes:
@@ -59,7 +59,7 @@ class Place(NamedTuple):
     platform: str | None
 
 
-def find_place(topology: str | None) -> Place:
+def find_machine(topology: str | None) -> Machine:
     """This machine's devices, or those of a TPU topology that need not be present.
 
     Args:
@@ -78,10 +78,10 @@ def find_place(topology: str | None) -> Place:
         device_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
         if not device_bytes:
             raise UserError(f"the {backend} devices of this machine do not say what they hold.")
-    return Place(f"this machine ({backend})", None, count, "device", device_bytes, None)
+    return Machine(f"this machine ({backend})", None, count, "device", device_bytes, None)
 
 
-def _find_tpu(text: str) -> Place:
+def _find_tpu(text: str) -> Machine:
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
     if not found or found[1] not in CHIPS:
         raise UserError(
@@ -112,7 +112,7 @@ def _find_tpu(text: str) -> Place:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"--topology: {text!r} is refused by libtpu: {reason}") from error
     devices = list(described.devices)
-    return Place(text, devices, len(devices), f"{name} chip", chip.hbm_bytes, "tpu")
+    return Machine(text, devices, len(devices), f"{name} chip", chip.hbm_bytes, "tpu")
 
 
 def _host_bytes() -> int:

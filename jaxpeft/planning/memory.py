@@ -21,7 +21,7 @@ from jaxpeft.core.backend import traced_for
 from jaxpeft.core.errors import UserError
 from jaxpeft.mesh import layout as sharding
 from jaxpeft.models.config import ModelConfig
-from jaxpeft.planning.machines import GIB, Place
+from jaxpeft.planning.machines import GIB, Machine
 from jaxpeft.pretrained.shapes import placed_model
 from jaxpeft.training.checks import check_batches, check_model
 from jaxpeft.training.rows import Rows
@@ -61,20 +61,20 @@ class Measured(NamedTuple):
     fits: bool
     seconds: float
 
-    def line(self, place: Place) -> str:
+    def line(self, machine: Machine) -> str:
         """The result in one line."""
-        has, verdict = place.device_bytes / GIB, "fits" if self.fits else "does not fit"
-        needs = f"{self.device_bytes / GIB:.2f} of {has:.2f} GiB a {place.unit}"
+        has, verdict = machine.device_bytes / GIB, "fits" if self.fits else "does not fit"
+        needs = f"{self.device_bytes / GIB:.2f} of {has:.2f} GiB a {machine.unit}"
         return f"{needs}: {verdict} ({self.seconds:.0f} s)"
 
 
-def make_run(config: RunConfig, model: ModelConfig, rows: Rows, place: Place) -> Run:
-    """The run that training would make, with shapes on the devices of a place.
+def make_run(config: RunConfig, model: ModelConfig, rows: Rows, machine: Machine) -> Run:
+    """The run that training would make, with shapes on the devices of a machine.
 
     Raises:
         UserError: Mesh or batches do not fit the devices.
     """
-    mesh = sharding.make_mesh(**config.mesh.sizes, devices=place.devices)
+    mesh = sharding.make_mesh(**config.mesh.sizes, devices=machine.devices)
     check_batches(config, mesh)
     layout = sharding.Layout(mesh, sharding.parse_rules(config.mesh.rules), model)
     section = config.model
@@ -91,26 +91,26 @@ def make_run(config: RunConfig, model: ModelConfig, rows: Rows, place: Place) ->
 
 
 @contextlib.contextmanager
-def tracing_for(place: Place) -> Iterator[None]:
-    """Programs traced in this block are for the devices of a place."""
-    with contextlib.nullcontext() if place.platform is None else traced_for(place.platform):
+def tracing_for(machine: Machine) -> Iterator[None]:
+    """Programs traced in this block are for the devices of a machine."""
+    with contextlib.nullcontext() if machine.platform is None else traced_for(machine.platform):
         yield
 
 
-def measure(config: RunConfig, model: ModelConfig, rows: Rows, place: Place) -> Measured:
-    """Compiles a run's training step for a place.
+def measure(config: RunConfig, model: ModelConfig, rows: Rows, machine: Machine) -> Measured:
+    """Compiles a run's training step for a machine.
 
     Args:
         config: The run.
         model: Its architecture.
         rows: Its data, which decide the shape of a batch.
-        place: The devices.
+        machine: The devices.
 
     Raises:
         UserError: Mesh or batches do not fit the devices.
     """
-    with tracing_for(place):
-        run, began = make_run(config, model, rows, place), time.perf_counter()
+    with tracing_for(machine):
+        run, began = make_run(config, model, rows, machine), time.perf_counter()
         try:
             compiled = run.compile_step()
         except jax.errors.JaxRuntimeError as error:
@@ -125,7 +125,7 @@ def measure(config: RunConfig, model: ModelConfig, rows: Rows, place: Place) -> 
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
-    return Measured(run, memory, sum(memory), sum(memory) <= place.device_bytes, seconds)
+    return Measured(run, memory, sum(memory), sum(memory) <= machine.device_bytes, seconds)
 
 
 def needed_bytes(text: str) -> int | None:
@@ -143,7 +143,7 @@ def needed_bytes(text: str) -> int | None:
     return round(float(number) * 1024 ** " KMGT".index(unit))
 
 
-def levers(config: RunConfig, place: Place) -> list[list[dict[str, Any]]]:
+def levers(config: RunConfig, machine: Machine) -> list[list[dict[str, Any]]]:
     """The keys of a config that save memory, each with values from mild to strong.
 
     They are rematerialisation, fewer rows at a time (the update is the same), a base spread over
@@ -153,7 +153,7 @@ def levers(config: RunConfig, place: Place) -> list[list[dict[str, Any]]]:
     if train.remat != "full":
         found.append([{"train.remat": "full"}])
     sizes = mesh.sizes
-    free = max(place.count // math.prod(size for size in sizes.values() if size > 0), 1)
+    free = max(machine.count // math.prod(size for size in sizes.values() if size > 0), 1)
     sizes = {axis: free if size == -1 else size for axis, size in sizes.items()}
     shards = sizes["data"] * sizes["fsdp"]
     rows = train.microbatch_size or train.batch_size
@@ -200,7 +200,7 @@ def find_fitting(
     config: RunConfig,
     model: ModelConfig,
     rows: Rows,
-    place: Place,
+    machine: Machine,
     tokenizer: Any = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Alternative]:
@@ -210,7 +210,7 @@ def find_fitting(
         config: A run that does not fit.
         model: Its architecture.
         rows: Its data.
-        place: The devices.
+        machine: The devices.
         tokenizer: Its tokenizer, for methods that need it.
         say: Called with a line before and after each compilation.
 
@@ -227,15 +227,15 @@ def find_fitting(
         try:
             other = changed(config, changes)
             check_model(other, model, tokenizer)
-            now = measure(other, model, rows, place)
+            now = measure(other, model, rows, machine)
         except UserError as error:
             say(f"not possible: {error}")
             return None
         found.append(Alternative(changes, now.device_bytes, now.fits, now.seconds))
-        say(now.line(place))
+        say(now.line(machine))
         return now.fits
 
-    for values in levers(config, place):
+    for values in levers(config, machine):
         for changes in values:
             if (fits := tried(changes)) is not None:
                 strongest = [one for one in strongest if one not in values] + [changes]

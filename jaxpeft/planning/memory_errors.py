@@ -63,10 +63,10 @@ def _size(tree: Any) -> str:
 
 def _changes(config: RunConfig, devices: int) -> list[str]:
     """Values of keys that use less memory than this config, the harmless ones first."""
-    from jaxpeft.planning.machines import Place
+    from jaxpeft.planning.machines import Machine
     from jaxpeft.planning.memory import levers
 
-    here = Place("this machine", None, devices, "device", 0, None)
+    here = Machine("this machine", None, devices, "device", 0, None)
     found = []
     for steps in levers(config, here):
         mild = [step for step in steps if 2 * step.get("train.microbatch_size", 0) <= _rows(config)]

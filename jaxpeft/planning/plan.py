@@ -25,10 +25,10 @@ from jaxpeft.mesh.constraints import traced_on
 from jaxpeft.methods import summary
 from jaxpeft.methods.adapter import RANK, Adapter, is_named
 from jaxpeft.models.config import ModelConfig
-from jaxpeft.planning.machines import Place, find_place
+from jaxpeft.planning.machines import Machine, find_machine
 from jaxpeft.planning.memory import Measured, find_fitting, measure, tracing_for
 from jaxpeft.pretrained.chat_template import read_template
-from jaxpeft.pretrained.load import load_config
+from jaxpeft.pretrained.load import load_model_config
 from jaxpeft.pretrained.tokenizer import has_tokenizer
 from jaxpeft.training.checks import check_model, start_on_zeros
 from jaxpeft.training.output.template import run_tokenizer
@@ -69,8 +69,8 @@ def make_plan(
         UserError: Training would refuse the run too, for a reason other than missing data or
             tokenizer; or there is no such topology.
     """
-    place = find_place(topology)
-    model = load_config(config.model.path, config.model.revision)
+    machine = find_machine(topology)
+    model = load_model_config(config.model.path, config.model.revision)
     folder = locate(config.model.path, config.model.revision, weights=False)
     tokenizer = None
     if has_tokenizer(folder):
@@ -83,25 +83,25 @@ def make_plan(
     elif not storage.exists(storage.as_path(os.path.expanduser(config.data.train))):
         missing = f"{config.data.train} is not there"
     rows = read_data(config, model, tokenizer) if missing is None else full_rows(config, model)
-    say(f"compiling the training step for {describe_place(place)}")
-    measured = measure(config, model, rows, place)
-    say(measured.line(place))
+    say(f"compiling the training step for {describe_machine(machine)}")
+    measured = measure(config, model, rows, machine)
+    say(measured.line(machine))
     run = measured.run
-    with tracing_for(place), traced_on(run.layout):
+    with tracing_for(machine), traced_on(run.layout):
         flops = count_flops(run.make_step(), *run.step_arguments())
     plan = describe(run, model, tokenizer)
     plan["data"] = describe_data(rows, missing, tokenizer, model.vocab_size)
     plan["flops_per_step"] = flops
     plan["devices"] = {
-        "name": place.name,
-        "count": place.count,
-        "unit": place.unit,
+        "name": machine.name,
+        "count": machine.count,
+        "unit": machine.unit,
         "mesh": dict(run.mesh.shape),
-        "device_bytes": place.device_bytes,
+        "device_bytes": machine.device_bytes,
     }
     plan["memory"] = describe_memory(measured)
     if not measured.fits:
-        alternatives = find_fitting(config, model, rows, place, tokenizer, say)
+        alternatives = find_fitting(config, model, rows, machine, tokenizer, say)
         plan["alternatives"] = [one._asdict() for one in alternatives]
     return plan
 
@@ -147,7 +147,7 @@ def describe(run: Run, model: ModelConfig, tokenizer: Any) -> dict[str, Any]:
         },
         "steps": run.rows.steps if config.train.steps or run.rows.train_rows else None,
         "checkpoint_bytes": checkpoint_leaves.num_bytes(
-            checkpoint_leaves.flatten(leaves(run.state))
+            checkpoint_leaves.named_leaves(leaves(run.state))
         ),
         "checkpoints_kept": config.checkpoint.keep,
     }
@@ -237,6 +237,6 @@ def describe_memory(measured: Measured) -> dict[str, Any]:
     }
 
 
-def describe_place(place: Place) -> str:
+def describe_machine(machine: Machine) -> str:
     """Describes the devices, such as "8 v5e chips (v5e:2x4)"."""
-    return f"{place.count} {place.unit}{'s' if place.count > 1 else ''} ({place.name})"
+    return f"{machine.count} {machine.unit}{'s' if machine.count > 1 else ''} ({machine.name})"

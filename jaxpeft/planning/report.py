@@ -69,7 +69,7 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     base, trained = plan["base_parameters"], plan["trainable_parameters"]
     batch, found, dtypes = plan["batch"], plan["data"], plan["dtypes"]
     devices = plan["devices"]
-    quantised = f" ({dtypes['quantization']})" if dtypes["quantization"] else ""
+    quantized = f" ({dtypes['quantization']})" if dtypes["quantization"] else ""
     at_a_time = ""
     if batch["microbatch_size"] not in (None, batch["batch_size"]):
         at_a_time = f", {batch['microbatch_size']} rows at a time"
@@ -79,7 +79,7 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("trainable", f"{trained:,} parameters ({100 * trained / max(base, 1):.3g} %)"),
         (
             "dtypes",
-            f"base {dtypes['base']}{quantised}, compute {dtypes['compute']}, adapter float32",
+            f"base {dtypes['base']}{quantized}, compute {dtypes['compute']}, adapter float32",
         ),
     ]
     if plan["base_leaves_trained"]:

@@ -24,7 +24,7 @@ from jaxpeft.files.folders import real_path, require_replaceable, write_folder
 from jaxpeft.files.json_file import read_json
 from jaxpeft.files.locate import locate_adapter
 from jaxpeft.files.safetensors_file import read_header
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.files.tensors import decode
 from jaxpeft.mesh.processes import is_first
 from jaxpeft.methods.adapter import Adapter, Label
@@ -244,7 +244,7 @@ adapter = jp.load_adapter(THIS_FOLDER, base)
 
 def _open_folder(
     path: str | os.PathLike, revision: str | None
-) -> tuple[Place, Place, dict[str, Any], PeftFormat]:
+) -> tuple[StoragePath, StoragePath, dict[str, Any], PeftFormat]:
     """The folder, the place and the values of its config, and its format."""
     place = find_config(locate_adapter(path, revision, (CONFIG, TENSORS, SIDE)))
     values = read_json(place)
@@ -253,7 +253,7 @@ def _open_folder(
     return place.parent, place, values, peft
 
 
-def _shapes_of(place: Place, name: str, version: str) -> Model:
+def _shapes_of(place: StoragePath, name: str, version: str) -> Model:
     """The base that an adapter names, without its weights."""
     if not name:
         raise UserError(f"{place}: names no base in {BASE_NAME}; pass it: load_adapter(..., base).")
@@ -266,7 +266,7 @@ def _shapes_of(place: Place, name: str, version: str) -> Model:
         ) from error
 
 
-def _open(file: Place) -> Tensors:
+def _open(file: StoragePath) -> Tensors:
     infos = read_header(file)
     whole = file.read_bytes() if storage.is_remote(file) else None  # one request, not thousands
 
@@ -282,7 +282,7 @@ def _open(file: Place) -> Tensors:
     return Tensors(file, shapes, {key: info.dtype for key, info in infos.items()}, read)
 
 
-def _no_tensors(folder: Place) -> str:
+def _no_tensors(folder: StoragePath) -> str:
     if (folder / "adapter_model.bin").exists():
         return (
             "has only adapter_model.bin, a pickle, which can run code and is never opened here; "
@@ -292,7 +292,7 @@ def _no_tensors(folder: Place) -> str:
     return f"{found or f'has no {TENSORS}; the download or save is incomplete'}."
 
 
-def _read_side_file(folder: Place) -> dict[str, Any]:
+def _read_side_file(folder: StoragePath) -> dict[str, Any]:
     """The content of ``jaxpeft.json`` after its hashes were checked; empty if there is none."""
     file = folder / SIDE
     if not file.is_file():

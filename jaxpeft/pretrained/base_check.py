@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.methods.adapter import SCALE, Adapter, is_named, ranks_at
 from jaxpeft.ops.quant import scheme_of
 from jaxpeft.pretrained.identity import Identity, config_changes, identity_of
@@ -38,7 +38,7 @@ def describe_base(base: Model, template: str = "") -> dict[str, Any]:
 
 
 def check_base(
-    folder: Place, known: Mapping, base: Model, template: str, allow_other_base: bool
+    folder: StoragePath, known: Mapping, base: Model, template: str, allow_other_base: bool
 ) -> None:
     """Compares a base with the one that an adapter was trained on.
 
@@ -66,7 +66,7 @@ def check_base(
         )
 
 
-def _check_weights(folder: Place, known: Mapping, base: Model) -> None:
+def _check_weights(folder: StoragePath, known: Mapping, base: Model) -> None:
     theirs = str(known.get("fingerprint") or "")
     if not theirs or theirs == base.fingerprint:
         return
@@ -84,7 +84,7 @@ def _check_weights(folder: Place, known: Mapping, base: Model) -> None:
     )
 
 
-def _check_identity(folder: Place, known: Mapping, base: Model, template: str) -> None:
+def _check_identity(folder: StoragePath, known: Mapping, base: Model, template: str) -> None:
     theirs, ours = Identity.from_values(known), identity_of(base.config, base.tokenizer, template)
     changes = config_changes(theirs.config, ours.config) if theirs.known else []
     what = f"config changed: {first_few(changes)}" if changes else ""

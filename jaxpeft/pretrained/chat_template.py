@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxpeft.core.errors import UserError, nearest
 from jaxpeft.files import storage
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.chat_settings import chat_of
 
@@ -69,7 +69,7 @@ def override_in_adapter(adapter: Adapter, template: str) -> Adapter:
     return dataclasses.replace(adapter, chat=chat.label())
 
 
-def _read(place: Place, name: str) -> bytes:
+def _read(place: StoragePath, name: str) -> bytes:
     try:
         with storage.explained(place):
             if place.is_dir():

@@ -23,7 +23,7 @@ from jaxpeft.pretrained.weights.source import Source
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_config(path: str | os.PathLike, revision: str | None = None) -> ModelConfig:
+def load_model_config(path: str | os.PathLike, revision: str | None = None) -> ModelConfig:
     """The architecture of a model, without its weights.
 
     Args:

@@ -22,7 +22,7 @@ from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files import storage
 from jaxpeft.files.companions import TEMPLATES, is_companion
 from jaxpeft.files.folders import new_folder, real_path
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.files.tensors import PLAIN_DTYPES
 from jaxpeft.mesh.processes import is_first, to_host
 from jaxpeft.methods.adapter import Adapter
@@ -120,7 +120,7 @@ def require_place(
         )
 
 
-def same_folder(source: str | os.PathLike | None, place: Place) -> bool:
+def same_folder(source: str | os.PathLike | None, place: StoragePath) -> bool:
     """Whether a model was loaded from `place`; a source that is no folder is a hub id."""
     if source is None:
         return False
@@ -231,7 +231,7 @@ def _write_json(path: pathlib.Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_ours(place: Place) -> bool:
+def _is_ours(place: StoragePath) -> bool:
     """Whether a folder is empty or holds only the files of a Hugging Face model."""
     return all(
         _is_model_file(child)
@@ -244,7 +244,7 @@ def _is_ours(place: Place) -> bool:
     )
 
 
-def _is_model_file(file: Place) -> bool:
+def _is_model_file(file: StoragePath) -> bool:
     return (
         file.suffix == ".safetensors"
         or file.name in ("config.json", "model.safetensors.index.json")

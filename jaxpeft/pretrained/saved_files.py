@@ -14,7 +14,7 @@ from jaxpeft.core.errors import UserError
 from jaxpeft.files.companions import GENERATION, find_companions, read_companions
 from jaxpeft.files.json_file import read_json
 from jaxpeft.files.locate import locate_again
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.methods.chat_settings import ChatSettings
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.pretrained.model import Model
@@ -156,7 +156,7 @@ def join_settings(ours: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str,
     return {**ours, **kept}
 
 
-def _copied(place: Place, tokenizer: Any) -> SavedFiles:
+def _copied(place: StoragePath, tokenizer: Any) -> SavedFiles:
     """The files of a folder, with changes that were made to its tokenizer after loading."""
     files, settings = read_companions(place), read_json(place / "config.json")
     if tokenizer is None:

@@ -13,8 +13,8 @@ from jaxpeft.core.errors import UserError
 from jaxpeft.mesh.layout import Layout
 from jaxpeft.mesh.placement import leaf_sharding, placed_shapes
 from jaxpeft.models.config import ModelConfig
-from jaxpeft.ops.quant import is_quantised, quantize_kernel
-from jaxpeft.pretrained.load import activation_dtype, load_config
+from jaxpeft.ops.quant import is_quantized, quantize_kernel
+from jaxpeft.pretrained.load import activation_dtype, load_model_config
 from jaxpeft.pretrained.model import Model
 from jaxpeft.pretrained.weights.names import param_shapes
 
@@ -84,7 +84,7 @@ def load_shapes(name: str, revision: str | None = None) -> Model:
     Raises:
         UserError: Nothing is there, or the model is not supported.
     """
-    return without_weights(load_config(name, revision), name)
+    return without_weights(load_model_config(name, revision), name)
 
 
 def without_weights(config: ModelConfig, name: str) -> Model:
@@ -127,7 +127,7 @@ def placed_model(
     leaves = {}
     for path, shape in param_shapes(config).items():
         leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-        if quantization is not None and is_quantised(path):
+        if quantization is not None and is_quantized(path):
             code = functools.partial(quantize_kernel, kind=quantization, double=double_quantization)
             leaf = jax.eval_shape(code, leaf)
         leaves[path] = placed_shapes(leaf, leaf_sharding(path, leaf, layout))

@@ -9,19 +9,19 @@ from jaxpeft.files import storage
 from jaxpeft.files.json_file import read_json
 from jaxpeft.files.local_copy import on_disk
 from jaxpeft.files.locate import SMALL
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.pretrained.quiet_transformers import import_transformers
 
 # A folder's tokenizer is made from one of these files.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def has_tokenizer(place: Place) -> bool:
+def has_tokenizer(place: StoragePath) -> bool:
     """Whether a folder has tokenizer files; a GGUF file always does."""
     return place.suffix == ".gguf" or any((place / name).is_file() for name in VOCABULARY_FILES)
 
 
-def read_tokenizer(place: Place) -> Any:
+def read_tokenizer(place: StoragePath) -> Any:
     """Loads the tokenizer of a Hugging Face folder or a GGUF file, without running code from it.
 
     Args:
@@ -72,7 +72,7 @@ def read_tokenizer(place: Place) -> Any:
     return tokenizer
 
 
-def _check_settings(path: Place) -> None:
+def _check_settings(path: StoragePath) -> None:
     if not path.is_file():
         return
     for key, value in read_json(path).items():

@@ -18,7 +18,7 @@ from jaxpeft.core.errors import ResourceError
 from jaxpeft.files import storage
 
 
-def open_log(path: storage.Place) -> "MetricsLog | ObjectLog":
+def open_log(path: storage.StoragePath) -> "MetricsLog | ObjectLog":
     """The log for a file, or for an object in a bucket."""
     return ObjectLog(path) if storage.is_remote(path) else MetricsLog(path)
 
@@ -33,7 +33,7 @@ class ObjectLog:
         UserError: The object cannot be read.
     """
 
-    def __init__(self, path: storage.Place):
+    def __init__(self, path: storage.StoragePath):
         self.path = path
         self._lines: list[bytes] = []
         with storage.explained(path), contextlib.suppress(FileNotFoundError):

@@ -12,7 +12,7 @@ from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files import storage
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.mesh.processes import from_first, together
 from jaxpeft.methods.adapter import Adapter, ranks_at
 from jaxpeft.methods.method import Context
@@ -141,7 +141,7 @@ def check_batches(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
             )
 
 
-def check_unchanged(what: str, saved: str, now: str, output: Place) -> None:
+def check_unchanged(what: str, saved: str, now: str, output: StoragePath) -> None:
     """Checks that a run continues with the data or base it began with.
 
     Args:

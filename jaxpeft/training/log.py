@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.config.schema import to_plain
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.mesh.processes import is_first
 from jaxpeft.reports import tables
 from jaxpeft.reports.metrics_log import open_log
@@ -192,7 +192,7 @@ class RunLog:
             self._files[name].append({"step": step, **values})
 
 
-def evaluations(output: Place) -> dict[int, dict[str, Any]]:
+def evaluations(output: StoragePath) -> dict[int, dict[str, Any]]:
     """The evaluations in a run's ``metrics.jsonl``, by step."""
     try:
         lines = (output / METRICS).read_bytes().splitlines()

@@ -16,7 +16,7 @@ from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core import paths
 from jaxpeft.core.backend import give_back_memory
 from jaxpeft.data.batches import eval_batches
-from jaxpeft.files.storage import Place, as_path
+from jaxpeft.files.storage import StoragePath, as_path
 from jaxpeft.inference.metrics import Sample, count_cut, evaluate_loss, exact_match
 from jaxpeft.mesh import layout, placement, processes
 from jaxpeft.mesh.constraints import traced_on
@@ -254,7 +254,7 @@ class Run:
         order = [restored[name] for name in leaves(self.state)]
         self.state = jax.tree.unflatten(jax.tree.structure(self.state), order)
 
-    def export(self, checkpoints: Checkpoints) -> Place:
+    def export(self, checkpoints: Checkpoints) -> StoragePath:
         """Writes the result: the best state if the config asks for it, else the last.
 
         Returns:

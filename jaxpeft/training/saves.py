@@ -9,7 +9,7 @@ from jaxpeft.checkpoints.checkpoints import Checkpoints
 from jaxpeft.cli.signals import StopRequest
 from jaxpeft.core.errors import DivergedError, InterruptedRunError, LostWorkerError
 from jaxpeft.files.patience import persist
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.mesh.processes import from_first, is_first
 from jaxpeft.training.log import RunLog
 from jaxpeft.training.output.folder import CHECKPOINTS
@@ -17,7 +17,7 @@ from jaxpeft.training.output.result import export_path
 from jaxpeft.training.run import Run
 
 
-def export(run: Run, checkpoints: Checkpoints) -> Place:
+def export(run: Run, checkpoints: Checkpoints) -> StoragePath:
     """Writes the result; if the disk is full or fails, it is tried again a few times."""
     alike = jax.process_count() == 1 or export_path(run.config).name == "adapter"
     if not alike:  # the first process would retry alone

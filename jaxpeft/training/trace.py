@@ -26,7 +26,7 @@ def parse_range(text: str | None) -> range:
 class Trace:
     """Records a profile of some steps, as far as this process makes them."""
 
-    def __init__(self, folder: storage.Place, steps: range):
+    def __init__(self, folder: storage.StoragePath, steps: range):
         self._folder, self._steps, self._on = folder, steps, False
 
     def before(self, step: int) -> None:

@@ -21,7 +21,7 @@ from jaxpeft.merge import main as merge_main
 from jaxpeft.plan import main as plan_main
 from jaxpeft.pretrained.adapters import peek_kind
 from jaxpeft.pretrained.hf.folder import open_folder
-from jaxpeft.pretrained.load import load_config, load_tokenizer
+from jaxpeft.pretrained.load import load_model_config, load_tokenizer
 from jaxpeft.train import main as train_main
 from jaxpeft.training.init_from import check_init_from
 
@@ -50,7 +50,7 @@ TAKES_A_PATH = {
     "plan CONFIG": lambda path: plan_main([path]),
     "load_model": jp.load_model,
     "load_tokenizer": load_tokenizer,
-    "config of a model": load_config,
+    "config of a model": load_model_config,
     "load_adapter": jp.load_adapter,
     "save_adapter": lambda path: jp.save_adapter(path, *toy()[::-1]),
     "save_model": lambda path: jp.save_model(path, toy()[0]),
@@ -118,7 +118,7 @@ def test_a_key_of_the_config_is_named_with_its_line(key, name, tmp_path_factory)
     assert str(error.value).startswith(f"{file}:{line}: {key}: ")
 
 
-@pytest.mark.parametrize("take", [jp.load_model, jp.load_adapter, load_config])
+@pytest.mark.parametrize("take", [jp.load_model, jp.load_adapter, load_model_config])
 def test_a_home_folder_that_is_not_known_is_one_line(take):
     with pytest.raises(UserError, match=r"^~nobody-of-that-name/m: no home folder is known"):
         take("~nobody-of-that-name/m")

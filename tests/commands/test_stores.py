@@ -202,7 +202,7 @@ def test_the_marker_is_the_object_written_last(monkeypatch):
     assert saved(folder, 2).latest() == 2
 
 
-def change_an_object(step: storage.Place) -> tuple[str, bytes]:
+def change_an_object(step: storage.StoragePath) -> tuple[str, bytes]:
     """Flips a bit of a checkpoint; the name of the object, and what it is now."""
     name = next(name for name in storage.objects(step) if "/d/" in name)
     data = bytearray((step / name).read_bytes())

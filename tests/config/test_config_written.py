@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxpeft.config import run_config as cfg
 from jaxpeft.config import sections
-from jaxpeft.config.schema import Schema, describe, flatten
+from jaxpeft.config.schema import Schema, describe, dotted_values
 from jaxpeft.config.yaml_reader import loads
 from jaxpeft.config.yaml_writer import dumps
 from jaxpeft.core.errors import UserError
@@ -92,7 +92,7 @@ def test_every_key_is_written_out(load):
     expected = {"name": "lora", "rank": 8, "alpha": 16.0, "targets": "all-linear", "exclude": []}
     assert expected.items() <= written["method"].items()
     known = {key.path for key in cfg.SCHEMA.keys if key.variant in ("", "lora")}
-    assert set(flatten(load(SMALL))) == known
+    assert set(dotted_values(load(SMALL))) == known
 
 
 def test_hash_changes_with_the_numbers_and_not_with_the_place(load):
@@ -193,7 +193,7 @@ def test_a_mapping_is_one_key_and_its_order_is_part_of_it():
         Values(ranks=FrozenMap({"a": 1, "b": 2})),
         Values(ranks=FrozenMap({"b": 2, "a": 1})),
     )
-    assert flatten(first)["ranks"] == {"a": 1, "b": 2}
+    assert dotted_values(first)["ranks"] == {"a": 1, "b": 2}
     assert first != second
     assert FrozenMap({"a": 1}) == {"a": 1}
 

@@ -15,7 +15,7 @@ from tiny_models import hf_tensors, write_hf
 import jaxpeft as jp
 from jaxpeft.core.errors import UserError
 from jaxpeft.files.locate import locate
-from jaxpeft.pretrained.load import load_config
+from jaxpeft.pretrained.load import load_model_config
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 NAME = "org/name"
@@ -207,7 +207,7 @@ def test_a_model_is_downloaded_and_found_again_without_the_hub(hub, monkeypatch)
 def test_what_the_hub_does_wrong_is_one_line(hub, monkeypatch, name):
     stage, fault, code, words = FAULTS[name]
     monkeypatch.setattr(Hub, "faults", {stage: fault})
-    text, found = refusal(load_config)
+    text, found = refusal(load_model_config)
     assert stage in hub.asked
     assert words in text
     assert found == code, text
@@ -226,7 +226,7 @@ def test_a_hub_that_is_not_there(hub, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         point_to(f"http://127.0.0.1:{closed.getsockname()[1]}", monkeypatch)
-        text, code = refusal(load_config)
+        text, code = refusal(load_model_config)
     assert code == 5
     assert "the hub was not reached" in text
     assert "look at the connection" in text
@@ -238,19 +238,19 @@ def test_a_name_that_is_not_resolved(hub, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     point_to("http://hub.invalid", monkeypatch)
-    text, code = refusal(load_config)
+    text, code = refusal(load_model_config)
     assert (code, "the hub was not reached" in text) == (5, True)
 
 
 def test_an_address_that_is_none(hub, monkeypatch):
     point_to("huggingface.co", monkeypatch)
-    text, code = refusal(load_config)
+    text, code = refusal(load_model_config)
     assert (code, "HF_ENDPOINT is no address of the web" in text) == (2, True)
 
 
 def test_offline_is_the_users_own_choice(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    text, code = refusal(load_config)
+    text, code = refusal(load_model_config)
     assert (code, "HF_HUB_OFFLINE is set; unset it" in text) == (2, True)
 
 
@@ -258,5 +258,5 @@ def test_an_own_client_is_put_back(hub):
     from huggingface_hub.utils import _http
 
     before = _http._GLOBAL_CLIENT_FACTORY
-    load_config(NAME)
+    load_model_config(NAME)
     assert _http._GLOBAL_CLIENT_FACTORY is before

@@ -19,7 +19,7 @@ from jaxpeft.core.errors import UserError
 from jaxpeft.data.rows.json_rows import read_json
 from jaxpeft.pretrained.gguf.file import read_gguf
 from jaxpeft.pretrained.hf.folder import open_folder
-from jaxpeft.pretrained.load import load_config, load_tokenizer
+from jaxpeft.pretrained.load import load_model_config, load_tokenizer
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "llama"])
@@ -40,7 +40,7 @@ from jaxpeft.pretrained.load import load_config, load_tokenizer
 def test_every_size_of_a_model_has_a_limit(tmp_path, kind, key, value):
     (tmp_path / "config.json").write_text(json.dumps({**CONFIGS[kind], key: value}))
     with pytest.raises(UserError, match=rf"config\.json: {key}: at most [\d,]+ is supported, got"):
-        load_config(tmp_path)
+        load_model_config(tmp_path)
 
 
 def header(length, content=b"{"):
@@ -118,13 +118,13 @@ def test_sizes_of_a_gguf_have_limits(tmp_path, value):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(UserError, match=r"llama\.block_count: at most 2,048 is supported"):
-        load_config(tmp_path / "m.gguf")
+        load_model_config(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(
     ("name", "load", "limit"),
     [
-        ("config.json", load_config, limits.JSON_BYTES),
+        ("config.json", load_model_config, limits.JSON_BYTES),
         ("model.safetensors.index.json", open_folder, limits.JSON_BYTES),
         ("tokenizer.json", load_tokenizer, limits.TOKENIZER_BYTES),
         ("tokenizer_config.json", load_tokenizer, limits.JSON_BYTES),
@@ -244,7 +244,7 @@ def model_file(name, content):
         folder = write_hf(tmp_path, "llama", hf_tensors("llama"), shards=2)
         (folder / name).write_bytes(content())
         what = (
-            "load.load_config(path)" if name == "config.json" else "open_folder(pathlib.Path(path))"
+            "load.load_model_config(path)" if name == "config.json" else "open_folder(pathlib.Path(path))"
         )
         return folder, what
 

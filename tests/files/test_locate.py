@@ -11,7 +11,7 @@ from tiny_models import VOCAB, hf_tensors, write_hf
 
 from jaxpeft.core.errors import UserError
 from jaxpeft.files.locate import locate, looks_local
-from jaxpeft.pretrained.load import load_config, load_params
+from jaxpeft.pretrained.load import load_model_config, load_params
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -55,7 +55,7 @@ def test_a_cached_hub_model_loads_offline(revision):
 @pytest.mark.usefixtures("hub_cache")
 def test_a_model_that_is_not_cached_is_told_offline(name, revision):
     with pytest.raises(UserError, match=r"not in the hub's local cache.*HF_HUB_OFFLINE") as error:
-        load_config(name, revision=revision)
+        load_model_config(name, revision=revision)
     assert str(error.value).startswith(name)
 
 
@@ -110,12 +110,12 @@ def test_weights_are_asked_for_only_when_wanted(monkeypatch, tmp_path):
 def test_a_typo_in_a_path_names_what_is_near(tmp_path):
     write_hf(tmp_path / "models" / "smollm2", "llama", hf_tensors("llama"))
     with pytest.raises(UserError) as error:
-        load_config(tmp_path / "models" / "smolm2")
+        load_model_config(tmp_path / "models" / "smolm2")
     text = str(error.value)
     assert str(tmp_path / "models" / "smollm2") in text
     assert "no network access was tried" in text
     with pytest.raises(UserError, match=r"near names: .*/models;"):
-        load_config(tmp_path / "modles" / "smollm2")
+        load_model_config(tmp_path / "modles" / "smollm2")
 
 
 @pytest.mark.parametrize(
@@ -156,16 +156,16 @@ def test_files_of_other_kinds_say_what_to_give(tmp_path, monkeypatch, name, mess
     if name:
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=message):
-        load_config(name)
+        load_model_config(name)
 
 
 def test_a_folder_of_gguf_files_names_one(tmp_path):
     (tmp_path / "m.Q8_0.gguf").write_text("x")
     with pytest.raises(UserError, match=r"name one: .*/m\.Q8_0\.gguf"):
-        load_config(tmp_path)
+        load_model_config(tmp_path)
 
 
 def test_a_revision_of_a_local_folder_is_refused(tmp_path):
     write_hf(tmp_path, "llama", hf_tensors("llama"))
     with pytest.raises(UserError, match="revision 'main' has no meaning for a local path"):
-        load_config(tmp_path, revision="main")
+        load_model_config(tmp_path, revision="main")

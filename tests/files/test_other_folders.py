@@ -14,7 +14,7 @@ from tiny_models import hf_tensors, write_hf
 import jaxpeft as jp
 from jaxpeft.core.errors import UserError
 from jaxpeft.pretrained.hf.folder import open_folder
-from jaxpeft.pretrained.load import load_config
+from jaxpeft.pretrained.load import load_model_config
 
 HASH = "0123456789abcdef0123456789abcdef01234567"
 MLX = {
@@ -59,7 +59,7 @@ def cached(tmp_path, *names):
 
 
 @pytest.mark.parametrize(
-    ("load", "file"), [(load_config, "config.json"), (jp.load_adapter, "adapter_config.json")]
+    ("load", "file"), [(load_model_config, "config.json"), (jp.load_adapter, "adapter_config.json")]
 )
 def test_a_folder_of_the_hubs_cache_points_to_its_snapshot(tmp_path, load, file):
     repo = cached(tmp_path, file)
@@ -75,7 +75,7 @@ def test_a_folder_of_the_hubs_cache_points_to_its_snapshot(tmp_path, load, file)
 
 
 def test_a_cached_repository_without_the_file_is_to_be_downloaded(tmp_path):
-    text = refusal(load_config, cached(tmp_path, "README.md"))
+    text = refusal(load_model_config, cached(tmp_path, "README.md"))
     assert "no snapshot in it has config.json; give the hub id org/tiny" in text
 
 
@@ -83,13 +83,13 @@ def test_the_snapshot_that_is_named_loads(tmp_path):
     repo = cached(tmp_path)
     source = write_hf(tmp_path / "source", "llama", hf_tensors("llama"))
     shutil.copytree(source, repo / "snapshots" / HASH, dirs_exist_ok=True)
-    named = refusal(load_config, repo).partition("give ")[2].partition(",")[0]
-    assert load_config(named) == load_config(source)
+    named = refusal(load_model_config, repo).partition("give ")[2].partition(",")[0]
+    assert load_model_config(named) == load_model_config(source)
 
 
 def test_a_cached_dataset_is_no_model(tmp_path):
     folder = write(tmp_path / "datasets--org--rows", refs__main=HASH)
-    assert "a cached repository of datasets, not of a model" in refusal(load_config, folder)
+    assert "a cached repository of datasets, not of a model" in refusal(load_model_config, folder)
 
 
 @pytest.mark.parametrize(
@@ -107,17 +107,17 @@ def test_a_cached_dataset_is_no_model(tmp_path):
     ],
 )
 def test_what_is_no_model_is_told_with_the_way_out(tmp_path, files, words):
-    assert words in refusal(load_config, write(tmp_path, **files))
+    assert words in refusal(load_model_config, write(tmp_path, **files))
 
 
 def test_the_folder_of_a_run_points_to_its_result(tmp_path):
     write(tmp_path, **{"metrics.jsonl": "", "config.yaml": ""})
-    assert "has exported nothing yet" in refusal(load_config, tmp_path)
+    assert "has exported nothing yet" in refusal(load_model_config, tmp_path)
     assert "has exported no adapter yet" in refusal(jp.load_adapter, tmp_path)
     write(tmp_path, adapter__adapter_config_json=PEFT)
-    assert f"{tmp_path / 'adapter'} as the adapter" in refusal(load_config, tmp_path)
+    assert f"{tmp_path / 'adapter'} as the adapter" in refusal(load_model_config, tmp_path)
     write(tmp_path, model__config_json={})
-    assert f"its model is {tmp_path / 'model'}" in refusal(load_config, tmp_path)
+    assert f"its model is {tmp_path / 'model'}" in refusal(load_model_config, tmp_path)
 
 
 def test_an_adapter_of_mlx_is_called_so(tmp_path):
@@ -127,7 +127,7 @@ def test_an_adapter_of_mlx_is_called_so(tmp_path):
         refusal(jp.LoRA.from_peft, folder),
         refusal(jp.load_adapter, write(tmp_path / "b", adapters_st="")),
         refusal(jp.load_adapter, write(tmp_path / "c", **{"adapters.npz": "x"})),
-        refusal(load_config, folder / "adapters.safetensors"),
+        refusal(load_model_config, folder / "adapters.safetensors"),
     ):
         assert "MLX" in text or "not a model" in text
     assert "lora_alpha its scale times the rank" in refusal(jp.load_adapter, folder)
@@ -223,7 +223,7 @@ def test_to_download_again_is_said_only_where_it_helps(tmp_path, start, words, u
 def test_a_model_quantised_by_mlx_is_called_so(tmp_path):
     quantization = {"group_size": 64, "bits": 4}
     folder = write_hf(tmp_path, "llama", hf_tensors("llama"), quantization=quantization)
-    assert "weights quantised by 'MLX' are not read" in refusal(load_config, folder)
+    assert "weights quantised by 'MLX' are not read" in refusal(load_model_config, folder)
 
 
 def test_a_folder_that_cannot_be_listed_names_nothing_near(tmp_path, monkeypatch):
@@ -231,4 +231,4 @@ def test_a_folder_that_cannot_be_listed_names_nothing_near(tmp_path, monkeypatch
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(pathlib.Path, "iterdir", denied)
-    assert "no such file or folder" in refusal(load_config, tmp_path / "absent")
+    assert "no such file or folder" in refusal(load_model_config, tmp_path / "absent")

@@ -47,12 +47,12 @@ def mesh_of(data=1, fsdp=1, tensor=1):
 
 
 @functools.cache
-def base_of(quantised=False, dtype="float32", **changes):
+def base_of(quantized=False, dtype="float32", **changes):
     """The model on one device."""
-    sizes = (QUANTISED if quantised else SIZES) | changes
+    sizes = (QUANTISED if quantized else SIZES) | changes
     base = toy_model(jax.random.key(0), tokenizer=False, **sizes)
     params = jax.tree.map(lambda x: x.astype(dtype), base.params)
-    params = quantize(params) if quantised else params
+    params = quantize(params) if quantized else params
     module = base.module.clone(compute_dtype=jnp.dtype(dtype))
     return dataclasses.replace(base, params=params, module=module)
 

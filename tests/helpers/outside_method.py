@@ -23,7 +23,7 @@ from jaxpeft.methods.method import NO_CONTEXT, Method
 from jaxpeft.methods.peft.modules import contiguous, modules_of, stack, targets_value
 from jaxpeft.methods.peft.patterns import keep_names
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat
-from jaxpeft.ops.linear import OnBase, linear, materialise, shape_of
+from jaxpeft.ops.linear import OnBase, linear, materialize, shape_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ class ScaledKernel(OnBase):
     def multiply(self, x):
         return (linear(x, self.base) * (1 + self.gain)).astype(x.dtype)
 
-    def materialise(self):
-        return (materialise(self.base) * (1 + self.gain[..., None, :])).astype(self.dtype)
+    def materialize(self):
+        return (materialize(self.base) * (1 + self.gain[..., None, :])).astype(self.dtype)
 
 
 def bind(leaf):

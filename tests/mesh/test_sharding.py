@@ -19,7 +19,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.mesh import layout, placement
 from jaxpeft.methods.registry import KINDS
-from jaxpeft.pretrained.load import load_config, load_model
+from jaxpeft.pretrained.load import load_model_config, load_model
 from jaxpeft.pretrained.weights.names import param_shapes
 from jaxpeft.training.run import Run
 
@@ -148,7 +148,7 @@ def make_run(files, tmp_path_factory):
     def make(mesh, **changes):
         output = tmp_path_factory.mktemp("runs") / "run"
         config = jp.load_config(write_config(files, output, train={"steps": 6}, **changes))
-        rows = program.read_data(config, load_config(files.model))
+        rows = program.read_data(config, load_model_config(files.model))
         return Run(config, load_model(files.model, mesh=mesh), rows, mesh)
 
     return make

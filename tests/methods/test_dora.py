@@ -46,7 +46,7 @@ def test_the_product_is_that_of_float64_numpy(getkey):
     w, a, b, g = wide(node)
     expected = np.asarray(x, np.float64) @ (g * (w + 0.5 * a @ b))
     np.testing.assert_allclose(jax.jit(DoRAKernel.multiply)(node, x), expected, 1e-4, 1e-4)
-    np.testing.assert_allclose(node.materialise(), g * (w + 0.5 * a @ b), 1e-5, 1e-5)
+    np.testing.assert_allclose(node.materialize(), g * (w + 0.5 * a @ b), 1e-5, 1e-5)
 
 
 def test_with_dropout_the_base_answers_to_the_dropped_input_as_in_peft(getkey):

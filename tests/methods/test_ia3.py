@@ -12,7 +12,7 @@ import jaxpeft as jp
 from jaxpeft.core import paths
 from jaxpeft.methods.binding import bind, check_fit
 from jaxpeft.methods.kernels.ia3 import IA3, IA3Kernel, feedforward_paths, write
-from jaxpeft.ops.linear import materialise
+from jaxpeft.ops.linear import materialize
 
 RNG = np.random.default_rng(0)
 X, W = RNG.normal(size=(2, 5, 6)), RNG.normal(size=(6, 4))
@@ -30,7 +30,7 @@ def test_a_vector_scales_inputs_or_outputs(feedforward):
     as_float = [jnp.asarray(v, jnp.float32) for v in (X, W, scale)]
     node = IA3Kernel(*as_float[1:], jnp.int32(1), feedforward=feedforward)
     np.testing.assert_allclose(jax.jit(node.multiply)(as_float[0]), expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(X @ np.asarray(materialise(node)), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(X @ np.asarray(materialize(node)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_bias_behind_a_scaled_output_is_scaled_and_one_behind_a_scaled_input_is_not():

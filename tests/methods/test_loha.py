@@ -34,7 +34,7 @@ def test_a_kernel_changes_by_the_product_of_two_products(rank):
     node = LoHaKernel(*(jnp.asarray(v, jnp.float32) for v in wide), scale=jnp.float32(0.7))
     actual = jax.jit(node.multiply)(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(actual, x @ expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(node.materialise(), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(node.materialize(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_step_makes_no_array_of_the_kernels_size_where_the_product_is_smaller():

@@ -39,7 +39,7 @@ def test_a_kernel_changes_by_a_kronecker_product(factors):
     node = LoKrKernel(*as_float, jnp.float32(0.7))
     actual = jax.jit(node.multiply)(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(actual, x @ expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(node.materialise(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(node.materialize(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_makes_no_array_of_the_kernels_size():

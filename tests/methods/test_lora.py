@@ -263,7 +263,7 @@ def test_parameters_without_an_embedding_table_are_merged_too(getkey):
 def test_merging_into_bfloat16_rounds_the_sum_once(getkey):
     w = jax.random.normal(getkey(), (6, 5)).astype(BF16)
     a, b = jax.random.normal(getkey(), (6, 2)), jax.random.normal(getkey(), (2, 5))
-    merged = LoRAKernel(w, a, b, scale=0.3).materialise()
+    merged = LoRAKernel(w, a, b, scale=0.3).materialize()
     exact = np.asarray(w).astype(np.float64) + 0.3 * np.asarray(a, np.float64) @ np.asarray(b)
     np.testing.assert_array_equal(np.asarray(merged), exact.astype(BF16))
 

@@ -170,11 +170,11 @@ def test_loftq_approximates_what_the_quantised_kernel_lacks_and_more_steps_do_be
     for steps in (1, 2, 5):
         rest = w.astype(np.float64)
         for _ in range(steps):
-            quantised = nf4_by_hand(rest.astype(np.float32))
-            low = truncated(w - quantised, 8)
+            quantized = nf4_by_hand(rest.astype(np.float32))
+            low = truncated(w - quantized, 8)
             rest = w - low
         a, b = starts.loftq(jax.random.key(0), jnp.asarray(w), 8, 1.0, steps=steps)
-        errors.append(np.linalg.norm(w - quantised - low))
+        errors.append(np.linalg.norm(w - quantized - low))
         if steps == 1:
             np.testing.assert_allclose(a @ b, low, rtol=1e-3, atol=1e-4)
         ours = np.asarray(a, np.float64) @ np.asarray(b, np.float64)

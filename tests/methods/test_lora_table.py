@@ -21,7 +21,7 @@ from jaxpeft.methods.lora.config import LoRA
 from jaxpeft.methods.lora.table import DoRATable, LoRATable
 from jaxpeft.methods.prompts.prompt import PromptTuning
 from jaxpeft.methods.registry import KINDS
-from jaxpeft.ops.linear import attend, embed, materialise
+from jaxpeft.ops.linear import attend, embed, materialize
 
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
 EMBED, HEAD = "embed_tokens", "lm_head"
@@ -77,7 +77,7 @@ def test_a_table_looks_up_the_sum_rounded_once_and_attends_its_base(dtype):
         np.asarray(looked, np.float64), dense[np.asarray(ids)], rtol=tolerance, atol=1e-5
     )
     np.testing.assert_allclose(
-        np.asarray(materialise(node), np.float64), dense, rtol=tolerance, atol=1e-5
+        np.asarray(materialize(node), np.float64), dense, rtol=tolerance, atol=1e-5
     )
     x = draw(np.zeros((2, 4)), 2, 1.0)
     np.testing.assert_array_equal(attend(x, node), attend(x, table))
@@ -92,7 +92,7 @@ def test_dora_gives_every_column_of_the_table_its_magnitude():
     dense *= m / np.linalg.norm(dense, axis=0)
     ids = jnp.arange(12)
     np.testing.assert_allclose(jax.jit(embed)(ids, node), dense, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(materialise(node), dense, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(materialize(node), dense, rtol=1e-4, atol=1e-5)
 
 
 def test_virtual_tokens_behind_the_table_get_nothing_of_its_factors():

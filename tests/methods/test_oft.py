@@ -60,7 +60,7 @@ def test_inputs_are_rotated_before_they_meet_the_base():
     node = OFTKernel(jnp.asarray(w, jnp.float32), jnp.asarray(Q), jnp.int32(1), exact=True)
     actual = jax.jit(node.multiply)(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(actual, rotated @ w, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(x @ np.asarray(node.materialise()), actual, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(x @ np.asarray(node.materialize()), actual, rtol=1e-4, atol=1e-4)
 
 
 def test_a_new_adapter_is_the_base_to_the_last_bit_also_in_half_precision():

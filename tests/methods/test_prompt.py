@@ -31,7 +31,7 @@ from jaxpeft.methods.method import Context
 from jaxpeft.methods.prompts.prompt import PromptTuning, prompt_adapter
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.ops.linear import embed
-from jaxpeft.pretrained.load import load_config, load_model
+from jaxpeft.pretrained.load import load_model_config, load_model
 from jaxpeft.pretrained.model import Model
 from jaxpeft.updates.losses import make_lm_loss
 
@@ -367,7 +367,7 @@ def test_virtual_tokens_count_in_the_length_of_a_row(files, tmp_path):
         program.main([config])
     cut = jp.load_config(config, ["--data.on_long=drop", "--data.max_length=3"])
     with pytest.raises(jp.UserError, match="leaves no room behind 3 virtual tokens"):
-        program.read_data(cut, load_config(files.model))
+        program.read_data(cut, load_model_config(files.model))
 
 
 # Decoding.

@@ -16,7 +16,7 @@ from jaxpeft.methods.binding import bind, head_is_frozen, merge
 from jaxpeft.methods.leaves.token_rows import TokenHead, TokenTable
 from jaxpeft.methods.leaves.trainable_tokens import PEFT, TrainableTokens, read, write
 from jaxpeft.methods.peft.values import Tensors, Values
-from jaxpeft.ops.linear import attend, embed, linear, materialise
+from jaxpeft.ops.linear import attend, embed, linear, materialize
 
 IDS = (5, 2, 9)
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
@@ -47,14 +47,14 @@ def test_a_table_looks_up_and_scores_with_its_rows_replaced():
     table = replaced(node)
     np.testing.assert_array_equal(jax.jit(embed)(ids, node), table[np.asarray(ids)])
     np.testing.assert_allclose(jax.jit(attend)(x, node), x @ table.T, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(materialise(node), table)
+    np.testing.assert_array_equal(materialize(node), table)
 
 
 def test_a_head_scores_with_its_columns_replaced():
     node, x = table_node(), draw(np.zeros((2, 5, 4)), seed=2, scale=1.0)
     head = TokenHead(node.base.T, node.rows, node.ids, node.rank)
     np.testing.assert_allclose(jax.jit(linear)(x, head), x @ replaced(node).T, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(materialise(head), replaced(node).T)
+    np.testing.assert_array_equal(materialize(head), replaced(node).T)
 
 
 def test_rows_are_rounded_to_the_dtype_of_the_table_where_they_are_used():
@@ -72,7 +72,7 @@ def test_a_rank_of_zero_leaves_the_base_also_where_its_ids_repeat():
     ids, x = jnp.arange(12), draw(np.zeros((2, 4)), seed=2, scale=1.0)
     np.testing.assert_array_equal(embed(ids, node), node.base)
     np.testing.assert_array_equal(attend(x, node), attend(x, node.base))
-    np.testing.assert_array_equal(materialise(node), node.base)
+    np.testing.assert_array_equal(materialize(node), node.base)
 
 
 def test_a_new_adapter_has_the_rows_of_the_base_in_the_order_that_was_asked_for():

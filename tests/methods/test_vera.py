@@ -36,7 +36,7 @@ def test_a_kernel_changes_by_its_cut_of_the_shared_matrices():
     )
     node = VeRAKernel(base, d, b, shared=shared)
     np.testing.assert_allclose(jax.jit(node.multiply)(x32), x @ expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(node.materialise(), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(node.materialize(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_matrices_are_stored_once_in_the_size_of_the_largest_kernel():

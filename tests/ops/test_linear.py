@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpeft.methods.lora.nodes import LoRAKernel
 from jaxpeft.models.layers import weight
-from jaxpeft.ops.linear import attend, dtype_of, embed, linear, materialise, shape_of
+from jaxpeft.ops.linear import attend, dtype_of, embed, linear, materialize, shape_of
 
 LAYERS, D_IN, D_OUT, RANK = 8, 16, 24, 3
 
@@ -118,7 +118,7 @@ def test_the_node_multiplies_with_the_matrix_it_stands_for(case, getkey):
     x = jax.random.normal(getkey(), (2, 5, D_IN))
     node, dense = case.build(base, trained), numpy_dense(case, base, trained)
     np.testing.assert_allclose(linear(x, node), np.asarray(x) @ dense, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(materialise(node), dense, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(materialize(node), dense, rtol=1e-6, atol=1e-5)
 
 
 @every_node
@@ -128,7 +128,7 @@ def test_logical_shape_and_dtype_are_those_of_the_base(case, getkey, stack):
     node = case.build(base, trained)
     assert shape_of(node) == (*stack, D_IN, D_OUT)
     assert dtype_of(node) == jnp.bfloat16
-    whole = materialise(node)
+    whole = materialize(node)
     assert (whole.shape, whole.dtype) == ((*stack, D_IN, D_OUT), jnp.bfloat16)
 
 

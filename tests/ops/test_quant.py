@@ -54,7 +54,7 @@ def test_codes_stand_for_the_nearest_levels_of_every_block(kind, d_in):
     kernel = normal((d_in, 24))
     node = quantize_kernel(jnp.asarray(kernel), kind)
     expected, tops = by_hand(kernel, kind)
-    np.testing.assert_allclose(node.dequantise(), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(node.dequantize(), expected, rtol=1e-6, atol=1e-7)
     top = {"nf4": 1, "int4": 7, "int8": 127}[kind]
     np.testing.assert_allclose(node.scales() * top, tops, rtol=1e-6)
     assert node.shape == kernel.shape
@@ -73,7 +73,7 @@ def test_two_codes_share_a_byte_by_halves_of_a_block():
 @single_or_double
 def test_the_error_on_normal_numbers_is_the_published_one(kind, low, high, double):
     kernel = normal((1024, 256))
-    change = np.asarray(quantize_kernel(jnp.asarray(kernel), kind, double).dequantise()) - kernel
+    change = np.asarray(quantize_kernel(jnp.asarray(kernel), kind, double).dequantize()) - kernel
     assert low < np.linalg.norm(change) / np.linalg.norm(kernel) < high
 
 
@@ -98,7 +98,7 @@ def test_quantised_scales_are_those_in_float_to_one_part_in_127():
 def test_a_block_of_zeros_stays_zero():
     for kind in KINDS:
         node = quantize_kernel(jnp.zeros((70, 2)), kind)
-        np.testing.assert_array_equal(node.dequantise(), np.zeros((70, 2)))
+        np.testing.assert_array_equal(node.dequantize(), np.zeros((70, 2)))
 
 
 @every_kind
@@ -106,7 +106,7 @@ def test_a_block_of_zeros_stays_zero():
 def test_products_and_their_gradients_are_those_of_the_dense_kernel(kind, double):
     x, kernel = jnp.asarray(normal((3, 5, 70))), jnp.asarray(normal((70, 24), seed=1))
     node = quantize_kernel(kernel, kind, double)
-    dense = node.dequantise()
+    dense = node.dequantize()
     weights = jnp.asarray(normal((3, 5, 24), seed=2))
 
     def total(x, kernel):
@@ -123,7 +123,7 @@ def test_a_stack_is_its_layers(kind):
     for layer in range(3):
         one = quantize_kernel(kernel[layer], kind, True)
         sliced = jax.tree.map(lambda leaf, layer=layer: leaf[layer], whole)
-        np.testing.assert_array_equal(one.dequantise(), sliced.dequantise())
+        np.testing.assert_array_equal(one.dequantize(), sliced.dequantize())
         assert one.shape == sliced.shape == (70, 8)
 
 
@@ -131,21 +131,21 @@ def test_a_stack_is_its_layers(kind):
 
 
 @functools.cache
-def quantised(kind, double=False):
+def quantized(kind, double=False):
     return quantize(decoder()[1], kind, double=double)
 
 
 def dense_of(params):
     return paths.unflatten(
         {
-            path: leaf.materialise() if isinstance(leaf, QuantTensor) else leaf
+            path: leaf.materialize() if isinstance(leaf, QuantTensor) else leaf
             for path, leaf in paths.flatten(params).items()
         }
     )
 
 
 def test_kernels_of_the_layers_are_quantised_and_nothing_else():
-    params = quantised("nf4")
+    params = quantized("nf4")
     coded = {p for p, leaf in paths.flatten(params).items() if isinstance(leaf, QuantTensor)}
     assert coded == {p for p in paths.flatten(decoder()[1]) if p.endswith("_proj/kernel")}
 
@@ -166,7 +166,7 @@ def test_losses_and_gradients_are_those_of_the_dequantised_base(kind, remat):
             jax.value_and_grad(lambda p: loss(adapter.replace(params=p), params, remat))
         )(adapter.params)
 
-    actual, expected = run(quantised(kind)), run(dense_of(quantised(kind)))
+    actual, expected = run(quantized(kind)), run(dense_of(quantized(kind)))
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-6), actual, expected
     )
@@ -233,12 +233,12 @@ def test_temporaries_do_not_grow_with_depth_by_dequantised_kernels():
 
 def test_merging_into_codes_is_refused_with_both_ways_out():
     with pytest.raises(jp.UserError, match=r"quantised.*without quantization.*merge_quantized"):
-        merge(quantised("nf4"), make_adapter(trained=True))
+        merge(quantized("nf4"), make_adapter(trained=True))
 
 
 @every_kind
 def test_merging_on_purpose_rounds_again_and_says_what_it_costs(kind):
-    adapter, params = make_adapter(trained=True), quantised(kind)
+    adapter, params = make_adapter(trained=True), quantized(kind)
     merged, errors = merge_quantized(params, adapter)
     exact = merge(dense_of(params), adapter)
     assert set(errors) == set(adapter.spec.paths)
@@ -246,8 +246,8 @@ def test_merging_on_purpose_rounds_again_and_says_what_it_costs(kind):
         wide, coded = paths.get(exact, path), paths.get(merged, path)
         assert isinstance(coded, QuantTensor)
         assert coded.kind == kind
-        change = np.linalg.norm(coded.dequantise() - wide)
-        brought = np.linalg.norm(wide - paths.get(params, path).dequantise())
+        change = np.linalg.norm(coded.dequantize() - wide)
+        brought = np.linalg.norm(wide - paths.get(params, path).dequantize())
         assert error.kernel == pytest.approx(change / np.linalg.norm(wide), rel=1e-4)
         assert error.change == pytest.approx(change / brought, rel=1e-4)
 
@@ -279,11 +279,11 @@ def test_blocks_that_do_not_divide_are_named():
 
 def test_adapters_start_from_shapes_as_on_a_dense_base():
     key = jax.random.key(0)
-    coded = jp.init_adapter(jp.LoRA(rank=2), quantised("nf4"), key)
+    coded = jp.init_adapter(jp.LoRA(rank=2), quantized("nf4"), key)
     dense = jp.init_adapter(jp.LoRA(rank=2), decoder()[1], key)
     jax.tree.map(np.testing.assert_array_equal, coded, dense)
     with pytest.raises(jp.UserError, match=r"loftq.*quantised already"):
-        jp.init_adapter(jp.LoRA(rank=2, init_weights="loftq"), quantised("nf4"), key)
+        jp.init_adapter(jp.LoRA(rank=2, init_weights="loftq"), quantized("nf4"), key)
 
 
 # From files, and in a run.
@@ -346,7 +346,7 @@ def test_a_run_of_loftq_makes_up_for_what_the_codes_of_its_base_lose(files, tmp_
     adapter = jp.load_adapter(tmp_path / "run", coded)
     for path in adapter.spec.paths:
         lost = np.asarray(paths.get(dense.params, path), np.float64)
-        lost = lost - np.asarray(paths.get(coded.params, path).dequantise(), np.float64)
+        lost = lost - np.asarray(paths.get(coded.params, path).dequantize(), np.float64)
         a, b = (np.asarray(paths.get(adapter.params, f"{path}/{k}"), np.float64) for k in "ab")
         rest = np.linalg.norm(lost - 4 * a @ b, axis=(1, 2))
         s = np.linalg.svd(lost, compute_uv=False)

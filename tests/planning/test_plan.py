@@ -20,7 +20,7 @@ from jaxpeft.mesh.constraints import traced_on
 from jaxpeft.planning import machines, memory
 from jaxpeft.planning.plan import full_rows, make_plan
 from jaxpeft.planning.report import print_plan
-from jaxpeft.pretrained.load import load_config, load_model, load_tokenizer
+from jaxpeft.pretrained.load import load_model_config, load_model, load_tokenizer
 from jaxpeft.pretrained.weights.names import param_shapes
 from jaxpeft.training.rows import read_data
 from jaxpeft.training.run import Run
@@ -41,19 +41,19 @@ def config_of(files, folder, **changes):
     return run_config.load_config(write_config(files, folder / "run", **changes))
 
 
-def small(place, share):
+def small(machine, share):
     """The same devices with a share of their memory."""
-    return place._replace(device_bytes=int(share))
+    return machine._replace(device_bytes=int(share))
 
 
 @pytest.mark.parametrize("quantization", [None, pytest.param("nf4", marks=pytest.mark.slow)])
 def test_the_planned_step_is_the_step_of_a_run(files, tmp_path, quantization):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     config = config_of(files, tmp_path, model={"quantization": quantization}, mesh=mesh)
-    model = load_config(config.model.path)
+    model = load_model_config(config.model.path)
     rows = read_data(config, model, load_tokenizer(config.model.path))
-    place = machines.find_place(None)
-    planned = memory.make_run(config, model, rows, place)
+    machine = machines.find_machine(None)
+    planned = memory.make_run(config, model, rows, machine)
     base = load_model(config.model.path, mesh=planned.layout, quantization=quantization)
     real = Run(config, base, rows, planned.layout)
     like = [(run.state, run.base.params) for run in (planned, real)]
@@ -94,12 +94,12 @@ def test_the_plan_counts_what_the_run_says_of_itself(files, tmp_path):
 
 def test_flops_of_the_layers_double_with_the_depth(files, tmp_path):
     config = config_of(files, tmp_path)
-    model = load_config(config.model.path)
+    model = load_model_config(config.model.path)
     rows = full_rows(config, model)
 
     def cost(layers):
         deep = dataclasses.replace(model, num_layers=layers)
-        run = memory.make_run(config, deep, rows, machines.find_place(None))
+        run = memory.make_run(config, deep, rows, machines.find_machine(None))
         return count_flops(run.make_step(), *run.step_arguments())
 
     one, two, four = cost(1), cost(2), cost(4)
@@ -109,25 +109,25 @@ def test_flops_of_the_layers_double_with_the_depth(files, tmp_path):
 @pytest.mark.slow
 def test_what_does_not_fit_is_compiled_with_other_settings(files, tmp_path):
     config = config_of(files, tmp_path, train={"remat": "none"}, data={"max_length": 128})
-    model = load_config(config.model.path)
+    model = load_model_config(config.model.path)
     rows = full_rows(config, model)
-    place = machines.find_place(None)._replace(devices=jax.devices()[:1], count=1)
-    needed = memory.measure(config, model, rows, place).device_bytes
-    found = memory.find_fitting(config, model, rows, small(place, 0.7 * needed))
+    machine = machines.find_machine(None)._replace(devices=jax.devices()[:1], count=1)
+    needed = memory.measure(config, model, rows, machine).device_bytes
+    found = memory.find_fitting(config, model, rows, small(machine, 0.7 * needed))
     assert any(one.fits for one in found)
     assert [one.fits for one in found] == [one.device_bytes <= int(0.7 * needed) for one in found]
     assert any("train.microbatch_size" in one.changes for one in found)
     other = memory.changed(config, found[-1].changes)
-    assert memory.measure(other, model, rows, place).device_bytes == found[-1].device_bytes
+    assert memory.measure(other, model, rows, machine).device_bytes == found[-1].device_bytes
 
 
 @pytest.mark.slow
 def test_where_no_setting_alone_fits_several_are_tried_together(files, tmp_path):
     config = config_of(files, tmp_path, train={"remat": "none"})
-    model = load_config(config.model.path)
+    model = load_model_config(config.model.path)
     rows = full_rows(config, model)
-    place = machines.find_place(None)._replace(devices=jax.devices()[:1], count=1)
-    nothing = memory.find_fitting(config, model, rows, small(place, 0))
+    machine = machines.find_machine(None)._replace(devices=jax.devices()[:1], count=1)
+    nothing = memory.find_fitting(config, model, rows, small(machine, 0))
     assert not any(one.fits for one in nothing)
     assert set(nothing[-1].changes) == {
         "train.remat",
@@ -138,13 +138,13 @@ def test_where_no_setting_alone_fits_several_are_tried_together(files, tmp_path)
 
 def test_a_base_that_is_too_large_for_a_device_is_spread_over_all(files, tmp_path):
     config = config_of(files, tmp_path)
-    model = load_config(config.model.path)
+    model = load_model_config(config.model.path)
     rows = full_rows(config, model)
-    place = machines.find_place(None)
-    whole = memory.measure(config, model, rows, place)
+    machine = machines.find_machine(None)
+    whole = memory.measure(config, model, rows, machine)
     changes = {"mesh.data": 1, "mesh.fsdp": 8}
-    assert [changes] in memory.levers(config, place)
-    spread = memory.measure(memory.changed(config, changes), model, rows, place)
+    assert [changes] in memory.levers(config, machine)
+    spread = memory.measure(memory.changed(config, changes), model, rows, machine)
     base = 4 * sum(map(math.prod, param_shapes(model).values()))
     assert whole.memory
     assert spread.memory
@@ -162,7 +162,7 @@ def test_a_base_that_is_too_large_for_a_device_is_spread_over_all(files, tmp_pat
 )
 def test_settings_are_tried_for_the_sizes_that_the_mesh_has(files, tmp_path, mesh, shards, spread):
     config = config_of(files, tmp_path, mesh=mesh, train={"batch_size": 16})
-    found = memory.levers(config, machines.find_place(None))
+    found = memory.levers(config, machines.find_machine(None))
     sizes = [change["train.microbatch_size"] for change in found[0]]
     assert sizes == [n for n in (8, 4, 2) if n % shards == 0]
     assert ([{"mesh.data": 1, "mesh.fsdp": shards}] in found) == spread
@@ -179,7 +179,7 @@ def test_data_that_are_not_there_are_said_to_be_missing(files, tmp_path, capsys)
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_architectures_have_the_published_number_of_parameters(name):
-    config = load_config(ROOT / "configs" / "models" / name)
+    config = load_model_config(ROOT / "configs" / "models" / name)
     shapes = param_shapes(config).values()
     assert sum(map(math.prod, shapes)) == PUBLISHED[name]
 
@@ -196,13 +196,13 @@ def test_architectures_have_the_published_number_of_parameters(name):
 )
 def test_topologies_that_are_none_are_refused(topology, text):
     with pytest.raises(UserError, match=text):
-        machines.find_place(topology)
+        machines.find_machine(topology)
 
 
 def test_without_libtpu_the_way_to_get_it_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"jaxpeft\[plan\]"):
-        machines.find_place("v5e:1x1")
+        machines.find_machine("v5e:1x1")
 
 
 def test_the_size_of_a_refused_program_is_read_from_xla():
@@ -241,4 +241,4 @@ def test_the_planning_configs_are_read_and_name_models_that_are_there():
     assert len(found) == 4
     for path in found:
         config = run_config.load_config(str(path))
-        assert load_config(ROOT / config.model.path).num_layers > 0
+        assert load_model_config(ROOT / config.model.path).num_layers > 0

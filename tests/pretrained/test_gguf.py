@@ -41,7 +41,7 @@ def test_config_from_metadata_equals_config_from_json(tmp_path, kind):
     assert read_gguf_config(path) == config_from_hf(CONFIGS[kind])
 
 
-def dequantised_float64(raw: bytes, quant: str) -> np.ndarray:
+def dequantized_float64(raw: bytes, quant: str) -> np.ndarray:
     """The block layouts of ggml, written out: a scale, maybe a minimum, then 32 values."""
     values = []
     size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[quant]
@@ -67,7 +67,7 @@ def test_blocks_are_dequantised_as_their_layout_says(tmp_path, quant):
     raw = gguf.quantize(rows, Type[quant])
     info = TensorInfo(tmp_path, 0, raw.nbytes, quant, (6, 64))
     actual = decode(raw.reshape(-1), info)
-    expected = dequantised_float64(raw.tobytes(), quant).reshape(6, 64)
+    expected = dequantized_float64(raw.tobytes(), quant).reshape(6, 64)
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-7)
     assert np.abs(actual - rows).max() < 0.5
 

@@ -10,7 +10,7 @@ from tiny_models import BF16, CONFIGS, VOCAB, D, expected_params, hf_tensors, wr
 
 from jaxpeft.core.errors import UserError
 from jaxpeft.core.paths import flatten
-from jaxpeft.pretrained.load import load_config, load_params
+from jaxpeft.pretrained.load import load_model_config, load_params
 
 
 def assert_same_tree(actual: dict, expected: dict):
@@ -207,7 +207,7 @@ def test_only_pickles_are_refused_with_the_way_to_convert(tmp_path):
 def test_no_weights_at_all_are_told(tmp_path):
     write_hf(tmp_path, "llama", hf_tensors("llama"))
     (tmp_path / "model.safetensors").unlink()
-    assert load_config(tmp_path).vocab_size == VOCAB
+    assert load_model_config(tmp_path).vocab_size == VOCAB
     with pytest.raises(UserError, match="no weights: expected model"):
         load_params(tmp_path)
 
@@ -225,21 +225,21 @@ def test_no_weights_at_all_are_told(tmp_path):
 def test_a_broken_config_is_placed(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=message):
-        load_config(tmp_path)
+        load_model_config(tmp_path)
 
 
 def test_a_folder_without_config_is_told(tmp_path):
     with pytest.raises(UserError, match=r"config\.json: file not found"):
-        load_config(tmp_path)
+        load_model_config(tmp_path)
 
 
 def test_generation_config_adds_the_tokens_that_end_a_turn(tmp_path):
     write_hf(tmp_path, "llama", hf_tensors("llama"), eos_token_id=[2, 3])
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 7]}')
-    assert load_config(tmp_path).eos_token_ids == (2, 3, 7)
+    assert load_model_config(tmp_path).eos_token_ids == (2, 3, 7)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 400}')
     with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id: .*below 40"):
-        load_config(tmp_path)
+        load_model_config(tmp_path)
 
 
 def test_an_unknown_dtype_is_refused_before_reading(tmp_path):

@@ -65,7 +65,7 @@ def test_bfloat16_layer_rounds_as_peft_does():
     np.testing.assert_allclose(
         np.asarray(y, np.float32), golden["y"].astype(np.float32), rtol=2**-7, atol=1e-2
     )
-    merged = np.asarray(kernel.materialise().T)
+    merged = np.asarray(kernel.materialize().T)
     assert (merged == golden["merged_weight"]).mean() > 0.995
 
 

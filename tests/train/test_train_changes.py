@@ -17,7 +17,7 @@ from jaxpeft.config import run_config
 from jaxpeft.core.errors import InterruptedRunError, UserError
 from jaxpeft.files.storage import as_path
 from jaxpeft.methods.registry import METHODS
-from jaxpeft.pretrained.load import load_config
+from jaxpeft.pretrained.load import load_model_config
 from jaxpeft.training.output import resume
 from jaxpeft.training.run import Run
 from jaxpeft.training.scored_on import scored_on
@@ -346,7 +346,7 @@ def test_what_scores_are_measured_on_is_what_decides_them(files, tmp_path):
     def found(best, **changes):
         sections = {"checkpoint": {"best": best}, "evaluation": {"exact_match": True}, **changes}
         config = jp.load_config(write_config(files, tmp_path / "run", **sections))
-        return scored_on(config, program.read_data(config, load_config(files.model)))
+        return scored_on(config, program.read_data(config, load_model_config(files.model)))
 
     def evaluated(**values):
         return {"evaluation": {"exact_match": True, **values}}

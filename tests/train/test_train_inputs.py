@@ -19,7 +19,7 @@ import jaxpeft as jp
 from jaxpeft import train as program
 from jaxpeft.core.errors import UserError
 from jaxpeft.mesh import layout
-from jaxpeft.pretrained.load import load_config, load_model
+from jaxpeft.pretrained.load import load_model_config, load_model
 from jaxpeft.training.rows import steps_of_epochs
 from jaxpeft.training.run import Run
 
@@ -30,7 +30,7 @@ def test_held_out_rows_that_are_trained_on_are_counted(files, tmp_path, capsys):
     config = jp.load_config(
         write_config(files, tmp_path / "run", data={"eval": str(tmp_path / "eval.jsonl")})
     )
-    read = program.read_data(config, load_config(files.model))
+    read = program.read_data(config, load_model_config(files.model))
     assert read.shared == 3
     run = Run(config, load_model(files.model), read, layout.make_mesh())
     assert ("note", "3 of 5 rows of data.eval are trained on") in run.describe()[0]
@@ -41,7 +41,7 @@ def test_bad_rows_are_dropped_from_held_out_data_too(files, tmp_path):
     write_rows(tmp_path / "eval.jsonl", [{"promt": "typo"}, *rows, {"text": 3}])
     changes = {"eval": str(tmp_path / "eval.jsonl"), "on_bad_row": "drop"}
     config = jp.load_config(write_config(files, tmp_path / "run", data=changes))
-    read = program.read_data(config, load_config(files.model))
+    read = program.read_data(config, load_model_config(files.model))
     assert read.eval_examples.rows == rows
     assert read.eval_examples is not None
     assert len(read.eval_examples) == len(rows)
@@ -209,6 +209,6 @@ def test_one_epoch_sees_every_row(files, tmp_path):
         data=changes,
         train={"epochs": 1, "steps": None, "batch_size": 4},
     )
-    read = program.read_data(jp.load_config(path), load_config(files.model))
+    read = program.read_data(jp.load_config(path), load_model_config(files.model))
     seen = {line for step in range(read.steps) for line in read.plan.rows_of(step)}
     assert seen == set(range(1, 10))

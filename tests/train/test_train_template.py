@@ -16,7 +16,7 @@ from jaxpeft import train as program
 from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core.errors import UserError
 from jaxpeft.planning.plan import describe_data
-from jaxpeft.pretrained.load import load_config
+from jaxpeft.pretrained.load import load_model_config
 from jaxpeft.training.output import folder
 from jaxpeft.training.output.template import find_template, keep_template, run_tokenizer
 from jaxpeft.training.run import Run
@@ -61,7 +61,7 @@ def began(config: RunConfig, template: str) -> None:
 def test_rows_are_learned_under_the_template(files, tmp_path, template):
     config = make_config(files, tmp_path, template)
     tokenizer = run_tokenizer(config, find_template(config))
-    model = load_config(files.model)
+    model = load_model_config(files.model)
     for rows in (
         program.read_data(config, model, tokenizer),
         program.read_data(config, model),

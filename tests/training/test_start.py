@@ -13,7 +13,7 @@ from jaxpeft.core import paths
 from jaxpeft.mesh.layout import Layout
 from jaxpeft.methods.chat_settings import ChatSettings, chat_of
 from jaxpeft.methods.method import Context
-from jaxpeft.ops.linear import materialise
+from jaxpeft.ops.linear import materialize
 from jaxpeft.ops.quant import QuantTensor
 from jaxpeft.training.run import Run
 from jaxpeft.training.start import choose_start
@@ -55,7 +55,7 @@ def test_a_start_from_what_quantising_loses_comes_back_with_the_quantised_base()
     coded, kernel = paths.get(base.params, path), paths.get(dense.params, path)
     assert isinstance(coded, QuantTensor)
     bound = jp.bind(base.params, adapter)["params"]
-    lost, left = (jnp.linalg.norm(materialise(x) - kernel) for x in (coded, paths.get(bound, path)))
+    lost, left = (jnp.linalg.norm(materialize(x) - kernel) for x in (coded, paths.get(bound, path)))
     assert left < 0.95 * lost
 
 

@@ -16,7 +16,7 @@ from jaxpeft.core.errors import UserError, first_few, nearest
 from jaxpeft.data.rows import foreign_files
 from jaxpeft.data.rows.problems import DROP_HINT, Problem
 from jaxpeft.files import storage
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 
 MALFORMED = "malformed JSON"
 SPLIT_HINT = "split its text into several rows"
@@ -84,7 +84,7 @@ def read_json(path: str | pathlib.Path) -> JsonFile:
     return JsonFile(name, sha256, values, problems)
 
 
-def _read_bytes(path: Place) -> bytes:
+def _read_bytes(path: StoragePath) -> bytes:
     try:
         if not storage.is_remote(path) and path.is_char_device():
             raise UserError(f"{path}: this is a device; give a .jsonl or .json file.")

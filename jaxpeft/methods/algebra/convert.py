@@ -27,7 +27,7 @@ from jaxpeft.methods.binding import check_fit, make_leaf
 from jaxpeft.methods.family import Kind, Leaf
 from jaxpeft.methods.lora.plain import lora_of
 from jaxpeft.methods.registry import KINDS
-from jaxpeft.ops.linear import OnBase, materialise
+from jaxpeft.ops.linear import OnBase, materialize
 
 
 def to_lora(
@@ -103,7 +103,7 @@ def _decomposed(params: dict, adapter: Adapter, path: str) -> Iterator[tuple[Any
     kind = KINDS[adapter.spec.kind]
     found = paths.get(params, path)
     if found is not None:
-        params = paths.put(params, {path: jnp.asarray(materialise(found), jnp.float32)})
+        params = paths.put(params, {path: jnp.asarray(materialize(found), jnp.float32)})
     leaf = make_leaf(params, adapter, path)
     nodes = kind.bind(leaf)
     node = nodes.get(path)
@@ -134,7 +134,7 @@ def _merged_change(
     result = None, None
     for place, array in merged.items():
         old = leaf.base if place == leaf.path else paths.get(params, place)
-        old = None if old is None else np.asarray(materialise(old), np.float32)
+        old = None if old is None else np.asarray(materialize(old), np.float32)
         change = None if old is None else np.asarray(array, np.float32) - old
         if place == leaf.path and (place.endswith("/kernel") or factored):
             result = old, change

@@ -44,14 +44,14 @@ def merge_quantized(
     """
     touched = {path for one in adapters_of(adapter) for path in one.spec.paths}
     leaves = {path: paths.get(params, path) for path in sorted(touched)}
-    quantised = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, QuantTensor)}
-    dense = {path: leaf.materialise() for path, leaf in quantised.items()}
+    quantized = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, QuantTensor)}
+    dense = {path: leaf.materialize() for path, leaf in quantized.items()}
     merged = merge(paths.put(params, dense), adapter)
     again, errors = {}, {}
-    for path, old in quantised.items():
+    for path, old in quantized.items():
         kernel = paths.get(merged, path)
         again[path] = quantize_kernel(kernel, old.kind, old.group_scale is not None)
-        lost = relative_change(kernel, again[path].dequantise())
+        lost = relative_change(kernel, again[path].dequantize())
         brought = relative_change(kernel, dense[path])
         errors[path] = MergeError(lost, lost / max(brought, 1e-300))
     return paths.put(merged, again), errors

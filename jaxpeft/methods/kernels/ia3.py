@@ -34,7 +34,7 @@ from jaxpeft.methods.peft.modules import (
 )
 from jaxpeft.methods.peft.patterns import keep_names
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
-from jaxpeft.ops.linear import OnBase, linear, materialise, shape_of
+from jaxpeft.ops.linear import OnBase, linear, materialize, shape_of
 
 FEEDFORWARD = ("down_proj",)
 """Modules that PEFT scales before the kernel if no feed-forward modules are given."""
@@ -150,11 +150,11 @@ class IA3Kernel(OnBase):
             return linear((x.astype(scale.dtype) * scale).astype(x.dtype), self.base)
         return (linear(x, self.base).astype(scale.dtype) * scale).astype(x.dtype)
 
-    def materialise(self) -> Float[Array, "*stack d_in d_out"]:
+    def materialize(self) -> Float[Array, "*stack d_in d_out"]:
         """The scaled kernel in float32, rounded to the base's dtype; also of a stack."""
         scale = scale_of(self.l, self.rank)
         scale = scale[..., :, None] if self.feedforward else scale[..., None, :]
-        return (materialise(self.base).astype(jnp.float32) * scale).astype(self.dtype)
+        return (materialize(self.base).astype(jnp.float32) * scale).astype(self.dtype)
 
 
 def scale_of(vector: Float[Array, "*stack d"], rank: Any) -> Float[Array, "*stack d"]:

@@ -34,7 +34,7 @@ from jaxpeft.methods.kernels.lycoris import uniform
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import contiguous, modules_of, require_finite
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
-from jaxpeft.ops.linear import PRODUCT, OnBase, linear, materialise, shape_of
+from jaxpeft.ops.linear import PRODUCT, OnBase, linear, materialize, shape_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -131,9 +131,9 @@ class LoHaKernel(OnBase):
             change = h @ self.delta()
         return (y.astype(jnp.float32) + change.reshape(y.shape)).astype(x.dtype)
 
-    def materialise(self) -> Float[Array, "*stack d_in d_out"]:
+    def materialize(self) -> Float[Array, "*stack d_in d_out"]:
         """``base + delta`` in float32, rounded to the base's dtype; also of a stack."""
-        return (materialise(self.base).astype(jnp.float32) + self.delta()).astype(self.dtype)
+        return (materialize(self.base).astype(jnp.float32) + self.delta()).astype(self.dtype)
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:

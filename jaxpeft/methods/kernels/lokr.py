@@ -34,7 +34,7 @@ from jaxpeft.methods.kernels.lycoris import uniform
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import contiguous, modules_of, require_finite
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
-from jaxpeft.ops.linear import PRODUCT, OnBase, linear, materialise, shape_of
+from jaxpeft.ops.linear import PRODUCT, OnBase, linear, materialize, shape_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -170,12 +170,12 @@ class LoKrKernel(OnBase):
         low = jnp.einsum("tmk,ml->tlk", checkpoint_name(h @ w2, PRODUCT), w1) * self.scale
         return (y.astype(low.dtype) + low.reshape(y.shape)).astype(x.dtype)
 
-    def materialise(self) -> Float[Array, "*stack d_in d_out"]:
+    def materialize(self) -> Float[Array, "*stack d_in d_out"]:
         """``base + delta`` in float32, rounded to the base's dtype; also of a stack."""
         w1, w2 = (whole(self.factors, name) for name in ("w1", "w2"))
         delta = jnp.einsum("...ml,...nk->...mnlk", w1, w2, precision=HIGHEST).reshape(self.shape)
         delta *= jnp.asarray(self.scale, jnp.float32)[..., None, None]
-        return (materialise(self.base).astype(jnp.float32) + delta).astype(self.dtype)
+        return (materialize(self.base).astype(jnp.float32) + delta).astype(self.dtype)
 
 
 def whole(factors: Mapping[str, Any], name: str) -> Float[Array, "*stack rows columns"]:

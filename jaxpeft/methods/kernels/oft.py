@@ -41,7 +41,7 @@ from jaxpeft.methods.peft.modules import (
 )
 from jaxpeft.methods.peft.patterns import keep_names
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
-from jaxpeft.ops.linear import OnBase, linear, materialise, shape_of
+from jaxpeft.ops.linear import OnBase, linear, materialize, shape_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -162,9 +162,9 @@ class OFTKernel(OnBase):
         rotated = jnp.einsum("nbk,bkc->nbc", blocks, r, precision=HIGHEST)
         return linear(rotated.reshape(x.shape).astype(x.dtype), self.base)
 
-    def materialise(self) -> Float[Array, "*stack d_in d_out"]:
+    def materialize(self) -> Float[Array, "*stack d_in d_out"]:
         """``R W`` in float32, rounded to the base's dtype; also of a stack."""
-        r, w = self.rotations(), materialise(self.base).astype(jnp.float32)
+        r, w = self.rotations(), materialize(self.base).astype(jnp.float32)
         blocks = w.reshape(*w.shape[:-2], *r.shape[-3:-1], w.shape[-1])
         product = jnp.einsum("...bkc,...bcd->...bkd", r, blocks, precision=HIGHEST)
         return product.reshape(w.shape).astype(self.dtype)

@@ -41,7 +41,7 @@ from jaxpeft.methods.peft.modules import (
 )
 from jaxpeft.methods.peft.patterns import keep_names
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
-from jaxpeft.ops.linear import PRODUCT, SHARED, OnBase, linear, materialise, shape_of
+from jaxpeft.ops.linear import PRODUCT, SHARED, OnBase, linear, materialize, shape_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -182,11 +182,11 @@ class VeRAKernel(OnBase):
         change = checkpoint_name((low * self.d) @ b, PRODUCT) * self.b
         return (y.astype(change.dtype) + change).astype(x.dtype)
 
-    def materialise(self) -> Float[Array, "*stack d_in d_out"]:
+    def materialize(self) -> Float[Array, "*stack d_in d_out"]:
         """``base + (A * d) B * b`` in float32, rounded to the base's dtype; also of a stack."""
         a, b = self.matrices()
         delta = jnp.matmul(a * self.d[..., None, :], b, precision=HIGHEST) * self.b[..., None, :]
-        return (materialise(self.base).astype(jnp.float32) + delta).astype(self.dtype)
+        return (materialize(self.base).astype(jnp.float32) + delta).astype(self.dtype)
 
     def product(self) -> tuple[np.ndarray, np.ndarray] | None:
         """``A * d`` and ``B * b``, see `OnBase.product`."""

@@ -19,7 +19,7 @@ from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Leaf, require_values
-from jaxpeft.ops.linear import materialise, shape_of
+from jaxpeft.ops.linear import materialize, shape_of
 from jaxpeft.ops.quant import QuantTensor
 
 ARRAYS = {"value": ArrayRole(replaces="whole")}
@@ -84,7 +84,7 @@ def selected_replacement(kind: str, params: dict, sites: Mapping[str, paths.Site
     values, buffers = {}, {}
     require_dense(kind, {site.path: paths.get(params, site.path) for site in sites.values()})
     for path, rank in selected_layers(params, sites).items():
-        base = jnp.asarray(materialise(paths.get(params, path)), jnp.float32)
+        base = jnp.asarray(materialize(paths.get(params, path)), jnp.float32)
         values[path] = {"value": jnp.where(_over(rank, base), base, 0.0)}
         buffers[path] = {"rank": rank}
     spec = Spec(kind=kind, paths=tuple(sorted(values)))
@@ -108,7 +108,7 @@ def selected_layers(params: dict, sites: Mapping[str, paths.Site]) -> dict[str, 
 
 def bind_selected(leaf: Leaf) -> dict[str, Any]:
     """The trained array in layers of rank 1, the base in the others."""
-    value, base = leaf.params["value"], jnp.asarray(materialise(leaf.base), jnp.float32)
+    value, base = leaf.params["value"], jnp.asarray(materialize(leaf.base), jnp.float32)
     return {leaf.path: jnp.where(_over(leaf.buffers["rank"], value), value, base)}
 
 

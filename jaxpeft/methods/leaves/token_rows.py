@@ -23,7 +23,7 @@ from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.family import Leaf, require_values
-from jaxpeft.ops.linear import OnBase, attend, embed, linear, materialise, shape_of
+from jaxpeft.ops.linear import OnBase, attend, embed, linear, materialize, shape_of
 
 PLACES = (paths.EMBEDDING, paths.HEAD)
 """The weights whose rows may be trained."""
@@ -92,9 +92,9 @@ class TokenTable(_TokenWeight):
         """Scores of all rows, in float32; a tied head sees the trained rows too."""
         return self._replace_scores(attend(x, self.base), attend(x, self._rounded()))
 
-    def materialise(self) -> Float[Array, "vocab d_model"]:
+    def materialize(self) -> Float[Array, "vocab d_model"]:
         """The table as one array, in the dtype of the base."""
-        table = materialise(self.base)
+        table = materialize(self.base)
         return table.at[self._places(table.shape[0])].set(self._rounded(), mode="drop")
 
 
@@ -106,9 +106,9 @@ class TokenHead(_TokenWeight):
         """Scores of all tokens, in the dtype of `x`."""
         return self._replace_scores(linear(x, self.base), attend(x, self._rounded()))
 
-    def materialise(self) -> Float[Array, "d_model vocab"]:
+    def materialize(self) -> Float[Array, "d_model vocab"]:
         """The kernel as one array, in the dtype of the base."""
-        kernel = materialise(self.base)
+        kernel = materialize(self.base)
         return kernel.at[:, self._places(kernel.shape[1])].set(self._rounded().T, mode="drop")
 
 
@@ -154,7 +154,7 @@ def start(params: dict, path: str, ids: Sequence[int], owner: str) -> tuple[dict
     require_known(ids, shape_of(weight)[1 if kernel else 0], owner)
     require_values(weight, f"{owner}: trained tokens start from rows of the base")
     which = jnp.array(ids, jnp.int32)
-    rows = jnp.take(materialise(weight), which, axis=1).T if kernel else embed(which, weight)
+    rows = jnp.take(materialize(weight), which, axis=1).T if kernel else embed(which, weight)
     return {"rows": rows.astype(jnp.float32)}, {"ids": which, "rank": jnp.ones((), jnp.int32)}
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.methods.lora.nodes import drop, low_rank
-from jaxpeft.ops.linear import PRODUCT, OnBase, linear, materialise
+from jaxpeft.ops.linear import PRODUCT, OnBase, linear, materialize
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -89,13 +89,13 @@ class DoRAKernel(OnBase):
         low, again = checkpoint_name(low, PRODUCT), linear(h.astype(x.dtype), self.base)
         return (y.astype(low.dtype) + (g - 1) * again.astype(low.dtype) + g * low).astype(x.dtype)
 
-    def materialise(self) -> Float[Array, "*stack d_in d_out"]:
+    def materialize(self) -> Float[Array, "*stack d_in d_out"]:
         """``g * (base + scale * a @ b)`` in float32, rounded to the base's dtype; also of a stack.
 
         The norm is computed from the sum itself.
         """
         scale = jnp.asarray(self.scale, jnp.float32)[..., None, None]
-        total = materialise(self.base).astype(jnp.float32)
+        total = materialize(self.base).astype(jnp.float32)
         total += scale * jnp.matmul(self.a, self.b, precision=HIGHEST)
         rank = jnp.asarray(self.rank)[..., None]
         return (_over(self.m, base_norm(total), rank)[..., None, :] * total).astype(self.dtype)
@@ -103,7 +103,7 @@ class DoRAKernel(OnBase):
 
 def base_norm(kernel: Any) -> Float[Array, "*stack d_out"]:
     """Norms of a kernel's columns, in float32; the kernel is an array or a node, stacked or not."""
-    return jnp.sqrt(jnp.sum(jnp.square(materialise(kernel).astype(jnp.float32)), axis=-2))
+    return jnp.sqrt(jnp.sum(jnp.square(materialize(kernel).astype(jnp.float32)), axis=-2))
 
 
 def _over(m: Any, norm: Any, rank: Any) -> Any:

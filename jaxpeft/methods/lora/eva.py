@@ -106,13 +106,13 @@ def inputs_path(path: str) -> str:
     return "/".join((*above, SAME_INPUTS.get(module, module), leaf))
 
 
-Place = tuple[str, tuple[int, ...]]
+KernelId = tuple[str, tuple[int, ...]]
 """A kernel: its path, and ``(layer,)`` or ``()``."""
 
 
 def allocate(
-    shares: Mapping[Place, np.ndarray], leaders: Mapping[Place, Place], budget: int
-) -> dict[Place, int]:
+    shares: Mapping[KernelId, np.ndarray], leaders: Mapping[KernelId, KernelId], budget: int
+) -> dict[KernelId, int]:
     """The number of components that every kernel keeps, by PEFT's rule.
 
     Args:
@@ -144,7 +144,7 @@ def _principal(
     key: jax.Array,
     tau: float,
     context: Context,
-) -> tuple[dict[Place, int], dict[str, Components]]:
+) -> tuple[dict[KernelId, int], dict[str, Components]]:
     """Reads batches until the components of all kernels are settled; gives ranks and components."""
     module, parts = context.module, {}
     for path, k in wanted.items():
@@ -164,7 +164,7 @@ def _principal(
         ((path, at) for path, rank in ranks.items() for at in np.ndindex(rank.shape) if rank[at]),
         key=_position,
     )
-    first: dict[Place, Place] = {}
+    first: dict[KernelId, KernelId] = {}
     leaders = {p: first.setdefault((inputs_path(p[0]), p[1]), p) for p in places}
     budget = sum(int(rank.sum()) for rank in ranks.values())
     chosen = {(path, at): int(most[path][at]) for path, at in places}
@@ -265,7 +265,7 @@ def _require(context: Context, params: dict) -> None:
         raise UserError(f"{NAME} looks at numbers: initialise outside of jax.jit.")
 
 
-def _position(place: Place) -> tuple[float, int]:
+def _position(place: KernelId) -> tuple[float, int]:
     """The position of a kernel in the model, for sorting."""
     path, at = place
     module = path.split("/")[-2]

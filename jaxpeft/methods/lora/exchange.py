@@ -26,7 +26,7 @@ from jaxpeft.methods.lora.peft.config import (
     parse,
 )
 from jaxpeft.methods.peft.values import CONFIG, FLOATS, PREFIX, PeftFormat, Tensors, Values
-from jaxpeft.ops.linear import dtype_of, materialise, shape_of
+from jaxpeft.ops.linear import dtype_of, materialize, shape_of
 
 COPY = re.compile(re.escape(PREFIX) + r"(lm_head|model\.embed_tokens)(?:\.base_layer)?\.weight")
 """Copies of base weights that PEFT adds if the embedding table or the head is adapted."""
@@ -127,7 +127,7 @@ def _require_copy(tensors: Tensors, key: str, module: str, base: Any) -> None:
     shape = tensors.shapes[key][::-1] if transposed else tensors.shapes[key]
     if tensors.dtypes[key] in FLOATS and shape == shape_of(weight):
         stored = tensors.raw(key).T if transposed else tensors.raw(key)
-        if np.array_equal(stored.astype(dtype_of(weight)), np.asarray(materialise(weight))):
+        if np.array_equal(stored.astype(dtype_of(weight)), np.asarray(materialize(weight))):
             return
     raise UserError(
         f"{tensors.file}: {key} differs from the weight of this base; adapters that bring a "

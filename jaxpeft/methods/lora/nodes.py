@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpeft.core.backend import choices
-from jaxpeft.ops.linear import PRODUCT, OnBase, linear, materialise
+from jaxpeft.ops.linear import PRODUCT, OnBase, linear, materialize
 
 
 @flax.struct.dataclass
@@ -63,14 +63,14 @@ class LoRAKernel(OnBase):
         low = low if self.bias is None else low + self.bias * self.scale
         return (y.astype(low.dtype) + low).astype(x.dtype)
 
-    def materialise(self) -> Float[Array, "*stack d_in d_out"]:
+    def materialize(self) -> Float[Array, "*stack d_in d_out"]:
         """``base + scale * a @ b`` in float32, rounded to the base's dtype; also of a stack.
 
         The bias is not part of it.
         """
         scale = jnp.asarray(self.scale, jnp.float32)[..., None, None]
         product = jnp.matmul(self.a, self.b, precision=jax.lax.Precision.HIGHEST)
-        total = materialise(self.base).astype(jnp.float32) + scale * product
+        total = materialize(self.base).astype(jnp.float32) + scale * product
         return total.astype(self.dtype)
 
     def product(self) -> tuple[np.ndarray, np.ndarray] | None:

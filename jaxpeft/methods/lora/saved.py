@@ -21,7 +21,7 @@ from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.methods.leaves.replace import bind_selected, selected_replacement
 from jaxpeft.methods.peft.modules import modules_of
-from jaxpeft.ops.linear import OnBase, Transposed, attend, embed, materialise
+from jaxpeft.ops.linear import OnBase, Transposed, attend, embed, materialize
 
 BIASES = ("none", "all", "lora_only")
 WEIGHTS = ("kernel", "scale", "embedding")
@@ -50,7 +50,7 @@ class LookupTable(OnBase):
         """``x`` times the base's transposed table."""
         return attend(x, self.base)
 
-    def materialise(self) -> Float[Array, "vocab d_model"]:
+    def materialize(self) -> Float[Array, "vocab d_model"]:
         """The trained table."""
         return self.value
 
@@ -185,5 +185,5 @@ def _with_leaves(params: dict, sites: Mapping[str, paths.Site]) -> dict:
     tied = paths.get(params, paths.HEAD) is None
     if tied and any(site.path == paths.HEAD for site in sites.values()):
         table = paths.get(params, paths.EMBEDDING)
-        return paths.put(params, {paths.HEAD: materialise(Transposed(table))})
+        return paths.put(params, {paths.HEAD: materialize(Transposed(table))})
     return params

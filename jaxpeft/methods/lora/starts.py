@@ -34,7 +34,7 @@ from jaxpeft.core.errors import UserError
 from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.methods.lora.nodes import LoRAKernel
 from jaxpeft.methods.peft.patterns import is_count
-from jaxpeft.ops.linear import materialise, shape_of
+from jaxpeft.ops.linear import materialize, shape_of
 from jaxpeft.ops.quant import QuantTensor, nf4_round_trip
 
 SUBTRACTED = ("pissa", "olora")
@@ -139,7 +139,7 @@ def of_stack(
             "LoRA.init_weights 'loftq' starts from what quantisation lost, and this base is "
             "quantised already; initialise on the weights it was made from, then quantise them."
         )
-    wide = materialise(kernel).astype(jnp.float32).reshape(-1, d_in, d_out)
+    wide = materialize(kernel).astype(jnp.float32).reshape(-1, d_in, d_out)
     ranks = np.asarray(ranks).reshape(-1)
     scales = jnp.asarray(scales, jnp.float32).reshape(-1)
     keys = jax.random.split(key, len(ranks))

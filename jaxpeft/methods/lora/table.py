@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from jaxpeft.methods.family import Leaf
 from jaxpeft.methods.lora import dora
 from jaxpeft.methods.lora.nodes import product_of
-from jaxpeft.ops.linear import OnBase, attend, embed, materialise
+from jaxpeft.ops.linear import OnBase, attend, embed, materialize
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -62,10 +62,10 @@ class LoRATable(OnBase):
         """Scores of the base's rows."""
         return attend(x, self.base)
 
-    def materialise(self) -> Float[Array, "vocab d_model"]:
+    def materialize(self) -> Float[Array, "vocab d_model"]:
         """``base + scale * a @ b`` in float32, rounded to the base's dtype."""
         product = jnp.matmul(self.a, self.b, precision=HIGHEST)
-        total = materialise(self.base).astype(jnp.float32) + self.scale * product
+        total = materialize(self.base).astype(jnp.float32) + self.scale * product
         return total.astype(self.dtype)
 
     def product(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -89,7 +89,7 @@ class DoRATable(LoRATable):
 
     def factor(self) -> Float[Array, "d_model"]:
         """The factor of every column, see `jaxpeft.methods.lora.dora`."""
-        table = materialise(self.base)
+        table = materialize(self.base)
         return dora.DoRAKernel(
             table, self.a, self.b, self.m, self.norm, self.scale, self.rank
         ).factor()
@@ -101,11 +101,11 @@ class DoRATable(LoRATable):
         g = jnp.where(known, self.factor(), 1.0)
         return (g * (rows.astype(self.a.dtype) + self.branch(ids))).astype(rows.dtype)
 
-    def materialise(self) -> Float[Array, "vocab d_model"]:
+    def materialize(self) -> Float[Array, "vocab d_model"]:
         """``g * (base + scale * a @ b)`` in float32, rounded to the base's dtype."""
         return dora.DoRAKernel(
-            materialise(self.base), self.a, self.b, self.m, self.norm, self.scale, self.rank
-        ).materialise()
+            materialize(self.base), self.a, self.b, self.m, self.norm, self.scale, self.rank
+        ).materialize()
 
     def product(self) -> None:
         """None, because the magnitudes change the base too."""

@@ -9,7 +9,7 @@ from jaxpeft.core.errors import UserError
 from jaxpeft.files import other_folders, storage
 from jaxpeft.files.json_file import read_json
 from jaxpeft.files.locate import locate_adapter
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.methods.peft.values import CONFIG, FORMATS, PeftFormat, Values, require_supported
 
 
@@ -47,7 +47,7 @@ def read_method(config: Any, revision: str | None = None) -> Any:
         raise UserError(f"{place}: {error}") from error
 
 
-def find_config(folder: Place) -> Place:
+def find_config(folder: StoragePath) -> StoragePath:
     """Finds the config in the folder of an adapter or of a run.
 
     Raises:

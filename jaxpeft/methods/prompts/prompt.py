@@ -29,7 +29,7 @@ from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import contiguous, require_finite
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
 from jaxpeft.methods.prompts.fields import require_choice, require_count
-from jaxpeft.ops.linear import OnBase, attend, embed, materialise, shape_of
+from jaxpeft.ops.linear import OnBase, attend, embed, materialize, shape_of
 
 Initial = Literal["sampled", "random", "text"]
 EMBEDDINGS = "prompt_embeddings"
@@ -175,9 +175,9 @@ class PromptTable(OnBase):
         """Scores of the base's rows; a virtual token is never predicted."""
         return attend(x, self.base)
 
-    def materialise(self) -> Float[Array, "vocab d_model"]:
+    def materialize(self) -> Float[Array, "vocab d_model"]:
         """The base's rows."""
-        return materialise(self.base)
+        return materialize(self.base)
 
 
 def bind_rows(leaf: Leaf, rows: Float[Array, "rows d_model"]) -> dict[str, Any]:

@@ -69,10 +69,10 @@ def config_from_hf(d: dict, where: str = "config.json") -> ModelConfig:
             f"{', '.join(SUPPORTED)} (Llama 2/3 and SmolLM2 are llama, Qwen2.5 is qwen2)"
         )
     fields = Fields({**DEFAULTS[model_type], **d}, where)
-    quantised = fields.get("quantization_config", fields.get("quantization"))
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        if isinstance(quantised, dict) and method is None and "bits" in quantised:
+    quantized = fields.get("quantization_config", fields.get("quantization"))
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        if isinstance(quantized, dict) and method is None and "bits" in quantized:
             method = "MLX"
         raise fields.error(
             "quantization_config",

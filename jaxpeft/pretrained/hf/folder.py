@@ -14,7 +14,7 @@ from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files import other_folders, storage
 from jaxpeft.files.json_file import read_json
 from jaxpeft.files.safetensors_file import read_header
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.files.tensors import TensorInfo
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.pretrained.hf.config import config_from_hf
@@ -23,7 +23,7 @@ from jaxpeft.pretrained.weights.source import Source
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def read_folder_config(folder: Place) -> ModelConfig:
+def read_folder_config(folder: StoragePath) -> ModelConfig:
     """The architecture in ``config.json``, with the end tokens of ``generation_config.json``.
 
     Raises:
@@ -48,7 +48,7 @@ def read_folder_config(folder: Place) -> ModelConfig:
     return dataclasses.replace(config, eos_token_ids=ids)
 
 
-def open_folder(folder: Place) -> Source:
+def open_folder(folder: StoragePath) -> Source:
     """The config of a Hugging Face folder and the place of every tensor.
 
     Raises:
@@ -72,7 +72,7 @@ def open_folder(folder: Place) -> Source:
     )
 
 
-def _read_shards(folder: Place, index: Place) -> dict[str, TensorInfo]:
+def _read_shards(folder: StoragePath, index: StoragePath) -> dict[str, TensorInfo]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map: expected an object from tensor to file name")
@@ -112,7 +112,7 @@ def _is_shard_name(file: Any) -> bool:
     )
 
 
-def _no_weights(folder: Place) -> str:
+def _no_weights(folder: StoragePath) -> str:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     found = "" if storage.is_remote(folder) else other_folders.no_weights(pathlib.Path(folder))
     if found:

@@ -175,7 +175,7 @@ def place_pieces(
     """Moves the pieces of `read_pieces` to their final devices; all processes must call."""
     shapes = _shapes(reader, entry, form, double=False)
     targets = leaf_sharding(entry.path, shapes, layout)
-    if not (form.double and form.quantises(entry.path)):
+    if not (form.double and form.quantizes(entry.path)):
         return assemble(pieces, cut, targets)
     # Scales are quantised by the mean of all of them, so every process needs all scales.
     weight = assemble(pieces, cut, targets.replace(scale=replicated(layout.mesh)))
@@ -190,7 +190,7 @@ def _shapes(reader: Reader, entry: Entry, form: Form, double: bool) -> Any:
     """The shapes of a whole parameter in its loaded form."""
     stack = (reader.num_layers,) if entry.stacked else ()
     plain = jax.ShapeDtypeStruct((*stack, *entry.shape), reader.target(entry, form))
-    if form.quantization is None or not form.quantises(entry.path):
+    if form.quantization is None or not form.quantizes(entry.path):
         return plain
     quantize = functools.partial(quantize_kernel, kind=form.quantization, double=double)
     return jax.eval_shape(quantize, plain)

@@ -16,9 +16,9 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.files.storage import Place, Ranges
+from jaxpeft.files.storage import StoragePath, Ranges
 from jaxpeft.files.tensors import PLAIN_DTYPES, TensorInfo
-from jaxpeft.ops.quant import is_quantised
+from jaxpeft.ops.quant import is_quantized
 from jaxpeft.pretrained.weights.fingerprint import Fingerprint, num_parts, part_rows
 from jaxpeft.pretrained.weights.names import Entry
 from jaxpeft.pretrained.weights.source import Source
@@ -39,9 +39,9 @@ class Form:
     quantization: str | None = None
     double: bool = False
 
-    def quantises(self, path: str) -> bool:
+    def quantizes(self, path: str) -> bool:
         """Whether the parameter at `path` is quantised."""
-        return self.quantization is not None and is_quantised(path)
+        return self.quantization is not None and is_quantized(path)
 
 
 class Reader:
@@ -60,7 +60,7 @@ class Reader:
         self.interleaved = source.interleaved
         self.num_layers = source.config.num_layers
         self._source, self._stack = source, stack
-        self._files: dict[Place, Ranges] = {}
+        self._files: dict[StoragePath, Ranges] = {}
 
     def target(self, entry: Entry, form: Form) -> np.dtype:
         """The dtype of a parameter; for a quantised one, the dtype of the kernel it stands for."""
@@ -96,7 +96,7 @@ class Reader:
         rows = (stop - start, *entry.file_shape[1:])
         shape = rows[::-1] if entry.transposed else rows
         layers = len(infos) if entry.stacked else None
-        if form.quantization is not None and form.quantises(entry.path):
+        if form.quantization is not None and form.quantizes(entry.path):
             stack = QuantStack(shape, layers, target, form.quantization, form.double)
         else:
             stack = PlainStack(shape, layers, target)
@@ -139,7 +139,7 @@ class Reader:
             if start < stop
         }
 
-    def _open(self, file: Place) -> Ranges:
+    def _open(self, file: StoragePath) -> Ranges:
         if file not in self._files:
             self._files[file] = Ranges(file)
             self._stack.callback(self._files[file].close)

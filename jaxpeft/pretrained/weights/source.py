@@ -7,7 +7,7 @@ written once, in `jaxpeft.pretrained.weights.params` and `jaxpeft.pretrained.wei
 
 import dataclasses
 
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.files.tensors import TensorInfo
 from jaxpeft.models.config import ModelConfig
 
@@ -25,7 +25,7 @@ class Source:
         ignored: Names that may be there and are not read.
     """
 
-    path: Place
+    path: StoragePath
     config: ModelConfig
     tensors: dict[str, TensorInfo]
     style: str

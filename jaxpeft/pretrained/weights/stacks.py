@@ -66,12 +66,12 @@ class QuantStack:
 
     def done(self, layer: int) -> None:
         """Quantises the values in the buffer."""
-        quantised = quantize_kernel(self._layer, self._kind, self._double)
+        quantized = quantize_kernel(self._layer, self._kind, self._double)
 
         def keep(whole: np.ndarray, one: jax.Array) -> None:
             whole[layer if self._stacked else ...] = np.asarray(one)
 
-        jax.tree.map(keep, self.result, quantised)
+        jax.tree.map(keep, self.result, quantized)
 
 
 def fill(out: np.ndarray, raw: np.ndarray, info: TensorInfo, transposed: bool, heads: int) -> int:

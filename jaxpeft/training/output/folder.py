@@ -30,7 +30,7 @@ from jaxpeft.core.errors import ResourceError, UserError, first_few
 from jaxpeft.files import storage
 from jaxpeft.files.folders import remove_leftovers
 from jaxpeft.files.local_copy import on_disk
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.mesh.processes import from_first, is_first, together
 from jaxpeft.pretrained.save import same_folder
 from jaxpeft.training.output.result import ADAPTER, MODEL, PENDING, export_path
@@ -111,7 +111,7 @@ def check_folder(
     check_config(old, config, accepted, output)
 
 
-def _check_bucket(config: RunConfig, output: Place) -> None:
+def _check_bucket(config: RunConfig, output: StoragePath) -> None:
     """Refuses options that need a disk if the folder is in a bucket."""
     for key, value in (
         ("track.tensorboard", config.track.tensorboard),
@@ -121,14 +121,14 @@ def _check_bucket(config: RunConfig, output: Place) -> None:
             raise UserError(f"{key}: needs an output_dir on a disk, not {output}; turn it off.")
 
 
-def _lies_in(path: str, folder: Place) -> bool:
+def _lies_in(path: str, folder: StoragePath) -> bool:
     if storage.is_remote(path) or storage.is_remote(folder):
         return f"{path}/".startswith(f"{folder}/")
     place = storage.expanded(path)
     return place.exists() and place.resolve().is_relative_to(folder.resolve())
 
 
-def make_folder(output: Place) -> list[str]:
+def make_folder(output: StoragePath) -> list[str]:
     """Makes the folder and checks that files can be written there.
 
     In a bucket there is no folder to make.
@@ -176,7 +176,7 @@ def remove_empty(folders: list[str]) -> None:
             os.rmdir(folder)
 
 
-def check_shared(output: Place) -> None:
+def check_shared(output: StoragePath) -> None:
     """Checks that all processes of the run see the same folder, by a file that the first writes.
 
     Raises:
@@ -233,7 +233,7 @@ def clean(config: RunConfig) -> None:
             path.unlink(missing_ok=True)
 
 
-def discard(output: Place) -> None:
+def discard(output: StoragePath) -> None:
     """Removes the files of an earlier run and nothing else; without a run nothing changes."""
     if not storage.exists(output / CONFIG):
         return

@@ -7,7 +7,7 @@ file in its folder, `PENDING`, marks that the last step is not exported.
 from jaxpeft.config.run_config import RunConfig
 from jaxpeft.files import storage
 from jaxpeft.files.folders import real_path, require_replaceable
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.pretrained.adapters import OURS, SIDE
 from jaxpeft.pretrained.save import require_place
@@ -16,7 +16,7 @@ ADAPTER, MODEL = "adapter", "model"
 PENDING = ".unexported"
 
 
-def export_path(config: RunConfig) -> Place:
+def export_path(config: RunConfig) -> StoragePath:
     """The place of the trained result: a PEFT folder or a whole model.
 
     It is a whole model if leaves of the base are trained, or if PEFT has no folders for the method.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxpeft.config import run_config, yaml_reader
 from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core.errors import UserError, first_few
-from jaxpeft.files.storage import Place, as_path
+from jaxpeft.files.storage import StoragePath, as_path
 from jaxpeft.methods.method import Method
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.pretrained.identity import Identity, config_changes, identity_of
@@ -81,7 +81,7 @@ def parse_accepted(text: str | None) -> tuple[str, ...]:
 
 
 def check_config(
-    old: RunConfig, new: RunConfig, accepted: Collection[str], output: Place
+    old: RunConfig, new: RunConfig, accepted: Collection[str], output: StoragePath
 ) -> list[str]:
     """Compares the config of a run so far with the config that shall continue it.
 
@@ -179,7 +179,7 @@ def _any_count(old: RunConfig, new: RunConfig, accepted: Collection[str]) -> boo
 
 
 def _check_steps(
-    old: RunConfig, new: RunConfig, accepted: Collection[str], output: Place, change: str
+    old: RunConfig, new: RunConfig, accepted: Collection[str], output: StoragePath, change: str
 ) -> None:
     if _any_count(old, new, accepted):
         return
@@ -213,7 +213,7 @@ def _changes_the_state(config: RunConfig, key: str, was: Any, now: Any) -> bool:
 
 
 def _check_identity(
-    before: Identity, model: ModelConfig, tokenizer: Any, accepted: Collection[str], output: Place
+    before: Identity, model: ModelConfig, tokenizer: Any, accepted: Collection[str], output: StoragePath
 ) -> list[str]:
     if not before.known:
         return [

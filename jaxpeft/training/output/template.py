@@ -12,7 +12,7 @@ from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core.errors import UserError
 from jaxpeft.files import storage
 from jaxpeft.files.local_copy import on_disk
-from jaxpeft.files.storage import Place
+from jaxpeft.files.storage import StoragePath
 from jaxpeft.pretrained.chat_template import override_template, read_template
 from jaxpeft.pretrained.load import load_tokenizer
 from jaxpeft.training.output.folder import CONFIG, TEMPLATE
@@ -105,24 +105,24 @@ def run_tokenizer(config: RunConfig, template: str) -> Any:
     return override_template(tokenizer, template)
 
 
-def _is_taken(place: Place) -> bool:
+def _is_taken(place: StoragePath) -> bool:
     return storage.exists(place) or (not storage.is_remote(place) and os.path.lexists(place))
 
 
-def _holds(place: Place, template: str) -> bool:
+def _holds(place: StoragePath, template: str) -> bool:
     """Whether a file exists and holds exactly the text."""
     with storage.explained(place):
         there = bool(template) and storage.exists(place) and place.is_file()
     return there and storage.read_bytes(place) == template.encode()
 
 
-def _is_same(path: str, place: Place) -> bool:
+def _is_same(path: str, place: StoragePath) -> bool:
     if storage.is_remote(path) or storage.is_remote(place):
         return path == str(place)
     return storage.expanded(path).resolve() == place.resolve()
 
 
-def _path_before(output: Place) -> str | None:
+def _path_before(output: StoragePath) -> str | None:
     """The ``model.chat_template`` of the run in a folder so far."""
     with on_disk(output, [CONFIG]) as folder:
         return run_config.load_written(str(folder / CONFIG)).model.chat_template
