@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxpeft.inference.decoding import generate as generate
     from jaxpeft.inference.metrics import evaluate_loss as evaluate_loss
     from jaxpeft.inference.metrics import exact_match as exact_match
-    from jaxpeft.mesh.layout import make_mesh as make_mesh
+    from jaxpeft.mesh.layouts import make_mesh as make_mesh
     from jaxpeft.mesh.placement import shard_params as shard_params
     from jaxpeft.methods.adalora.config import AdaLoRA as AdaLoRA
     from jaxpeft.methods.adapter import Adapter as Adapter

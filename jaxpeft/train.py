@@ -23,12 +23,11 @@ from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core.errors import InterruptedRunError, LostWorkerError, UserError
 from jaxpeft.data.batches import iterate
 from jaxpeft.files import storage
-from jaxpeft.mesh import layout as sharding
-from jaxpeft.mesh import placement
+from jaxpeft.mesh import layouts, placement
 from jaxpeft.mesh.processes import from_first, is_first, require_same, together
 from jaxpeft.planning.memory_errors import memory_explained
 from jaxpeft.pretrained.chat_template import override_template
-from jaxpeft.pretrained.load import load_model_config, load_model
+from jaxpeft.pretrained.load import load_model, load_model_config
 from jaxpeft.pretrained.model import Model
 from jaxpeft.reports import tables, trackers
 from jaxpeft.training.checks import (
@@ -146,8 +145,8 @@ def train(
     from_first(lambda: check_folder(config, resume=resume, overwrite=overwrite, accepted=accepted))
     if config.track.wandb is not None:
         trackers.import_wandb()
-    mesh = sharding.make_mesh(**config.mesh.sizes)
-    layout = sharding.Layout(mesh, sharding.parse_rules(config.mesh.rules))
+    mesh = layouts.make_mesh(**config.mesh.sizes)
+    layout = layouts.Layout(mesh, layouts.parse_rules(config.mesh.rules))
     check_batches(config, mesh)
     model = load_model_config(config.model.path, config.model.revision)
     template = together(lambda: find_template(config, overwrite=overwrite, accepted=accepted))
@@ -212,7 +211,7 @@ def train(
 
 
 def load_base(
-    config: RunConfig, layout: sharding.Layout, template: str = "", *, restored: bool
+    config: RunConfig, layout: layouts.Layout, template: str = "", *, restored: bool
 ) -> Model:
     """Loads the base onto its devices, quantised unless a new adapter needs the dense weights.
 

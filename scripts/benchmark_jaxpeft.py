@@ -25,7 +25,7 @@ from jaxpeft.data.batches import Plan, iterate
 from jaxpeft.data.encode import Examples
 from jaxpeft.data.settings import DataConfig
 from jaxpeft.inference.decoding import generate_ids
-from jaxpeft.mesh import layout
+from jaxpeft.mesh import layouts
 from jaxpeft.methods.leaves.full import Full
 from jaxpeft.methods.lora.config import LoRA
 from jaxpeft.methods.prompts.prompt import PromptTuning
@@ -125,7 +125,7 @@ def make_run(work: side.Work) -> Run:
         train=TrainSection(steps=steps, batch_size=work.batch_size, remat=work.remat),  # pyright: ignore[reportArgumentType]
         output_dir="nowhere",
     )
-    mesh = layout.make_mesh(**config.mesh.sizes)
+    mesh = layouts.make_mesh(**config.mesh.sizes)
     base = load(config.model, mesh)
     length, vocab_size = work.segment or work.seq_len, base.config.vocab_size
     count = steps * work.batch_size * (work.seq_len // length)

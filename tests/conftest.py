@@ -74,11 +74,11 @@ def _key_data():
 @pytest.fixture(scope="module")
 def one_device():
     """Runs made in this process see the first device only."""
-    from jaxpeft.mesh import layout
+    from jaxpeft.mesh import layouts
 
     with pytest.MonkeyPatch.context() as patch:
-        mesh = layout.make_mesh(devices=jax.devices()[:1])
-        patch.setattr(layout, "make_mesh", lambda **sizes: mesh)
+        mesh = layouts.make_mesh(devices=jax.devices()[:1])
+        patch.setattr(layouts, "make_mesh", lambda **sizes: mesh)
         yield
 
 

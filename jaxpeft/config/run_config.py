@@ -179,7 +179,9 @@ def hashed_values(config: RunConfig) -> dict[str, Any]:
 
 def hashed(config: RunConfig) -> dict[str, Any]:
     """The values that determine the states of a run, by path."""
-    return {path: value for path, value in dotted_values(config).items() if not _NOT_HASHED.match(path)}
+    return {
+        path: value for path, value in dotted_values(config).items() if not _NOT_HASHED.match(path)
+    }
 
 
 def diff(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:

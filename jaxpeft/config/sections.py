@@ -9,7 +9,7 @@ from jaxpeft.core import limits
 from jaxpeft.core.frozen_map import FrozenMap
 from jaxpeft.core.records import Record
 from jaxpeft.files import storage
-from jaxpeft.mesh.layout import parse_rules
+from jaxpeft.mesh.layouts import parse_rules
 from jaxpeft.ops.quant import Quantization
 
 Metric = Literal["eval_loss", "eval_perplexity", "eval_token_accuracy", "eval_exact_match"]

@@ -84,7 +84,9 @@ def locate_again(path: str | os.PathLike, revision: str | None = None) -> Storag
     return None
 
 
-def locate_adapter(path: str | os.PathLike, revision: str | None, files: Iterable[str]) -> StoragePath:
+def locate_adapter(
+    path: str | os.PathLike, revision: str | None, files: Iterable[str]
+) -> StoragePath:
     """Finds an adapter's folder; it downloads only if given a hub id.
 
     Args:

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxpeft.core import paths
-from jaxpeft.mesh.layout import AXES, VOCAB, Layout, as_layout
+from jaxpeft.mesh.layouts import AXES, VOCAB, Layout, as_layout
 from jaxpeft.mesh.placement import leaf_sharding
 from jaxpeft.ops.linear import Node, embed
 
@@ -254,7 +254,7 @@ def gathered(path: str, weight: Any) -> Any:
     In the node of an adapter, the base inside is gathered.
 
     Args:
-        path: The base leaf's path, as in `jaxpeft.mesh.layout.RULES`.
+        path: The base leaf's path, as in `jaxpeft.mesh.layouts.RULES`.
         weight: An array, a quantised kernel (whose codes are gathered), or a node.
     """
     layout = _several()

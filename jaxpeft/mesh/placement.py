@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft.core import paths
 from jaxpeft.core.array_role import ORDINARY, ArrayRole
-from jaxpeft.mesh.layout import Layout, as_layout, spec_of
+from jaxpeft.mesh.layouts import Layout, as_layout, spec_of
 from jaxpeft.ops.quant import QuantTensor
 
 

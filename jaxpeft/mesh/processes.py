@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.core.errors import UserError, of_exit_code
-from jaxpeft.mesh.layout import Layout, as_layout
+from jaxpeft.mesh.layouts import Layout, as_layout
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ import jax
 from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core.backend import traced_for
 from jaxpeft.core.errors import UserError
-from jaxpeft.mesh import layout as sharding
+from jaxpeft.mesh import layouts
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.planning.machines import GIB, Machine
 from jaxpeft.pretrained.shapes import placed_model
@@ -74,9 +74,9 @@ def make_run(config: RunConfig, model: ModelConfig, rows: Rows, machine: Machine
     Raises:
         UserError: Mesh or batches do not fit the devices.
     """
-    mesh = sharding.make_mesh(**config.mesh.sizes, devices=machine.devices)
+    mesh = layouts.make_mesh(**config.mesh.sizes, devices=machine.devices)
     check_batches(config, mesh)
-    layout = sharding.Layout(mesh, sharding.parse_rules(config.mesh.rules), model)
+    layout = layouts.Layout(mesh, layouts.parse_rules(config.mesh.rules), model)
     section = config.model
     base = placed_model(
         model,

@@ -11,7 +11,7 @@ import numpy as np
 from jaxpeft.core.backend import choices
 from jaxpeft.core.errors import UserError
 from jaxpeft.core.foreign_names import dtype_advice
-from jaxpeft.mesh.layout import Layout
+from jaxpeft.mesh.layouts import Layout
 from jaxpeft.mesh.processes import spans_processes, together
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.ops.quant import check_kind
@@ -96,7 +96,7 @@ def load_params(
         revision: Branch, tag or commit of a hub id.
         dtype: "float32", "bfloat16" or "float16"; None keeps the stored dtype (block-quantised
             tensors become float32).
-        mesh: Devices to spread the parameters over, or a `jaxpeft.mesh.layout.Layout`; None for
+        mesh: Devices to spread the parameters over, or a `jaxpeft.mesh.layouts.Layout`; None for
             the default device.
         quantization: "nf4", "int4" or "int8" for the kernels of the layers, see
             `jaxpeft.ops.quant`; None for none.
@@ -139,7 +139,7 @@ def load_model(
             one.
         compute_dtype: Dtype of the activations; "auto" is float32 on CPU and `dtype` elsewhere. In
             bfloat16 on CPU there are first derivatives only, see `jaxpeft.ops.products`.
-        mesh: Devices to spread the parameters over, or a `jaxpeft.mesh.layout.Layout`; None for
+        mesh: Devices to spread the parameters over, or a `jaxpeft.mesh.layouts.Layout`; None for
             the default device.
         quantization: "nf4", "int4" or "int8" for the kernels of the layers, tensor by tensor while
             they are read; None for none.

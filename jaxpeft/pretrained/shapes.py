@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.mesh.layout import Layout
+from jaxpeft.mesh.layouts import Layout
 from jaxpeft.mesh.placement import leaf_sharding, placed_shapes
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.ops.quant import is_quantized, quantize_kernel

@@ -18,7 +18,7 @@ from jaxpeft.core.backend import give_back_memory
 from jaxpeft.data.batches import eval_batches
 from jaxpeft.files.storage import StoragePath, as_path
 from jaxpeft.inference.metrics import Sample, count_cut, evaluate_loss, exact_match
-from jaxpeft.mesh import layout, placement, processes
+from jaxpeft.mesh import layouts, placement, processes
 from jaxpeft.mesh.constraints import traced_on
 from jaxpeft.methods import summary
 from jaxpeft.methods.adapter import Adapter, Label
@@ -62,13 +62,13 @@ class Run:
         config: RunConfig,
         base: Model,
         rows: Rows,
-        mesh: jax.sharding.Mesh | layout.Layout,
+        mesh: jax.sharding.Mesh | layouts.Layout,
         *,
         restored: bool = False,
         shapes_only: bool = False,
     ):
         self.config, self.rows = config, rows
-        self.layout = layout.as_layout(mesh, base.config)
+        self.layout = layouts.as_layout(mesh, base.config)
         self.output = as_path(config.output_dir)
         self.notes: list[str] = []
         self.schedule = make_schedule(config.optim, rows.steps)

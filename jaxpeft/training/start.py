@@ -9,7 +9,7 @@ import jax
 from jaxpeft.config.run_config import RunConfig
 from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.mesh import placement
-from jaxpeft.mesh.layout import Layout
+from jaxpeft.mesh.layouts import Layout
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.method import Context
 from jaxpeft.ops.quant import quantize

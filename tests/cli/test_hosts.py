@@ -21,7 +21,7 @@ from tiny_run import evaluation_lines, make_files, training_lines, write_config
 from jaxpeft import train as program
 from jaxpeft.cli import find_hosts, host_errors, supervision
 from jaxpeft.core.errors import ResourceError, UserError
-from jaxpeft.mesh import layout, processes
+from jaxpeft.mesh import layouts, processes
 from jaxpeft.training.output import folder
 
 STEPS = 10
@@ -48,8 +48,8 @@ def one_process(files, tmp_path_factory):
 
 def run_in_one(files, output, **changes):
     with pytest.MonkeyPatch.context() as patch:
-        make_mesh, devices = layout.make_mesh, jax.devices()[:4]
-        patch.setattr(layout, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=devices))
+        make_mesh, devices = layouts.make_mesh, jax.devices()[:4]
+        patch.setattr(layouts, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=devices))
         program.main([write_config(files, output, **SETTINGS | changes)])
     return output
 

@@ -244,7 +244,9 @@ def model_file(name, content):
         folder = write_hf(tmp_path, "llama", hf_tensors("llama"), shards=2)
         (folder / name).write_bytes(content())
         what = (
-            "load.load_model_config(path)" if name == "config.json" else "open_folder(pathlib.Path(path))"
+            "load.load_model_config(path)"
+            if name == "config.json"
+            else "open_folder(pathlib.Path(path))"
         )
         return folder, what
 

@@ -14,8 +14,7 @@ from jaxpeft.config.sections import ModelSection, TrainSection
 from jaxpeft.data.batches import Plan
 from jaxpeft.data.encode import Examples
 from jaxpeft.data.settings import DataConfig
-from jaxpeft.mesh import layout as sharding
-from jaxpeft.mesh import placement
+from jaxpeft.mesh import layouts, placement
 from jaxpeft.ops.quant import quantize
 from jaxpeft.training.rows import Rows
 from jaxpeft.training.run import Run
@@ -43,7 +42,7 @@ METHODS = {
 def mesh_of(data=1, fsdp=1, tensor=1):
     """A mesh of the first devices, as many as its sizes make."""
     devices = jax.devices()[: data * fsdp * tensor]
-    return sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
+    return layouts.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
 
 
 @functools.cache
@@ -82,7 +81,7 @@ def make_run(name, mesh, *, dtype="float32", microbatch_size=8, seq=SEQ, **chang
     method = changes.pop("method", METHODS.get(name))
     remat = changes.pop("remat", "full")
     base = base_of(name == "nf4", dtype, **changes)
-    layout = sharding.as_layout(mesh, base.config)
+    layout = layouts.as_layout(mesh, base.config)
     base = dataclasses.replace(base, params=placement.shard_params(base.params, layout))
     config = RunConfig(
         model=ModelSection(path="synthetic"),

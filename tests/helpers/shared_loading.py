@@ -154,14 +154,14 @@ def main(folder: str, out: str, port: str, index: str) -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
     from jaxpeft.core import paths
     from jaxpeft.core.errors import UserError
-    from jaxpeft.mesh import layout
+    from jaxpeft.mesh import layouts
     from jaxpeft.pretrained.hf.folder import open_folder
     from jaxpeft.pretrained.load import load_params
     from jaxpeft.pretrained.weights.params import read_params
 
     report: dict = {}
     for case, (model, form, sizes) in CASES.items():
-        mesh = layout.make_mesh(**{"data": 1, **sizes})
+        mesh = layouts.make_mesh(**{"data": 1, **sizes})
         source = open_folder(pathlib.Path(folder, model))
         loaded = read_params(source, "float32", mesh, FORMS[form])
         leaves = paths.flatten(loaded.params)
@@ -175,7 +175,7 @@ def main(folder: str, out: str, port: str, index: str) -> None:
     for fault in ("damaged", "short", "missing", "another", "other config"):
         path = pathlib.Path(folder, fault if index == "1" else "model")
         try:
-            load_params(path, mesh=layout.make_mesh(data=1, fsdp=4))
+            load_params(path, mesh=layouts.make_mesh(data=1, fsdp=4))
         except UserError as error:
             report["errors"][fault] = str(error)
     pathlib.Path(out, f"{index}.json").write_text(json.dumps(report))

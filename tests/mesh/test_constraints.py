@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mesh_run import mesh_of
 
 from jaxpeft.mesh.constraints import by_group, copy_for_groups, gathered, groups_of_rows, traced_on
-from jaxpeft.mesh.layout import Layout, parse_rules
+from jaxpeft.mesh.layouts import Layout, parse_rules
 
 PATH = "layers/mlp/up_proj/kernel"
 

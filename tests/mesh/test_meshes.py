@@ -15,8 +15,7 @@ from rounding import UNIT, most_roundings
 import jaxpeft as jp
 from jaxpeft.config.sections import MeshSection
 from jaxpeft.inference.decoding import generate_ids
-from jaxpeft.mesh import layout as sharding
-from jaxpeft.mesh import placement
+from jaxpeft.mesh import layouts, placement
 from jaxpeft.mesh.constraints import traced_on
 
 SHAPES = [
@@ -123,7 +122,7 @@ def test_heads_that_the_tensor_axis_cannot_spread_give_the_same_logits(heads, kv
     ids, adapter = np.arange(24).reshape(2, 12), None
     if adapted:
         adapter = jp.init_adapter(jp.PrefixTuning(num_tokens=3), base, jax.random.key(1))
-    layout = sharding.Layout(mesh_of(2, 1, 4), model=base.config)
+    layout = layouts.Layout(mesh_of(2, 1, 4), model=base.config)
     placed = base.replace(params=placement.shard_params(base.params, layout))
     expected = base(ids, adapter=adapter)
     bound = most_roundings(base.config, ids.shape[1] + 3) * UNIT * np.abs(expected).max()
@@ -213,7 +212,7 @@ def test_stacked_adapters_on_the_head_have_the_gradients_of_one_device():
     loss = jp.make_lm_loss(base.module, head_frozen=False)
 
     def gradients(mesh):
-        layout = sharding.Layout(mesh, model=base.config)
+        layout = layouts.Layout(mesh, model=base.config)
         params = placement.shard_params(base.params, layout)
 
         def total(trained):
@@ -244,7 +243,7 @@ def halves(shapes):
 def test_rules_of_the_config_go_first():
     path = "layers/mlp/up_proj/kernel"
     section = MeshSection(rules={path: "- - fsdp"})
-    layout = sharding.Layout(mesh_of(1, 8), sharding.parse_rules(section.rules))
+    layout = layouts.Layout(mesh_of(1, 8), layouts.parse_rules(section.rules))
     assert placement.param_sharding(path, (2, 64, 128), layout).spec == PartitionSpec(
         None, None, "fsdp"
     )

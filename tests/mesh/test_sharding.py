@@ -17,9 +17,9 @@ from jaxpeft import train as program
 from jaxpeft.checkpoints.checkpoints import Checkpoints
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.mesh import layout, placement
+from jaxpeft.mesh import layouts, placement
 from jaxpeft.methods.registry import KINDS
-from jaxpeft.pretrained.load import load_model_config, load_model
+from jaxpeft.pretrained.load import load_model, load_model_config
 from jaxpeft.pretrained.weights.names import param_shapes
 from jaxpeft.training.run import Run
 
@@ -75,7 +75,7 @@ def test_adapter_leaves_keep_the_tensor_axis_and_never_cut_the_rank(path, shape,
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "mlp_bias": True, "qk_norm": True}])
 def test_every_base_leaf_has_a_rule(changes, getkey):
     for path in param_shapes(toy_model(getkey(), tokenizer=False, **changes).config):
-        assert layout.spec_of(path) is not None, path
+        assert layouts.spec_of(path) is not None, path
 
 
 def test_replicated_leaves_are_named_with_the_reason():
@@ -122,11 +122,11 @@ def test_moments_live_where_their_arrays_live(getkey):
 
 
 def test_meshes_that_are_not_made_of_the_devices_are_refused():
-    assert dict(layout.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert dict(layout.make_mesh(data=2, tensor=-1).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert dict(layouts.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(layouts.make_mesh(data=2, tensor=-1).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
     for sizes in ({"data": 3}, {"data": -1, "tensor": 3}, {"data": 4}, {"data": 8, "fsdp": 2}):
         with pytest.raises(UserError, match=r"mesh: \{.*\} does not make 8 devices; .* 1, 2, 4, 8"):
-            layout.make_mesh(**sizes)
+            layouts.make_mesh(**sizes)
 
 
 @pytest.fixture(scope="module")

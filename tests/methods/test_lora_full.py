@@ -19,7 +19,7 @@ from jaxpeft import train as program
 from jaxpeft.config.run_config import load_config
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.mesh import layout
+from jaxpeft.mesh import layouts
 from jaxpeft.methods.binding import bind, head_is_frozen, init_adapter, merge
 from jaxpeft.methods.lora.config import LoRA, config_of
 from jaxpeft.methods.peft.modules import modules_of
@@ -404,8 +404,8 @@ def test_a_run_from_yaml_trains_and_saves_all_of_it(tmp_path):
     place = tmp_path / "run.yaml"
     place.write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
-        mesh = layout.make_mesh(devices=jax.devices()[:1])
-        patch.setattr(layout, "make_mesh", lambda **sizes: mesh)
+        mesh = layouts.make_mesh(devices=jax.devices()[:1])
+        patch.setattr(layouts, "make_mesh", lambda **sizes: mesh)
         program.main([str(place)])
     assert load_config(str(tmp_path / "run" / "config.yaml")).method.rank_pattern == {"q_proj": 2}
     assert len(training_lines(tmp_path / "run")) == 2

@@ -15,7 +15,7 @@ from tiny_decoder import CONFIG, decoder, draw, make_batch
 
 import jaxpeft as jp
 from jaxpeft.core import paths
-from jaxpeft.mesh import layout, placement
+from jaxpeft.mesh import layouts, placement
 from jaxpeft.methods.binding import bind, merge
 from jaxpeft.methods.method import Context
 from jaxpeft.methods.registry import KINDS, METHODS
@@ -180,7 +180,7 @@ def test_several_adapters_under_vmap_share_the_base(method):
 
 @every_method
 def test_a_base_sharded_over_eight_devices_gives_the_same(method):
-    mesh = layout.make_mesh(data=1, fsdp=2, tensor=4)
+    mesh = layouts.make_mesh(data=1, fsdp=2, tensor=4)
     adapter, base = trained(method), decoder(BIASED)[1]
     placed = placement.shard_params(base, mesh)
     assert_close(run_gradients(adapter, placed), run_gradients(adapter, base))

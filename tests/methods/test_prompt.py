@@ -31,7 +31,7 @@ from jaxpeft.methods.method import Context
 from jaxpeft.methods.prompts.prompt import PromptTuning, prompt_adapter
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.ops.linear import embed
-from jaxpeft.pretrained.load import load_model_config, load_model
+from jaxpeft.pretrained.load import load_model, load_model_config
 from jaxpeft.pretrained.model import Model
 from jaxpeft.updates.losses import make_lm_loss
 

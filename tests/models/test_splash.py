@@ -16,8 +16,7 @@ from mesh_run import make_run, mesh_of, train
 
 from jaxpeft.core import backend
 from jaxpeft.core.flops import count_flops
-from jaxpeft.mesh import layout as sharding
-from jaxpeft.mesh import placement
+from jaxpeft.mesh import layouts, placement
 from jaxpeft.mesh.constraints import traced_on
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.models.attention import Prefix, attention
@@ -120,7 +119,7 @@ def test_devices_of_a_mesh_do_their_own_rows_and_heads(interpreted, batch, heads
     """Two shards of rows and two of heads; what is odd is done by all, keys are repeated."""
     there, mask = packed([[100, 40], [140], [9] * 15, [3, 130]][:batch], 140)
     arrays = inputs(batch, 140, heads, kv_heads)
-    layout = sharding.Layout(mesh_of(1, 2, 2))
+    layout = layouts.Layout(mesh_of(1, 2, 2))
     whole = jax.device_put(arrays, NamedSharding(layout.mesh, PartitionSpec()))
     run = jax.jit(functools.partial(value_and_grads, functools.partial(attention, **there)))
     with traced_on(layout):
@@ -159,7 +158,7 @@ def find(name, jaxpr):
     ],
 )
 def test_the_kernel_is_chosen_on_tpus_where_it_is_exact(monkeypatch, kernel, changes):
-    given = {"platform": "tpu", "layout": sharding.Layout(mesh_of()), "seq": 129}
+    given = {"platform": "tpu", "layout": layouts.Layout(mesh_of()), "seq": 129}
     given |= {"dtype": jnp.bfloat16} | changes
     platform, layout, seq, dtype = (given.pop(x) for x in ("platform", "layout", "seq", "dtype"))
     count = given.pop("devices", 8)
@@ -226,7 +225,7 @@ def test_products_of_the_kernels_are_counted_up_to_the_diagonal(windows, tiles):
     options = {"window": jnp.int32(windows[0]), "windows": windows, "block": BLOCK}
     function = functools.partial(attention, **there, **options)
     for mesh in (mesh_of(), mesh_of(1, 2, 2)):
-        with backend.traced_for("tpu"), traced_on(sharding.Layout(mesh)):
+        with backend.traced_for("tpu"), traced_on(layouts.Layout(mesh)):
             counted = count_flops(functools.partial(value_and_grads, function), *arrays)
         products = (2 + 3 + 4) * tiles * BLOCK**2 + 512
         assert counted == 2 * products * 2 * HEADS * HEAD_DIM
@@ -250,13 +249,13 @@ def tpus():
 def test_kernels_are_in_the_program_that_is_compiled_for_tpus(tpus, head_dim, windows):
     sizes = {"head_dim": head_dim, "num_heads": 4, "num_kv_heads": 2, "windows": windows}
     run = make_run("lora", mesh_of(1, 2, 2), seq=1024, dtype="bfloat16", **sizes)
-    mesh = sharding.make_mesh(1, 2, 2, devices=tpus)
+    mesh = layouts.make_mesh(1, 2, 2, devices=tpus)
 
     def there(leaf):
         place = NamedSharding(mesh, leaf.sharding.spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    run.layout = sharding.Layout(mesh, model=run.base.config)
+    run.layout = layouts.Layout(mesh, model=run.base.config)
     run.base, run.state = jax.tree.map(there, (run.base, run.state))
     run.shardings = placement.state_shardings(
         run.state, run.layout, KINDS[run.config.method.name].arrays

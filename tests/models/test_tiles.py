@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft.core import backend
 from jaxpeft.core.flops import count_flops
-from jaxpeft.mesh.layout import make_mesh
+from jaxpeft.mesh.layouts import make_mesh
 from jaxpeft.models.attention import Prefix, attention
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8

@@ -15,7 +15,7 @@ from tiny_run import make_files, training_lines, write_config
 import jaxpeft as jp
 from jaxpeft import train as program
 from jaxpeft.core import paths
-from jaxpeft.mesh import layout, placement
+from jaxpeft.mesh import layouts, placement
 from jaxpeft.methods.algebra.merge_quantized import merge_quantized
 from jaxpeft.methods.binding import bind, merge
 from jaxpeft.ops.linear import linear
@@ -257,7 +257,7 @@ def test_merging_on_purpose_rounds_again_and_says_what_it_costs(kind):
 
 @single_or_double
 def test_whole_blocks_are_spread_and_products_stay_the_same(double):
-    mesh = layout.make_mesh(data=1, fsdp=2, tensor=4)
+    mesh = layouts.make_mesh(data=1, fsdp=2, tensor=4)
     kernel = jnp.asarray(normal((2, 256, 128)))
     params = {"layers": {"self_attn": {"q_proj": {"kernel": kernel}}}}
     whole = jp.quantize(params, "nf4", double=double)
@@ -271,7 +271,7 @@ def test_whole_blocks_are_spread_and_products_stay_the_same(double):
 
 
 def test_blocks_that_do_not_divide_are_named():
-    mesh = layout.make_mesh(data=1, fsdp=2, tensor=4)
+    mesh = layouts.make_mesh(data=1, fsdp=2, tensor=4)
     params = {"layers": {"self_attn": {"q_proj": {"kernel": jnp.ones((2, 64, 128))}}}}
     notes = placement.unsharded(quantize(params), mesh)
     assert notes == ["layers/self_attn/q_proj/kernel: 1 blocks of 64 do not divide by fsdp 2"]
@@ -297,7 +297,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("mesh", [None, {"data": 1, "fsdp": 2, "tensor": 4}], ids=["one", "mesh"])
 @single_or_double
 def test_a_model_loads_as_it_would_be_quantised(files, mesh, double):
-    mesh = mesh and layout.make_mesh(**mesh)
+    mesh = mesh and layouts.make_mesh(**mesh)
     dense = jp.load_model(files.model)
     loaded = jp.load_model(files.model, quantization="nf4", double_quantization=double, mesh=mesh)
     expected = quantize(dense.params, "nf4", double=double)

@@ -20,7 +20,7 @@ from jaxpeft.mesh.constraints import traced_on
 from jaxpeft.planning import machines, memory
 from jaxpeft.planning.plan import full_rows, make_plan
 from jaxpeft.planning.report import print_plan
-from jaxpeft.pretrained.load import load_model_config, load_model, load_tokenizer
+from jaxpeft.pretrained.load import load_model, load_model_config, load_tokenizer
 from jaxpeft.pretrained.weights.names import param_shapes
 from jaxpeft.training.rows import read_data
 from jaxpeft.training.run import Run

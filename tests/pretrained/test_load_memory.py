@@ -43,7 +43,7 @@ path, dtype, keep, quantization, *peers = sys.argv[1:]
 mesh = None
 if peers:
     jax.distributed.initialize(f"127.0.0.1:{peers[0]}", num_processes=2, process_id=int(peers[1]))
-    from jaxpeft.mesh.layout import make_mesh
+    from jaxpeft.mesh.layouts import make_mesh
     mesh = make_mesh(data=1, fsdp=-1)
 peak, done, kept = 0, False, []
 def anonymous():

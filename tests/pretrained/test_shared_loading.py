@@ -24,8 +24,8 @@ from shared_loading import (
 from tiny_models import hf_tensors
 
 from jaxpeft.core import paths
-from jaxpeft.mesh import layout as sharding
-from jaxpeft.mesh.layout import as_layout
+from jaxpeft.mesh import layouts
+from jaxpeft.mesh.layouts import as_layout
 from jaxpeft.mesh.placement import leaf_sharding
 from jaxpeft.pretrained.gguf.reader import open_gguf
 from jaxpeft.pretrained.hf.folder import open_folder
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 def mesh_of(**sizes):
-    return sharding.make_mesh(**{"data": 1, **sizes})
+    return layouts.make_mesh(**{"data": 1, **sizes})
 
 
 def kernel_of(*shape):
@@ -209,7 +209,7 @@ def test_files_that_differ_between_processes_are_named():
 @pytest.mark.parametrize("spec", [("fsdp", "tensor"), ("tensor", "fsdp")])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2), (4, 1, 2)])
 def test_moving_rows_replicates_nothing_that_is_cut_in_the_end(sizes, spec):
-    mesh, spec = sharding.make_mesh(*sizes), PartitionSpec(None, *spec)
+    mesh, spec = layouts.make_mesh(*sizes), PartitionSpec(None, *spec)
     cut = cut_rows(kernel_of(512, 1024), False, mesh, spec, 3)
     rows = jax.ShapeDtypeStruct((4, 512, 1024), np.float32, sharding=cut.staged(3))
     compiled = mover(cut, jax.sharding.NamedSharding(mesh, spec)).lower(rows).compile()
@@ -251,7 +251,7 @@ def two(folder, tmp_path_factory):
 def test_two_processes_hold_what_one_loads_and_read_their_share(two, folder, case):
     out, reports = two
     model, form, sizes = CASES[case]
-    mesh = sharding.make_mesh(**{"data": 1, **sizes}, devices=jax.devices()[:4])
+    mesh = layouts.make_mesh(**{"data": 1, **sizes}, devices=jax.devices()[:4])
     source = open_folder(folder.parent / model)
     expected = read_params(source, "float32", mesh, FORMS[form])
     assert expected.bytes_read == sum(info.nbytes for info in source.tensors.values())

@@ -18,8 +18,8 @@ from tiny_run import (
 import jaxpeft as jp
 from jaxpeft import train as program
 from jaxpeft.core.errors import UserError
-from jaxpeft.mesh import layout
-from jaxpeft.pretrained.load import load_model_config, load_model
+from jaxpeft.mesh import layouts
+from jaxpeft.pretrained.load import load_model, load_model_config
 from jaxpeft.training.rows import steps_of_epochs
 from jaxpeft.training.run import Run
 
@@ -32,7 +32,7 @@ def test_held_out_rows_that_are_trained_on_are_counted(files, tmp_path, capsys):
     )
     read = program.read_data(config, load_model_config(files.model))
     assert read.shared == 3
-    run = Run(config, load_model(files.model), read, layout.make_mesh())
+    run = Run(config, load_model(files.model), read, layouts.make_mesh())
     assert ("note", "3 of 5 rows of data.eval are trained on") in run.describe()[0]
 
 
@@ -134,7 +134,7 @@ def test_bad_profile_or_config_is_told_first(files, tmp_path):
 
 def test_eight_devices_want_batches_that_divide(files, tmp_path):
     config = jp.load_config(write_config(files, tmp_path / "run"))
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), layout.AXES)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), layouts.AXES)
     small = settings(files, tmp_path / "run", train={"batch_size": 6})
     path = tmp_path / "small.yaml"
     path.write_text(json.dumps(small))

@@ -10,10 +10,10 @@ from train_runs import NO_EVAL, curve, record_runs, stop_at
 
 from jaxpeft import train as program
 from jaxpeft.core.errors import InterruptedRunError
-from jaxpeft.mesh import layout
+from jaxpeft.mesh import layouts
 from jaxpeft.training.run import Run, leaves
 
-MAKE_MESH = layout.make_mesh
+MAKE_MESH = layouts.make_mesh
 
 PARTS = [
     (3, {"data": 8}),
@@ -43,7 +43,7 @@ def test_other_meshes_go_on_from_equal_bits_with_the_same_rows(files, plain, tmp
     runs, saved = record_runs(monkeypatch), []
     for stop, sizes in PARTS:
         devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-        monkeypatch.setattr(layout, "make_mesh", functools.partial(MAKE_MESH, devices=devices))
+        monkeypatch.setattr(layouts, "make_mesh", functools.partial(MAKE_MESH, devices=devices))
         config = write_config(files, tmp_path / "run", **NO_EVAL, checkpoint=None, mesh=sizes)
         if stop is None:
             program.main([config])

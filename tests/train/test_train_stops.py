@@ -34,7 +34,7 @@ from jaxpeft import train as program
 from jaxpeft.checkpoints.checkpoints import Checkpoints
 from jaxpeft.checkpoints.folder import CheckpointFolder
 from jaxpeft.core.errors import DivergedError, InterruptedRunError, UserError
-from jaxpeft.mesh import layout
+from jaxpeft.mesh import layouts
 from jaxpeft.pretrained.load import load_model_config
 from jaxpeft.reports import trackers
 from jaxpeft.training.run import Run
@@ -209,7 +209,7 @@ def test_checkpoint_is_hardly_larger_than_adapter_and_moments(files, tmp_path, g
         write_config(files, tmp_path / "run"), ["--method.rank=16", "--method.targets=all-linear"]
     )
     base = toy_model(getkey(), d_model=256, d_ff=768, num_layers=6, head_dim=64)
-    mesh = layout.make_mesh()
+    mesh = layouts.make_mesh()
     run = Run(config, base, program.read_data(config, load_model_config(files.model)), mesh)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(run.state.adapter.params))
     draw = np.random.default_rng(0)  # what has been trained does not compress

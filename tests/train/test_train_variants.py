@@ -17,8 +17,8 @@ import jaxpeft as jp
 from jaxpeft import train as program
 from jaxpeft.checkpoints.checkpoints import Checkpoints
 from jaxpeft.core import paths
-from jaxpeft.mesh import layout
-from jaxpeft.pretrained.load import load_model_config, load_model
+from jaxpeft.mesh import layouts
+from jaxpeft.pretrained.load import load_model, load_model_config
 from jaxpeft.training.run import Run
 
 
@@ -150,7 +150,7 @@ def test_best_step_is_exported(files, tmp_path, monkeypatch, capsys):
 def test_best_is_the_least_loss_or_the_largest_accuracy(files, tmp_path, metric, best):
     config = jp.load_config(write_config(files, tmp_path / "run", checkpoint={"best": metric}))
     rows = program.read_data(config, load_model_config(files.model))
-    run = Run(config, load_model(files.model), rows, layout.make_mesh())
+    run = Run(config, load_model(files.model), rows, layouts.make_mesh())
     scores = [(0.5, 0.5), (0.7, 0.9), (0.9, 0.7)]  # at steps 1, 2, 3
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
         for loss, accuracy in scores:

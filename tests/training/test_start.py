@@ -10,7 +10,7 @@ from mesh_run import base_of, make_run, mesh_of, rows_of
 
 import jaxpeft as jp
 from jaxpeft.core import paths
-from jaxpeft.mesh.layout import Layout
+from jaxpeft.mesh.layouts import Layout
 from jaxpeft.methods.chat_settings import ChatSettings, chat_of
 from jaxpeft.methods.method import Context
 from jaxpeft.ops.linear import materialize

@@ -23,7 +23,7 @@ import numpy as np
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files.tensors import PLAIN_DTYPES
-from jaxpeft.mesh.layout import Layout, as_layout
+from jaxpeft.mesh.layouts import Layout, as_layout
 from jaxpeft.mesh.placement import leaf_sharding, replicated
 from jaxpeft.mesh.processes import exchange, spans_processes, together
 from jaxpeft.ops.quant import quantize_kernel, quantize_scales

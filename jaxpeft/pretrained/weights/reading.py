@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.files.storage import StoragePath, Ranges
+from jaxpeft.files.storage import Ranges, StoragePath
 from jaxpeft.files.tensors import PLAIN_DTYPES, TensorInfo
 from jaxpeft.ops.quant import is_quantized
 from jaxpeft.pretrained.weights.fingerprint import Fingerprint, num_parts, part_rows

@@ -213,7 +213,11 @@ def _changes_the_state(config: RunConfig, key: str, was: Any, now: Any) -> bool:
 
 
 def _check_identity(
-    before: Identity, model: ModelConfig, tokenizer: Any, accepted: Collection[str], output: StoragePath
+    before: Identity,
+    model: ModelConfig,
+    tokenizer: Any,
+    accepted: Collection[str],
+    output: StoragePath,
 ) -> list[str]:
     if not before.known:
         return [
