@@ -196,7 +196,8 @@ def child_main(folder: pathlib.Path, name: str, case: Case | None, told: pathlib
     os.dup2(log, 1)
     os.dup2(log, 2)
     patience.DELAYS = (0.05, 0.1)
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(folder / "compiled")
+    jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     output = folder / name

@@ -11,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh test
 export HF_HUB_OFFLINE=1
+unset PYTHONDONTWRITEBYTECODE  # each of a hundred processes would compile the same modules
 workers=$(.venv/bin/python -c 'import os; print(min(os.cpu_count() or 1, 8))')
 exec .venv/bin/python -m pytest -n "$workers" --dist loadfile \
   --no-loadscope-reorder "$@"

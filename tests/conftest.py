@@ -34,15 +34,17 @@ import pytest  # noqa: E402
 
 MOST_MAPS = 30_000
 LONG = (
-    "test_train_faults",
+    "test_methods",
+    "test_chaos",
+    "test_load_memory",
     "test_hosts",
-    "test_stores",
-    "test_readme",
-    "test_train_resumes_on_meshes",
-    "test_checkpoint_disk",
     "test_meshes",
-    "test_plan",
-    "test_mixed",
+    "test_train_faults",
+    "test_train_methods",
+    "test_golden_methods",
+    "test_decoding",
+    "test_train_outside",
+    "test_prefix",
 )
 """Files that take longest: they are begun first, so that no process ends long after the others."""
 TESTS = itertools.count(1)
@@ -52,6 +54,13 @@ def pytest_configure(config):
     """Checks the compilation cache before the first test, not in each process of pytest-xdist."""
     if not hasattr(config, "workerinput"):
         compiled_programs.clean()
+
+
+def pytest_collection_finish():
+    """Tracing makes many objects: what is imported is not searched for garbage every time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items):

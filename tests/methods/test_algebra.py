@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_decoder import CONFIG, decoder, draw, make_batch
+from tiny_decoder import CONFIG, apply, decoder, draw, make_batch
 
 import jaxpeft as jp
 from jaxpeft.core import paths
@@ -246,7 +246,7 @@ def test_padding_the_rank_changes_nothing():
     one, (module, base), tokens = lora(1), decoder(), make_batch(2, 4)["tokens"]
     wide = pad_rank(one, 5)
     assert wide.spec.rank == 5
-    actual, expected = (module.apply(bind(base, a), tokens) for a in (wide, one))
+    actual, expected = (apply(module, bind(base, a), tokens) for a in (wide, one))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(jp.UserError, match="has rank 5, above 2"):
         pad_rank(wide, 2)

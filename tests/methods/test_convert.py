@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from tiny_decoder import decoder, make_adapter, make_batch
+from tiny_decoder import apply, decoder, make_adapter, make_batch
 
 import jaxpeft as jp
 from jaxpeft.core import paths
@@ -117,9 +117,10 @@ def test_a_lora_that_starts_in_the_base_becomes_plain_exactly(name):
     assert made.spec.options == ()
     assert set(errors.values()) == {0.0}
     ids = make_batch(2, 6)["tokens"]
-    expected = module.apply(bind(base, adapter), ids)
-    np.testing.assert_allclose(module.apply(bind(base, made), ids), expected, rtol=1e-4, atol=2e-5)
-    assert np.abs(expected - module.apply({"params": base}, ids)).max() > 0.1
+    expected = apply(module, bind(base, adapter), ids)
+    actual = apply(module, bind(base, made), ids)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-5)
+    assert np.abs(expected - apply(module, {"params": base}, ids)).max() > 0.1
 
 
 def test_what_has_no_kernel_to_change_is_refused():

@@ -63,7 +63,8 @@ def fresh(method):
 def trained(method, seed=1):
     """An adapter moved away from where it starts, as by training."""
     adapter = fresh(method)
-    moved = jax.tree.map(jnp.add, adapter.params, draw(adapter.params, seed, 0.15))
+    shift = draw(adapter.params, seed, 0.15)
+    moved = jax.tree.map(lambda x, y: jax.device_put(np.add(x, y)), adapter.params, shift)
     return adapter.replace(params=moved)
 
 
@@ -82,7 +83,6 @@ def loss_of(adapter, params, remat="none"):
 
 # Compiled once a method, whatever the test.
 run_forward = jax.jit(forward)
-run_loss = jax.jit(loss_of)
 
 
 @functools.partial(jax.jit, static_argnames="remat")
@@ -161,8 +161,9 @@ def test_gradients_are_those_of_finite_differences(method):
     step = 1e-2 / float(optax.tree.norm(direction))
 
     def at(t):
-        moved = jax.tree.map(lambda p, d: p + t * d, adapter.params, direction)
-        return float(run_loss(adapter.replace(params=moved), base))
+        move = lambda p, d: np.asarray(p) + np.float32(t) * np.asarray(d)  # noqa: E731
+        moved = jax.device_put(jax.tree.map(move, adapter.params, direction))
+        return float(run_gradients(adapter.replace(params=moved), base)[0])
 
     # Central differences of fourth order.
     near, far = (at(step) - at(-step)) / (2 * step), (at(2 * step) - at(-2 * step)) / (4 * step)
@@ -172,7 +173,7 @@ def test_gradients_are_those_of_finite_differences(method):
 @every_method
 def test_several_adapters_under_vmap_share_the_base(method):
     several = [trained(method, seed=seed) for seed in (1, 2)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
+    stacked = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *several))
     actual = jax.jit(jax.vmap(forward, in_axes=(0, None)))(stacked, decoder(BIASED)[1])
     for one, expected in zip(actual, map(logits, several), strict=True):
         assert_close(one, expected)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_decoder import CONFIG, decoder, draw, make_adapter, make_batch
+from tiny_decoder import CONFIG, apply, decoder, draw, make_adapter, make_batch
 from toy_model import toy_adapter, toy_model
 
 import jaxpeft as jp
@@ -46,7 +46,7 @@ def run(adapter, index=None, tokens=None, dropout_key=None, remat="none"):
     module, params = decoder(CONFIG, remat)
     tokens = make_batch(len(ROWS), 6)["tokens"] if tokens is None else tokens
     variables = bind(params, adapter, index=index, dropout_key=dropout_key)
-    return module.apply(variables, tokens)
+    return apply(module, variables, tokens)
 
 
 def assert_close(actual, expected, rtol=1e-5, atol=1e-5):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from tiny_decoder import CONFIG, decoder, draw, make_batch
+from tiny_decoder import CONFIG, apply, decoder, draw, make_batch
 from tiny_run import Files, write_config, write_rows
 from toy_model import CONFIG as TOY
 from toy_tokenizer import toy_tokenizer
@@ -63,9 +63,7 @@ def test_a_packed_row_may_mix_tasks():
     ids = np.concatenate([first, tokens[:2], second, tokens[2:]])[None]
     segments = np.array([[1] * 5 + [2] * 6])
     base = model()
-    packed = base.module.apply(
-        jp.bind(base.params, adapter), jnp.asarray(ids), segment_ids=jnp.asarray(segments)
-    )[0]
+    packed = apply(base.module, jp.bind(base.params, adapter), ids, segment_ids=segments)[0]
     alone = [
         base(part[None], adapter=adapter, task=task)[0]
         for task, part in enumerate((tokens[:2], tokens[2:]))

@@ -16,7 +16,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import yaml
-from tiny_decoder import CONFIG, decoder, draw, make_batch
+from tiny_decoder import CONFIG, apply, decoder, draw, make_batch
 from tiny_run import evaluation_lines, make_files, training_lines, write_config
 from toy_tokenizer import toy_tokenizer
 
@@ -88,7 +88,7 @@ def test_given_positions_move_behind_the_prompt():
     module, params = decoder()
     long = np.concatenate([[[0, 1, 2]] * 2, positions + N], axis=1)
     ids = jp.with_prompt(adapter, tokens)
-    expected = module.apply(jp.bind(params, adapter), ids, positions=jnp.asarray(long))[:, N:]
+    expected = apply(module, jp.bind(params, adapter), ids, positions=long)[:, N:]
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(masked, expected, rtol=1e-5, atol=1e-5)
 
@@ -137,7 +137,7 @@ def test_a_prompt_stands_beside_a_lora():
     tokens = np.asarray(make_batch(2, 6)["tokens"])
     long = np.concatenate([np.tile(IDS, (2, 1)), tokens], axis=1)
     both = [adapter, lora]
-    actual = base.module.apply(jp.bind(base.params, both), jp.with_prompt(both, tokens))
+    actual = apply(base.module, jp.bind(base.params, both), jp.with_prompt(both, tokens))
     np.testing.assert_allclose(actual, base(long, adapter=lora), rtol=1e-5, atol=1e-5)
 
 

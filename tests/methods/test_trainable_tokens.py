@@ -7,7 +7,7 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_decoder import CONFIG, decoder, draw, make_batch
+from tiny_decoder import CONFIG, apply, decoder, draw, make_batch
 
 import jaxpeft as jp
 from jaxpeft.core import paths
@@ -93,10 +93,10 @@ def test_a_new_adapter_has_the_rows_of_the_base_in_the_order_that_was_asked_for(
 def test_a_model_with_its_own_head_computes_the_same_bound_and_merged(targets):
     module, params = decoder(UNTIED)
     adapter, tokens = make(UNTIED, tuple(range(40)), targets=targets), make_batch(2, 6)["tokens"]
-    bound = module.apply(bind(params, adapter), tokens)
+    bound = apply(module, bind(params, adapter), tokens)
     merged = merge(params, adapter)
-    np.testing.assert_allclose(module.apply(bind(merged), tokens), bound, rtol=1e-4, atol=1e-5)
-    assert np.abs(bound - module.apply(bind(params), tokens)).max() > 0.1
+    np.testing.assert_allclose(apply(module, bind(merged), tokens), bound, rtol=1e-4, atol=1e-5)
+    assert np.abs(bound - apply(module, bind(params), tokens)).max() > 0.1
     embedding = paths.get(merged, paths.EMBEDDING) is not paths.get(params, paths.EMBEDDING)
     assert embedding == (targets != ("lm_head",))
 
@@ -140,10 +140,11 @@ def test_rows_of_a_mixed_batch_have_their_own_tokens(config):
         make(config, ids, seed, targets=targets) for seed, ids in enumerate([IDS, (7, 1, 4)])
     ]
     tokens, index = make_batch(3, 6, vocab=10)["tokens"], (1, -1, 0)
-    mixed = module.apply(bind(params, stack_adapters(several), index=jnp.array(index)), tokens)
+    stacked = bind(params, stack_adapters(several), index=jnp.array(index))
+    mixed = apply(module, stacked, tokens)
     for row, which in enumerate(index):
         one = None if which < 0 else several[which]
-        alone = module.apply(bind(params, one), tokens[row : row + 1])[0]
+        alone = apply(module, bind(params, one), tokens[row : row + 1])[0]
         np.testing.assert_allclose(mixed[row], alone, rtol=1e-5, atol=1e-5)
 
 

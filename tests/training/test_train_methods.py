@@ -38,6 +38,15 @@ RUNS = {
     "multitask": ({"name": "multitask_prompt_tuning", **SOFT, "num_tasks": 2}, {}),
     "prefix_tuning": ({"name": "prefix_tuning", **SOFT}, {}),
 }
+ALIKE = {
+    "oft": "lokr",
+    "ia3": "lokr",
+    "loha": "lokr",
+    "ln_tuning": "bitfit",
+    "prompt_tuning": "p_tuning",
+    "multitask": "p_tuning",
+}
+"""Methods whose state has the form of another one's, which stands for them in the default run."""
 
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -83,7 +92,9 @@ def tokens_of(base: jp.Model) -> np.ndarray:
     return np.array([ids[:4], ids[4:8]])
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in RUNS]
+)
 def test_a_run_goes_on_to_the_same_bytes_and_its_adapter_loads(files, tmp_path, name, capsys):
     method, optim = RUNS[name]
     output = tmp_path / "run"
