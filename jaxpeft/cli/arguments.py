@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxpeft.cli.exits import note_command
+from jaxpeft.config.flags import take_flag
 from jaxpeft.config.schema import Schema, describe
 from jaxpeft.core import limits, notes
 from jaxpeft.core.errors import UserError, nearest
@@ -155,23 +156,21 @@ def parse_arguments(
     rest, overrides, problems = [], [], []
     todo = list(argv)
     while todo:
-        token = todo.pop(0)
-        flag, equals, _ = token.partition("=")
+        flag = todo[0].partition("=")[0]
         name = flag[2:]
-        if token == "--":
-            rest += [token, *todo]
+        if todo[0] == "--":
+            rest += todo
             break
-        if not token.startswith("--") or flag in own:
-            rest.append(token)
+        if not flag.startswith("--") or flag in own:
+            rest.append(todo.pop(0))
         elif schema is not None and ("." in name or name in plain or name in schema.sections()):
-            overrides.append(token)
-            if not equals:
-                if not todo or todo[0].startswith("--"):
-                    problems.append(f"{flag}: needs a value, as in {flag} VALUE")
-                else:
-                    overrides.append(todo.pop(0))
+            try:
+                overrides.append("=".join(take_flag(todo)))
+            except UserError as error:
+                problems.append(str(error))
         else:
             problems.append(f"{flag}: {_explain(name, own, schema)}")
+            todo.pop(0)
     if problems:
         raise UserError("\n".join(problems))
     found = parser.parse_args(rest)

@@ -1,10 +1,10 @@
 """Inputs of commands other than flags: lines of prompts, and JSON in files and arguments."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.core import strict_json
 from jaxpeft.core.errors import UserError
 
 
@@ -85,7 +85,6 @@ def parse_object(flag: str, text: str) -> dict[str, Any]:
 
 def _parse_json(where: str, text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise UserError(f"{where}: not JSON: {why}.") from None
+        return strict_json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {error}.") from None

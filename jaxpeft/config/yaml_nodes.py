@@ -1,7 +1,7 @@
 """A config file and command-line flags as one graph of YAML nodes that know their place."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,25 +155,6 @@ def _check_events(text: str, where: Callable[[int], str]) -> None:
             raise UserError(f"{location}: nested too deeply for a config")
         if getattr(event, "tag", None) is not None:
             raise UserError(f"{location}: tags are not allowed, got {event.tag!r}; drop it")
-
-
-def split_flags(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of flag and value from ``--a.b value`` and ``--a.b=value``.
-
-    Raises:
-        UserError: A flag has no value, or a value has no flag.
-    """
-    pairs, rest = [], list(overrides)
-    while rest:
-        flag, equals, value = rest.pop(0).partition("=")
-        if not re.fullmatch(r"--\w[\w.-]*", flag):
-            raise UserError(f"{flag}: expected an override such as --optim.learning_rate 3e-4")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"{flag}: needs a value, as in {flag} VALUE")
-            value = rest.pop(0)
-        pairs.append((flag, value))
-    return pairs
 
 
 def flag_node(flag: str, index: int, value: str, *, text: bool, lists: bool, keys: bool) -> Any:

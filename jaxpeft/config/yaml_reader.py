@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from jaxpeft.config.flags import split_flags
 from jaxpeft.config.schema import Schema, is_mapping, is_section, variants_of
 from jaxpeft.config.yaml_nodes import (
     Location,
@@ -31,7 +32,6 @@ from jaxpeft.config.yaml_nodes import (
     put,
     read_text,
     show,
-    split_flags,
 )
 from jaxpeft.config.yaml_values import Mismatch, advice_on, expected, is_scalar, kinds_of, resolve
 from jaxpeft.core.errors import UserError, nearest

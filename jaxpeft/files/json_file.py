@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from jaxpeft.core import limits
+from jaxpeft.core import limits, strict_json
 from jaxpeft.core.errors import UserError
 from jaxpeft.files import storage
 from jaxpeft.files.storage import StoragePath
@@ -19,30 +19,14 @@ def read_json(path: StoragePath) -> dict[str, Any]:
     try:
         limits.require_bytes(path, storage.size(path), limits.JSON_BYTES)
         text = storage.read_bytes(path).decode("utf-8")
-        value = json.loads(text, object_pairs_hook=no_doubles)
+        value = strict_json.loads(text, constants=True)
     except json.JSONDecodeError as error:
         text = "the file is empty" if not storage.size(path) else f"not valid JSON: {error.msg}"
         raise UserError(f"{path}:{error.lineno}:{error.colno}: {text}") from error
     except UserError:
         raise
-    except RecursionError as error:
-        raise UserError(f"{path}: not valid JSON: nested too deeply") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes a dict of an object's pairs; for ``object_pairs_hook``.
-
-    Raises:
-        ValueError: A key is given twice.
-    """
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {double!r} is given twice")
-    return found

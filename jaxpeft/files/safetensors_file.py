@@ -1,12 +1,10 @@
 """Reads the header of a safetensors file: its tensors, and where their bytes lie."""
 
-import json
 import struct
 
-from jaxpeft.core import limits
+from jaxpeft.core import limits, strict_json
 from jaxpeft.core.errors import UserError
 from jaxpeft.files import storage
-from jaxpeft.files.json_file import no_doubles
 from jaxpeft.files.storage import StoragePath
 from jaxpeft.files.tensors import PLAIN_DTYPES, TensorInfo, expected_nbytes
 
@@ -34,14 +32,14 @@ def read_header(path: StoragePath) -> dict[str, TensorInfo]:
         file.seek(8)
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=no_doubles)
+        header = strict_json.loads(text.decode("utf-8"))
         header.pop("__metadata__", None)
         tensors = {
             name: _tensor_info(path, 8 + length, name, entry) for name, entry in header.items()
         }
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: the safetensors header is damaged ({error}); {_DOWNLOAD_AGAIN}"
         ) from error

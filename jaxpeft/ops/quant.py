@@ -6,7 +6,7 @@ share a byte: the first half of a block is in the low bits, the second half in t
 are float32, or are quantised to 8 bits as well (double quantisation, section 3).
 
 ==================  ===============  =================
-kind                bytes a weight   double-quantised
+quant_type          bytes a weight   double-quantised
 ==================  ===============  =================
 ``nf4``, ``int4``   0.5625           about 0.516
 ``int8``            1.0625           about 1.016
@@ -62,7 +62,7 @@ class QuantTensor(Node):
         scale: ``(blocks, d_out)``, float32, or int8 where `group_scale` is given.
         group_scale: ``(blocks, groups)``, float32: the factors of int8 scales.
         offset: Scalar that is added to int8 scales: the mean of all scales.
-        kind: "nf4", "int4" or "int8".
+        quant_type: "nf4", "int4" or "int8".
         d_in: Rows of the kernel; the last block may have fewer than 64.
         dtype_name: The dtype of the kernel before quantisation.
     """
@@ -71,7 +71,7 @@ class QuantTensor(Node):
     scale: Any
     group_scale: Any = None
     offset: Any = None
-    kind: str = flax.struct.field(pytree_node=False, default="nf4")
+    quant_type: str = flax.struct.field(pytree_node=False, default="nf4")
     d_in: int = flax.struct.field(pytree_node=False, default=0)
     dtype_name: str = flax.struct.field(pytree_node=False, default="float32")
 
@@ -105,10 +105,10 @@ class QuantTensor(Node):
 
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "*stack d_in d_out"]:
         """The kernel in `dtype`, computed from codes and scales."""
-        if self.kind == "int8":
+        if self.quant_type == "int8":
             values = self.codes.astype(jnp.float32)
         else:
-            read = _select if self.kind == "nf4" else _signed
+            read = _select if self.quant_type == "nf4" else _signed
             halves = [read(self.codes & 15), read(self.codes >> 4)]
             values = jnp.concatenate(halves, axis=-2)
         values = (values * self.scales()[..., None, :]).astype(dtype)
@@ -154,14 +154,16 @@ def _signed(codes: Any) -> Any:
 
 
 def quantize_kernel(
-    kernel: Float[Array | np.ndarray, "*stack d_in d_out"], kind: str = "nf4", double: bool = False
+    kernel: Float[Array | np.ndarray, "*stack d_in d_out"],
+    quant_type: str = "nf4",
+    double: bool = False,
 ) -> QuantTensor:
     """Quantises one kernel or a stack of kernels.
 
     Args:
         kernel: ``(d_in, d_out)`` or ``(layers, d_in, d_out)``; blocks run along ``d_in``, and the
             last one may be shorter.
-        kind: "nf4", "int4" or "int8".
+        quant_type: "nf4", "int4" or "int8".
         double: Quantise the scales to 8 bits too.
 
     Returns:
@@ -171,33 +173,33 @@ def quantize_kernel(
         >>> quantize_kernel(jnp.array([[2.0], [0.3], [-2.0]])).dequantize()[:, 0]
         Array([ 2.       ,  0.3218604, -2.       ], dtype=float32)
     """
-    coded = _quantize_blocks(kernel, kind)
+    coded = _quantize_blocks(kernel, quant_type)
     # Compiled apart: the scales of a kernel that several processes read are quantised later.
     return coded.replace(**quantize_scales(coded.scale)) if double else coded
 
 
-@functools.partial(jax.jit, static_argnames="kind")
+@functools.partial(jax.jit, static_argnames="quant_type")
 def _quantize_blocks(
-    kernel: Float[Array | np.ndarray, "*stack d_in d_out"], kind: str
+    kernel: Float[Array | np.ndarray, "*stack d_in d_out"], quant_type: str
 ) -> QuantTensor:
     *stack, d_in, d_out = kernel.shape
     count = -(-d_in // BLOCK)
     pad = [(0, 0)] * len(stack) + [(0, count * BLOCK - d_in), (0, 0)]
     blocks = jnp.pad(kernel.astype(jnp.float32), pad).reshape(*stack, count, BLOCK, d_out)
-    top = {"nf4": 1.0, "int4": 7.0, "int8": 127.0}[kind]
+    top = {"nf4": 1.0, "int4": 7.0, "int8": 127.0}[quant_type]
     scale = jnp.max(jnp.abs(blocks), axis=-2) / top
     relative = blocks / jnp.where(scale == 0, 1.0, scale)[..., None, :]
-    if kind == "int8":
+    if quant_type == "int8":
         codes = jnp.clip(jnp.round(relative), -127, 127).astype(jnp.int8)
     else:
-        if kind == "nf4":
+        if quant_type == "nf4":
             wide = jnp.searchsorted((NF4[1:] + NF4[:-1]) / 2, relative).astype(jnp.uint8)
         else:
             wide = (jnp.clip(jnp.round(relative), -7, 7) + 8).astype(jnp.uint8)
         low, high = jnp.split(wide, 2, axis=-2)
         codes = low | (high << 4)
     name = jnp.dtype(kernel.dtype).name
-    return QuantTensor(codes, scale, kind=kind, d_in=d_in, dtype_name=name)
+    return QuantTensor(codes, scale, quant_type=quant_type, d_in=d_in, dtype_name=name)
 
 
 @jax.jit
@@ -225,13 +227,13 @@ def nf4_round_trip(kernel: Float[Array, "*stack d_in d_out"]) -> Float[Array, "*
 
 
 def quantize(
-    params: Mapping, kind: str = "nf4", *, double: bool = False, head: bool = False
+    params: Mapping, quant_type: str = "nf4", *, double: bool = False, head: bool = False
 ) -> dict:
     """Quantises the kernels of a base's layers; embeddings, norms and biases stay as they are.
 
     Args:
         params: Base parameters.
-        kind: "nf4", "int4" or "int8".
+        quant_type: "nf4", "int4" or "int8".
         double: Quantise the scales to 8 bits too.
         head: Quantise an untied head's kernel as well.
 
@@ -239,14 +241,14 @@ def quantize(
         The same tree with a `QuantTensor` in place of every such kernel.
 
     Raises:
-        UserError: If the kind is unknown, or kernels are quantised already.
+        UserError: If the type is unknown, or kernels are quantised already.
 
     Example:
         >>> params = {"layers": {"mlp": {"up_proj": {"kernel": jnp.ones((2, 64, 8))}}}}
         >>> quantize(params)["layers"]["mlp"]["up_proj"]["kernel"].nbytes
         576
     """
-    check_kind(kind)
+    check_quant_type(quant_type)
     paths.require_tree(params)
     leaves = paths.flatten(params)
     chosen = [path for path in leaves if is_quantized(path, head)]
@@ -256,27 +258,27 @@ def quantize(
             f"quantize: {len(coded)} kernels are quantised already: {first_few(coded)}."
         )
     return paths.unflatten(
-        leaves | {path: quantize_kernel(leaves[path], kind, double) for path in chosen}
+        leaves | {path: quantize_kernel(leaves[path], quant_type, double) for path in chosen}
     )
 
 
-def check_kind(kind: str | None, double: bool = False) -> None:
-    """Checks a kind of quantisation.
+def check_quant_type(quant_type: str | None, double: bool = False) -> None:
+    """Checks a type of quantisation.
 
     Args:
-        kind: "nf4", "int8", "int4", or None for none.
+        quant_type: "nf4", "int8", "int4", or None for none.
         double: Whether the scales are quantised too.
 
     Raises:
-        UserError: The kind is unknown, or `double` is set without a kind.
+        UserError: The type is unknown, or `double` is set without one.
     """
     known = get_args(Quantization)
-    if kind is not None and kind not in known:
+    if quant_type is not None and quant_type not in known:
         raise UserError(
-            f"quantization: must be one of {', '.join(map(repr, known))} or null, got {kind!r}"
-            f"{quantization_advice(str(kind))}."
+            f"quantization: must be one of {', '.join(map(repr, known))} or null, got "
+            f"{quant_type!r}{quantization_advice(str(quant_type))}."
         )
-    if kind is None and double:
+    if quant_type is None and double:
         raise UserError("double_quantization: there are no scales without quantization.")
 
 
@@ -289,7 +291,11 @@ def scheme_of(params: Mapping) -> str:
     """How a base is quantised, such as "nf4" or "nf4, scales quantised"; "" if it is not."""
     for leaf in paths.flatten(params).values():
         if isinstance(leaf, QuantTensor):
-            return leaf.kind if leaf.group_scale is None else f"{leaf.kind}, scales quantised"
+            return (
+                leaf.quant_type
+                if leaf.group_scale is None
+                else f"{leaf.quant_type}, scales quantised"
+            )
     return ""
 
 

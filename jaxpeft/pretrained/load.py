@@ -14,7 +14,7 @@ from jaxpeft.core.foreign_names import dtype_advice
 from jaxpeft.mesh.layouts import Layout
 from jaxpeft.mesh.processes import spans_processes, together
 from jaxpeft.models.config import ModelConfig
-from jaxpeft.ops.quant import check_kind
+from jaxpeft.ops.quant import check_quant_type
 from jaxpeft.pretrained.model import Model
 from jaxpeft.pretrained.weights.names import name_table
 from jaxpeft.pretrained.weights.params import check_tensors, read_params
@@ -112,7 +112,7 @@ def load_params(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}{dtype_advice(dtype)}")
-    check_kind(quantization, double_quantization)
+    check_quant_type(quantization, double_quantization)
     shared = spans_processes(mesh)
     source, found = together(functools.partial(_open, path, revision), shared)
     quantized = None if quantization is None else (quantization, double_quantization)

@@ -128,7 +128,9 @@ def placed_model(
     for path, shape in param_shapes(config).items():
         leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
         if quantization is not None and is_quantized(path):
-            code = functools.partial(quantize_kernel, kind=quantization, double=double_quantization)
+            code = functools.partial(
+                quantize_kernel, quant_type=quantization, double=double_quantization
+            )
             leaf = jax.eval_shape(code, leaf)
         leaves[path] = placed_shapes(leaf, leaf_sharding(path, leaf, layout))
     params = paths.unflatten(leaves)

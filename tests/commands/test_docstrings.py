@@ -16,7 +16,14 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 SOME = "an error made by another function"  # ``raise report(...)``: any name will do
-OF_PYTHON = {"Exception", "KeyError", "OSError", "SystemExit", "TypeError"}  # it raises them itself
+OF_PYTHON = {
+    "Exception",
+    "KeyError",
+    "OSError",
+    "RecursionError",
+    "SystemExit",
+    "TypeError",
+}  # it raises them itself
 OF_BUILTINS = {name for cls in (bytes, dict, list, pathlib.Path, set, str) for name in dir(cls)}
 SCOPES = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
 

@@ -7,7 +7,7 @@ from config_values import SMALL, value
 
 import jaxpeft as jp
 from jaxpeft.core.errors import UserError
-from jaxpeft.ops.quant import check_kind
+from jaxpeft.ops.quant import check_quant_type
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ def test_weights_that_are_not_read_are_called_so(problems, kind):
 
 def test_commands_and_functions_say_the_same():
     with pytest.raises(UserError, match=r"got '4bit'; write nf4"):
-        check_kind("4bit")
+        check_quant_type("4bit")
     with pytest.raises(UserError, match=r"got 'none'; leave it out"):
-        check_kind("none")
+        check_quant_type("none")
     with pytest.raises(UserError, match=r"^dtype: 'bf16' is not one of .*; write bfloat16"):
         jp.load_model("absent/model.gguf", dtype="bf16")
     with pytest.raises(UserError, match=r"^dtype: 'fp16' is not one of .*; write float16"):

@@ -245,7 +245,7 @@ def test_merging_on_purpose_rounds_again_and_says_what_it_costs(kind):
     for path, error in errors.items():
         wide, coded = paths.get(exact, path), paths.get(merged, path)
         assert isinstance(coded, QuantTensor)
-        assert coded.kind == kind
+        assert coded.quant_type == kind
         change = np.linalg.norm(coded.dequantize() - wide)
         brought = np.linalg.norm(wide - paths.get(params, path).dequantize())
         assert error.kernel == pytest.approx(change / np.linalg.norm(wide), rel=1e-4)

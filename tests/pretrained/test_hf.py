@@ -170,7 +170,7 @@ def test_a_tensor_name_given_twice_is_refused(tmp_path):
     text = f'{{"w":{entry},"w":{entry}}}'.encode()
     file = tmp_path / "x.safetensors"
     file.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 4)
-    with pytest.raises(UserError, match="'w' is given twice"):
+    with pytest.raises(UserError, match='"w": the key is given twice'):
         read_header(file)
 
 
@@ -218,7 +218,7 @@ def test_no_weights_at_all_are_told(tmp_path):
         ("", r"config\.json:1:1: the file is empty"),
         ("{\n  oops", r"config\.json:2:3: not valid JSON"),
         ("[1]", "expected a JSON object, got list"),
-        ('{"a": 1, "a": 2}', "'a' is given twice"),
+        ('{"a": 1, "a": 2}', '"a": the key is given twice'),
         ("[" * 200_000, "not valid JSON"),
     ],
 )

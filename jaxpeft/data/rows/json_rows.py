@@ -11,7 +11,7 @@ import json
 import pathlib
 from typing import Any
 
-from jaxpeft.core import limits
+from jaxpeft.core import limits, strict_json
 from jaxpeft.core.errors import UserError, first_few, nearest
 from jaxpeft.data.rows import foreign_files
 from jaxpeft.data.rows.problems import DROP_HINT, Problem
@@ -113,44 +113,15 @@ def _read_bytes(path: StoragePath) -> bytes:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
 
 
-class _Parser:
-    """Python's JSON decoder, which also reports repeated keys and NaN."""
-
-    def __init__(self):
-        self._notes: list[str] = []
-        self._decoder = json.JSONDecoder(
-            object_pairs_hook=self._take_pairs, parse_constant=self._note_constant
-        )
-
-    def _take_pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) < len(pairs):
-            seen: set[str] = set()
-            for key, _ in pairs:
-                if key in seen:
-                    self._notes.append(f"{json.dumps(key)}: the key is given twice")
-                seen.add(key)
-        return value
-
-    def _note_constant(self, constant: str) -> None:
-        self._notes.append(f"{constant} is not JSON; write null or a number")
-
-    def parse(self, text: str, start: int = 0) -> tuple[Any, int, list[str]]:
-        """The value at `start`, the place where it ends, and its problems."""
-        self._notes = []
-        value, end = self._decoder.raw_decode(text, start)
-        return value, end, self._notes
-
-
 def _read_lines(body: bytes, skipped: int) -> tuple[list[tuple[int, Any]], list[Problem]]:
     values: list[tuple[int, Any]] = []
     problems: list[Problem] = []
-    parser, offset = _Parser(), skipped
+    reader, offset = strict_json.Reader(), skipped
     lines = body.split(b"\n")
     last = max(number for number, line in enumerate(lines, 1) if line.strip())
     for number, line in enumerate(lines, 1):
         if line.strip():
-            value, problem = _parse_line(parser, line, number, offset, number == last)
+            value, problem = _parse_line(reader, line, number, offset, number == last)
             if problem is None:
                 values.append((number, value))
             else:
@@ -160,14 +131,14 @@ def _read_lines(body: bytes, skipped: int) -> tuple[list[tuple[int, Any]], list[
 
 
 def _parse_line(
-    parser: _Parser, line: bytes, number: int, offset: int, is_last: bool
+    reader: strict_json.Reader, line: bytes, number: int, offset: int, is_last: bool
 ) -> tuple[Any, Problem | None]:
     if len(line) > limits.ROW_BYTES.most:
         return None, _too_large(number)
     try:
         text = line.decode("utf-8").rstrip()
         start = len(text) - len(text.lstrip())
-        value, end, notes = parser.parse(text, start)
+        value, end, notes = reader.read(text, start)
         if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except UnicodeDecodeError as error:
@@ -199,13 +170,13 @@ def _read_array(
         line = body.count(b"\n", 0, error.start) + 1
         problem = _bad_utf8(line, skipped + error.start, body[error.start])
         raise UserError(problem.describe(name)) from None
-    parser, line, counted = _Parser(), 1, 0
+    reader, line, counted = strict_json.Reader(), 1, 0
     at = _skip_blanks(text, text.index("[") + 1)
     try:
         while not text.startswith("]", at) or values or problems:
             line += text.count("\n", counted, at)
             counted = at
-            value, at, notes = _parse_within(parser, text, at)
+            value, at, notes = _parse_within(reader, text, at)
             if notes:
                 problems.append(Problem(line, notes[0], MALFORMED))
             else:
@@ -250,7 +221,7 @@ def _check_array_in_lines(name: str, body: bytes) -> None:
         if len(lines[0]) > limits.ROW_BYTES.most:
             raise _TooLargeError
         text = lines[0].decode("utf-8").strip()
-        value, end, _ = _Parser().parse(text)
+        value, end, _ = strict_json.Reader().read(text)
         first = value if isinstance(value, list) and end == len(text) else None
     except (ValueError, RecursionError):
         first = None
@@ -270,8 +241,8 @@ class _TooLargeError(ValueError):
     """A row is larger than allowed."""
 
 
-def _parse_within(parser: _Parser, text: str, start: int) -> tuple[Any, int, list[str]]:
-    """Parses like `_Parser.parse`, but reads no more text than one row may have.
+def _parse_within(reader: strict_json.Reader, text: str, start: int) -> tuple[Any, int, list[str]]:
+    """Reads like `strict_json.Reader.read`, but reads no more text than one row may have.
 
     Raises:
         _TooLargeError: The value is longer than that.
@@ -282,7 +253,7 @@ def _parse_within(parser: _Parser, text: str, start: int) -> tuple[Any, int, lis
         if start + width >= len(text):
             break
         try:
-            value, end, notes = parser.parse(text[start : start + width])
+            value, end, notes = reader.read(text[start : start + width])
         except json.JSONDecodeError as error:
             if not error.msg.startswith("Unterminated") and error.pos < width - 16:
                 break  # malformed, and not because it was cut
@@ -291,7 +262,7 @@ def _parse_within(parser: _Parser, text: str, start: int) -> tuple[Any, int, lis
                 return value, start + end, notes
     else:
         raise _TooLargeError
-    return parser.parse(text, start)
+    return reader.read(text, start)
 
 
 def _skip_blanks(text: str, at: int) -> int:

@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxpeft.core import strict_json
 from jaxpeft.core.errors import first_few, nearest
 from jaxpeft.data.rows.checks import (
     check_arguments,
@@ -268,8 +269,8 @@ def _read_list(field: str, value: Any) -> tuple[tuple[Any, ...] | None, list[str
         if not value.strip():
             return None, []
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = strict_json.loads(value)
+        except ValueError:
             return None, [f"{field}: the text is not JSON; write a list of objects"]
     if value is None or value == []:
         return None, []

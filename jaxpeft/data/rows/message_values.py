@@ -7,6 +7,7 @@ why".
 import json
 from typing import Any
 
+from jaxpeft.core import strict_json
 from jaxpeft.core.errors import first_few
 from jaxpeft.data.rows.checks import check_strings, check_text, type_name
 
@@ -132,8 +133,8 @@ def _read_call(where: str, call: Any) -> tuple[dict[str, Any], str]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
+            arguments = strict_json.loads(arguments) if arguments.strip() else {}
+        except ValueError:
             return {}, f'"{inner}.arguments": the text is not JSON; write an object'
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):

@@ -28,13 +28,13 @@ from jaxpeft.methods.adalora import peft
 from jaxpeft.methods.adalora.schedule import Schedule, allocate_ranks, count_places
 from jaxpeft.methods.adapter import Adapter, Spec, weigh_scales
 from jaxpeft.methods.family import Kind, Leaf
+from jaxpeft.methods.fields import keep_targets, require_alpha, require_count, require_dropout
 from jaxpeft.methods.leaves.replace import selected_layers
 from jaxpeft.methods.lora.nodes import LoRAKernel
 from jaxpeft.methods.lora.plain import FACTORS, factors_shape
 from jaxpeft.methods.lora.targets import check_rank
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import modules_of, shortest_decimal
-from jaxpeft.methods.peft.patterns import keep_names
 from jaxpeft.methods.peft.values import Values
 from jaxpeft.ops.linear import shape_of
 
@@ -85,16 +85,10 @@ class AdaLoRA(Method):
         if self.initial_rank is not None:
             least["initial_rank"] = self.rank
         for field, bound in least.items():
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                raise ValueError(
-                    f"AdaLoRA.{field} must be a whole number of at least {bound}, got {value!r}."
-                )
-        if not math.isfinite(self.alpha) or self.alpha <= 0:
-            raise ValueError(f"AdaLoRA.alpha must be finite and positive, got {self.alpha!r}.")
+            require_count(self, field, bound)
+        require_alpha(self)
         require("AdaLoRA.alpha divided by the rank", self.alpha / (self.first_rank + EPSILON))
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"AdaLoRA.dropout must be in [0, 1), got {self.dropout!r}.")
+        require_dropout(self)
         if not 0.0 <= self.orthogonality < math.inf:
             raise ValueError(
                 f"AdaLoRA.orthogonality must be finite and at least 0, got {self.orthogonality!r}."
@@ -103,9 +97,7 @@ class AdaLoRA(Method):
             value = getattr(self, field)
             if not 0.0 < value < 1.0:
                 raise ValueError(f"AdaLoRA.{field} must be in (0, 1), got {value!r}.")
-        keep_names(self, "targets", "exclude")
-        if not self.targets:
-            raise ValueError("AdaLoRA.targets must name at least one module.")
+        keep_targets(self)
 
     @property
     def drops(self) -> bool:

@@ -50,7 +50,7 @@ def merge_quantized(
     again, errors = {}, {}
     for path, old in quantized.items():
         kernel = paths.get(merged, path)
-        again[path] = quantize_kernel(kernel, old.kind, old.group_scale is not None)
+        again[path] = quantize_kernel(kernel, old.quant_type, old.group_scale is not None)
         lost = relative_change(kernel, again[path].dequantize())
         brought = relative_change(kernel, dense[path])
         errors[path] = MergeError(lost, lost / max(brought, 1e-300))

@@ -23,6 +23,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Kind, Leaf
+from jaxpeft.methods.fields import keep_targets
 from jaxpeft.methods.leaves.replace import selected_layers
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import (
@@ -32,7 +33,6 @@ from jaxpeft.methods.peft.modules import (
     stack,
     targets_value,
 )
-from jaxpeft.methods.peft.patterns import keep_names
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.ops.linear import OnBase, linear, materialize, shape_of
 
@@ -57,9 +57,7 @@ class IA3(Method):
     exclude: str | tuple[str, ...] = ()
 
     def __post_init__(self):
-        keep_names(self, "targets", "feedforward", "exclude")
-        if not self.targets:
-            raise ValueError("IA3.targets must name at least one module.")
+        keep_targets(self, "feedforward")
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter whose vectors are all one.

@@ -58,7 +58,7 @@ class LoHa(Method):
     exclude: str | tuple[str, ...] = ()
 
     def __post_init__(self):
-        lycoris.check_fields(self, "LoHa")
+        lycoris.check_fields(self)
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that leaves the model's function unchanged.

@@ -63,7 +63,7 @@ class LoKr(Method):
     decompose_factor: int = -1
 
     def __post_init__(self):
-        lycoris.check_fields(self, "LoKr")
+        lycoris.check_fields(self)
         factor = self.decompose_factor
         if (
             isinstance(factor, bool)

@@ -18,6 +18,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.core.float32 import require
 from jaxpeft.methods.adapter import Adapter, Spec
+from jaxpeft.methods.fields import keep_targets, require_alpha, require_count
 from jaxpeft.methods.leaves.replace import selected_layers
 from jaxpeft.methods.peft.modules import (
     default_and_exceptions,
@@ -26,7 +27,7 @@ from jaxpeft.methods.peft.modules import (
     stack,
     targets_value,
 )
-from jaxpeft.methods.peft.patterns import first_match, keep_names
+from jaxpeft.methods.peft.patterns import first_match
 from jaxpeft.methods.peft.values import Values
 
 DEFAULTS: dict[str, Any] = {
@@ -56,24 +57,16 @@ HARMLESS_KEYS = (
 )
 
 
-def check_fields(method: Any, name: str) -> None:
-    """Checks rank, alpha and targets of a config.
-
-    Args:
-        method: A `jaxpeft.LoHa` or `jaxpeft.LoKr`.
-        name: The name of its class, for messages.
+def check_fields(method: Any) -> None:
+    """Checks rank, alpha and targets of a `jaxpeft.LoHa` or `jaxpeft.LoKr`.
 
     Raises:
         ValueError: A field has a value that makes no sense.
     """
-    if isinstance(method.rank, bool) or not isinstance(method.rank, int) or method.rank < 1:
-        raise ValueError(f"{name}.rank must be a whole number of at least 1, got {method.rank!r}.")
-    if not math.isfinite(method.alpha) or method.alpha <= 0:
-        raise ValueError(f"{name}.alpha must be finite and positive, got {method.alpha!r}.")
-    require(f"{name}.alpha divided by the rank", method.alpha / method.rank)
-    keep_names(method, "targets", "exclude")
-    if not method.targets:
-        raise ValueError(f"{name}.targets must name at least one module.")
+    require_count(method, "rank")
+    require_alpha(method)
+    require(f"{type(method).__name__}.alpha divided by the rank", method.alpha / method.rank)
+    keep_targets(method)
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:

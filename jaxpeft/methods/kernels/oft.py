@@ -29,6 +29,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Kind, Leaf
+from jaxpeft.methods.fields import keep_targets, require_count
 from jaxpeft.methods.kernels.cayley import cayley
 from jaxpeft.methods.leaves.replace import selected_layers
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
@@ -39,7 +40,6 @@ from jaxpeft.methods.peft.modules import (
     stack,
     targets_value,
 )
-from jaxpeft.methods.peft.patterns import keep_names
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.ops.linear import OnBase, linear, materialize, shape_of
 
@@ -68,15 +68,9 @@ class OFT(Method):
     terms: int = 5
 
     def __post_init__(self):
-        for field, least in (("block_size", 2), ("terms", 2)):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"OFT.{field} must be a whole number of at least {least}, got {value!r}."
-                )
-        keep_names(self, "targets", "exclude")
-        if not self.targets:
-            raise ValueError("OFT.targets must name at least one module.")
+        for field in ("block_size", "terms"):
+            require_count(self, field, least=2)
+        keep_targets(self)
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that does not rotate: all ``Q`` are zero.

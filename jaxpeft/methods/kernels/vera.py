@@ -28,6 +28,7 @@ from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Kind, Leaf
+from jaxpeft.methods.fields import keep_targets, require_count, require_dropout
 from jaxpeft.methods.leaves.replace import selected_layers
 from jaxpeft.methods.lora.nodes import drop
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
@@ -39,7 +40,6 @@ from jaxpeft.methods.peft.modules import (
     stack,
     targets_value,
 )
-from jaxpeft.methods.peft.patterns import keep_names
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
 from jaxpeft.ops.linear import PRODUCT, SHARED, OnBase, linear, materialize, shape_of
 
@@ -69,15 +69,11 @@ class VeRA(Method):
     d_initial: float = 0.1
 
     def __post_init__(self):
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"VeRA.rank must be a whole number of at least 1, got {self.rank!r}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"VeRA.dropout must be in [0, 1), got {self.dropout!r}.")
+        require_count(self, "rank")
+        require_dropout(self)
         if not math.isfinite(self.d_initial) or self.d_initial == 0:
             raise ValueError(f"VeRA.d_initial must be finite and not 0, got {self.d_initial!r}.")
-        keep_names(self, "targets", "exclude")
-        if not self.targets:
-            raise ValueError("VeRA.targets must name at least one module.")
+        keep_targets(self)
 
     @property
     def drops(self) -> bool:

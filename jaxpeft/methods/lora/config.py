@@ -30,6 +30,7 @@ from jaxpeft.core.errors import UserError
 from jaxpeft.core.frozen_map import FrozenMap
 from jaxpeft.methods.adapter import Adapter, Spec, weigh_scales
 from jaxpeft.methods.family import Kind, weight_at
+from jaxpeft.methods.fields import require_alpha, require_count, require_dropout
 from jaxpeft.methods.leaves import token_rows
 from jaxpeft.methods.lora import dora, eva, exchange, plain, starts, tokens
 from jaxpeft.methods.lora import places as lora_places
@@ -38,7 +39,6 @@ from jaxpeft.methods.lora import table as lora_table
 from jaxpeft.methods.lora import targets as lora_select
 from jaxpeft.methods.lora.peft import config
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
-from jaxpeft.methods.peft.patterns import is_count
 from jaxpeft.methods.peft.values import Values
 from jaxpeft.ops.linear import shape_of
 from jaxpeft.ops.quant import QuantTensor
@@ -103,12 +103,9 @@ class LoRA(Method):
     head_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if not is_count(self.rank):
-            raise ValueError(f"LoRA.rank must be a whole number of at least 1, got {self.rank!r}.")
-        if not lora_select.is_alpha(self.alpha):
-            raise ValueError(f"LoRA.alpha must be finite and positive, got {self.alpha!r}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"LoRA.dropout must be in [0, 1), got {self.dropout!r}.")
+        require_count(self, "rank")
+        require_alpha(self)
+        require_dropout(self)
         lora_select.check(self)
         starts.check(self)
         lora_saved.check(self)

@@ -19,9 +19,10 @@ from jaxpeft.core.float32 import misfit
 from jaxpeft.core.frozen_map import FrozenMap
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.family import weight_at
+from jaxpeft.methods.fields import is_alpha, keep_targets
 from jaxpeft.methods.lora import saved
 from jaxpeft.methods.peft.modules import modules_of, shortest_decimal
-from jaxpeft.methods.peft.patterns import check_regex, first_match, is_count, keep_names, layer_of
+from jaxpeft.methods.peft.patterns import check_regex, first_match, is_count, layer_of
 from jaxpeft.ops.linear import shape_of
 
 
@@ -47,13 +48,11 @@ def check(config: Any) -> None:
     Raises:
         ValueError: A field is wrong, or two fields do not go together.
     """
-    keep_names(config, "targets", "exclude", "layers_pattern")
+    keep_targets(config, "layers_pattern")
     patterns, layers = config.layers_pattern, config.layers
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         check_regex("LoRA.layers_pattern", pattern)
     object.__setattr__(config, "layers", (layers,) if isinstance(layers, int) else tuple(layers))
-    if not config.targets:
-        raise ValueError("LoRA.targets must name at least one module.")
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in config.layers):
         raise ValueError(
             f"LoRA.layers must be whole numbers, the first layer is 0, got {config.layers!r}."
@@ -195,12 +194,6 @@ def _check_pattern(config: Any, field: str, allowed: Any, expected: str) -> None
             raise ValueError(f"LoRA.{field}: {key!r} is not a valid regex: {error}.") from None
         if not allowed(value):
             raise ValueError(f"LoRA.{field} values must be {expected}, got {value!r} for {key!r}.")
-
-
-def is_alpha(value: Any) -> bool:
-    """Whether a value can be an alpha: finite and positive."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
 
 
 def _of_layers(

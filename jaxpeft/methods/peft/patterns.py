@@ -40,9 +40,9 @@ def check_regex(where: str, pattern: str) -> None:
         raise ValueError(f"{where}: {pattern!r} is not a valid regex: {error}.") from None
 
 
-def is_count(value: Any) -> bool:
-    """Whether a value is a whole number of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether a value is a whole number of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,10 @@ import numpy as np
 from jaxpeft.core import paths
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.family import Kind, Leaf
+from jaxpeft.methods.fields import require_count
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
 from jaxpeft.methods.prompts import prompt
-from jaxpeft.methods.prompts.fields import require_count
 from jaxpeft.ops.linear import shape_of
 
 STDDEV = 0.02

@@ -32,10 +32,10 @@ from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter, Label, Spec
 from jaxpeft.methods.family import Kind, Leaf
+from jaxpeft.methods.fields import require_choice, require_count
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
 from jaxpeft.methods.prompts.cached_prompt import keys_and_values, require_ids
-from jaxpeft.methods.prompts.fields import require_choice, require_count
 from jaxpeft.methods.prompts.prompt import (
     EMBEDDINGS,
     SIZES,

@@ -25,10 +25,10 @@ from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Kind, Leaf, require_values
+from jaxpeft.methods.fields import require_choice, require_count
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import contiguous, require_finite
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
-from jaxpeft.methods.prompts.fields import require_choice, require_count
 from jaxpeft.ops.linear import OnBase, attend, embed, materialize, shape_of
 
 Initial = Literal["sampled", "random", "text"]

@@ -192,7 +192,7 @@ def _shapes(reader: Reader, entry: Entry, form: Form, double: bool) -> Any:
     plain = jax.ShapeDtypeStruct((*stack, *entry.shape), reader.target(entry, form))
     if form.quantization is None or not form.quantizes(entry.path):
         return plain
-    quantize = functools.partial(quantize_kernel, kind=form.quantization, double=double)
+    quantize = functools.partial(quantize_kernel, quant_type=form.quantization, double=double)
     return jax.eval_shape(quantize, plain)
 
 

@@ -48,13 +48,13 @@ class QuantStack:
     """
 
     def __init__(
-        self, shape: tuple[int, ...], layers: int | None, dtype: Any, kind: str, double: bool
+        self, shape: tuple[int, ...], layers: int | None, dtype: Any, quant_type: str, double: bool
     ):
         self._layer = np.empty(shape, dtype)
-        self._kind, self._double = kind, double
+        self._quant_type, self._double = quant_type, double
         stack = () if layers is None else (layers,)
         self._stacked = layers is not None
-        quantize = functools.partial(quantize_kernel, kind=kind, double=double)
+        quantize = functools.partial(quantize_kernel, quant_type=quant_type, double=double)
         one = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, dtype))
         self.result: QuantTensor = jax.tree.map(
             lambda leaf: np.empty((*stack, *leaf.shape), leaf.dtype), one
@@ -66,7 +66,7 @@ class QuantStack:
 
     def done(self, layer: int) -> None:
         """Quantises the values in the buffer."""
-        quantized = quantize_kernel(self._layer, self._kind, self._double)
+        quantized = quantize_kernel(self._layer, self._quant_type, self._double)
 
         def keep(whole: np.ndarray, one: jax.Array) -> None:
             whole[layer if self._stacked else ...] = np.asarray(one)
