@@ -1,7 +1,9 @@
 """Reads and writes files on a disk, or objects in a bucket (``gs://bucket/name``).
 
 `as_path` returns a `pathlib.Path`, or for a URL an `etils.epath.Path`, which has the same methods
-and uses gcsfs. Orbax reads and writes arrays in buckets through TensorStore.
+and uses gcsfs. Orbax takes such paths, and reads and writes arrays in buckets through TensorStore.
+fsspec alone has no paths with these methods; a class of ours would take epath's place. Listings,
+ranges and copies go to gcsfs directly, as epath has none, or hides failures.
 
 An object appears completely once it is written, or not at all. Objects cannot be renamed, appended
 to or locked. A folder exists as long as the names of some objects begin with its name.

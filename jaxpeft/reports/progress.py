@@ -3,7 +3,9 @@
     step 12/200  loss 1.234  lr 2.0e-04  312 tokens/s  ETA 1:23
 
 The remaining time is estimated from the last steps only. The first step of a process is left out
-because it compiles, and so is the time inside `Progress.paused`, such as an evaluation.
+because it compiles, and so is the time inside `Progress.paused`, such as an evaluation. The
+estimate of ``rich.progress`` can leave out neither, and it prints no plain lines; so of rich only
+`Live` is used.
 """
 
 import collections
