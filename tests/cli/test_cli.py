@@ -117,7 +117,7 @@ def test_overrides_are_kept_apart_from_a_commands_own_options():
     args, overrides = arguments.parse_arguments(parser, line.split(), SCHEMA)
     assert (args.config, args.resume) == ("c.yaml", "never")
     assert overrides == [
-        *("--optim.learning_rate", "-1", "--output_dir=o", "--optim", "{learning_rate:3}")
+        *("--optim.learning_rate=-1", "--output_dir=o", "--optim={learning_rate:3}")
     ]
     assert "--optim.learning_rate (1.0)  How fast." in parser.format_help()
 
