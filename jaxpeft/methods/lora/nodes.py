@@ -88,7 +88,9 @@ def low_rank(
     # With two dimensions the factors' gradients contract one dimension, as plain products. The
     # scale multiplies the small array between the factors, in the backward pass too.
     flat = x.reshape(-1, x.shape[-1])
-    if choices().turn_a:  # The barrier keeps XLA from undoing the transpose.
+    # The barrier keeps XLA from undoing the transpose. For 2 or 3 rows XLA cannot compile the
+    # gradient of such a product under vmap for CPU: it aborts the process.
+    if choices().turn_a and flat.shape[0] >= 4:
         turned = jax.lax.optimization_barrier(a.T)
         narrow = jax.lax.dot_general(flat, turned, (((1,), (1,)), ((), ())))
     else:
