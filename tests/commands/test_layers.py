@@ -4,7 +4,7 @@ import ast
 import re
 import tomllib
 
-from places import CONFIGS, ROOT
+from places import CONFIGS, ROOT, TESTS
 
 PACKAGE = ROOT / "jaxpeft"
 LAYERS = [
@@ -66,3 +66,15 @@ def test_packages_and_files_stay_small():
         assert len(files) <= 15, folder
         for file in files:
             assert len(file.read_text(encoding="utf-8").splitlines()) <= 350, file
+
+
+def test_no_test_imports_another_test():
+    """What they share is a helper: a test's file cannot be imported by its name."""
+    wrong = [
+        f"{file} imports {name}"
+        for file in TESTS.rglob("*.py")
+        if "golden" not in file.parts
+        for name in imported(file)
+        if name.startswith("test_")
+    ]
+    assert wrong == []

@@ -1,5 +1,6 @@
 """A small random decoder that is built once a configuration, and batches for it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -25,6 +26,10 @@ CONFIG = ModelConfig(
     tie_embeddings=True,
     initializer_range=0.2,
 )
+WINDOWED = dataclasses.replace(
+    CONFIG, tie_embeddings=False, qkv_bias=True, qk_norm=True, windows=(4, 0)
+)
+"""A window in every second layer, biases, norms of queries and keys, and a head of its own."""
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_decoder import CONFIG, decoder, draw, make_batch
+from tiny_decoder import CONFIG, WINDOWED, decoder, draw, make_batch
 
 import jaxpeft as jp
 from jaxpeft.core import paths
@@ -141,9 +141,7 @@ def test_a_model_gives_prefixes_to_rows_and_answers_prompts_with_them():
 @pytest.mark.slow
 def test_a_row_without_an_adapter_keeps_the_positions_and_windows_of_the_base():
     """A window counts from the tokens: a hidden prefix must not move them."""
-    from test_prefix import RICH
-
-    module, params = decoder(RICH)
+    module, params = decoder(WINDOWED)
     tokens = make_batch(2, 9)["tokens"]
     stacked = jp.stack_adapters(several("prefix_tuning"))
     mixed = module.apply(bind(params, stacked, index=jnp.array([-1, 1])), tokens)

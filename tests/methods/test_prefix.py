@@ -15,7 +15,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from places import GOLDEN
-from tiny_decoder import CONFIG, apply, decoder, draw, make_batch
+from tiny_decoder import CONFIG, WINDOWED, apply, decoder, draw, make_batch
 from tiny_run import make_files, training_lines, write_config
 from toy_tokenizer import VOCAB_SIZE, toy_tokenizer
 
@@ -31,12 +31,9 @@ from jaxpeft.pretrained.load import load_model
 from jaxpeft.pretrained.model import Model
 from jaxpeft.updates.losses import make_lm_loss
 
-RICH = dataclasses.replace(
-    CONFIG, tie_embeddings=False, qkv_bias=True, qk_norm=True, windows=(4, 0)
-)
 IDS = [7, 3, 40, 11, 5]
 N = len(IDS)
-both_configs = pytest.mark.parametrize("config", [CONFIG, RICH], ids=["llama", "windows"])
+both_configs = pytest.mark.parametrize("config", [CONFIG, WINDOWED], ids=["llama", "windows"])
 
 
 def model(config=CONFIG, remat="none", dtype=jnp.float32):
@@ -98,9 +95,9 @@ def test_generation_continues_as_behind_the_real_prompt():
 
 
 def test_cached_steps_give_the_logits_of_one_pass():
-    base, adapter = model(RICH), prefix_from_prompt(model(RICH), IDS)
+    base, adapter = model(WINDOWED), prefix_from_prompt(model(WINDOWED), IDS)
     tokens = make_batch(2, 8)["tokens"]
-    variables, cache, seen = bind(base.params, adapter), init_cache(RICH, 2, 8, jnp.float32), []
+    variables, cache, seen = bind(base.params, adapter), init_cache(WINDOWED, 2, 8, jnp.float32), []
     for part in (slice(0, 5), slice(5, 6), slice(6, 8)):
         logits, cache = apply(base.module, variables, tokens[:, part], cache=cache)
         seen.append(logits)
