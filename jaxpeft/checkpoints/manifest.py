@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.files import storage
+from jaxpeft.files.folders import sync
 from jaxpeft.files.storage import StoragePath
 
 NAME = "manifest.json"
@@ -53,8 +54,8 @@ def write(folder: StoragePath, fields: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / NAME)
-    _sync(folder)
-    _sync(folder.parent)
+    sync(folder)
+    sync(folder.parent)
 
 
 def read(folder: StoragePath) -> dict[str, Any]:
@@ -133,12 +134,12 @@ def _sync_and_hash(folder: StoragePath) -> dict[str, dict[str, Any]]:
             path = Path(root, name)
             if path.parent == folder and name in (NAME, NAME + ".tmp"):
                 continue
-            _sync(path)
+            sync(path)
             files[path.relative_to(folder).as_posix()] = {
                 "bytes": path.stat().st_size,
                 "sha256": _sha256(path),
             }
-        _sync(Path(root))
+        sync(Path(root))
     return files
 
 
@@ -167,12 +168,3 @@ _DIGESTS = {"sha256": _sha256, "crc32c": _crc32c}
 
 def _objects(folder: StoragePath) -> dict[str, dict[str, Any]]:
     return {name: file for name, file in storage.objects(folder).items() if name != NAME}
-
-
-def _sync(path: Path) -> None:
-    """Makes a file's bytes, or the names in a folder, survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -125,6 +125,9 @@ def load_adapter(args: argparse.Namespace, path: str, base: Model) -> Adapter:
     """Loads an adapter for a base, with the chat template that a flag may name.
 
     Notes about facts that cannot be checked are printed on standard error.
+
+    Raises:
+        UserError: The folder is no adapter of this base, or the template cannot be read.
     """
     from jaxpeft.pretrained import adapters
     from jaxpeft.pretrained.chat_template import override_in_adapter

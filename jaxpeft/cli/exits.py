@@ -46,16 +46,16 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except Exception as error:
         code = report(error)
     except KeyboardInterrupt:
-        code = _say("interrupted", 130)
+        code = _ended("interrupted", 130)
     signals.end(code)
 
 
 def report(error: Exception) -> int:
     """Prints an explanation of an exception; returns the exit code."""
     if isinstance(error, UserError):
-        return _say(str(error), error.exit_code)
+        return _ended(str(error), error.exit_code)
     if is_store_error(error):
-        return _say(f"object store: {explain(error)}", 5)
+        return _ended(f"object store: {explain(error)}", 5)
     if isinstance(error, BrokenPipeError):
         # Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,21 +64,21 @@ def report(error: Exception) -> int:
     name = error.filename if isinstance(error, OSError) else ""
     file = f"{name}: " if name else ""
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
-        return _say(
+        return _ended(
             f"{file}the disk is full or a quota is reached; {_more_space()} ({text[:200]})",
             5,
         )
     if number in (errno.ENAMETOOLONG, errno.ELOOP):
-        return _say(f"{shown(name or 'path')}: {os.strerror(number)}; choose another path", 2)
+        return _ended(f"{shown(name or 'path')}: {os.strerror(number)}; choose another path", 2)
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return _say(f"{file}{os.strerror(number)}; choose another place", 2)
+        return _ended(f"{file}{os.strerror(number)}; choose another place", 2)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        return _say(
+        return _ended(
             f"out of memory; {_less_memory()} ({text[:200] or 'host'})",
             5,
         )
     traceback.print_exception(error)
-    return _say("this is a bug in jaxpeft; please report it with the lines above", 70)
+    return _ended("this is a bug in jaxpeft; please report it with the lines above", 70)
 
 
 def _has_config() -> bool:
@@ -103,7 +103,7 @@ def _less_memory() -> str:
     return "lower --batch_size, or give --dtype bfloat16 or --quantization nf4"
 
 
-def _say(text: str, code: int) -> int:
+def _ended(text: str, code: int) -> int:
     for line in text.split("\n"):
         print(f"error: {line}", file=sys.stderr)
     return code

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from jaxpeft.core.errors import InterruptedRunError
+from jaxpeft.core.notes import say_now
 
 T = TypeVar("T")
 
@@ -128,9 +129,9 @@ class StopRequest:
             name = signal.Signals(number[0]).name
             self.requested = self.requested or name
             if self._count > 1:
-                _say(f"{name} again: stopping now; the last checkpoint is intact")
+                say_now(f"{name} again: stopping now; the last checkpoint is intact")
                 os._exit(128 + number[0])
-            _say(f"{name}: stopping after the steps under way; a second signal stops at once")
+            say_now(f"{name}: stopping after the steps under way; a second signal stops at once")
 
     def _leave_to_parent(self) -> None:
         """In a forked child: restores handlers, because the child's signals are not the run's."""
@@ -166,11 +167,6 @@ def end(code: Any) -> NoReturn:
         _flush()
         os._exit(code if isinstance(code, int) else 1)
     sys.exit(code)
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
 
 
 def _end_without_waiting_for(thread: threading.Thread) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from jaxpeft.cli import host_errors
 from jaxpeft.cli.find_hosts import Hosts, cannot_meet
 from jaxpeft.core.errors import UserError
+from jaxpeft.core.notes import say_now, write_error
 
 LOST_EXIT_CODE = 7
 LEAVING_SECONDS = 10  # how long a failed process waits for others to fail too
@@ -55,14 +56,16 @@ def _supervise(child: int, hear: int, errors: int, hosts: Hosts) -> NoReturn:
         hosts: The processes of the run, for messages.
     """
     seen = []
-    relay = host_errors.Relay(_write_error, hosts.heartbeat + 60)
+    relay = host_errors.Relay(write_error, hosts.heartbeat + 60)
     reading = host_errors.follow(errors, relay)
 
     def hand_on(number: int, _: Any) -> None:
         seen.append(number)
         name = signal.Signals(number).name
         if len(seen) == 1:
-            _say(f"{name}: all processes stop after a step; a second signal stops this one at once")
+            say_now(
+                f"{name}: all processes stop after a step; a second signal stops this one at once"
+            )
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(child, signal.SIGTERM if len(seen) == 1 else signal.SIGKILL)
 
@@ -78,25 +81,16 @@ def _supervise(child: int, hear: int, errors: int, hosts: Hosts) -> NoReturn:
             code = told[-1]
         elif told:
             code = LOST_EXIT_CODE
-            _say(
+            say_now(
                 "error: another process of this run ended or cannot be reached; its own output "
                 "says why. The same command on all of them goes on from the last checkpoint."
             )
         else:
             code = UserError.exit_code
-            _say(f"error: {cannot_meet(hosts)}")
+            say_now(f"error: {cannot_meet(hosts)}")
     elif status == -signal.SIGKILL:
-        _say("error: this process was killed; the last checkpoint is intact")
+        say_now("error: this process was killed; the last checkpoint is intact")
     os._exit(code)
-
-
-def _say(text: str) -> None:
-    _write_error(f"\n{text}\n".encode())
-
-
-def _write_error(text: bytes) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, text)
 
 
 def silence() -> None:

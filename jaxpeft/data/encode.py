@@ -10,6 +10,7 @@ import numpy as np
 from jaxpeft.core.errors import UserError
 from jaxpeft.core.frozen_map import FrozenMap
 from jaxpeft.data.chat.template import RowError
+from jaxpeft.data.row_tokenizer import RowTokenizer
 from jaxpeft.data.rows.kinds import RowFile, check_rows, check_task, scan_rows
 from jaxpeft.data.rows.problems import DROP_HINT, Problem, count_reasons, report
 from jaxpeft.data.settings import (
@@ -20,7 +21,6 @@ from jaxpeft.data.settings import (
     Reading,
     SpecialTokens,
 )
-from jaxpeft.data.tokenise import Tokeniser
 
 TOO_LONG = "too long"
 NO_ARGUMENTS: Mapping[str, Any] = FrozenMap()
@@ -248,8 +248,8 @@ def _encode(
     tokens, masks, numbers = [], [], []
     truncated = 0
     long: list[tuple[int, int]] = []
-    tokeniser = Tokeniser(tokenizer, reading, tasks=num_tasks > 0)
-    for number, examples in enumerate(tokeniser.encode(file.rows)):
+    row_tokenizer = RowTokenizer(tokenizer, reading, tasks=num_tasks > 0)
+    for number, examples in enumerate(row_tokenizer.encode(file.rows)):
         row = file.rows[number]
         if isinstance(examples, RowError):
             problems.append(Problem(row.line, str(examples), "chat template or tokenizer"))
@@ -300,8 +300,8 @@ def _encode(
         truncated=truncated,
         path=file.path,
         sha256=file.sha256,
-        stop_ids=tokeniser.stop_ids(),
-        notes=tokeniser.notes(),
+        stop_ids=row_tokenizer.stop_ids(),
+        notes=row_tokenizer.notes(),
         numbers=tuple(numbers),
     )
 

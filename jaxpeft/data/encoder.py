@@ -111,7 +111,7 @@ class Encoder:
         return [Encoded(front + answer, mask, place, stops)]
 
     def _turns(self, row: Texts, known: Ids) -> list[Encoded]:
-        """The examples of a conversation; turns whose prompts extend one another share one."""
+        """The examples of a conversation: one for all turns whose prompts extend one another."""
         examples: list[Encoded] = []
         for turn in row.turns:
             prompt, answer = known[turn.before], self._behind(turn, known)

@@ -12,9 +12,9 @@ from typing import Any
 from jaxpeft.core.errors import UserError
 from jaxpeft.data.chat import thinking
 from jaxpeft.data.chat.template import RowError
+from jaxpeft.data.row_tokenizer import RowTokenizer, learned_turns
 from jaxpeft.data.rows.kinds import has_answer, is_chat, read_conversation
 from jaxpeft.data.settings import Reading
-from jaxpeft.data.tokenise import Tokeniser, learned_turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +61,14 @@ def make_questions(
     Raises:
         UserError: A row cannot be rendered.
     """
-    tokeniser = Tokeniser(tokenizer, reading)
+    row_tokenizer = RowTokenizer(tokenizer, reading)
     asked = [row for row in rows if has_answer(row)]
     try:
-        texts = [tokeniser.texts_of(row, last_only=True) for row in asked]
+        texts = [row_tokenizer.texts_of(row, last_only=True) for row in asked]
     except RowError as error:
         raise UserError(f"a row to evaluate on: {error}.") from None
     questions = []
-    for row, text, examples in zip(asked, texts, tokeniser.encoder.encode(texts), strict=True):
+    for row, text, examples in zip(asked, texts, row_tokenizer.encoder.encode(texts), strict=True):
         last = examples[-1]
         assert last.answer is not None
         start, end = last.answer

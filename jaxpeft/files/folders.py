@@ -88,7 +88,7 @@ def new_folder(path: str | os.PathLike, last: str = "") -> Iterator[pathlib.Path
             yield temporary
             _sync_tree(temporary)
             _move_into_place(temporary, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{folder}: no space left on the disk to save there.") from error
@@ -185,11 +185,12 @@ def _sibling(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def _sync_tree(folder: pathlib.Path) -> None:
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
+    """Makes a file's bytes, or the names in a folder, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

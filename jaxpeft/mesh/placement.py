@@ -201,7 +201,7 @@ def unsharded(params: Mapping, mesh: Mesh | Layout) -> list[str]:
 def _uneven_blocks(
     path: str, leaf: QuantTensor, axes: Sequence[str | None], layout: Layout
 ) -> list[str]:
-    """Says what of a quantised kernel is replicated because devices hold whole blocks."""
+    """Names dimensions that are replicated because their whole blocks cannot be divided."""
     blocks, _, columns = leaf.codes.shape[-3:]
     sizes = zip((blocks, columns), axes[-2:], ("blocks of 64", "columns"), strict=True)
     return [

@@ -140,7 +140,7 @@ def spans_processes(mesh: jax.sharding.Mesh | Layout | None) -> bool:
 
 
 def _failure(error: UserError) -> dict[str, Any]:
-    """What the other processes are told of an error; escaped for JSON it fits into a frame."""
+    """An error as it is sent to the other processes, short enough for one frame."""
     text = str(error).encode(errors="replace")[: _ANSWER_BYTES // 8].decode(errors="ignore")
     return {"error": text, "code": error.exit_code}
 

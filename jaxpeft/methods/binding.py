@@ -126,9 +126,9 @@ def _require_unchanged(adapter: Adapter, changed: dict[str, bool]) -> None:
         replaces = {kind.role(name).replaces for name in paths.get(adapter.params, path, {})}
         if path in changed and ("whole" in replaces or ("part" in replaces and changed[path])):
             raise UserError(
-                f"{path}: this adapter replaces what the base has there (DoRA does, and modules or "
-                "tokens trained whole), and one before it changes that; put it first, or merge the "
-                "other one before."
+                f"{path}: this adapter replaces this weight (DoRA does, and modules or tokens that "
+                "are trained whole), but an adapter before it changes the weight; put this one "
+                "first, or merge the other one."
             )
         changed[path] = changed.get(path, False) or not virtual
 
@@ -150,8 +150,8 @@ def adapters_of(
     for one in several:
         if KINDS[one.spec.kind].weigh is None:
             raise UserError(
-                f"weights: an adapter of kind {one.spec.kind!r} is no sum that could be weighted; "
-                "leave weights out."
+                f"weights: the change of an adapter of kind {one.spec.kind!r} has no factor; leave "
+                "weights out."
             )
     return [
         KINDS[one.spec.kind].weigh(one, weight)  # pyright: ignore[reportOptionalCall]
@@ -266,8 +266,9 @@ def _require_unquantized(params: dict, adapter: Adapter) -> None:
     if coded:
         raise UserError(
             f"merge: {len(coded)} kernels of this base are quantised: {first_few(coded)}; merge "
-            "into the weights it was made from (load_model without quantization), or round the "
-            "sum to codes again with jaxpeft.methods.algebra.merge_quantized."
+            "into the weights it was made from (load_model without quantization), or call "
+            "merge_quantized of jaxpeft.methods.algebra.merge_quantized, which rounds the sum to "
+            "codes again."
         )
 
 

@@ -135,6 +135,8 @@ class Kind:
             a run that starts from it. `RANK` and `SCALE` are compared in any case.
         notes: Options of the spec that record an adapter's origin and are not compared.
         virtual_tokens: The number of virtual tokens that an adapter puts in front of every segment.
+        first_virtual_id: The id of its first virtual token, above those of the vocabulary.
+        tasks: The number of tasks that have virtual tokens of their own; 0 without tasks.
         offset: The number of positions that an adapter takes in front of every segment without
             slots of the input, beside its virtual tokens.
         check: ``check(params, adapter)`` raises a UserError if an adapter does not fit; for checks
@@ -160,6 +162,8 @@ class Kind:
     compared: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     virtual_tokens: Callable[[Adapter], int] = lambda adapter: 0
+    first_virtual_id: Callable[[Adapter], int] = lambda adapter: 0
+    tasks: Callable[[Adapter], int] = lambda adapter: 0
     offset: Callable[[Adapter], int] = lambda adapter: 0
     check: Callable[[dict, Adapter], None] | None = None
     peft: PeftFormat | None = None

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 
@@ -11,10 +11,6 @@ from jaxpeft.core.errors import UserError
 from jaxpeft.core.records import Record
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.peft.config_file import read_method
-
-if TYPE_CHECKING:
-    pass
-
 
 M = TypeVar("M", bound="Method")
 

@@ -142,8 +142,8 @@ def mixed_leaf(leaf: Leaf, adapter: Adapter, probe: dict[str, Any], index: Any) 
     under = leaf.base.table if isinstance(leaf.base, Transposed) else leaf.base
     if isinstance(under, Mixed) and not (under is not leaf.base and under.attends_base):
         raise UserError(
-            f"index: {leaf.path} stands on a weight that differs from row to row already; run one "
-            "batch for each adapter."
+            f"index: another adapter with an index changes {leaf.path} already; run one batch for "
+            "each adapter."
         )
     kind, index = KINDS[adapter.spec.kind], jnp.asarray(index, jnp.int32)
     if kind.bind_rows is not None:

@@ -52,12 +52,12 @@ def virtual_ids(adapter: Adapter | Sequence[Adapter] | None, task: Any = 0) -> A
         UserError: If the adapter has no such task.
     """
     for one in adapters_of(adapter):
-        if count := KINDS[one.spec.kind].virtual_tokens(one):
-            options = dict(one.spec.options)
-            tasks, chosen = options.get("num_tasks", 1), np.asarray(task)
+        kind = KINDS[one.spec.kind]
+        if count := kind.virtual_tokens(one):
+            tasks, chosen = max(kind.tasks(one), 1), np.asarray(task)
             if chosen.dtype.kind not in "iu" or (chosen < 0).any() or (chosen >= tasks).any():
                 raise UserError(f"task: expected 0 to {tasks - 1}, got {task!r:.60}.")
-            ids = options["vocab_size"] + chosen[..., None] * count + np.arange(count)
+            ids = kind.first_virtual_id(one) + chosen[..., None] * count + np.arange(count)
             return ids.astype(np.int32)
     if np.any(np.asarray(task) != 0):
         raise UserError(f"task: the adapter has no tasks to choose from, got {task!r:.60}.")
@@ -66,7 +66,7 @@ def virtual_ids(adapter: Adapter | Sequence[Adapter] | None, task: Any = 0) -> A
 
 def num_tasks(adapter: Adapter | Sequence[Adapter] | None) -> int:
     """The number of tasks with soft prompts in an adapter; 0 if it has no tasks."""
-    found = [dict(one.spec.options).get("num_tasks", 0) for one in adapters_of(adapter)]
+    found = [KINDS[one.spec.kind].tasks(one) for one in adapters_of(adapter)]
     return max(found, default=0)
 
 

@@ -45,7 +45,7 @@ def weight(
 
 
 class Weight(nn.Module):
-    """Owns one parameter and returns it as it is sharded: the embedding table, the head."""
+    """Owns one parameter, the embedding table or the head, and returns it without gathering it."""
 
     leaf: str
     shape: tuple[int, ...]

@@ -56,7 +56,10 @@ def visible(
 
 
 def earlier(q_first: Any, rows: int, k_first: Any, columns: int, behind: int) -> Any:
-    """A mask ``(rows, columns)`` of slots not after ``query + behind``, from these slots on."""
+    """A mask ``(rows, columns)`` of a tile: True where ``key slot <= query slot + behind``.
+
+    The tile's first query slot is `q_first`, its first key slot `k_first`.
+    """
     queries, keys = q_first + jnp.arange(rows), k_first + jnp.arange(columns)
     return keys <= queries[:, None] + behind
 

@@ -107,7 +107,7 @@ def starts_dense(config: RunConfig, restored: bool) -> bool:
 
 
 def check_dense_start(config: RunConfig) -> None:
-    """Checks that a run with LoftQ quantises its base as LoftQ assumes.
+    """Checks that the method can start from the weights before this quantisation.
 
     Raises:
         UserError: The base is not quantised to NF4 with float32 scales, or LoftQ takes several

@@ -323,6 +323,9 @@ class Run:
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-    """All leaves of a tree by a readable name, in the order of the tree."""
+    """All leaves of a tree by a readable name, in the order of the tree.
+
+    Checkpoints hold a state under these names, whatever the classes of its nodes are called.
+    """
     found, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}

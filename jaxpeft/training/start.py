@@ -26,8 +26,8 @@ def choose_start(
 
     Args:
         config: The run.
-        base: The base model as it was loaded: not yet quantised where the adapter starts from
-            what quantising loses, see `jaxpeft.training.checks.starts_dense`.
+        base: The base model as it was loaded: not yet quantised if the adapter starts from the
+            error of quantisation, see `jaxpeft.training.checks.starts_dense`.
         layout: Where the base lives.
         key: Typed PRNG key of the adapter.
         context: What the method's initialisation may need. With ``shapes_only`` the values of the

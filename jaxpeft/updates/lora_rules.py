@@ -81,8 +81,8 @@ def lora_plus_groups(tree: Any, arrays: Mapping[str, ArrayRole]) -> Any:
     names = [_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
     if not any(_role(name, arrays).fast for name in names):
         raise UserError(
-            "optim.lora_plus_ratio: the method trains no factors a and b; set it to null, or take "
-            "the method lora."
+            "optim.lora_plus_ratio: this method has no array that learns faster; set it to null, "
+            "or take the method lora."
         )
     return jax.tree_util.tree_map_with_path(
         lambda keys, x: _group(_name(keys), x.ndim, arrays), tree

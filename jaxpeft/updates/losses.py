@@ -192,7 +192,8 @@ def make_lm_loss(
         ``loss_fn(params, adapter, batch, key) -> (total, aux)`` for batches of
         ``tokens, targets, weights, segment_ids, positions``, and for stacked adapters ``index``,
         the adapter of each row. Positions must count up slot by slot in every segment.
-        ``aux["penalty"]`` is the penalty times the weight.
+        ``aux["penalty"]`` is the penalty times the weight. It raises a UserError where the adapter
+        does not fit the parameters, as `jaxpeft.bind` does.
     """
 
     def loss_fn(params: dict, adapter: Adapter | None, batch: dict, key: Any = None) -> Any:

@@ -28,8 +28,8 @@ LEAST_STEPS = 3
 factor whose partner starts at zero has no gradient before the third step."""
 
 USUAL_HINT = (
-    "the loss does not depend on them, as where the model does not use a weight or one behind it "
-    "is zero; if that is so, leave them out of method.targets or optim.trainable"
+    "the loss does not depend on them: perhaps the model does not use these weights, or a later "
+    "weight is zero; if so, leave them out of method.targets or optim.trainable"
 )
 """What it may mean that no gradient reaches an array, where its family says nothing else."""
 

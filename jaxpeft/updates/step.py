@@ -106,6 +106,9 @@ def init_train_state(
 
     Returns:
         The state.
+
+    Raises:
+        TypeError: The optimizer is not from `jaxpeft.masked`.
     """
     check_masked(tx)
     tree = {"base": params, "adapter": adapter.params}
@@ -163,6 +166,9 @@ def make_train_step(
         ``step(state, params, batch) -> (state, metrics)``, jitted; the state is donated.
         Metrics are scalars: ``loss``, ``grad_norm`` (before clipping), ``weight``, the
         counters ``skipped`` and ``skipped_in_a_row``, and the sums of `aux`.
+
+    Raises:
+        TypeError: The optimizer is not from `jaxpeft.masked`.
 
     Example:
         The squared error of one adapted kernel:

@@ -201,6 +201,30 @@ def test_every_error_that_a_public_function_raises_is_in_its_docstring():
     assert not missing, "\n".join(missing)
 
 
+def passed_on(function):
+    """Errors that the docstrings of the public functions that it calls tell of."""
+    found = set()
+    for part, caught in body_of(function, nested=False):
+        if isinstance(part, ast.Call) and isinstance(part.func, ast.Name | ast.Attribute):
+            for other in meant(function, part.func):
+                if other.public and other.owner is None:
+                    found |= {error for error in other.told() if not and_bases(error) & caught}
+    return found
+
+
+def test_the_public_names_tell_of_the_errors_of_what_they_call():
+    missing = []
+    for function in PUBLIC:
+        if (function.owner or function.name) in jaxpeft.__all__:
+            told = function.told()
+            for error in passed_on(function):
+                if not told & and_bases(error):
+                    missing.append(
+                        f"{function.module}:{function.node.lineno} {function.name}: {error}"
+                    )
+    assert not missing, "\n".join(missing)
+
+
 def test_every_error_in_a_docstring_can_be_raised():
     strange = []
     for function in PUBLIC:

@@ -53,7 +53,6 @@ def test_no_module_imports_the_face_of_a_package_it_lies_under():
     wrong = [
         f"{name} imports {other}"
         for name, file in modules()
-        if name != "jaxpeft.methods"  # which registers the families, so that all know them
         for other in imported(file)
         if other.startswith("jaxpeft") and (name == other or name.startswith(f"{other}."))
     ]

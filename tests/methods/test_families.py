@@ -15,6 +15,7 @@ from tiny_decoder import CONFIG, decoder
 
 import jaxpeft as jp
 from jaxpeft.core import paths
+from jaxpeft.methods.adapter import DROPOUT, RANK, SCALE
 from jaxpeft.methods.method import Context
 from jaxpeft.methods.registry import KINDS, METHODS
 
@@ -136,6 +137,29 @@ def test_declared_roles_are_those_of_the_arrays(method):
                 assert own[axis] == shape[-2 if role.side == "in" else -1], (path, name)
             if role.replaces == "whole":
                 assert array.shape == shape, (path, name)
+
+
+def test_no_module_asks_for_an_array_or_an_option_of_a_family():
+    """Neither as in ``arrays["b"]`` nor as in ``options.get("num_tasks")``.
+
+    The rooms of rows of data and of configs have keys of their own with such names.
+    """
+    known, found = set(), []
+    for method in CASES.values():
+        adapter = shapes_of(method)
+        leaves = paths.flatten(adapter.params) | paths.flatten(adapter.buffers)
+        known |= {path.rpartition("/")[2] for path in leaves} | dict(adapter.spec.options).keys()
+    known -= {RANK, SCALE, DROPOUT, "rows", "steps"}  # every family's, and words of reports
+    for name, tree in sources():
+        if name.startswith(("data/", "config/", "pretrained/", "methods/peft/")):
+            continue
+        for node in ast.walk(tree):
+            asked = node.slice if isinstance(node, ast.Subscript) else None
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "get":
+                asked = node.args[0] if node.args else None
+            if asked is not None and texts(asked) & known:
+                found.append(f"{name}:{node.lineno}: {texts(asked)}")
+    assert not found
 
 
 def test_every_declared_array_is_one_of_a_family():

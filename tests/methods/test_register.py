@@ -117,7 +117,7 @@ def test_what_the_family_declares_is_asked_by_name():
     ]
     with pytest.raises(UserError, match="kind 'output_scaling' is no LoRA"):
         jp.combine([adapter], [1.0])
-    with pytest.raises(UserError, match="kind 'output_scaling' is no sum that could be weighted"):
+    with pytest.raises(UserError, match="kind 'output_scaling' has no factor"):
         jp.bind(params, [adapter], weights=[0.5])
 
 
@@ -151,12 +151,13 @@ def test_the_program_trains_it_from_yaml_resumes_it_and_what_it_saved_loads(file
     assert adapter.spec.kind == "output_scaling"
     jp.save_adapter(tmp_path / "again", adapter, base)
     assert_close(jp.load_adapter(tmp_path / "again", base).params, adapter.params, rtol=0, atol=0)
-    again = {"init_from": str(straight), **method}
+    # A run that starts from it, with updates too small for float32, ends with the same numbers.
+    again, still = {"init_from": str(straight), **method}, optim | {"learning_rate": 1e-30}
     program.main(
-        [write_config(files, tmp_path / "more", method=again, optim=optim, train={"steps": 2})]
+        [write_config(files, tmp_path / "more", method=again, optim=still, train={"steps": 2})]
     )
-    more = training_lines(tmp_path / "more")
-    assert more[0]["loss"] < losses[0]
+    more = jp.load_adapter(tmp_path / "more", base)
+    assert_close(more.params, adapter.params, rtol=0, atol=0)
 
 
 def test_wrong_keys_of_its_section_are_answered_with_its_own(files, tmp_path):

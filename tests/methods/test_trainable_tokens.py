@@ -176,7 +176,7 @@ def test_what_does_not_fit_the_model_is_refused():
         bind(narrow, make())
     with pytest.raises(jp.UserError, match="2 stacked adapters; pass index="):
         bind(params, stack_adapters([make(), make()]))
-    with pytest.raises(jp.UserError, match="no sum that could be weighted"):
+    with pytest.raises(jp.UserError, match="has no factor"):
         bind(params, make(), weights=[0.5])
 
 

@@ -135,7 +135,7 @@ def test_a_template_left_by_a_start_that_was_killed_is_taken_over_by_the_same_st
     program.check_folder(config)
     keep_template(config, find_template(config))
     assert left.read_text() == OTHER
-    with pytest.raises(UserError, match=r"run/chat_template\.jinja: is there but no config\.yaml"):
+    with pytest.raises(UserError, match=r"run/chat_template\.jinja: exists without config\.yaml"):
         keep_template(config, OTHER + " ")
     assert left.read_text() == OTHER
 
@@ -151,7 +151,7 @@ def test_a_template_that_is_no_runs_is_neither_removed_nor_replaced(
     path = {"none": None, "other": template, "the same file": place}[named]
     before = (place.read_bytes(), place.stat().st_mtime_ns)
     with pytest.raises(
-        UserError, match=r"chat_template\.jinja: is there but no config\.yaml, so it"
+        UserError, match=r"chat_template\.jinja: exists without config\.yaml, so it"
     ):
         program.train(make_config(files, tmp_path, path), overwrite=overwrite)
     assert (place.read_bytes(), place.stat().st_mtime_ns) == before

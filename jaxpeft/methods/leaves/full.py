@@ -33,6 +33,9 @@ class Full(Method):
 
         Returns:
             An adapter with ``{"value": array}`` at the path of every base leaf.
+
+        Raises:
+            UserError: There are only shapes, or a leaf is quantised.
         """
         del key, context
         return replacement(self.name, paths.flatten(params))

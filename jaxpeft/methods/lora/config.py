@@ -129,7 +129,11 @@ class LoRA(Method):
         return self.init_weights == "loftq"
 
     def check_quantization(self, quantization: str | None, double: bool) -> None:
-        """Raises a UserError unless LoftQ rounds the base as the run does."""
+        """Checks that LoftQ rounds the base as the run does.
+
+        Raises:
+            UserError: It does not.
+        """
         starts.check_quantization(self, quantization, double)
 
     @property
@@ -266,7 +270,7 @@ def weigh(adapter: Adapter, weight: Any) -> Adapter:
         what = (
             "a LoRA with trained biases or tokens, or saved modules" if whole else "a DoRA adapter"
         )
-        raise UserError(f"weights: {what} is no sum that could be weighted; leave weights out.")
+        raise UserError(f"weights: {what} has no factor that could be weighted; leave weights out.")
     return weigh_scales(adapter, weight)
 
 

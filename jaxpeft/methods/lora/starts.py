@@ -197,8 +197,8 @@ def check_quantization(config: Any, quantization: str | None, double: bool) -> N
         )
     if config.loftq_steps != 1:
         raise UserError(
-            "method.loftq_steps: further steps belong to a base that is rounded otherwise than "
-            "model.quantization rounds it; set it to 1."
+            "method.loftq_steps: more than 1 step assumes another rounding of the base than "
+            "model.quantization uses; set it to 1."
         )
 
 

@@ -24,7 +24,7 @@ from jaxpeft.methods.family import Kind, Leaf
 from jaxpeft.methods.fields import require_count
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
-from jaxpeft.methods.prompts import prompt
+from jaxpeft.methods.prompts import prompt, table
 from jaxpeft.ops.linear import shape_of
 
 STDDEV = 0.02
@@ -88,10 +88,14 @@ class MultitaskPromptTuning(Method):
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node for the embedding table, with the rows of all tasks."""
+    """The node for the embedding table, with the rows of all tasks.
+
+    Raises:
+        UserError: The table has the rows of another soft prompt already.
+    """
     shared, cols, rows = (leaf.params[name] for name in ("prompt", "cols", "rows"))
     products = jnp.matmul(cols, rows, precision=jax.lax.Precision.HIGHEST)
-    return prompt.bind_rows(leaf, (shared * products).reshape(-1, shared.shape[-1]))
+    return table.bind_rows(leaf, (shared * products).reshape(-1, shared.shape[-1]))
 
 
 def config_of(adapter: Adapter) -> MultitaskPromptTuning:
@@ -155,6 +159,8 @@ KIND = Kind(
     config_of=config_of,
     no_merge=prompt.NO_MERGE,
     virtual_tokens=prompt.virtual_tokens,
+    first_virtual_id=prompt.first_virtual_id,
+    tasks=lambda adapter: prompt.arrays_of(adapter)["cols"].shape[-3],
     check=prompt.check,
     peft=PeftFormat(
         type="MULTITASK_PROMPT_TUNING",

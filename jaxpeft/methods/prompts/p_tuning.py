@@ -33,7 +33,7 @@ from jaxpeft.methods.family import Kind, Leaf
 from jaxpeft.methods.fields import require_choice, require_count
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
-from jaxpeft.methods.prompts import prompt
+from jaxpeft.methods.prompts import prompt, table
 from jaxpeft.ops.linear import shape_of
 
 Encoder = Literal["mlp", "lstm", "none"]
@@ -153,8 +153,12 @@ def lstm(
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node for the embedding table."""
-    return prompt.bind_rows(leaf, encode(leaf.params, leaf.options["encoder"]))
+    """The node for the embedding table.
+
+    Raises:
+        UserError: The table has the rows of another soft prompt already.
+    """
+    return table.bind_rows(leaf, encode(leaf.params, leaf.options["encoder"]))
 
 
 def config_of(adapter: Adapter) -> PTuning:
@@ -234,6 +238,7 @@ KIND = Kind(
     notes=("trained_with",),
     no_merge=prompt.NO_MERGE,
     virtual_tokens=prompt.virtual_tokens,
+    first_virtual_id=prompt.first_virtual_id,
     check=prompt.check,
     peft=PeftFormat(
         type="P_TUNING",

@@ -15,7 +15,6 @@ Reference:
 import dataclasses
 from typing import Any, ClassVar, Literal
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +28,8 @@ from jaxpeft.methods.fields import require_choice, require_count
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.modules import contiguous, require_finite
 from jaxpeft.methods.peft.values import PeftFormat, Tensors, Values
-from jaxpeft.ops.linear import OnBase, attend, embed, materialize, shape_of
+from jaxpeft.methods.prompts.table import bind_rows
+from jaxpeft.ops.linear import embed, shape_of
 
 Initial = Literal["sampled", "random", "text"]
 EMBEDDINGS = "prompt_embeddings"
@@ -143,62 +143,23 @@ def arrays_of(adapter: Adapter) -> dict[str, Any]:
     return paths.get(adapter.params, paths.EMBEDDING)
 
 
-@flax.struct.dataclass
-class PromptTable(OnBase):
-    """An embedding table, extended by the rows of virtual tokens.
-
-    Attributes:
-        base: ``(vocab, d_model)``, an array or a node.
-        prompt: ``(rows, d_model)``, float32; id ``vocab + i`` is its row ``i``.
-    """
-
-    base: Any
-    prompt: Any
-    attends_base: ClassVar[bool] = True
-
-    def lookup(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
-        """Rows of the base and of the prompt, in the dtype of the base.
-
-        Rows of the prompt are selected by a product with zeros and ones, which is exact. Its
-        gradient is a product too, and so is deterministic, while a sum of rows would depend on
-        their order.
-        """
-        vocab = self.shape[0]
-        rows = embed(jnp.minimum(ids, vocab - 1), self.base)
-        chosen = ids[..., None] == vocab + jnp.arange(self.prompt.shape[0])
-        virtual = jnp.matmul(
-            chosen.astype(self.prompt.dtype), self.prompt, precision=jax.lax.Precision.HIGHEST
-        )
-        return jnp.where((ids < vocab)[..., None], rows, virtual.astype(rows.dtype))
-
-    def attend(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
-        """Scores of the base's rows; a virtual token is never predicted."""
-        return attend(x, self.base)
-
-    def materialize(self) -> Float[Array, "vocab d_model"]:
-        """The base's rows."""
-        return materialize(self.base)
-
-
-def bind_rows(leaf: Leaf, rows: Float[Array, "rows d_model"]) -> dict[str, Any]:
-    """Extends the table by rows of virtual tokens.
+def bind(leaf: Leaf) -> dict[str, Any]:
+    """The node for the embedding table.
 
     Raises:
-        UserError: The table has such rows already.
+        UserError: The table has the rows of another soft prompt already.
     """
-    if isinstance(leaf.base, PromptTable):
-        raise UserError("two soft prompts cannot stand on one base; pass one of them.")
-    return {leaf.path: PromptTable(leaf.base, rows)}
-
-
-def bind(leaf: Leaf) -> dict[str, Any]:
-    """The node for the embedding table."""
     return bind_rows(leaf, leaf.params["prompt"])
 
 
 def virtual_tokens(adapter: Adapter) -> int:
     """The number of rows of a prompt."""
     return arrays_of(adapter)["prompt"].shape[-2]
+
+
+def first_virtual_id(adapter: Adapter) -> int:
+    """The id of the first row of a prompt: the size of the vocabulary."""
+    return dict(adapter.spec.options)["vocab_size"]
 
 
 def check(params: dict, adapter: Adapter) -> None:
@@ -345,6 +306,7 @@ KIND = Kind(
     config_of=config_of,
     no_merge=NO_MERGE,
     virtual_tokens=virtual_tokens,
+    first_virtual_id=first_virtual_id,
     check=check,
     peft=PEFT,
 )

@@ -67,8 +67,8 @@ def check_place(config: RunConfig, template: str) -> None:
         return
     if not (_holds(place, template) and (path is None or not _is_same(path, place))):
         raise UserError(
-            f"{place}: is there but no {CONFIG}, so it is not clear whose it is, and a run keeps "
-            "its chat template under this name; choose another output_dir, or remove it."
+            f"{place}: exists without {CONFIG}, so it may belong to someone else, and a run keeps "
+            "its chat template under this name; move it, or choose another output_dir."
         )
 
 

@@ -20,7 +20,7 @@ Arrays = tuple[np.ndarray, np.ndarray]
 _ROWS_PER_CALL = 1000
 
 
-class Tokeniser:
+class RowTokenizer:
     """Turns rows into examples, and collects notes about all of them.
 
     Args:
