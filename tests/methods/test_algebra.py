@@ -422,7 +422,7 @@ def test_what_replaces_a_weight_goes_before_what_changes_it(method, put):
     changed = jax.tree.map(lambda x: x + 0.1, whole.params)
     whole = whole.replace(params=changed)
     before = whole if method["name"] == "ln_tuning" else lora(1, targets=("q_proj",))
-    with pytest.raises(jp.UserError, match=r"replaces this weight there.*put it first"):
+    with pytest.raises(jp.UserError, match=r"replaces this weight.*put this one first"):
         put(base, [before, whole])
     if method["name"] != "ln_tuning":
         actual, once = put(base, [whole, before]), put(base, whole)

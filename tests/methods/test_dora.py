@@ -112,7 +112,7 @@ def test_it_is_refused_where_it_has_no_meaning():
     adapter = new(targets=("q_proj",))
     with pytest.raises(UserError, match="has no factor"):
         bind(PARAMS, [adapter], weights=[0.5])
-    with pytest.raises(UserError, match="put it first"):
+    with pytest.raises(UserError, match="put this one first"):
         bind(PARAMS, [init_adapter(LoRA(rank=2), PARAMS, jax.random.key(0)), adapter])
     with pytest.raises(UserError, match="not their shapes"):
         init_adapter(LoRA(rank=2, dora=True), jax.eval_shape(lambda: PARAMS), jax.random.key(0))

@@ -280,7 +280,7 @@ def test_the_bias_of_b_counts_times_the_scale_and_needs_a_bias_to_merge_into():
 
 def test_sums_of_adapters_with_whole_modules_are_refused():
     adapter = trained(new(bias="lora_only"))
-    with pytest.raises(UserError, match="trained biases or tokens, or saved modules is no sum"):
+    with pytest.raises(UserError, match="trained biases or tokens, or saved modules has no factor"):
         bind(PARAMS, [adapter], weights=[0.5])
     with pytest.raises(UserError, match="is no sum of products"):
         jp.combine([adapter], [1.0])

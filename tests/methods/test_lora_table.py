@@ -223,7 +223,7 @@ def test_sums_weights_padding_and_conversion_hold_for_tables():
 
 def test_tokens_are_no_sum():
     adapter, params = make(targets=("q_proj",), token_ids=(3,)), decoder()[1]
-    with pytest.raises(jp.UserError, match="trained biases or tokens, or saved modules is no sum"):
+    with pytest.raises(jp.UserError, match="trained biases or tokens, or saved modules has no factor"):
         bind(params, adapter, weights=[0.5])
     with pytest.raises(jp.UserError, match="a LoRA with ids, rows"):
         jp.combine([adapter], [1.0])
