@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from jaxpeft.inference.decoding import generate as generate
     from jaxpeft.inference.metrics import evaluate_loss as evaluate_loss
     from jaxpeft.inference.metrics import exact_match as exact_match
+    from jaxpeft.lifting.describe import describe as describe
+    from jaxpeft.lifting.lifted import lift as lift
+    from jaxpeft.lifting.roles import Role as Role
+    from jaxpeft.lifting.roles import Roles as Roles
     from jaxpeft.mesh.layouts import make_mesh as make_mesh
     from jaxpeft.mesh.placement import shard_params as shard_params
     from jaxpeft.methods.adalora.config import AdaLoRA as AdaLoRA
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
     from jaxpeft.methods.algebra.stacking import stack_adapters as stack_adapters
     from jaxpeft.methods.binding import bind as bind
     from jaxpeft.methods.binding import init_adapter as init_adapter
-    from jaxpeft.methods.binding import merge as merge
     from jaxpeft.methods.kernels.ia3 import IA3 as IA3
     from jaxpeft.methods.kernels.loha import LoHa as LoHa
     from jaxpeft.methods.kernels.lokr import LoKr as LoKr
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.leaves.ln_tuning import LNTuning as LNTuning
     from jaxpeft.methods.leaves.trainable_tokens import TrainableTokens as TrainableTokens
     from jaxpeft.methods.lora.config import LoRA as LoRA
+    from jaxpeft.methods.merging import merge as merge
     from jaxpeft.methods.prompts.multitask_prompt import (
         MultitaskPromptTuning as MultitaskPromptTuning,
     )

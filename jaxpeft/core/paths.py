@@ -87,6 +87,19 @@ class Site:
     layer: int | None
 
 
+class NamedTree(dict):
+    """Base parameters that know the names of their modules: those of a model that is not ours.
+
+    Attributes:
+        sites: By the last part of the paths of our own models ("kernel", "bias", "embedding"), the
+            places of such leaves by the full names of their modules.
+    """
+
+    def __init__(self, tree: Mapping, sites: Mapping[str, Mapping[str, Site]]):
+        super().__init__(tree)
+        self.sites = sites
+
+
 def is_stacked(path: str) -> bool:
     """Whether the leaf at `path` has an axis of layers in front."""
     return path.startswith(LAYERS)
@@ -117,6 +130,8 @@ def module_names(params: Mapping, leaf: str = "kernel") -> dict[str, Site]:
     Returns:
         A dict from full module names to the places of their weights.
     """
+    if isinstance(params, NamedTree):
+        return dict(params.sites.get(leaf, {}))
     sites: dict[str, Site] = {}
     for path, value in sorted(flatten(params).items()):
         if path.rpartition("/")[2] != leaf:

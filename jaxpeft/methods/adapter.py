@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from jaxpeft.core import paths
+from jaxpeft.core.errors import UserError
 
 RANK = "rank"
 """The buffer with the rank of every layer of a place, 0 for a layer that is not adapted."""
@@ -44,12 +45,15 @@ class Spec:
         paths: "/"-joined paths of the adapted places, sorted.
         rank: Inner width to which all layers are padded; 0 for families without one.
         options: Further static choices of the family, as sorted pairs.
+        axes: For a model that is not ours, pairs of a path and the axes of the weight there:
+            inputs, outputs, and axes of a stack; see `jaxpeft.lifting.folded.Axes`.
     """
 
     kind: str
     paths: tuple[str, ...]
     rank: int = 0
     options: tuple[tuple[str, Any], ...] = ()
+    axes: tuple[tuple[str, tuple[tuple[int, ...], ...]], ...] = ()
 
 
 class Label(str):
@@ -97,6 +101,23 @@ class Adapter:
         rank = f", rank {self.spec.rank}" if self.spec.rank else ""
         places = f"{len(self.spec.paths)} places"
         return f"Adapter({self.spec.kind}{rank}, {places}, {sum(sizes):,} trained numbers)"
+
+
+def require_own(adapter: Adapter, what: str) -> None:
+    """Checks that an adapter is for a model of this package.
+
+    Args:
+        adapter: The adapter.
+        what: What is going to be done, for the message.
+
+    Raises:
+        UserError: It was made with roles, for another model.
+    """
+    if adapter.spec.axes:
+        raise UserError(
+            f"{what}: this adapter was made with roles, for a model that is not of this package; "
+            "that is not supported yet. Merge it with jaxpeft.merge, or keep its arrays."
+        )
 
 
 def ranks_at(adapter: Adapter, path: str) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""Combines base and adapter: ``bind`` and ``merge``.
+"""Makes adapters, and combines them with a base: ``init_adapter`` and ``bind``.
 
 ``bind`` is called inside the traced function: ``module.apply(bind(params, adapter), tokens)``.
 """
@@ -12,16 +12,32 @@ import jax
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.lifting.folded import Folded
+from jaxpeft.lifting.roles import Roles
+from jaxpeft.lifting.trees import is_state
 from jaxpeft.methods.adapter import Adapter, Label
 from jaxpeft.methods.family import Leaf, weight_at
+from jaxpeft.methods.foreign import (
+    as_base,
+    folded_tree,
+    is_foreign,
+    put_back,
+    with_axes,
+)
 from jaxpeft.methods.method import Context, Method
 from jaxpeft.methods.mixed import NOT_STACKED, extra_axes, first_of, mixed_leaf
 from jaxpeft.methods.registry import KINDS
-from jaxpeft.ops.linear import SHARED, dtype_of, shape_of, take_shared
-from jaxpeft.ops.quant import QuantTensor
+from jaxpeft.ops.linear import SHARED, shape_of, take_shared
 
 
-def init_adapter(method: Method, base: Any, key: jax.Array, *, batches: Any = None) -> Adapter:
+def init_adapter(
+    method: Method,
+    base: Any,
+    key: jax.Array,
+    *,
+    batches: Any = None,
+    roles: Roles | None = None,
+) -> Adapter:
     """A new adapter of `method`.
 
     Args:
@@ -30,6 +46,7 @@ def init_adapter(method: Method, base: Any, key: jax.Array, *, batches: Any = No
             nothing else of the model, the shapes of the parameters are enough.
         key: Typed PRNG key (``jax.random.key(0)``).
         batches: Batches for the training step, for initialisations from data.
+        roles: For parameters of a model that is not ours, what `jaxpeft.describe` found.
 
     Returns:
         An adapter that leaves the model's function unchanged. Exceptions are some soft prompts,
@@ -39,6 +56,11 @@ def init_adapter(method: Method, base: Any, key: jax.Array, *, batches: Any = No
         UserError: If a target pattern matches no module, or the method needs something that is
             missing.
     """
+    if roles is not None:
+        method.check_any_model()
+        adapter = method.init(as_base(base, roles), key, Context(batches=batches))
+        axes = with_axes(roles, adapter.spec.paths)
+        return dataclasses.replace(adapter, spec=dataclasses.replace(adapter.spec, axes=axes))
     if isinstance(base, Mapping):
         return method.init(dict(base), key, Context(batches=batches))
     context = Context(base.config, base.module, base.tokenizer, batches)
@@ -54,13 +76,14 @@ def bind(
     weights: Sequence[Any] | None = None,
     index: Any = None,
     dropout_key: Any = None,
-) -> dict:
+) -> Any:
     """Builds the variables that ``module.apply`` takes.
 
     Call it inside the function that is traced or differentiated; it costs nothing there.
 
     Args:
-        params: Base parameters, a nested dict.
+        params: Base parameters: a nested dict, or for models that are not of this package any tree
+            of parameters, such as an ``nnx.State``.
         adapter: One adapter, several, or None for the base alone. Several are applied one after
             the other: changes of a kernel by LoRA add up.
         weights: For several adapters, the factor of each one's change; 1 by default.
@@ -70,29 +93,41 @@ def bind(
 
     Returns:
         ``{"params": tree}``, where the adapted leaves are nodes (see `jaxpeft.ops.linear`). If
-        nodes share arrays over all layers, these are in a second collection, ``"shared"``.
+        nodes share arrays over all layers, these are in a second collection, ``"shared"``. For
+        adapters that were made with roles, a function wrapped by `jaxpeft.lift` takes the tree: as
+        it is for an ``nnx.State``, else under ``"params"``.
 
     Raises:
         UserError: If the base lacks leaves of an adapter or has other shapes, or if the family
             does not support `weights` or `index`.
     """
+    adapters = adapters_of(adapter, weights)
+    if is_foreign(params, adapters):
+        given, params = params, folded_tree(params, adapters)
+        tree = put_back(given, _bound(params, adapters, index, dropout_key))
+        return {"params": tree} if isinstance(tree, Mapping) and not is_state(tree) else tree
+    tree, shared = take_shared(_bound(params, adapters, index, dropout_key))
+    return {"params": tree, SHARED: shared} if shared else {"params": tree}
+
+
+def _bound(params: dict, adapters: Sequence[Adapter], index: Any, dropout_key: Any) -> dict:
+    """The tree of `bind`, with the arrays that nodes share still in them."""
     tree, changed = params, {}
-    for position, one in enumerate(adapters_of(adapter, weights)):
+    for position, one in enumerate(adapters):
         key = dropout_key
         if key is not None and position:
             key = jax.random.fold_in(key, position)
         if index is not None and extra_axes(one) == 0:
             raise UserError(NOT_STACKED)
         leaves = make_leaves(tree, one, key)
-        _check_leaves(leaves, params, one if index is None else first_of(one))
-        _require_unchanged(one, changed)
+        check_leaves(leaves, params, one if index is None else first_of(one))
+        require_unchanged(one, changed)
         for leaf in leaves:
-            leaf = _after(leaf, tree)
+            leaf = after_others(leaf, tree)
             kind = KINDS[one.spec.kind]
             nodes = kind.bind(leaf) if index is None else _bind_mixed(leaf, one, index)
             tree = paths.put(tree, nodes)
-    tree, shared = take_shared(tree)
-    return {"params": tree, SHARED: shared} if shared else {"params": tree}
+    return tree
 
 
 def _bind_mixed(leaf: Leaf, adapter: Adapter, index: Any) -> dict[str, Any]:
@@ -109,7 +144,7 @@ def _bind_mixed(leaf: Leaf, adapter: Adapter, index: Any) -> dict[str, Any]:
     return mixed_leaf(leaf, adapter, probe, index)
 
 
-def _require_unchanged(adapter: Adapter, changed: dict[str, bool]) -> None:
+def require_unchanged(adapter: Adapter, changed: dict[str, bool]) -> None:
     """Checks that an adapter does not replace leaves that adapters before it changed.
 
     Args:
@@ -195,9 +230,19 @@ def make_leaf(tree: dict, adapter: Adapter, path: str, key: Any = None) -> Leaf:
         shared=adapter.params.get(SHARED, {}) | adapter.buffers.get(SHARED, {}),
         options=dict(adapter.spec.options),
         key=key,
-        layers=shape_of(base)[0] if base is not None and paths.is_stacked(path) else None,
+        stack=_stack_of(base, path),
         bound=tree,
     )
+
+
+def _stack_of(base: Any, path: str) -> tuple[int, ...]:
+    """The sizes of the axes over which a weight is stacked."""
+    inner = base
+    while not isinstance(inner, Folded) and hasattr(inner, "base"):
+        inner = inner.base
+    if isinstance(inner, Folded):
+        return inner.stack
+    return (shape_of(base)[0],) if base is not None and paths.is_stacked(path) else ()
 
 
 def make_leaves(tree: dict, adapter: Adapter, key: Any = None) -> list[Leaf]:
@@ -206,78 +251,13 @@ def make_leaves(tree: dict, adapter: Adapter, key: Any = None) -> list[Leaf]:
     return [make_leaf(tree, adapter, path, key) for path in adapter.spec.paths]
 
 
-def _after(leaf: Leaf, bound: dict) -> Leaf:
+def after_others(leaf: Leaf, bound: dict) -> Leaf:
     """The leaf in a tree in which the adapter's places before it are bound.
 
     A tied head then reads the bound table.
     """
     base = weight_at(bound, leaf.path) if leaf.path == paths.HEAD else leaf.base
     return dataclasses.replace(leaf, base=base, bound=bound)
-
-
-def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
-    """Merges an adapter into the base: plain arrays that compute the same function.
-
-    Args:
-        params: Base parameters; they are not changed.
-        adapter: An adapter of a mergeable kind, or several to merge one after the other.
-
-    Returns:
-        A tree like `params`, in its dtypes; leaves that no adapter changes are shared with it.
-        If a tied table and the head come to differ, there is a new leaf ``lm_head/kernel``.
-
-    Raises:
-        UserError: If an adapter does not fit the base or cannot be merged, or a leaf that it
-            changes is quantised.
-    """
-    paths.require_tree(params)
-    tree, parted, changed = params, False, {}
-    for one in adapters_of(adapter):
-        _require_unquantized(params, one)
-        kind = KINDS[one.spec.kind]
-        if kind.no_merge:
-            raise UserError(f"an adapter of kind {kind.name!r} cannot be merged: {kind.no_merge}")
-        leaves = make_leaves(tree, one)
-        _check_leaves(leaves, params, one)
-        _require_unchanged(one, changed)
-        if parted and paths.EMBEDDING in one.spec.paths and not unties(params, one):
-            raise UserError(
-                f"{paths.EMBEDDING}: an adapter before this one leaves the tied head to the base, "
-                "and this one does not; put it first."
-            )
-        merged: dict[str, Any] = {}
-        bound = tree
-        for leaf in leaves:
-            leaf = dataclasses.replace(_after(leaf, bound), bound=paths.put(tree, merged))
-            nodes = kind.bind(leaf)
-            bound = paths.put(bound, nodes)
-            for place, array in kind.merge(leaf, nodes).items():
-                before = paths.get(tree, place)
-                before = leaf.base if before is None and place == leaf.path else before
-                merged[place] = array if before is None else array.astype(dtype_of(before))
-        if unties(tree, one) and paths.HEAD not in merged:
-            merged[paths.HEAD], parted = paths.get(tree, paths.EMBEDDING).T, True
-        tree = paths.put(tree, merged)
-    return tree
-
-
-def _require_unquantized(params: dict, adapter: Adapter) -> None:
-    coded = [p for p in adapter.spec.paths if isinstance(paths.get(params, p), QuantTensor)]
-    if coded:
-        raise UserError(
-            f"merge: {len(coded)} kernels of this base are quantised: {first_few(coded)}; merge "
-            "into the weights it was made from (load_model without quantization), or call "
-            "merge_quantized of jaxpeft.methods.algebra.merge_quantized, which rounds the sum to "
-            "codes again."
-        )
-
-
-def unties(params: dict, adapter: Adapter) -> bool:
-    """Whether an adapter of a tied model changes the table for look-ups, but not for the head."""
-    if paths.get(params, paths.HEAD) is not None or paths.EMBEDDING not in adapter.spec.paths:
-        return False
-    node = KINDS[adapter.spec.kind].bind(make_leaf(params, adapter, paths.EMBEDDING))
-    return bool(getattr(node[paths.EMBEDDING], "attends_base", False))
 
 
 def check_fit(params: dict, adapter: Adapter) -> None:
@@ -291,16 +271,19 @@ def check_fit(params: dict, adapter: Adapter) -> None:
         UserError: A leaf of the adapter belongs to no leaf of the base, or to one of another shape;
             or these are several stacked adapters.
     """
-    _check_leaves(make_leaves(params, adapter), params, adapter)
+    check_leaves(make_leaves(params, adapter), params, adapter)
 
 
-def _check_leaves(leaves: Sequence[Leaf], params: dict, adapter: Adapter) -> None:
+def check_leaves(leaves: Sequence[Leaf], params: dict, adapter: Adapter) -> None:
     """Does the checks of `check_fit` for leaves that are made already.
 
     Args:
         leaves: All places of the adapter, perhaps on top of other adapters' nodes.
         params: Base parameters.
         adapter: The adapter; for stacked adapters, the shapes of one.
+
+    Raises:
+        UserError: As for `check_fit`.
     """
     kind = KINDS[adapter.spec.kind]
     lost = [leaf.path for leaf in leaves if leaf.base is None]
@@ -324,21 +307,3 @@ def _check_leaves(leaves: Sequence[Leaf], params: dict, adapter: Adapter) -> Non
             )
     if kind.check is not None:
         kind.check(params, adapter)
-
-
-def head_is_frozen(params: dict, adapter: Adapter | None, trained: Any = None) -> bool:
-    """Whether no weight of the head is trained, so that the loss omits its gradient.
-
-    Args:
-        params: Base parameters: arrays, nodes or shapes.
-        adapter: The adapter that is trained.
-        trained: Base leaves that are trained as well, nested like `params`, None elsewhere.
-    """
-    head = paths.HEAD if paths.get(params, paths.HEAD) is not None else paths.EMBEDDING
-    if trained is not None and paths.get(trained, head) is not None:
-        return False
-    if adapter is None:
-        return True
-    if paths.HEAD in adapter.spec.paths:
-        return False
-    return head not in adapter.spec.paths or unties(params, adapter)

@@ -43,7 +43,7 @@ class Leaf:
         shared: Trained and frozen arrays that all places share.
         options: The spec's options as a dict.
         key: Typed PRNG key of this step and place, or None to drop nothing.
-        layers: The number of layers that the arrays stack, None if they are not stacked.
+        stack: The sizes of the axes over which the arrays are stacked; empty for one kernel.
         bound: The tree as bound so far, for neighbours such as a kernel's bias.
     """
 
@@ -54,7 +54,7 @@ class Leaf:
     shared: dict
     options: dict
     key: Any = None
-    layers: int | None = None
+    stack: tuple[int, ...] = ()
     bound: dict = dataclasses.field(default_factory=dict)
 
     def beside(self, name: str) -> str:
@@ -63,9 +63,9 @@ class Leaf:
 
     def keys(self) -> Any:
         """The key as a leaf of a node: one key per layer if layers are stacked; None stays None."""
-        if self.key is None or self.layers is None:
+        if self.key is None or not self.stack:
             return self.key
-        return jax.random.split(self.key, self.layers)
+        return jax.random.split(self.key, self.stack)
 
 
 def weight_at(params: Mapping, path: str) -> Any:

@@ -115,6 +115,19 @@ class Method(Record, abc.ABC):
         """Whether `init` reads the weights as they are before the base is quantised."""
         return False
 
+    def check_any_model(self) -> None:
+        """Checks whether `init` can make an adapter for a model that is not of this package.
+
+        A method that can overrides this.
+
+        Raises:
+            UserError: It cannot.
+        """
+        raise UserError(
+            f"{self.name}: not supported yet for models that are not of this package; methods that "
+            "change kernels are, such as LoRA."
+        )
+
     def check_quantization(self, quantization: str | None, double: bool) -> None:
         """Checks whether `init` can start from the weights before the base is quantised.
 

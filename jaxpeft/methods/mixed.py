@@ -161,8 +161,9 @@ def mixed_leaf(leaf: Leaf, adapter: Adapter, probe: dict[str, Any], index: Any) 
             "cannot differ from row to row; run one batch for each adapter."
         )
     params, buffers = leaf.params, leaf.buffers
-    if leaf.layers is not None:
-        params, buffers = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (params, buffers))
+    if leaf.stack:
+        behind = len(leaf.stack)
+        params, buffers = jax.tree.map(lambda x: jnp.moveaxis(x, 0, behind), (params, buffers))
     mixed = Mixed(
         leaf.base,
         params,

@@ -39,6 +39,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -113,10 +114,55 @@ class Node:
         Raises:
             TypeError: The node's class does not define it.
         """
-        raise self._unsupported("materialise")
+        raise self._unsupported("materialize")
+
+    def __jax_array__(self) -> Any:
+        """Not an array; `jax.numpy` asks for it.
+
+        Raises:
+            TypeError: Always; the message has the way out.
+        """
+        raise _no_array(self)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        """Not an array; NumPy asks for it.
+
+        Raises:
+            TypeError: Always; the message has the way out.
+        """
+        raise _no_array(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """What arrays have and a node has not.
+
+        Raises:
+            AttributeError: Always.
+        """
+        if name.startswith("_") or not hasattr(jax.Array, name):
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        raise AttributeError(str(_no_array(self)))
 
     def _unsupported(self, operation: str) -> TypeError:
         return TypeError(f"{type(self).__name__} does not support {operation!r}.")
+
+
+def _no_array(node: Node) -> TypeError:
+    return TypeError(
+        f"a {type(node).__name__} reached code that expects an array: the model does not know "
+        "adapters; wrap its function, as in jp.lift(module.apply)"
+    )
+
+
+def _refuse(node: Node, *operands: Any) -> Any:
+    raise _no_array(node)
+
+
+_OPERATORS = ("add", "sub", "mul", "matmul", "truediv", "pow", "mod", "floordiv")
+for _name in _OPERATORS:
+    setattr(Node, f"__{_name}__", _refuse)
+    setattr(Node, f"__r{_name}__", _refuse)
+for _name in ("__getitem__", "__neg__", "__iter__", "__len__"):
+    setattr(Node, _name, _refuse)
 
 
 class OnBase(Node):
@@ -232,7 +278,7 @@ def take_shared(tree: Mapping) -> tuple[dict, dict]:
         if isinstance(value, Mapping):
             rest[key], inner = take_shared(value)
         else:
-            rest[key], inner = _take(value)
+            rest[key], inner = take_field(value)
         if inner:
             shared[key] = inner
     return rest, shared
@@ -249,13 +295,14 @@ def give_shared(node: Any, shared: tuple) -> Any:
     return node.replace(**changes)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _take(node: Any) -> tuple[Any, tuple]:
+def take_field(node: Any) -> tuple[Any, tuple]:
+    """A node with None in the fields ``shared`` of its parts, and the tuple of these fields."""
     if not isinstance(node, Node):
         return node, ()
     found, changes = (), {}
     if getattr(node, "shared", None) is not None:
         found, changes["shared"] = (node.shared,), None  # pyright: ignore
     if hasattr(node, "base"):
-        changes["base"], inner = _take(node.base)  # pyright: ignore
+        changes["base"], inner = take_field(node.base)  # pyright: ignore
         found += inner
     return (node.replace(**changes) if found else node), found  # pyright: ignore

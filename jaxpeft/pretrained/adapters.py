@@ -27,7 +27,7 @@ from jaxpeft.files.safetensors_file import read_header
 from jaxpeft.files.storage import StoragePath
 from jaxpeft.files.tensors import decode
 from jaxpeft.mesh.processes import is_first
-from jaxpeft.methods.adapter import Adapter, Label
+from jaxpeft.methods.adapter import Adapter, Label, require_own
 from jaxpeft.methods.binding import check_fit
 from jaxpeft.methods.chat_settings import ChatSettings, chat_of
 from jaxpeft.methods.peft.config_file import find_config, format_of
@@ -71,6 +71,7 @@ def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Model) -> None
             or if `path` is a file or holds other files.
         ResourceError: If the disk is full.
     """
+    require_own(adapter, "save_adapter")
     folder = real_path(path)
     require_replaceable(folder, OURS)
     peft = KINDS[adapter.spec.kind].peft

@@ -26,8 +26,8 @@ from jaxpeft.files.storage import StoragePath
 from jaxpeft.files.tensors import PLAIN_DTYPES
 from jaxpeft.mesh.processes import is_first, to_host
 from jaxpeft.methods.adapter import Adapter
-from jaxpeft.methods.binding import merge
 from jaxpeft.methods.chat_settings import chat_of
+from jaxpeft.methods.merging import merge
 from jaxpeft.models.config import ModelConfig
 from jaxpeft.pretrained.hf.config import config_to_hf
 from jaxpeft.pretrained.load import DTYPES

@@ -22,8 +22,8 @@ from jaxpeft.mesh import layouts, placement, processes
 from jaxpeft.mesh.constraints import traced_on
 from jaxpeft.methods import summary
 from jaxpeft.methods.adapter import Adapter, Label
-from jaxpeft.methods.binding import head_is_frozen
 from jaxpeft.methods.chat_settings import ChatSettings
+from jaxpeft.methods.merging import head_is_frozen
 from jaxpeft.methods.method import Context
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.pretrained.adapters import save_adapter

@@ -15,8 +15,9 @@ import jaxpeft as jp
 from jaxpeft.core import paths
 from jaxpeft.methods.adapter import Label
 from jaxpeft.methods.algebra.stacking import pad_rank
-from jaxpeft.methods.binding import bind, merge
+from jaxpeft.methods.binding import bind
 from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.merging import merge
 from jaxpeft.methods.registry import METHODS
 
 MODES = ("cat", "linear", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties")

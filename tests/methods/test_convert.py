@@ -7,7 +7,8 @@ from tiny_decoder import apply, decoder, make_adapter, make_batch
 
 import jaxpeft as jp
 from jaxpeft.core import paths
-from jaxpeft.methods.binding import bind, merge
+from jaxpeft.methods.binding import bind
+from jaxpeft.methods.merging import merge
 from jaxpeft.methods.registry import KINDS, METHODS
 
 LORA = {"rank": 2, "alpha": 4.0}

@@ -8,10 +8,11 @@ from tiny_decoder import decoder, draw
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.binding import bind, init_adapter, merge
+from jaxpeft.methods.binding import bind, init_adapter
 from jaxpeft.methods.lora.config import LoRA
 from jaxpeft.methods.lora.dora import DoRAKernel, base_norm
 from jaxpeft.methods.lora.nodes import drop
+from jaxpeft.methods.merging import merge
 
 IDS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 MODULE, PARAMS = decoder()

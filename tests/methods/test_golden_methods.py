@@ -14,7 +14,7 @@ import pytest
 from places import GOLDEN
 from safetensors.numpy import load_file
 
-from jaxpeft.methods.binding import merge
+from jaxpeft.methods.merging import merge
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.models.transformer import Transformer
 from jaxpeft.pretrained.adapters import load_adapter, save_adapter

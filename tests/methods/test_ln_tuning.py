@@ -8,8 +8,9 @@ from tiny_decoder import CONFIG, decoder
 
 import jaxpeft as jp
 from jaxpeft.core import paths
-from jaxpeft.methods.binding import bind, merge
+from jaxpeft.methods.binding import bind
 from jaxpeft.methods.leaves.ln_tuning import LNTuning
+from jaxpeft.methods.merging import merge
 
 PARAMS = decoder(CONFIG)[1]
 

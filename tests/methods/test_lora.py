@@ -13,9 +13,10 @@ from tiny_decoder import CONFIG, decoder, make_adapter
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.binding import bind, init_adapter, merge
+from jaxpeft.methods.binding import bind, init_adapter
 from jaxpeft.methods.lora.config import LoRA, config_of
 from jaxpeft.methods.lora.nodes import LoRAKernel, drop, low_rank
+from jaxpeft.methods.merging import merge
 from jaxpeft.methods.peft.modules import shortest_decimal
 
 BF16 = ml_dtypes.bfloat16

@@ -20,8 +20,9 @@ from jaxpeft.config.run_config import load_config
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
 from jaxpeft.mesh import layouts
-from jaxpeft.methods.binding import bind, head_is_frozen, init_adapter, merge
+from jaxpeft.methods.binding import bind, init_adapter
 from jaxpeft.methods.lora.config import LoRA, config_of
+from jaxpeft.methods.merging import head_is_frozen, merge
 from jaxpeft.methods.peft.modules import modules_of
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.models.transformer import Transformer

@@ -11,9 +11,10 @@ from tiny_decoder import decoder, draw
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.binding import bind, init_adapter, merge
+from jaxpeft.methods.binding import bind, init_adapter
 from jaxpeft.methods.lora import starts
 from jaxpeft.methods.lora.config import LoRA, config_of
+from jaxpeft.methods.merging import merge
 from jaxpeft.ops.quant import nf4_round_trip
 from jaxpeft.pretrained.adapters import load_adapter, save_adapter
 from jaxpeft.pretrained.model import Model

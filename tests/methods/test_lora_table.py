@@ -15,10 +15,11 @@ from tiny_decoder import CONFIG, apply, decoder, draw, make_batch
 import jaxpeft as jp
 from jaxpeft.core import paths
 from jaxpeft.methods.algebra.stacking import pad_rank, stack_adapters
-from jaxpeft.methods.binding import bind, head_is_frozen, merge
+from jaxpeft.methods.binding import bind
 from jaxpeft.methods.leaves.trainable_tokens import TrainableTokens
 from jaxpeft.methods.lora.config import LoRA
 from jaxpeft.methods.lora.table import DoRATable, LoRATable
+from jaxpeft.methods.merging import head_is_frozen, merge
 from jaxpeft.methods.prompts.prompt import PromptTuning
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.linear import attend, embed, materialize
@@ -223,7 +224,9 @@ def test_sums_weights_padding_and_conversion_hold_for_tables():
 
 def test_tokens_are_no_sum():
     adapter, params = make(targets=("q_proj",), token_ids=(3,)), decoder()[1]
-    with pytest.raises(jp.UserError, match="trained biases or tokens, or saved modules has no factor"):
+    with pytest.raises(
+        jp.UserError, match="trained biases or tokens, or saved modules has no factor"
+    ):
         bind(params, adapter, weights=[0.5])
     with pytest.raises(jp.UserError, match="a LoRA with ids, rows"):
         jp.combine([adapter], [1.0])

@@ -16,7 +16,8 @@ from tiny_decoder import CONFIG, decoder, draw, make_batch
 import jaxpeft as jp
 from jaxpeft.core import paths
 from jaxpeft.mesh import layouts, placement
-from jaxpeft.methods.binding import bind, merge
+from jaxpeft.methods.binding import bind
+from jaxpeft.methods.merging import merge
 from jaxpeft.methods.method import Context
 from jaxpeft.methods.registry import KINDS, METHODS
 from jaxpeft.models.config import ModelConfig

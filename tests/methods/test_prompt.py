@@ -26,7 +26,7 @@ from jaxpeft.core import paths
 from jaxpeft.data.batches import Plan
 from jaxpeft.data.encode import Examples
 from jaxpeft.inference.decoding import generate_ids
-from jaxpeft.methods.binding import head_is_frozen
+from jaxpeft.methods.merging import head_is_frozen
 from jaxpeft.methods.method import Context
 from jaxpeft.methods.prompts.prompt import PromptTuning, prompt_adapter
 from jaxpeft.models.config import ModelConfig

@@ -12,9 +12,10 @@ from tiny_decoder import CONFIG, apply, decoder, draw, make_batch
 import jaxpeft as jp
 from jaxpeft.core import paths
 from jaxpeft.methods.algebra.stacking import stack_adapters
-from jaxpeft.methods.binding import bind, head_is_frozen, merge
+from jaxpeft.methods.binding import bind
 from jaxpeft.methods.leaves.token_rows import TokenHead, TokenTable
 from jaxpeft.methods.leaves.trainable_tokens import PEFT, TrainableTokens, read, write
+from jaxpeft.methods.merging import head_is_frozen, merge
 from jaxpeft.methods.peft.values import Tensors, Values
 from jaxpeft.ops.linear import attend, embed, linear, materialize
 

@@ -10,8 +10,9 @@ import pytest
 from tiny_decoder import CONFIG, decoder, make_adapter
 
 from jaxpeft.core import paths
-from jaxpeft.methods.binding import bind, merge
+from jaxpeft.methods.binding import bind
 from jaxpeft.methods.lora.config import LoRA
+from jaxpeft.methods.merging import merge
 from jaxpeft.models.cache import init_cache
 
 RICH = dataclasses.replace(

@@ -17,7 +17,8 @@ from jaxpeft import train as program
 from jaxpeft.core import paths
 from jaxpeft.mesh import layouts, placement
 from jaxpeft.methods.algebra.merge_quantized import merge_quantized
-from jaxpeft.methods.binding import bind, merge
+from jaxpeft.methods.binding import bind
+from jaxpeft.methods.merging import merge
 from jaxpeft.ops.linear import linear
 from jaxpeft.ops.quant import QuantTensor, quantize, quantize_kernel
 

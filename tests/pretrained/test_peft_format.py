@@ -27,11 +27,12 @@ from safetensors.numpy import load_file
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import ResourceError, UserError
-from jaxpeft.methods.binding import init_adapter, merge
+from jaxpeft.methods.binding import init_adapter
 from jaxpeft.methods.leaves.full import Full
 from jaxpeft.methods.lora.config import LoRA, config_of
 from jaxpeft.methods.lora.nodes import LoRAKernel
 from jaxpeft.methods.lora.peft import config as lora_peft_config
+from jaxpeft.methods.merging import merge
 from jaxpeft.methods.peft.values import Values
 from jaxpeft.pretrained.adapters import load_adapter, save_adapter
 

@@ -109,6 +109,9 @@ class AdaLoRA(Method):
         """Singular values of every kernel at the start."""
         return math.ceil(1.5 * self.rank) if self.initial_rank is None else self.initial_rank
 
+    def check_any_model(self) -> None:
+        """It can: what it does to a kernel or a bias needs nothing else of a model."""
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that leaves the model's function unchanged.
 

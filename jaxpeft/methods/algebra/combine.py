@@ -31,7 +31,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.adapter import DROPOUT, Adapter, is_named
+from jaxpeft.methods.adapter import DROPOUT, Adapter, is_named, require_own
 from jaxpeft.methods.algebra.low_rank import check_cut, cut, svd_of_product
 from jaxpeft.methods.binding import adapters_of, check_weights
 from jaxpeft.methods.chat_label import joined_chat
@@ -75,6 +75,8 @@ def combine(
             is missing, out of range, or has no meaning in this mode.
     """
     several = adapters_of(adapters)
+    for one in several:
+        require_own(one, "combine")
     _check_options(several, weights, how, rank, energy, density, key)
     sources = [_additive(one, f"adapters[{i}]") for i, one in enumerate(several)]
     scaled = [float(w) * part[2] for w, part in _used(sources, weights)]

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.adapter import Adapter, require_own
 from jaxpeft.methods.algebra.combine import combine
 from jaxpeft.methods.algebra.low_rank import check_cut, cut, svd_of_product
 from jaxpeft.methods.binding import check_fit, make_leaf
@@ -52,6 +52,7 @@ def to_lora(
             `energy`.
     """
     params = base if isinstance(base, Mapping) else base.params
+    require_own(adapter, "to_lora")
     kind = KINDS[adapter.spec.kind]
     if rank is None and energy is None:
         _require_products(kind, adapter)

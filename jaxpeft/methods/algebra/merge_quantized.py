@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from jaxpeft.core import paths
 from jaxpeft.methods.adapter import Adapter
-from jaxpeft.methods.binding import adapters_of, merge
+from jaxpeft.methods.binding import adapters_of
+from jaxpeft.methods.merging import merge
 from jaxpeft.ops.quant import QuantTensor, quantize_kernel, relative_change
 
 

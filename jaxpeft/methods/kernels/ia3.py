@@ -59,6 +59,9 @@ class IA3(Method):
     def __post_init__(self):
         keep_targets(self, "feedforward")
 
+    def check_any_model(self) -> None:
+        """It can: what it does to a kernel or a bias needs nothing else of a model."""
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter whose vectors are all one.
 
@@ -167,7 +170,8 @@ def bind(leaf: Leaf) -> dict[str, Any]:
     bound = {leaf.path: IA3Kernel(leaf.base, vector, rank, feedforward=feedforward)}
     bias = paths.get(leaf.bound, leaf.beside("bias"))
     if bias is not None and not feedforward:
-        bound[leaf.beside("bias")] = bias.astype(jnp.float32) * scale_of(vector, rank)
+        scale = scale_of(vector, rank).reshape(bias.shape)
+        bound[leaf.beside("bias")] = bias.astype(jnp.float32) * scale
     return bound
 
 

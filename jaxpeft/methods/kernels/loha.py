@@ -60,6 +60,9 @@ class LoHa(Method):
     def __post_init__(self):
         lycoris.check_fields(self)
 
+    def check_any_model(self) -> None:
+        """It can: what it does to a kernel or a bias needs nothing else of a model."""
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that leaves the model's function unchanged.
 

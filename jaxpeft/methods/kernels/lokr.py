@@ -74,6 +74,9 @@ class LoKr(Method):
                 f"LoKr.decompose_factor must be -1 or a whole number of at least 1, got {factor!r}."
             )
 
+    def check_any_model(self) -> None:
+        """It can: what it does to a kernel or a bias needs nothing else of a model."""
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that leaves the model's function unchanged.
 

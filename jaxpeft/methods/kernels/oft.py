@@ -72,6 +72,9 @@ class OFT(Method):
             require_count(self, field, least=2)
         keep_targets(self)
 
+    def check_any_model(self) -> None:
+        """It can: what it does to a kernel or a bias needs nothing else of a model."""
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that does not rotate: all ``Q`` are zero.
 

@@ -80,6 +80,9 @@ class VeRA(Method):
         """Whether training drops inputs of the branch."""
         return self.dropout > 0
 
+    def check_any_model(self) -> None:
+        """It can: what it does to a kernel or a bias needs nothing else of a model."""
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new adapter that leaves the model's function unchanged.
 

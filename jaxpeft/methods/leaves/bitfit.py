@@ -40,6 +40,9 @@ class BitFit(Method):
         if not self.targets or self.targets == paths.ALL_LINEAR:
             raise ValueError(f"BitFit.targets must name modules, got {self.targets!r}.")
 
+    def check_any_model(self) -> None:
+        """It can: what it does to a kernel or a bias needs nothing else of a model."""
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """Copies the biases; `key` and `context` are not used.
 

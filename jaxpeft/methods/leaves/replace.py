@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxpeft.core import paths
 from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError
+from jaxpeft.lifting.folded import Folded
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.ops.linear import materialize, shape_of
@@ -98,11 +99,12 @@ def selected_layers(params: dict, sites: Mapping[str, paths.Site]) -> dict[str, 
         layers.setdefault(site.path, []).append(site.layer)
     ranks = {}
     for path in sorted(layers):
-        if paths.is_stacked(path):
+        if layers[path] != [None]:
             count = shape_of(paths.get(params, path))[0]
             ranks[path] = jnp.zeros(count, jnp.int32).at[jnp.array(layers[path])].set(1)
         else:
-            ranks[path] = jnp.ones((), jnp.int32)
+            base = paths.get(params, path)
+            ranks[path] = jnp.ones(base.stack if isinstance(base, Folded) else (), jnp.int32)
     return ranks
 
 

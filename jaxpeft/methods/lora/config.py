@@ -136,6 +136,19 @@ class LoRA(Method):
         """
         starts.check_quantization(self, quantization, double)
 
+    def check_any_model(self) -> None:
+        """Checks that no field names parts that only models of this package have.
+
+        Raises:
+            UserError: One does.
+        """
+        fields = ("layers", "layers_pattern", "lora_bias", "save_modules", "token_ids")
+        if used := [name for name in (*fields, "head_token_ids") if getattr(self, name)]:
+            raise UserError(
+                f"LoRA.{used[0]}: not supported yet for models that are not of this package; leave "
+                "it out."
+            )
+
     @property
     def scale(self) -> float:
         """The factor of the product of A and B, unless a pattern sets another."""

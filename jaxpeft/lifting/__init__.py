@@ -1,0 +1,1 @@
+"""Adapters for models that are not ours: what a traced function does with its parameters."""

@@ -1,0 +1,219 @@
+"""Rules of the interpreter for control flow that views enter: it is rebuilt by public functions.
+
+The arrays of a node become operands, and the views are made again inside. A view that comes out of
+a body as it went in is handed on; any other view that comes out is refused.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxpeft.lifting import dialect, views
+from jaxpeft.lifting.interpreter import Context, interpret
+from jaxpeft.lifting.views import UnroutableError, View
+
+
+def _inline(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+    closed = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+    return _within(eqn, closed, values, context)
+
+
+def _within(eqn: Any, closed: Any, values: Sequence[Any], context: Context) -> list[Any]:
+    """Interprets the jaxpr of an equation, closed or open."""
+    jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
+    context.enter(eqn, jaxpr)
+    results = interpret(jaxpr, consts, values, context)
+    context.leave(eqn, jaxpr)
+    return results
+
+
+def _checkpoint(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+    box = _Box(values)
+
+    def body(*arrays: Any) -> list[Any]:
+        return box.keep(_within(eqn, eqn.params["jaxpr"], box.unpacked(arrays), context))
+
+    policy, prevent = eqn.params["policy"], eqn.params["prevent_cse"]
+    call = jax.checkpoint(body, policy=policy, prevent_cse=prevent)  # pyright: ignore
+    return box.results(call(*box.arrays))
+
+
+def _scan(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+    _require_known(eqn)
+    num_consts, num_carry = dialect.scan_counts(eqn.params)
+    consts, begin = values[:num_consts], values[num_consts : num_consts + num_carry]
+    rows = values[num_consts + num_carry :]
+    carried = [at for at, value in enumerate(begin) if not isinstance(value, View)]
+    scanned: list[Any] = []
+    makers: list[Callable[[Sequence[Any]], View] | None] = []
+    for row in rows:
+        arrays, make = views.lead_of(row, 0) if isinstance(row, View) else (row, None)
+        scanned.append(arrays)
+        makers.append(make)
+    handed: dict[int, Any] = {}
+
+    def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+        now = list(begin)
+        for at, value in zip(carried, carry, strict=True):
+            now[at] = value
+        inside = [
+            value if make is None else make(value)
+            for value, make in zip(slices, makers, strict=True)
+        ]
+        results = _within(eqn, eqn.params["jaxpr"], [*consts, *now, *inside], context)
+        after, ys = results[:num_carry], results[num_carry:]
+        for at, value in enumerate(begin):
+            if isinstance(value, View) and after[at] is not value:
+                raise UnroutableError("a loop carries it and changes it")
+        kept = []
+        for at, y in enumerate(ys):
+            if not isinstance(y, View):
+                kept.append(y)
+                continue
+            same = [row for row, given in zip(rows, inside, strict=True) if given is y]
+            if not same:
+                raise UnroutableError("a loop hands a changed form of it back")
+            handed[at] = same[0]
+        return [after[at] for at in carried], kept
+
+    begun = [begin[at] for at in carried]
+    options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
+    after, kept = jax.lax.scan(body, begun, scanned, **options)
+    ends, stacked = iter(after), iter(kept)
+    ys = range(len(eqn.outvars) - num_carry)
+    return [
+        *(value if isinstance(value, View) else next(ends) for value in begin),
+        *(handed[at] if at in handed else next(stacked) for at in ys),
+    ]
+
+
+def _while(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+    _require_known(eqn)
+    params = eqn.params
+    of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
+    tests, consts = values[:of_cond], values[of_cond : of_cond + of_body]
+    begin = values[of_cond + of_body :]
+    carried = [at for at, value in enumerate(begin) if not isinstance(value, View)]
+
+    def all_of(carry: Sequence[Any]) -> list[Any]:
+        now = list(begin)
+        for at, value in zip(carried, carry, strict=True):
+            now[at] = value
+        return now
+
+    def test(carry: Sequence[Any]) -> Any:
+        return _within(eqn, params["cond_jaxpr"], [*tests, *all_of(carry)], context)[0]
+
+    def body(carry: Sequence[Any]) -> list[Any]:
+        after = _within(eqn, params["body_jaxpr"], [*consts, *all_of(carry)], context)
+        for at, value in enumerate(begin):
+            if isinstance(value, View) and after[at] is not value:
+                raise UnroutableError("a loop carries it and changes it")
+        return [after[at] for at in carried]
+
+    ends = iter(jax.lax.while_loop(test, body, [begin[at] for at in carried]))
+    return [value if isinstance(value, View) else next(ends) for value in begin]
+
+
+def _cond(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+    _require_known(eqn)
+    index, *operands = values
+    if isinstance(index, View):
+        raise UnroutableError("it decides which branch is taken")
+    boxes = [_Box(operands) for _ in eqn.params["branches"]]
+
+    def branch(box: "_Box", closed: Any, arrays: Sequence[Any]) -> list[Any]:
+        return box.keep(_within(eqn, closed, box.unpacked(arrays), context))
+
+    branches = [
+        functools.partial(branch, box, closed)
+        for box, closed in zip(boxes, eqn.params["branches"], strict=True)
+    ]
+    results = jax.lax.switch(index, branches, boxes[0].arrays)
+    if any(box.handed != boxes[0].handed for box in boxes):
+        raise UnroutableError("only some branches hand it back")
+    return boxes[0].results(results)
+
+
+def _refuse_rule(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+    raise UnroutableError("a function with a derivative rule of its own takes it")
+
+
+def _refuse_shard_map(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+    raise UnroutableError("it crosses the boundary of a shard_map; call lift inside of it")
+
+
+class _Box:
+    """Values whose views are unpacked into arrays for a call, and made again inside."""
+
+    def __init__(self, values: Sequence[Any]):
+        self._values, self._inside = list(values), list(values)
+        self.arrays: list[Any] = []
+        self._trees: list[Any] = []
+        self.handed: dict[int, int] = {}
+        """By position of a result that is an input view, the position of that input."""
+        for value in values:
+            leaves, tree = (
+                jax.tree.flatten(value.node) if isinstance(value, View) else ([value], None)
+            )
+            self._trees.append(tree)
+            self.arrays.append(leaves)
+
+    def unpacked(self, arrays: Sequence[Sequence[Any]]) -> list[Any]:
+        """The values with the arrays of the inside."""
+        self._inside = [
+            leaves[0] if tree is None else _renewed(value, jax.tree.unflatten(tree, leaves))
+            for value, tree, leaves in zip(self._values, self._trees, arrays, strict=True)
+        ]
+        return self._inside
+
+    def keep(self, results: Sequence[Any]) -> list[Any]:
+        """The results that are arrays; the views among them are noted."""
+        kept = []
+        for at, result in enumerate(results):
+            if not isinstance(result, View):
+                kept.append(result)
+                continue
+            same = [i for i, value in enumerate(self._inside) if value is result]
+            if not same:
+                raise UnroutableError("a changed form of it is handed back")
+            self.handed[at] = same[0]
+        return kept
+
+    def results(self, kept: Sequence[Any]) -> list[Any]:
+        """All results, views included."""
+        todo = iter(kept)
+        return [
+            self._values[self.handed[at]] if at in self.handed else next(todo)
+            for at in range(len(kept) + len(self.handed))
+        ]
+
+
+def _renewed(view: View, node: Any) -> View:
+    return View(node, view.path, view.dims, view.origin, view.casts)
+
+
+def _require_known(eqn: Any) -> None:
+    """Checks that the equation has the parameters of a version of JAX that is known.
+
+    Raises:
+        UnroutableError: It has others.
+    """
+    if set(eqn.params) not in dialect.KNOWN[eqn.primitive.name]:
+        raise UnroutableError(f"this version of JAX has a {eqn.primitive.name} of another form")
+
+
+RULES: dict[str, Callable[[Any, list[Any], Context], list[Any]]] = {
+    **dict.fromkeys(dialect.INLINED, _inline),
+    **dict.fromkeys(dialect.CHECKPOINT, _checkpoint),
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "custom_jvp_call": _refuse_rule,
+    "custom_vjp_call": _refuse_rule,
+    "custom_vjp_call_jaxpr": _refuse_rule,
+    "shard_map": _refuse_shard_map,
+}
+"""By name of the primitive."""

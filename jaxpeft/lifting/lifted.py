@@ -1,0 +1,145 @@
+"""Makes any pure function of a parameter tree accept nodes in the place of parameters: ``lift``.
+
+Reference:
+    The JAX authors, "Writing custom Jaxpr interpreters in JAX",
+    https://docs.jax.dev/en/latest/notebooks/Writing_custom_interpreters_in_Jax.html.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxpeft.core.errors import UserError
+from jaxpeft.core.notes import note
+from jaxpeft.lifting import control, moves, products
+from jaxpeft.lifting.folded import Axes, Folded, folded
+from jaxpeft.lifting.interpreter import Context, interpret
+from jaxpeft.lifting.trees import is_node, path_text
+from jaxpeft.lifting.views import UnroutableError, View, fresh
+from jaxpeft.ops.linear import shape_of
+
+RULES = {**moves.MOVES, **control.RULES}
+
+
+def lift(function: Callable[..., Any], *, materialize: bool = False) -> Callable[..., Any]:
+    """A function that computes the same, and takes nodes in the place of parameters.
+
+    The function is traced, and every operation that a node enters is answered by the node. No sum
+    of a weight and its change is formed. Call it under ``jax.jit``, as the function itself.
+
+    Args:
+        function: A pure function of a tree of parameters and other arguments, such as a Linen
+            module's ``apply``. For NNX: ``lambda p, rest, x: nnx.merge(graphdef, p, rest)(x)``.
+        materialize: Whether a weight may be formed where a node cannot answer for what is done with
+            it; a note says where.
+
+    Returns:
+        The function. For arguments without nodes it is `function` itself.
+
+    Raises:
+        UserError: A node cannot answer for an operation. The message has the parameter's path, the
+            primitive, and the line of the model.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> lift(lambda params, x: x @ params["w"])({"w": jnp.eye(2)}, jnp.ones(2))
+        Array([1., 1.], dtype=float32)
+    """
+
+    @functools.wraps(function)
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        found, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_node)
+        leaves = [leaf for _, leaf in found]
+        at = [position for position, leaf in enumerate(leaves) if is_node(leaf)]
+        if not at:
+            return function(*args, **kwargs)
+        names = [path_text(found[position][0][2:]) for position in at]
+        nodes = [_with_array(leaves[position]) for position in at]
+        shapes = [folded(node).raw for node in nodes]
+        stand_ins = [jax.ShapeDtypeStruct(raw.shape, raw.dtype) for raw in shapes]
+        outputs: list[Any] = []
+
+        def flat(*arrays: Any) -> list[Any]:
+            given = list(leaves)
+            for position, array in zip(at, arrays, strict=True):
+                given[position] = array
+            inner_args, inner_kwargs = jax.tree.unflatten(tree, given)
+            results, out_tree = jax.tree.flatten(function(*inner_args, **inner_kwargs))
+            traced = [isinstance(x, jax.Array) for x in results]
+            outputs[:] = [out_tree, results, traced]
+            return [x for x, is_traced in zip(results, traced, strict=True) if is_traced]
+
+        closed = jax.make_jaxpr(flat)(*stand_ins)
+        out_tree, results, traced = outputs
+        inputs = [fresh(node, name) for node, name in zip(nodes, names, strict=True)]
+        context = _Lift(materialize)
+        values = iter(interpret(closed.jaxpr, closed.consts, inputs, context))
+        final = [
+            _output(next(values), leaves, at, inputs, context) if is_traced else x
+            for x, is_traced in zip(results, traced, strict=True)
+        ]
+        return jax.tree.unflatten(out_tree, final)
+
+    return lifted
+
+
+def _with_array(node: Any) -> Any:
+    """The node around a `Folded`; an array of a model of ours has its layers in front."""
+    bottom = node
+    while is_node(bottom) and not isinstance(bottom, Folded) and hasattr(bottom, "base"):
+        bottom = bottom.base
+    if isinstance(bottom, Folded):
+        return node
+    if is_node(bottom):
+        raise UserError(f"lift: {type(bottom).__name__} is no node around an array.")
+    rank = len(shape_of(bottom))
+    axes = Axes((rank - 2,), (rank - 1,), tuple(range(rank - 2)))
+
+    def around(inner: Any) -> Any:
+        return inner.replace(base=around(inner.base)) if is_node(inner) else Folded(inner, axes)
+
+    return around(node)
+
+
+def _output(value: Any, leaves: list, at: list[int], inputs: list[View], context: Context) -> Any:
+    """A result of the function; a parameter that is handed back is the node that was given."""
+    if not isinstance(value, View):
+        return value
+    for position, view in zip(at, inputs, strict=True):
+        if value is view:
+            return leaves[position]
+    return context.force(value, None, "a changed form of it is a result of the function")
+
+
+class _Lift(Context):
+    """Nodes answer; where none can, that is an error or a note."""
+
+    rules = RULES
+
+    def __init__(self, materialize: bool):
+        super().__init__()
+        self._materialize = materialize
+
+    def use(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """See `Context.use`."""
+        name = eqn.primitive.name
+        if name not in products.USES:
+            raise UnroutableError("a node has no answer for it")
+        return products.USES[name](eqn, values)
+
+    def force(self, view: View, eqn: Any, why: str) -> Any:
+        """See `Context.force`.
+
+        Raises:
+            UserError: Weights may not be formed.
+        """
+        where = "" if eqn is None else f", {self.where(eqn)}"
+        if not self._materialize:
+            raise UserError(
+                f"{view.path}{where}: {why}, so its adapter cannot be applied without forming the "
+                "whole weight; leave it out of the adapter, or call lift with materialize=True."
+            )
+        note(f"{view.path}{where}: {why}; the whole weight is formed there.")
+        return view.materialize()

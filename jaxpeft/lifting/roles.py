@@ -1,0 +1,90 @@
+"""What a model does with each of its parameters: the rows that ``jaxpeft.describe`` gives."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxpeft.lifting.folded import Axes
+
+KERNEL, CONVOLUTION, EMBEDDING = "kernel", "convolution", "embedding"
+NORM, BIAS, OTHER, UNUSED = "norm", "bias", "other", "unused"
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What a model does with one parameter.
+
+    Attributes:
+        path: Its path, without Linen's ``params``.
+        shape: Its shape.
+        dtype: Its dtype.
+        role: "kernel" of products, "convolution", "embedding" (rows are looked up), "norm" (scale
+            or offset of a normalisation), "bias", "other" or "unused".
+        axes: What its axes mean, for kernels, convolutions and embeddings; else None.
+        of: For a bias, the path of the kernel to whose product it is added.
+        tied: Whether a table is also a kernel.
+        why: For "other", what the model does with it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    role: str
+    axes: Axes | None = None
+    of: str = ""
+    tied: bool = False
+    why: str = ""
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether "all-linear" adapts it: a kernel that is no table."""
+        return self.role == KERNEL
+
+    def describe(self) -> str:
+        """The meaning of its axes, or what it belongs to, in a few words."""
+        if self.role == BIAS:
+            return f"of {self.of}"
+        if self.axes is None:
+            return self.why
+        stack, ins, outs = self.axes.stack, self.axes.ins, self.axes.outs
+        parts = [f"stack {_listed(stack)}"] if stack else []
+        parts += [f"in {_listed(ins)}", f"out {_listed(outs)}"]
+        return ", ".join(parts) + (", also the head" if self.tied else "")
+
+
+class Roles(Mapping[str, Role]):
+    """A row for each parameter, by its path; printing it lists all of them."""
+
+    def __init__(self, rows: Mapping[str, Role]):
+        self._rows = dict(rows)
+
+    def __getitem__(self, path: str) -> Role:
+        return self._rows[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        head = ("parameter", "shape", "role", "axes", "all-linear")
+        lines = [head] + [
+            (
+                row.path,
+                " x ".join(map(str, row.shape)) or "scalar",
+                row.role,
+                row.describe(),
+                "yes" if row.is_linear else "",
+            )
+            for row in self.values()
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def _listed(axes: tuple[int, ...]) -> str:
+    return " ".join(map(str, axes))

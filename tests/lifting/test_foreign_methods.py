@@ -1,0 +1,180 @@
+"""Every method on models that are not ours: Linen with scan and remat, and NNX."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxpeft as jp
+from jaxpeft.lifting.trees import named_leaves
+
+ALL = {"targets": "all-linear"}
+METHODS = {
+    "lora": jp.LoRA(rank=3, **ALL),
+    "rslora of some": jp.LoRA(rank=2, rslora=True, targets=("query", "out")),
+    "dora": jp.LoRA(rank=3, dora=True, **ALL),
+    "pissa": jp.LoRA(rank=2, init_weights="pissa", **ALL),
+    "adalora": jp.AdaLoRA(rank=2, **ALL),
+    "ia3": jp.IA3(feedforward=("out",), **ALL),
+    "loha": jp.LoHa(rank=2, **ALL),
+    "lokr": jp.LoKr(rank=2, **ALL),
+    "vera": jp.VeRA(rank=4, **ALL),
+    "oft": jp.OFT(block_size=4, **ALL),
+    "bitfit": jp.BitFit(),
+}
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        h = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(h, h)
+        h = nn.Dense(12)(nn.LayerNorm()(x))
+        return x + nn.Dense(8)(nn.gelu(h)), None
+
+
+class Stacked(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        table = nn.Embed(11, 8)
+        layers = nn.scan(
+            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
+        x, _ = layers(name="layers")(table(ids), None)
+        return table.attend(nn.LayerNorm()(x))
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, deterministic=True, rngs=rngs)
+        self.last = nnx.LinearGeneral((8,), (2, 4), rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.attention(self.norm(nnx.relu(self.first(x)))))
+
+
+def linen():
+    """The function, its variables, how parameters are put into them, and other arguments."""
+    module, ids = Stacked(), np.array([[1, 2, 10], [4, 5, 0]])
+    variables = jax.jit(module.init)(jax.random.key(0), ids)
+    return module.apply, variables["params"], lambda params: {"params": params}, (ids,)
+
+
+def nnx_model():
+    graph, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 4)), jnp.float32)
+    return (
+        lambda params, rest, x: nnx.merge(graph, params, rest)(x),
+        params,
+        lambda params: params,
+        (rest, x),
+    )
+
+
+MODELS = {"linen": linen(), "nnx": nnx_model()}
+ROLES = {
+    name: jp.describe(function, variables(params), *inputs)
+    for name, (function, params, variables, inputs) in MODELS.items()
+}
+every_model = pytest.mark.parametrize("model", MODELS)
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def start(model, name):
+    params = MODELS[model][1]
+    init = jax.jit(lambda key: jp.init_adapter(METHODS[name], params, key, roles=ROLES[model]))
+    return init(jax.random.key(1))
+
+
+def moved(adapter, scale=0.1):
+    """An adapter moved away from where it starts, as by training."""
+    rng = np.random.default_rng(0)
+    shift = lambda x: x + scale * rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
+    return dataclasses.replace(adapter, params=jax.tree.map(shift, adapter.params))
+
+
+def run(model, adapter):
+    function, params, _, inputs = MODELS[model]
+    return jax.jit(lambda a, p, *i: jp.lift(function)(jp.bind(p, a), *i))(adapter, params, *inputs)
+
+
+def plain(model, params):
+    function, _, variables, inputs = MODELS[model]
+    return jax.jit(function)(variables(params), *inputs)
+
+
+@every_model
+@every_method
+def test_a_new_adapter_changes_nothing_and_a_moved_one_equals_its_merged_weights(model, name):
+    params = MODELS[model][1]
+    new = start(model, name)
+    base = plain(model, params)
+    exact = name not in ("pissa",)  # whose start is taken out of the kernels and added again
+    np.testing.assert_allclose(run(model, new), base, rtol=0, atol=0 if exact else 1e-5)
+    adapter = moved(new)
+    bound, merged = run(model, adapter), jp.merge(params, adapter)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    for path, leaf in named_leaves(merged).items():
+        assert leaf.shape == named_leaves(params)[path].shape
+    np.testing.assert_allclose(bound, plain(model, merged), rtol=1e-5, atol=1e-5)
+    assert np.abs(bound - base).max() > 1e-2
+
+
+@every_model
+def test_the_merged_change_is_the_scaled_product_in_float64(model):
+    """A and B flatten the kernel's own axes in their order."""
+    params, adapter = MODELS[model][1], moved(start(model, "lora"))
+    before, after = named_leaves(params), named_leaves(jp.merge(params, adapter))
+    for path in adapter.spec.paths:
+        place, buffers = adapter.params, adapter.buffers
+        for key in path.split("/"):
+            place, buffers = place[key], buffers[key]
+        a, b, scale = (
+            np.asarray(x, np.float64) for x in (place["a"], place["b"], buffers["scale"])
+        )
+        change = (scale[..., None, None] * (a @ b)).reshape(before[path].shape)
+        actual = np.asarray(after[path], np.float64) - np.asarray(before[path], np.float64)
+        np.testing.assert_allclose(actual, change, rtol=1e-5, atol=1e-6)
+    assert len(adapter.spec.paths) == 6
+
+
+@every_model
+@every_method
+def test_gradients_reach_every_array_and_are_those_through_the_merged_weights(model, name):
+    function, params, variables, inputs = MODELS[model]
+    adapter = moved(start(model, name))
+
+    def loss(tree, how):
+        one = adapter.replace(params=tree)
+        if how == "merged":
+            return jnp.square(function(variables(jp.merge(params, one)), *inputs)).sum()
+        return jnp.square(jp.lift(function)(jp.bind(params, one), *inputs)).sum()
+
+    ours = jax.jit(jax.grad(lambda tree: loss(tree, "lifted")))(adapter.params)
+    for path, gradient in named_leaves(ours).items():
+        assert np.abs(gradient).max() > 0, path
+    if name in ("dora", "adalora"):  # DoRA holds its norm constant in one of the two
+        return
+    theirs = jax.jit(jax.grad(lambda tree: loss(tree, "merged")))(adapter.params)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
+
+
+@every_model
+def test_two_adapters_add_up_and_vmap_runs_several(model):
+    params = MODELS[model][1]
+    first, second = moved(start(model, "lora")), moved(start(model, "lora"), 0.2)
+    function, _, _, inputs = MODELS[model]
+    both = jax.jit(lambda p: jp.lift(function)(jp.bind(p, [first, second]), *inputs))(params)
+    merged = jp.merge(jp.merge(params, first), second)
+    np.testing.assert_allclose(both, plain(model, merged), rtol=1e-5, atol=1e-5)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), first, second)
+    several = jax.jit(jax.vmap(lambda a: jp.lift(function)(jp.bind(params, a), *inputs)))(stacked)
+    for one, adapter in zip(several, (first, second), strict=True):
+        np.testing.assert_allclose(one, run(model, adapter), rtol=1e-5, atol=1e-5)
