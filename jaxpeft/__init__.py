@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from jaxpeft.inference.metrics import exact_match as exact_match
     from jaxpeft.lifting.describe import describe as describe
     from jaxpeft.lifting.lifted import lift as lift
-    from jaxpeft.lifting.roles import Role as Role
-    from jaxpeft.lifting.roles import Roles as Roles
     from jaxpeft.mesh.layouts import make_mesh as make_mesh
     from jaxpeft.mesh.placement import shard_params as shard_params
     from jaxpeft.methods.adalora.config import AdaLoRA as AdaLoRA

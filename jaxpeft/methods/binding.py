@@ -70,7 +70,7 @@ def init_adapter(
 
 
 def bind(
-    params: dict,
+    params: Any,
     adapter: Adapter | Sequence[Adapter] | None = None,
     *,
     weights: Sequence[Any] | None = None,

@@ -26,7 +26,7 @@ from jaxpeft.ops.linear import dtype_of
 from jaxpeft.ops.quant import QuantTensor
 
 
-def merge(params: dict, adapter: Adapter | Sequence[Adapter]) -> dict:
+def merge(params: Any, adapter: Adapter | Sequence[Adapter]) -> Any:
     """Merges an adapter into the base: plain arrays that compute the same function.
 
     Args:

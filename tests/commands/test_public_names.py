@@ -153,7 +153,7 @@ print(generate.__module__, merge.__module__, generate_command.__module__, merge_
 """
     assert (
         run(code)
-        == "jaxpeft.inference.decoding jaxpeft.methods.binding jaxpeft.generate jaxpeft.merge\n"
+        == "jaxpeft.inference.decoding jaxpeft.methods.merging jaxpeft.generate jaxpeft.merge\n"
     )
 
 
