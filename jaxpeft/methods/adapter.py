@@ -55,6 +55,11 @@ class Spec:
     options: tuple[tuple[str, Any], ...] = ()
     axes: tuple[tuple[str, tuple[tuple[int, ...], ...]], ...] = ()
 
+    def stack_axes(self, path: str) -> int:
+        """The number of axes over which the weight at a place is stacked."""
+        axes = dict(self.axes).get(path)
+        return int(paths.is_stacked(path)) if axes is None else len(axes[2])
+
 
 class Label(str):
     """A note about an adapter that never affects equality.

@@ -191,7 +191,7 @@ def extra_axes(adapter: Adapter) -> int | None:
     for path in adapter.spec.paths:
         rank = paths.get(adapter.buffers, f"{path}/{RANK}")
         if rank is not None:
-            return rank.ndim - paths.is_stacked(path)
+            return rank.ndim - adapter.spec.stack_axes(path)
     arrays = paths.get(adapter.params, adapter.spec.paths[0])
     own = KINDS[adapter.spec.kind].own_axes
     return next((arrays[name].ndim - axes for name, axes in own.items() if name in arrays), None)

@@ -26,6 +26,7 @@ from jaxpeft.files.locate import locate_adapter
 from jaxpeft.files.safetensors_file import read_header
 from jaxpeft.files.storage import StoragePath
 from jaxpeft.files.tensors import decode
+from jaxpeft.lifting.roles import Roles
 from jaxpeft.mesh.processes import is_first
 from jaxpeft.methods.adapter import Adapter, Label, require_own
 from jaxpeft.methods.binding import check_fit
@@ -40,6 +41,7 @@ from jaxpeft.methods.peft.values import (
     require_supported,
 )
 from jaxpeft.methods.registry import KINDS
+from jaxpeft.pretrained import own_folder
 from jaxpeft.pretrained.base_check import adapter_notes, check_base, describe_base
 from jaxpeft.pretrained.identity import Identity
 from jaxpeft.pretrained.model import Model
@@ -54,8 +56,11 @@ BASE_NAME = "base_model_name_or_path"
 OURS = frozenset({CONFIG, TENSORS, CARD, SIDE})
 
 
-def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Model) -> None:
+def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Any) -> None:
     """Writes an adapter as a folder that HF PEFT, vLLM and `load_adapter` read.
+
+    For a model that is not of this package, for which PEFT has no names, the folder is of a format
+    of our own, see `jaxpeft.pretrained.own_folder`; only `load_adapter` reads it.
 
     The folder is written beside its place, synced, and moved there when it is complete; only then
     is an older adapter replaced. In a bucket the older ``jaxpeft.json`` is removed first and the
@@ -64,15 +69,19 @@ def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Model) -> None
     Args:
         path: The folder; it may hold an older adapter, but no other files.
         adapter: An adapter of a method that PEFT has too.
-        base: The `jaxpeft.Model` it was trained on.
+        base: The `jaxpeft.Model` it was trained on; for another model its parameters, or their
+            shapes.
 
     Raises:
         UserError: If PEFT has no such method, if the adapter does not fit `base` or is not finite,
             or if `path` is a file or holds other files.
         ResourceError: If the disk is full.
     """
-    require_own(adapter, "save_adapter")
     folder = real_path(path)
+    if not isinstance(base, Model):
+        own_folder.save(folder, adapter, base)
+        return
+    require_own(adapter, "save_adapter with a jaxpeft.Model")
     require_replaceable(folder, OURS)
     peft = KINDS[adapter.spec.kind].peft
     if peft is None:
@@ -88,21 +97,24 @@ def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Model) -> None
 
 def load_adapter(
     path: str | os.PathLike,
-    base: Model | None = None,
+    base: Any = None,
     *,
     revision: str | None = None,
     allow_other_base: bool = False,
+    roles: Roles | None = None,
 ) -> Adapter:
-    """Reads a PEFT folder, strictly.
+    """Reads a folder of PEFT, or one that `save_adapter` wrote, strictly.
 
     Args:
         path: A PEFT folder, ours or PEFT's own, or a run's folder with one in ``adapter``, on disk
             or in a bucket (``gs://``); or a hub id "org/name".
         base: The `jaxpeft.Model` that the adapter is for. Without it, shapes are checked against
-            the config of the base that the adapter names, but weights are not checked.
+            the config of the base that the adapter names, but weights are not checked. For a model
+            that is not of this package, its parameters, or their shapes.
         revision: Branch, tag or commit of a hub id.
         allow_other_base: Accept an adapter that was trained on other weights, or on a base with
             another config or tokenizer.
+        roles: For a model that is not of this package, what `jaxpeft.describe` found of it.
 
     Returns:
         The adapter, in float32, ready to train on.
@@ -116,6 +128,8 @@ def load_adapter(
         >>> revision = adapter.base_revision or None  # doctest: +SKIP
         >>> base = jp.load_model(adapter.base_name, revision=revision)  # doctest: +SKIP
     """
+    if roles is not None or (base is not None and not isinstance(base, Model)):
+        return own_folder.load(path, base, roles, revision)
     folder, place, values, peft = _open_folder(path, revision)
     name, version = values.get(BASE_NAME) or "", values.get("revision") or ""
     for key, value in ((BASE_NAME, name), ("revision", version)):

@@ -1,102 +1,12 @@
 """Every method on models that are not ours: Linen with scan and remat, and NNX."""
 
-import dataclasses
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from flax import nnx
+from foreign_models import MODELS, every_method, every_model, moved, start
 
 import jaxpeft as jp
 from jaxpeft.lifting.trees import named_leaves
-
-ALL = {"targets": "all-linear"}
-METHODS = {
-    "lora": jp.LoRA(rank=3, **ALL),
-    "rslora of some": jp.LoRA(rank=2, rslora=True, targets=("query", "out")),
-    "dora": jp.LoRA(rank=3, dora=True, **ALL),
-    "pissa": jp.LoRA(rank=2, init_weights="pissa", **ALL),
-    "adalora": jp.AdaLoRA(rank=2, **ALL),
-    "ia3": jp.IA3(feedforward=("out",), **ALL),
-    "loha": jp.LoHa(rank=2, **ALL),
-    "lokr": jp.LoKr(rank=2, **ALL),
-    "vera": jp.VeRA(rank=4, **ALL),
-    "oft": jp.OFT(block_size=4, **ALL),
-    "bitfit": jp.BitFit(),
-}
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        h = nn.LayerNorm()(x)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(h, h)
-        h = nn.Dense(12)(nn.LayerNorm()(x))
-        return x + nn.Dense(8)(nn.gelu(h)), None
-
-
-class Stacked(nn.Module):
-    @nn.compact
-    def __call__(self, ids):
-        table = nn.Embed(11, 8)
-        layers = nn.scan(
-            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-        )
-        x, _ = layers(name="layers")(table(ids), None)
-        return table.attend(nn.LayerNorm()(x))
-
-
-class Net(nnx.Module):
-    def __init__(self, rngs):
-        self.first = nnx.Linear(4, 8, rngs=rngs)
-        self.norm = nnx.LayerNorm(8, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, deterministic=True, rngs=rngs)
-        self.last = nnx.LinearGeneral((8,), (2, 4), rngs=rngs)
-
-    def __call__(self, x):
-        return self.last(self.attention(self.norm(nnx.relu(self.first(x)))))
-
-
-def linen():
-    """The function, its variables, how parameters are put into them, and other arguments."""
-    module, ids = Stacked(), np.array([[1, 2, 10], [4, 5, 0]])
-    variables = jax.jit(module.init)(jax.random.key(0), ids)
-    return module.apply, variables["params"], lambda params: {"params": params}, (ids,)
-
-
-def nnx_model():
-    graph, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 4)), jnp.float32)
-    return (
-        lambda params, rest, x: nnx.merge(graph, params, rest)(x),
-        params,
-        lambda params: params,
-        (rest, x),
-    )
-
-
-MODELS = {"linen": linen(), "nnx": nnx_model()}
-ROLES = {
-    name: jp.describe(function, variables(params), *inputs)
-    for name, (function, params, variables, inputs) in MODELS.items()
-}
-every_model = pytest.mark.parametrize("model", MODELS)
-every_method = pytest.mark.parametrize("name", METHODS)
-
-
-def start(model, name):
-    params = MODELS[model][1]
-    init = jax.jit(lambda key: jp.init_adapter(METHODS[name], params, key, roles=ROLES[model]))
-    return init(jax.random.key(1))
-
-
-def moved(adapter, scale=0.1):
-    """An adapter moved away from where it starts, as by training."""
-    rng = np.random.default_rng(0)
-    shift = lambda x: x + scale * rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
-    return dataclasses.replace(adapter, params=jax.tree.map(shift, adapter.params))
 
 
 def run(model, adapter):
