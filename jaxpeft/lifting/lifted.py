@@ -44,8 +44,15 @@ def lift(function: Callable[..., Any], *, materialize: bool = False) -> Callable
 
     Example:
         >>> import jax.numpy as jnp
-        >>> lift(lambda params, x: x @ params["w"])({"w": jnp.eye(2)}, jnp.ones(2))
-        Array([1., 1.], dtype=float32)
+        >>> import jaxpeft as jp
+        >>> params, x = {"w": jnp.eye(2)}, jnp.ones((1, 2))
+        >>> apply = lambda params, x: x @ params["w"]
+        >>> roles = jp.describe(apply, params, x)
+        >>> method = jp.LoRA(rank=1, targets="all-linear")
+        >>> adapter = jp.init_adapter(method, params, jax.random.key(0), roles=roles)
+        >>> jp.lift(apply)(jp.bind(params, adapter)["params"], x)
+        Array([[1., 1.]], dtype=float32)
+        >>> merged = jp.merge(params, adapter)
     """
 
     @functools.wraps(function)

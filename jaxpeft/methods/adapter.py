@@ -45,8 +45,9 @@ class Spec:
         paths: "/"-joined paths of the adapted places, sorted.
         rank: Inner width to which all layers are padded; 0 for families without one.
         options: Further static choices of the family, as sorted pairs.
-        axes: For a model that is not ours, pairs of a path and the axes of the weight there:
-            inputs, outputs, and axes of a stack; see `jaxpeft.lifting.folded.Axes`.
+        axes: For a model that is not of this package, pairs of a path and the axes of the weight
+            there: inputs, outputs, and axes of a stack (see `jaxpeft.lifting.folded.Axes`); empty
+            for a bias. For a model of this package there are no pairs.
     """
 
     kind: str
@@ -58,7 +59,9 @@ class Spec:
     def stack_axes(self, path: str) -> int:
         """The number of axes over which the weight at a place is stacked."""
         axes = dict(self.axes).get(path)
-        return int(paths.is_stacked(path)) if axes is None else len(axes[2])
+        if axes is None:
+            return int(paths.is_stacked(path))
+        return len(axes[2]) if axes else 0
 
 
 class Label(str):

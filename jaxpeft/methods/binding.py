@@ -95,7 +95,7 @@ def bind(
         ``{"params": tree}``, where the adapted leaves are nodes (see `jaxpeft.ops.linear`). If
         nodes share arrays over all layers, these are in a second collection, ``"shared"``. For
         adapters that were made with roles, a function wrapped by `jaxpeft.lift` takes the tree: as
-        it is for an ``nnx.State``, else under ``"params"``.
+        it is for an ``nnx.State`` or Linen's whole variables, else under ``"params"``.
 
     Raises:
         UserError: If the base lacks leaves of an adapter or has other shapes, or if the family
@@ -105,7 +105,8 @@ def bind(
     if is_foreign(params, adapters):
         given, params = params, folded_tree(params, adapters)
         tree = put_back(given, _bound(params, adapters, index, dropout_key))
-        return {"params": tree} if isinstance(tree, Mapping) and not is_state(tree) else tree
+        whole = is_state(tree) or not isinstance(tree, Mapping) or "params" in tree
+        return tree if whole else {"params": tree}
     tree, shared = take_shared(_bound(params, adapters, index, dropout_key))
     return {"params": tree, SHARED: shared} if shared else {"params": tree}
 

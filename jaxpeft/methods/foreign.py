@@ -59,7 +59,7 @@ def module_name(path: str) -> str:
 
 def axes_of(adapter: Adapter) -> dict[str, Axes]:
     """The axes of the weights that an adapter of a foreign model was made for, by path."""
-    return {path: Axes(*axes) for path, axes in adapter.spec.axes}
+    return {path: Axes(*axes) for path, axes in adapter.spec.axes if axes}
 
 
 def with_axes(roles: Roles, places: Sequence[str]) -> tuple[tuple[str, Any], ...]:
@@ -67,8 +67,7 @@ def with_axes(roles: Roles, places: Sequence[str]) -> tuple[tuple[str, Any], ...
     found = []
     for path in places:
         axes = roles[path].axes
-        if axes is not None:
-            found.append((path, (axes.ins, axes.outs, axes.stack)))
+        found.append((path, () if axes is None else (axes.ins, axes.outs, axes.stack)))
     return tuple(found)
 
 

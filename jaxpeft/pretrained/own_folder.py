@@ -156,7 +156,7 @@ def _check_model(
     axes = dict(spec.axes)
     for path in spec.paths:
         shape, axes_now = _tuples(base.get(path)), roles[path].axes
-        now = axes_now and dataclasses.astuple(axes_now)
+        now = () if axes_now is None else dataclasses.astuple(axes_now)
         if shape != tuple(leaves[path].shape):
             raise UserError(
                 f"{place}: {path}: the adapter was made for shape {shape}, the model has "

@@ -76,7 +76,45 @@ def nnx_model():
     )
 
 
-MODELS = {"linen": linen(), "nnx": nnx_model()}
+def unrolled():
+    """Layers in a list, under the name that stacked layers have in models of this package."""
+
+    def function(params, x):
+        for layer in params["layers"]:
+            h = jnp.tanh(x @ layer["query"]["kernel"])
+            x = h @ layer["out"]["kernel"] + layer["out"]["bias"]
+        return x
+
+    draw = drawn(3)
+    layers = [
+        {"query": {"kernel": draw(8, 8)}, "out": {"kernel": draw(8, 8), "bias": draw(8)}}
+        for _ in range(2)
+    ]
+    return function, {"layers": layers}, lambda params: params, (draw(3, 8),)
+
+
+def scanned():
+    """Stacked layers under another name, some on the second axis."""
+
+    def function(params, x):
+        query, out = params["blocks"]["query"]["kernel"], params["blocks"]["out"]
+        step = lambda y, w: (jnp.tanh(y @ w[0]) @ w[1] + w[2] + y, None)  # noqa: E731
+        stacks = jnp.moveaxis(query, 1, 0), out["kernel"], out["bias"]
+        return jax.lax.scan(jax.checkpoint(step), x, stacks)[0]
+
+    draw = drawn(4)
+    out = {"kernel": draw(3, 8, 8), "bias": draw(3, 8)}
+    blocks = {"query": {"kernel": draw(8, 3, 8)}, "out": out}
+    return function, {"blocks": blocks}, lambda params: params, (draw(2, 8),)
+
+
+def drawn(seed):
+    """A function that draws an array of a shape."""
+    rng = np.random.default_rng(seed)
+    return lambda *shape: jnp.asarray(0.5 * rng.standard_normal(shape), jnp.float32)
+
+
+MODELS = {"linen": linen(), "nnx": nnx_model(), "unrolled": unrolled(), "scanned": scanned()}
 ROLES = {
     name: jp.describe(function, variables(params), *inputs)
     for name, (function, params, variables, inputs) in MODELS.items()
@@ -96,3 +134,9 @@ def moved(adapter, scale=0.1):
     rng = np.random.default_rng(0)
     shift = lambda x: x + scale * rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
     return dataclasses.replace(adapter, params=jax.tree.map(shift, adapter.params))
+
+
+def bound(model, params, adapter, **options):
+    """The first argument of the lifted function."""
+    tree = jp.bind(params, adapter, **options)
+    return tree if model in ("linen", "nnx") else tree["params"]

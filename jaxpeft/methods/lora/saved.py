@@ -86,7 +86,8 @@ def check(config: Any) -> None:
 def sites_of(params: Mapping, leaf: str) -> dict[str, paths.Site]:
     """All modules that own a `leaf`, by full name, including a head that is the embedding table."""
     sites = paths.module_names(params, leaf)
-    if leaf == "kernel" and paths.get(params, paths.HEAD) is None:
+    own = not isinstance(params, paths.NamedTree)
+    if leaf == "kernel" and own and paths.get(params, paths.HEAD) is None:
         sites["lm_head"] = paths.Site(paths.HEAD, None)
     return sites
 
