@@ -16,7 +16,7 @@ from jaxpeft.lifting import control, moves, roles
 from jaxpeft.lifting.folded import Axes, Folded
 from jaxpeft.lifting.interpreter import Context, interpret, run
 from jaxpeft.lifting.roles import Role, Roles
-from jaxpeft.lifting.trees import named_leaves, path_text
+from jaxpeft.lifting.trees import named_leaves, path_text, traced_shape
 from jaxpeft.lifting.views import UnroutableError, View, fresh
 
 _MOVES = frozenset(moves.MOVES) | {"stop_gradient"}
@@ -52,10 +52,10 @@ def describe(function: Callable[..., Any], params: Any, *args: Any, **kwargs: An
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
         raise UserError(f"describe: two parameters have the path {double!r}.")
-    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for _, leaf in found]
+    shapes = [traced_shape(leaf) for _, leaf in found]
     others, other_tree = jax.tree.flatten((args, kwargs))
     traced = [at for at, leaf in enumerate(others) if _has_shape(leaf)]
-    inputs = [jax.ShapeDtypeStruct(others[at].shape, others[at].dtype) for at in traced]
+    inputs = [traced_shape(others[at]) for at in traced]
 
     def flat(arrays: list[Any], given: list[Any]) -> list[Any]:
         now = list(others)

@@ -16,7 +16,7 @@ from jaxpeft.core.notes import note
 from jaxpeft.lifting import control, moves, products
 from jaxpeft.lifting.folded import Axes, Folded, folded
 from jaxpeft.lifting.interpreter import Context, interpret
-from jaxpeft.lifting.trees import is_node, path_text
+from jaxpeft.lifting.trees import is_node, path_text, traced_shape
 from jaxpeft.lifting.views import UnroutableError, View, fresh
 from jaxpeft.ops.linear import shape_of
 
@@ -64,8 +64,7 @@ def lift(function: Callable[..., Any], *, materialize: bool = False) -> Callable
             return function(*args, **kwargs)
         names = [path_text(found[position][0][2:]) for position in at]
         nodes = [_with_array(leaves[position]) for position in at]
-        shapes = [folded(node).raw for node in nodes]
-        stand_ins = [jax.ShapeDtypeStruct(raw.shape, raw.dtype) for raw in shapes]
+        stand_ins = [traced_shape(folded(node).raw) for node in nodes]
         outputs: list[Any] = []
 
         def flat(*arrays: Any) -> list[Any]:

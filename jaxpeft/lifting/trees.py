@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.dtypes
+import jax.numpy as jnp
 
 from jaxpeft.ops.linear import Node
 
@@ -33,6 +35,14 @@ def _key(key: Any) -> str:
         if hasattr(key, field):
             return str(getattr(key, field))
     return str(key)
+
+
+def traced_shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype with which JAX traces an array or a shape: 64 bits only if enabled."""
+    dtype = leaf.dtype
+    if not jnp.issubdtype(dtype, jax.dtypes.extended):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

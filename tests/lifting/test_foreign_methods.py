@@ -27,8 +27,11 @@ def test_a_new_adapter_changes_nothing_and_a_moved_one_equals_its_merged_weights
     params = MODELS[model][1]
     new = start(model, name)
     base = plain(model, params)
-    exact = name not in ("pissa",)  # whose start is taken out of the kernels and added again
-    np.testing.assert_allclose(run(model, new), base, rtol=0, atol=0 if exact else 1e-5)
+    # PiSSA's start is taken out of the kernels and added again; factors of one and sums with zero
+    # are exact, but XLA may join them with their neighbours and round once less.
+    exact = name in ("lora", "rslora of some", "adalora", "bitfit")
+    tol = 0 if exact else 1e-5 if name == "pissa" else 1e-6
+    np.testing.assert_allclose(run(model, new), base, rtol=0, atol=tol)
     adapter = moved(new)
     lifted, merged = run(model, adapter), jp.merge(params, adapter)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
