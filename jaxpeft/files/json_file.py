@@ -1,12 +1,19 @@
 """Reads JSON files that hold one object, strictly; every error names the file."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from jaxpeft.core import limits, strict_json
 from jaxpeft.core.errors import UserError
 from jaxpeft.files import storage
 from jaxpeft.files.storage import StoragePath
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    """A JSON object as the content of a file, keys in order."""
+    text = json.dumps(dict(values), indent=2, sort_keys=True, ensure_ascii=False)
+    return (text + "\n").encode()
 
 
 def read_json(path: StoragePath) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The arrays of a node become operands, and the views are made again inside. A vie
 a body as it went in is handed on; any other view that comes out is refused.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxpeft.lifting import dialect, views
-from jaxpeft.lifting.interpreter import Context, interpret
+from jaxpeft.lifting.interpreter import Context, Rule, interpret
 from jaxpeft.lifting.views import UnroutableError, View
 
 
@@ -45,7 +46,7 @@ def _scan(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     num_consts, num_carry = dialect.scan_counts(eqn.params)
     consts, begin = values[:num_consts], values[num_consts : num_consts + num_carry]
     rows = values[num_consts + num_carry :]
-    carried = [at for at, value in enumerate(begin) if not isinstance(value, View)]
+    carried = _Carried(begin)
     scanned: list[Any] = []
     makers: list[Callable[[Sequence[Any]], View] | None] = []
     for row in rows:
@@ -55,20 +56,15 @@ def _scan(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     handed: dict[int, Any] = {}
 
     def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
-        now = list(begin)
-        for at, value in zip(carried, carry, strict=True):
-            now[at] = value
         inside = [
             value if make is None else make(value)
             for value, make in zip(slices, makers, strict=True)
         ]
-        results = _within(eqn, eqn.params["jaxpr"], [*consts, *now, *inside], context)
-        after, ys = results[:num_carry], results[num_carry:]
-        for at, value in enumerate(begin):
-            if isinstance(value, View) and after[at] is not value:
-                raise UnroutableError("a loop carries it and changes it")
+        results = _within(
+            eqn, eqn.params["jaxpr"], [*consts, *carried.all(carry), *inside], context
+        )
         kept = []
-        for at, y in enumerate(ys):
+        for at, y in enumerate(results[num_carry:]):
             if not isinstance(y, View):
                 kept.append(y)
                 continue
@@ -76,15 +72,13 @@ def _scan(eqn: Any, values: list[Any], context: Context) -> list[Any]:
             if not same:
                 raise UnroutableError("a loop hands a changed form of it back")
             handed[at] = same[0]
-        return [after[at] for at in carried], kept
+        return carried.arrays(results[:num_carry]), kept
 
-    begun = [begin[at] for at in carried]
     options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-    after, kept = jax.lax.scan(body, begun, scanned, **options)
-    ends, stacked = iter(after), iter(kept)
-    ys = range(len(eqn.outvars) - num_carry)
+    after, kept = jax.lax.scan(body, carried.arrays(begin), scanned, **options)
+    stacked, ys = iter(kept), range(len(eqn.outvars) - num_carry)
     return [
-        *(value if isinstance(value, View) else next(ends) for value in begin),
+        *carried.all(after),
         *(handed[at] if at in handed else next(stacked) for at in ys),
     ]
 
@@ -95,26 +89,16 @@ def _while(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
     tests, consts = values[:of_cond], values[of_cond : of_cond + of_body]
     begin = values[of_cond + of_body :]
-    carried = [at for at, value in enumerate(begin) if not isinstance(value, View)]
+    carried = _Carried(begin)
 
-    def all_of(carry: Sequence[Any]) -> list[Any]:
-        now = list(begin)
-        for at, value in zip(carried, carry, strict=True):
-            now[at] = value
-        return now
+    def test(carry: list[Any]) -> Any:
+        return _within(eqn, params["cond_jaxpr"], [*tests, *carried.all(carry)], context)[0]
 
-    def test(carry: Sequence[Any]) -> Any:
-        return _within(eqn, params["cond_jaxpr"], [*tests, *all_of(carry)], context)[0]
+    def body(carry: list[Any]) -> list[Any]:
+        inside = [*consts, *carried.all(carry)]
+        return carried.arrays(_within(eqn, params["body_jaxpr"], inside, context))
 
-    def body(carry: Sequence[Any]) -> list[Any]:
-        after = _within(eqn, params["body_jaxpr"], [*consts, *all_of(carry)], context)
-        for at, value in enumerate(begin):
-            if isinstance(value, View) and after[at] is not value:
-                raise UnroutableError("a loop carries it and changes it")
-        return [after[at] for at in carried]
-
-    ends = iter(jax.lax.while_loop(test, body, [begin[at] for at in carried]))
-    return [value if isinstance(value, View) else next(ends) for value in begin]
+    return carried.all(jax.lax.while_loop(test, body, carried.arrays(begin)))
 
 
 def _cond(eqn: Any, values: list[Any], context: Context) -> list[Any]:
@@ -145,6 +129,30 @@ def _refuse_shard_map(eqn: Any, values: list[Any], context: Context) -> list[Any
     raise UnroutableError("it crosses the boundary of a shard_map; call lift inside of it")
 
 
+class _Carried:
+    """Values that a loop carries; the views among them must come out as they went in."""
+
+    def __init__(self, begin: Sequence[Any]):
+        self._begin = list(begin)
+
+    def arrays(self, values: Sequence[Any]) -> list[Any]:
+        """The values that are really carried.
+
+        Raises:
+            UnroutableError: A view has changed.
+        """
+        for before, now in zip(self._begin, values, strict=True):
+            if isinstance(before, View) and now is not before:
+                raise UnroutableError("a loop carries it and changes it")
+        pairs = zip(self._begin, values, strict=True)
+        return [now for before, now in pairs if not isinstance(before, View)]
+
+    def all(self, arrays: Sequence[Any]) -> list[Any]:
+        """Arrays that are carried, with the views in their places."""
+        todo = iter(arrays)
+        return [value if isinstance(value, View) else next(todo) for value in self._begin]
+
+
 class _Box:
     """Values whose views are unpacked into arrays for a call, and made again inside."""
 
@@ -164,7 +172,9 @@ class _Box:
     def unpacked(self, arrays: Sequence[Sequence[Any]]) -> list[Any]:
         """The values with the arrays of the inside."""
         self._inside = [
-            leaves[0] if tree is None else _renewed(value, jax.tree.unflatten(tree, leaves))
+            leaves[0]
+            if tree is None
+            else dataclasses.replace(value, node=jax.tree.unflatten(tree, leaves))
             for value, tree, leaves in zip(self._values, self._trees, arrays, strict=True)
         ]
         return self._inside
@@ -191,10 +201,6 @@ class _Box:
         ]
 
 
-def _renewed(view: View, node: Any) -> View:
-    return View(node, view.path, view.dims, view.origin, view.casts)
-
-
 def _require_known(eqn: Any) -> None:
     """Checks that the equation has the parameters of a version of JAX that is known.
 
@@ -205,7 +211,7 @@ def _require_known(eqn: Any) -> None:
         raise UnroutableError(f"this version of JAX has a {eqn.primitive.name} of another form")
 
 
-RULES: dict[str, Callable[[Any, list[Any], Context], list[Any]]] = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(dialect.INLINED, _inline),
     **dict.fromkeys(dialect.CHECKPOINT, _checkpoint),
     "scan": _scan,

@@ -151,17 +151,23 @@ class Folded(Node):
         return y.reshape(*batch, -1)
 
 
+def bottom(node: Any) -> Any:
+    """What is under nested nodes: a `Folded`, another node without a base, or an array."""
+    while not isinstance(node, Folded) and hasattr(node, "base"):
+        node = node.base
+    return node
+
+
 def folded(node: Any) -> Folded:
-    """The array at the bottom of nested nodes.
+    """The `Folded` under nested nodes.
 
     Raises:
         TypeError: There is none.
     """
-    while not isinstance(node, Folded):
-        if not hasattr(node, "base"):
-            raise TypeError(f"{type(node).__name__} has no base that is an array of a model")
-        node = node.base
-    return node
+    found = bottom(node)
+    if not isinstance(found, Folded):
+        raise TypeError(f"{type(found).__name__} is no array of a model with its axes")
+    return found
 
 
 def refold(node: Any, **changes: Any) -> Any:
@@ -184,8 +190,7 @@ def lead(node: Any, position: int) -> tuple[list[Any], Callable[[Sequence[Any]],
     """
     inner, shared = take_field(node)
     leaves, tree = jax.tree.flatten(inner, is_leaf=lambda leaf: isinstance(leaf, Folded))
-    bottom = folded(node)
-    axis = bottom.axes.stack[position]
+    axis = folded(node).axes.stack[position]
     arrays, stacked = [], []
     for leaf in leaves:
         if isinstance(leaf, Folded):

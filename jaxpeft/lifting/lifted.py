@@ -14,7 +14,7 @@ import jax
 from jaxpeft.core.errors import UserError
 from jaxpeft.core.notes import note
 from jaxpeft.lifting import control, moves, products
-from jaxpeft.lifting.folded import Axes, Folded, folded
+from jaxpeft.lifting.folded import Axes, Folded, bottom, folded
 from jaxpeft.lifting.interpreter import Context, interpret
 from jaxpeft.lifting.trees import is_node, path_text, traced_shape
 from jaxpeft.lifting.views import UnroutableError, View, fresh
@@ -93,14 +93,12 @@ def lift(function: Callable[..., Any], *, materialize: bool = False) -> Callable
 
 def _with_array(node: Any) -> Any:
     """The node around a `Folded`; an array of a model of ours has its layers in front."""
-    bottom = node
-    while is_node(bottom) and not isinstance(bottom, Folded) and hasattr(bottom, "base"):
-        bottom = bottom.base
-    if isinstance(bottom, Folded):
+    inner = bottom(node)
+    if isinstance(inner, Folded):
         return node
-    if is_node(bottom):
-        raise UserError(f"lift: {type(bottom).__name__} is no node around an array.")
-    rank = len(shape_of(bottom))
+    if is_node(inner):
+        raise UserError(f"lift: {type(inner).__name__} is no node around an array.")
+    rank = len(shape_of(inner))
     axes = Axes((rank - 2,), (rank - 1,), tuple(range(rank - 2)))
 
     def around(inner: Any) -> Any:

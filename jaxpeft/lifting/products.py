@@ -77,7 +77,10 @@ def lookup(eqn: Any, values: list[Any]) -> list[Any]:
 def _mode(mode: Any) -> str:
     """The mode of `jnp.take` for a mode of ``gather``."""
     name = str(getattr(mode, "name", mode)).lower()
-    return {"fill_or_drop": "fill", "clip": "clip", "promise_in_bounds": "promise_in_bounds"}[name]
+    known = {"fill_or_drop": "fill", "clip": "clip", "promise_in_bounds": "promise_in_bounds"}
+    if name not in known:
+        raise UnroutableError(f"rows are gathered in the mode {name}")
+    return known[name]
 
 
 def _is_turned(view: View, contracted: Sequence[int]) -> bool:

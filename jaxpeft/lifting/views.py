@@ -72,10 +72,6 @@ class View:
         """The dtype as the model sees it."""
         return self.casts[-1] if self.casts else folded(self.node).dtype
 
-    def is_untouched(self) -> bool:
-        """Whether nothing was done to it."""
-        return self.dims == fresh_dims(self.raw_shape) and not self.casts
-
     def with_dims(self, dims: Iterable[Iterable[Part]]) -> "View":
         """The same node with other axes."""
         return dataclasses.replace(self, dims=tuple(tuple(dim) for dim in dims))

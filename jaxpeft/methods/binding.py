@@ -12,7 +12,7 @@ import jax
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
-from jaxpeft.lifting.folded import Folded
+from jaxpeft.lifting.folded import Folded, bottom
 from jaxpeft.lifting.roles import Roles
 from jaxpeft.lifting.trees import is_state
 from jaxpeft.methods.adapter import Adapter, Label
@@ -238,9 +238,7 @@ def make_leaf(tree: dict, adapter: Adapter, path: str, key: Any = None) -> Leaf:
 
 def _stack_of(base: Any, path: str) -> tuple[int, ...]:
     """The sizes of the axes over which a weight is stacked."""
-    inner = base
-    while not isinstance(inner, Folded) and hasattr(inner, "base"):
-        inner = inner.base
+    inner = bottom(base)
     if isinstance(inner, Folded):
         return inner.stack
     return (shape_of(base)[0],) if base is not None and paths.is_stacked(path) else ()

@@ -21,7 +21,7 @@ import numpy as np
 from jaxpeft.core.errors import UserError
 from jaxpeft.files import other_folders, storage
 from jaxpeft.files.folders import real_path, require_replaceable, write_folder
-from jaxpeft.files.json_file import read_json
+from jaxpeft.files.json_file import json_bytes, read_json
 from jaxpeft.files.locate import locate_adapter
 from jaxpeft.files.safetensors_file import read_header
 from jaxpeft.files.storage import StoragePath
@@ -200,7 +200,7 @@ def _render(peft: PeftFormat, adapter: Adapter, base: Model) -> dict[str, bytes]
         named["revision"] = str(adapter.base_revision)
     values = COMMON | dict(peft.defaults) | own | named
     files = {
-        CONFIG: _json(values),
+        CONFIG: json_bytes(values),
         TENSORS: save({key: np.ascontiguousarray(x) for key, x in tensors.items()}, FORMAT_PT),
         CARD: _card(peft, base.name, sum(x.size for x in tensors.values())).encode(),
     }
@@ -212,11 +212,7 @@ def _render(peft: PeftFormat, adapter: Adapter, base: Model) -> dict[str, bytes]
     }
     if chat := chat_of(adapter).to_values():
         side["chat"] = chat
-    return files | {SIDE: _json(side)}
-
-
-def _json(values: dict) -> bytes:
-    return (json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return files | {SIDE: json_bytes(side)}
 
 
 def _version(package: str) -> str:

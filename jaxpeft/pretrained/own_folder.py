@@ -7,7 +7,6 @@ adapted, and the sha256 of the arrays. PEFT has no names for such models.
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +19,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
 from jaxpeft.files import storage
 from jaxpeft.files.folders import require_replaceable, write_folder
-from jaxpeft.files.json_file import read_json
+from jaxpeft.files.json_file import json_bytes, read_json
 from jaxpeft.files.locate import locate_adapter
 from jaxpeft.files.storage import StoragePath
 from jaxpeft.lifting.roles import Roles
@@ -72,9 +71,8 @@ def save(folder: StoragePath, adapter: Adapter, params: Any) -> None:
         "base": {path: tuple(leaves[path].shape) for path in spec.paths},
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-    text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     if is_first():
-        write_folder(folder, {TENSORS: content, RECORD: text.encode()})
+        write_folder(folder, {TENSORS: content, RECORD: json_bytes(record)})
 
 
 def load(

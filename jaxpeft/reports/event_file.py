@@ -10,6 +10,7 @@ References:
     https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 """
 
+import itertools
 import os
 import pathlib
 import socket
@@ -36,7 +37,10 @@ class EventFile:
     def __init__(self, folder: pathlib.Path, first_step: int):
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (folder / name).open("ab", buffering=0)
+        # In containers the numbers of processes are often the same.
+        names = (f"{name}.{number}" if number else name for number in itertools.count())
+        free = next(name for name in names if not (folder / name).exists())
+        self._file = (folder / free).open("xb", buffering=0)
         self._write(encode_event(time.time(), version="brain.Event:2"))
         self._write(encode_event(time.time(), step=first_step, session_start=True))
 

@@ -10,10 +10,6 @@ import jaxpeft as jp
 from jaxpeft.lifting.folded import Axes
 
 
-def rows(function, params, *inputs):
-    return jp.describe(function, params, *inputs)
-
-
 def f32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -89,7 +85,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_role_of_a_parameter_is_what_the_model_does_with_it(name):
     function, shape, role, axes = CASES[name]
-    (row,) = rows(lambda p, x: function(p["q"], x), {"q": f32(*shape)}, f32(2, 4)).values()
+    (row,) = jp.describe(lambda p, x: function(p["q"], x), {"q": f32(*shape)}, f32(2, 4)).values()
     assert (row.role, row.axes) == (role, axes)
     assert row.tied == (name == "tied table")
     assert bool(row.why) == (role == "other")
@@ -101,7 +97,9 @@ def test_names_say_nothing():
     def model(p, x):
         return rms(x @ p["bias"] + p["kernel"], p["embedding"])
 
-    found = rows(model, {"bias": f32(4, 4), "kernel": f32(4), "embedding": f32(4)}, f32(2, 4))
+    found = jp.describe(
+        model, {"bias": f32(4, 4), "kernel": f32(4), "embedding": f32(4)}, f32(2, 4)
+    )
     assert {path: row.role for path, row in found.items()} == {
         "bias": "kernel",
         "kernel": "bias",
@@ -146,7 +144,7 @@ def test_state_beside_the_parameters_passes_through():
     def apply(params, state, x):
         return Net().apply({"params": params} | state, x, mutable=["batch_stats"])
 
-    found = rows(apply, params, state, x)
+    found = jp.describe(apply, params, state, x)
     assert {path: row.role for path, row in found.items()} == {
         "BatchNorm_0/bias": "norm",
         "BatchNorm_0/scale": "norm",

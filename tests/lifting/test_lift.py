@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from foreign_models import Stacked
 
 import jaxpeft as jp
 from jaxpeft.lifting import dialect
@@ -165,26 +166,6 @@ def test_nodes_answer_as_the_merged_weights(name):
     function, shape, axes, of_x = CASES[name]
     tol = 2e-2 if "bfloat16" in name else 1e-5  # merged weights are rounded, factors are not
     assert_lifted(function, {"w": numbers(1, *shape)}, {"w": axes}, numbers(2, *of_x), tol=tol)
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        h = nn.LayerNorm()(x)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(h, h)
-        h = nn.Dense(12)(nn.LayerNorm()(x))
-        return x + nn.Dense(8)(nn.gelu(h)), None
-
-
-class Stacked(nn.Module):
-    @nn.compact
-    def __call__(self, ids):
-        table = nn.Embed(11, 8)
-        layers = nn.scan(
-            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-        )
-        x, _ = layers(name="layers")(table(ids), None)
-        return table.attend(nn.LayerNorm()(x))
 
 
 def test_a_linen_transformer_of_stock_layers():

@@ -4,6 +4,7 @@ import struct
 
 import pytest
 
+from jaxpeft.reports import event_file
 from jaxpeft.reports.event_file import EventFile, crc32c, encode_event, encode_record
 
 
@@ -13,6 +14,18 @@ from jaxpeft.reports.event_file import EventFile, crc32c, encode_event, encode_r
 )
 def test_crc32c_matches_the_examples_of_rfc_3720(data, expected):
     assert crc32c(data) == expected
+
+
+def test_two_files_of_one_second_and_process_are_two(tmp_path, monkeypatch):
+    """A run that goes on in a container soon after may have the same number of its process."""
+    monkeypatch.setattr(event_file.time, "time", lambda: 1234.5)
+    for step in range(3):
+        file = EventFile(tmp_path, step)
+        file.add(step, {"loss": 1.0})
+        file.close()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name.removeprefix(names[0]) for name in names] == ["", ".1", ".2"]
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 3
 
 
 @pytest.mark.parametrize(
