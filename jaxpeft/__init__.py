@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     from jaxpeft.methods.prompts.p_tuning import PTuning as PTuning
     from jaxpeft.methods.prompts.prefix import PrefixTuning as PrefixTuning
     from jaxpeft.methods.prompts.prompt import PromptTuning as PromptTuning
+    from jaxpeft.methods.quantizing import quantize as quantize
     from jaxpeft.methods.registry import register_method as register_method
     from jaxpeft.methods.virtual_tokens import with_prompt as with_prompt
     from jaxpeft.models.config import ModelConfig as ModelConfig
-    from jaxpeft.ops.quant import quantize as quantize
     from jaxpeft.pretrained.adapters import load_adapter as load_adapter
     from jaxpeft.pretrained.adapters import save_adapter as save_adapter
     from jaxpeft.pretrained.load import load_model as load_model

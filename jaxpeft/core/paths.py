@@ -19,6 +19,14 @@ ALL_LINEAR = "all-linear"
 LAYERS = "layers/"
 HEAD = "lm_head/kernel"
 EMBEDDING = "embed_tokens/embedding"
+_OWN = re.compile(
+    f"{EMBEDDING}|{HEAD}|norm/scale|layers/(self_attn|mlp)/[a-z]+_proj/(kernel|bias)|"
+    "layers/(self_attn/[a-z]_norm|[a-z_]+_layernorm)/scale"
+)
+"""The paths of the leaves of our own models."""
+
+Targets = str | tuple[str, ...]
+"""What a method adapts, see `match`; in Python also a predicate over the row of a parameter."""
 
 
 def flatten(tree: Mapping) -> dict[str, Any]:
@@ -81,23 +89,65 @@ class Site:
     Attributes:
         path: Path of the leaf in the base parameters.
         layer: Index on the leaf's first axis, or None for a leaf that is not stacked.
+        row: For a model that is not ours, the leaf's row of `jaxpeft.describe`.
     """
 
     path: str
     layer: int | None
+    row: Any = None
 
 
 class NamedTree(dict):
     """Base parameters that know the names of their modules: those of a model that is not ours.
 
     Attributes:
-        sites: By the last part of the paths of our own models ("kernel", "bias", "embedding"), the
-            places of such leaves by the full names of their modules.
+        sites: By the last part of the paths of our own models ("kernel", "bias", "scale",
+            "embedding"), the places of such leaves by the full names of their modules.
+        table: The path of the embedding table whose rows stand for tokens; "" if there is none, or
+            if it is not known which one.
+        biases: By the path of a kernel, that of the bias that is added to its products.
     """
 
-    def __init__(self, tree: Mapping, sites: Mapping[str, Mapping[str, Site]]):
+    def __init__(
+        self,
+        tree: Mapping,
+        sites: Mapping[str, Mapping[str, Site]],
+        table: str = "",
+        biases: Mapping[str, str] | None = None,
+    ):
         super().__init__(tree)
-        self.sites = sites
+        self.sites, self.table, self.biases = sites, table, dict(biases or {})
+
+
+def table_of(params: Mapping) -> str:
+    """The path of the embedding table whose rows stand for tokens.
+
+    Raises:
+        UserError: There is none, or it is not known which one.
+    """
+    if not isinstance(params, NamedTree):
+        return EMBEDDING
+    if params.table:
+        return params.table
+    known = sorted(site.path for site in params.sites["embedding"].values())
+    raise UserError(
+        f"embedding: this model has several tables, {first_few(known)}; pass the one whose rows "
+        f"stand for tokens, as in init_adapter(..., embedding={known[0]!r})."
+        if known
+        else "this model looks up no rows of a table, so it has no tokens; see print(roles)."
+    )
+
+
+def is_table(params: Mapping, path: str) -> bool:
+    """Whether the leaf at a path is an embedding table."""
+    if isinstance(params, NamedTree):
+        return any(site.path == path for site in params.sites["embedding"].values())
+    return path == EMBEDDING
+
+
+def is_own(params: Any) -> bool:
+    """Whether parameters are nested dicts with the paths of our own models."""
+    return isinstance(params, Mapping) and all(map(_OWN.fullmatch, flatten(params)))
 
 
 def is_stacked(path: str) -> bool:
@@ -149,9 +199,49 @@ def name_matches(pattern: str | Sequence[str], name: str) -> bool:
     return any(name == item or name.endswith("." + item) for item in pattern)
 
 
+def selects(pattern: Any, name: str, site: Site) -> bool:
+    """Whether targets select a module: by its name, its path, or its row.
+
+    Args:
+        pattern: Targets, see `match`.
+        name: The module's full name.
+        site: The place of its weight.
+    """
+    if callable(pattern):
+        return bool(pattern(site.row))
+    for item in [pattern] if isinstance(pattern, str) else pattern:
+        rule = item if isinstance(pattern, str) else [item]
+        if path_matches(item, site.path) if "/" in item else _fits(rule, name, site):
+            return True
+    return False
+
+
+def _fits(rule: str | Sequence[str], name: str, site: Site) -> bool:
+    return any(name_matches(rule, one) for one in _names(name, site))
+
+
+def _names(name: str, site: Site) -> list[str]:
+    """The names of a module; in a model that is not ours also those of its leaf and its owner."""
+    if site.row is None:
+        return [name]
+    return [name, site.path.replace("/", "."), site.path.rpartition("/")[0].replace("/", ".")]
+
+
+def path_matches(pattern: str, path: str) -> bool:
+    """Whether a path fits a pattern: "*" is a part of a name, "**" any number of names.
+
+    Example:
+        >>> [path_matches("**/mlp/*", path) for path in ("mlp/kernel", "a/b/mlp/bias", "mlp/a/b")]
+        [True, True, False]
+    """
+    text = re.escape(pattern).replace(r"\*\*/", "(.*/)?").replace(r"\*\*", ".*")
+    text = text.replace(r"\*", "[^/]*")
+    return re.fullmatch(text, path) is not None
+
+
 def match(
-    targets: str | Sequence[str],
-    exclude: str | Sequence[str],
+    targets: Any,
+    exclude: Any,
     names: Mapping[str, Site],
     *,
     what: str = "linear module",
@@ -160,7 +250,10 @@ def match(
 
     Args:
         targets: "all-linear" (every kernel but the head's, and no table), a regex matched in full
-            against the full name, or a list of names or dotted suffixes.
+            against the full name, or a list of names or dotted suffixes. A text with "/" is a
+            pattern of a path, see `path_matches`. For a model that is not ours, "all-linear" is
+            every kernel that is no convolution, and a predicate over rows of `jaxpeft.describe`
+            may be given.
         exclude: Modules to leave out, in the same forms; empty for none. It wins over `targets`.
         names: All candidates, from `module_names`.
         what: What a candidate is, for errors.
@@ -173,25 +266,48 @@ def match(
             a regex is malformed.
     """
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        chosen = {name: s for name, s in names.items() if s.path not in (HEAD, EMBEDDING)}
+        chosen = {name: site for name, site in names.items() if _is_linear(site)}
+        if not chosen:
+            raise UserError(f"targets {targets!r}: this model has no {what}.")
+    elif not names:
+        raise UserError(f"targets {targets!r}: this model has no {what}.")
     else:
-        for item in [targets] if isinstance(targets, str) else targets:
+        for item in _items(targets):
             _require_match("targets", item, isinstance(targets, str), names, what)
-        chosen = {name: site for name, site in names.items() if name_matches(targets, name)}
-    for item in ([exclude] if isinstance(exclude, str) else exclude) if exclude else []:
+        chosen = {name: site for name, site in names.items() if selects(targets, name, site)}
+    for item in _items(exclude) if exclude else ():
         _require_match("exclude", item, isinstance(exclude, str), names, what)
     if exclude:
-        chosen = {name: site for name, site in chosen.items() if not name_matches(exclude, name)}
+        chosen = {n: site for n, site in chosen.items() if not selects(exclude, n, site)}
     if not chosen:
         raise UserError(f"targets {targets!r} without exclude {exclude!r} leave no module.")
     return chosen
 
 
+def _is_linear(site: Site) -> bool:
+    """Whether "all-linear" adapts a module."""
+    return site.path not in (HEAD, EMBEDDING) if site.row is None else site.row.is_linear
+
+
+def _items(targets: Any) -> Iterable[Any]:
+    return [targets] if isinstance(targets, str) or callable(targets) else targets
+
+
 def _require_match(
-    field: str, pattern: str, is_regex: bool, names: Mapping[str, Site], what: str
+    field: str, pattern: Any, is_regex: bool, names: Mapping[str, Site], what: str
 ) -> None:
+    if callable(pattern):
+        if any(site.row is None for site in names.values()):
+            raise UserError(
+                f"{field}: a predicate takes rows of jaxpeft.describe, and this is a model of "
+                "jaxpeft, which has none; write names or a regex."
+            )
+        if not any(selects(pattern, name, site) for name, site in names.items()):
+            raise UserError(f"{field}: the predicate holds for no {what} of this model.")
+        return
     try:
-        found = any(name_matches(pattern if is_regex else [pattern], name) for name in names)
+        items = pattern if is_regex else [pattern]
+        found = any(selects(items, name, site) for name, site in names.items())
     except re.error as error:
         raise UserError(f"{field} pattern {pattern!r} is not a valid regex: {error}.") from None
     if found:

@@ -16,7 +16,7 @@ from jaxpeft.lifting import control, moves, roles
 from jaxpeft.lifting.folded import Axes, Folded
 from jaxpeft.lifting.interpreter import Context, interpret, run
 from jaxpeft.lifting.roles import Role, Roles
-from jaxpeft.lifting.trees import named_leaves, path_text, traced_shape
+from jaxpeft.lifting.trees import is_node, named_leaves, path_text, traced_shape
 from jaxpeft.lifting.views import UnroutableError, View, fresh
 
 _MOVES = frozenset(moves.MOVES) | {"stop_gradient"}
@@ -37,7 +37,7 @@ def describe(function: Callable[..., Any], params: Any, *args: Any, **kwargs: An
         A row for each parameter, by its path.
 
     Raises:
-        UserError: Two parameters have the same path.
+        UserError: Two parameters have the same path, or one is a node.
 
     Example:
         >>> import jax.numpy as jnp
@@ -52,6 +52,11 @@ def describe(function: Callable[..., Any], params: Any, *args: Any, **kwargs: An
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
         raise UserError(f"describe: two parameters have the path {double!r}.")
+    if any(map(is_node, jax.tree.leaves(params, is_leaf=is_node))):
+        raise UserError(
+            "describe: parameters are quantised or bound to an adapter; describe the model with "
+            "its own arrays, or their shapes."
+        )
     shapes = [traced_shape(leaf) for _, leaf in found]
     others, other_tree = jax.tree.flatten((args, kwargs))
     traced = [at for at, leaf in enumerate(others) if _has_shape(leaf)]
@@ -110,8 +115,9 @@ class _Uses:
         if self.lookups:
             turned = [_turned(axes) for axes in self.kernels]
             if len(set(self.lookups + turned)) == 1 and not (why or self.convolutions):
-                axes, tied = self.lookups[0], bool(self.kernels)
-                return dataclasses.replace(row, role=roles.EMBEDDING, axes=axes, tied=tied)
+                tied = bool(self.kernels)
+                axes = dataclasses.replace(self.lookups[0], table=True, tied=tied)
+                return dataclasses.replace(row, role=roles.EMBEDDING, axes=axes)
             why = why or "rows are looked up, and more"
         elif forms and not why and not (self.norms or self.biases or self.shifted):
             if len(set(forms)) == 1 and not (self.kernels and self.convolutions):
@@ -132,6 +138,16 @@ def _turned(axes: Axes) -> Axes:
     return dataclasses.replace(axes, ins=axes.outs, outs=axes.ins)
 
 
+def _is_whole(eqn: Any) -> bool:
+    """Whether every output of a convolution sees all channels."""
+    return eqn.params["feature_group_count"] == eqn.params["batch_group_count"] == 1
+
+
+def _turned_tag(tag: tuple[str, str]) -> tuple[str, str]:
+    """What is known of a value, after its axes were moved."""
+    return ("turned", tag[1]) if tag[0] == "product" else tag
+
+
 def _has_shape(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
@@ -141,8 +157,9 @@ _ELEMENTWISE = ("add", "sub", "mul", "div")
 
 Tags = frozenset[tuple[str, str]]
 """What is known of a value: ("param", path) for a parameter that was only moved, ("shifted", path)
-for one plus a constant, ("product", path) for a product with a kernel, ("root", "") for what a root
-divides, ("normed", path) for what is normalised and scaled by a parameter."""
+for one plus a constant, ("product", path) for a product with a kernel, ("turned", path) for a
+product whose axes were moved, ("root", "") for what a root divides, ("normed", path) for what is
+normalised and scaled by a parameter."""
 
 
 class _Record(Context):
@@ -205,6 +222,8 @@ class _Record(Context):
             tags = frozenset({("root", "")})
         elif name in _MOVES:
             tags = known[0]
+            if name == "transpose":
+                tags = frozenset(map(_turned_tag, tags))
         elif name in _ELEMENTWISE:
             tags = self._elementwise(eqn, name, known)
         elif name in ("dot_general", "conv_general_dilated"):
@@ -239,14 +258,23 @@ class _Record(Context):
             return frozenset({("normed", path)})
         if name == "add" and tag == "param" and self._fits(path, known.get("normed")):
             uses.norms += 1
-        elif name == "add" and tag == "param" and "product" in known:
-            uses.biases.append(known["product"])
+        elif name == "add" and tag == "param" and self._product(known):
+            uses.biases.append(self._product(known))
         elif name in ("add", "sub") and isinstance(eqn.invars[other], Literal):
             uses.shifted = self.where(eqn)
             return frozenset({("shifted", path)})
         else:
             uses.others.append(self.where(eqn))
         return frozenset()
+
+    def _product(self, known: dict[str, str]) -> str:
+        """The kernel of a product to which a bias can be added, "" for none.
+
+        Outputs of several axes must lie as the kernel has them.
+        """
+        turned = known.get("turned", "")
+        several = turned and any(len(axes.outs) > 1 for axes in self._uses[turned].kernels)
+        return known.get("product", "") or ("" if several else turned)
 
     def _fits(self, path: str, scale: str | None) -> bool:
         """Whether a parameter has the shape of the one that scales what is normalised."""
@@ -275,7 +303,7 @@ class _Record(Context):
         elif name == "gather" and at == 0:
             axes = self._axes(view, eqn.params["dimension_numbers"].collapsed_slice_dims, ())
             into = uses.lookups
-        elif name == "conv_general_dilated" and at == 1:
+        elif name == "conv_general_dilated" and at == 1 and _is_whole(eqn):
             out = eqn.params["dimension_numbers"].rhs_spec[0]
             axes = self._axes(view, [d for d in range(len(view.dims)) if d != out], ())
             into = uses.convolutions

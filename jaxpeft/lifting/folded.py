@@ -27,11 +27,15 @@ class Axes:
         ins: Axes that products contract; for a table, the axis of its rows.
         outs: Axes that results have.
         stack: Axes over which several kernels are stacked, such as layers or experts.
+        table: Whether rows along `ins` are looked up.
+        tied: Whether a table is also a kernel, such as the head.
     """
 
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     stack: tuple[int, ...] = ()
+    table: bool = False
+    tied: bool = False
 
     def without(self, axis: int) -> "Axes":
         """The meaning of the axes that are left when a stack axis is indexed."""
@@ -39,7 +43,8 @@ class Axes:
         def keep(axes: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(a - (a > axis) for a in axes if a != axis)
 
-        return Axes(keep(self.ins), keep(self.outs), keep(self.stack))
+        axes = keep(self.ins), keep(self.outs), keep(self.stack)
+        return Axes(*axes, table=self.table, tied=self.tied)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +83,11 @@ class Folded(Node):
     use: Use | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """The shape of the array as the model has it."""
+        return tuple(self.raw.shape)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """``(*stack, d_in, d_out)``."""
         return (*self.stack, math.prod(self._sizes(self.axes.ins)), math.prod(self.outs))
@@ -109,15 +119,28 @@ class Folded(Node):
         """Rows of a table, by the model's own rule for ids that it does not have."""
         use = self.use or Use()
         (axis,) = self.axes.ins
-        rows = jnp.take(self._cast(use.casts), ids, axis=axis, mode=use.mode)
-        # `take` puts the axes of the ids where the axis of the rows was.
-        rows = jnp.moveaxis(rows, range(axis, axis + ids.ndim), range(ids.ndim))
+        table = jnp.moveaxis(self._cast(use.casts), axis, 0)
+        numbers = jax.lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(ids.ndim, ids.ndim + table.ndim - 1)),
+            collapsed_slice_dims=(0,),
+            start_index_map=(0,),
+        )
+        sizes = (1, *table.shape[1:])
+        rows = jax.lax.gather(table, ids[..., None], numbers, sizes, mode=use.mode)
         return rows.reshape(*ids.shape, -1)
+
+    def through(self, x: Any, operation: Any) -> Any:
+        """The operation with the array as it is; see `jaxpeft.lifting.convolutions`."""
+        return operation(x, self)
 
     def materialize(self) -> Float[Array, "*stack d_in d_out"]:
         """The kernel with its inputs and outputs flattened."""
         axes = self.axes
         return self.raw.transpose(*axes.stack, *axes.ins, *axes.outs).reshape(self.shape)
+
+    def whole(self) -> Any:
+        """The array as the model has it."""
+        return self.raw
 
     def unfold(self, kernel: Float[Array, "*stack d_in d_out"]) -> Any:
         """A kernel of the flattened shape in the shape of the array; undoes `materialize`."""
@@ -125,8 +148,18 @@ class Folded(Node):
         turned = kernel.reshape(self._sizes(order))
         return turned.transpose([order.index(axis) for axis in range(len(order))])
 
+    def lead(self, position: int) -> tuple[list[Any], Callable[[Sequence[Any]], "Folded"]]:
+        """The array with one stack axis in front, and how a slice of it becomes a node again.
+
+        Args:
+            position: The stack axis, as a position in `Axes.stack`.
+        """
+        axis = self.axes.stack[position]
+        axes, use = self.axes.without(axis), self.use
+        return [jnp.moveaxis(self.raw, axis, 0)], lambda slices: Folded(slices[0], axes, use)
+
     def _sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(self.raw.shape[axis] for axis in axes)
+        return tuple(self.raw_shape[axis] for axis in axes)
 
     def _cast(self, casts: Sequence[Any]) -> Any:
         raw = self.raw
@@ -149,6 +182,11 @@ class Folded(Node):
         order = [sorted(left).index(axis) + len(batch) for axis in left]
         y = y.transpose(*range(len(batch)), *order)
         return y.reshape(*batch, -1)
+
+
+def raw_shape(leaf: Any) -> tuple[int, ...]:
+    """The shape in which a model has a parameter: an array, its shape, or a `Folded`."""
+    return leaf.raw_shape if isinstance(leaf, Folded) else tuple(leaf.shape)
 
 
 def bottom(node: Any) -> Any:
@@ -190,22 +228,20 @@ def lead(node: Any, position: int) -> tuple[list[Any], Callable[[Sequence[Any]],
     """
     inner, shared = take_field(node)
     leaves, tree = jax.tree.flatten(inner, is_leaf=lambda leaf: isinstance(leaf, Folded))
-    axis = folded(node).axes.stack[position]
-    arrays, stacked = [], []
-    for leaf in leaves:
-        if isinstance(leaf, Folded):
-            arrays.append(jnp.moveaxis(leaf.raw, axis, 0))
-        elif jnp.ndim(leaf) > position:
-            arrays.append(jnp.moveaxis(leaf, position, 0))
-        stacked.append(isinstance(leaf, Folded) or jnp.ndim(leaf) > position)
+    parts = [_lead(leaf, position) for leaf in leaves]
 
     def rebuild(slices: Sequence[Any]) -> Any:
-        todo, parts = iter(slices), []
-        for leaf, is_stacked in zip(leaves, stacked, strict=True):
-            part = next(todo) if is_stacked else leaf
-            if isinstance(leaf, Folded):
-                part = Folded(part, leaf.axes.without(axis), leaf.use)
-            parts.append(part)
-        return give_shared(jax.tree.unflatten(tree, parts), shared)
+        todo = iter(slices)
+        again = [make([next(todo) for _ in arrays]) for arrays, make in parts]
+        return give_shared(jax.tree.unflatten(tree, again), shared)
 
-    return arrays, rebuild
+    return [array for arrays, _ in parts for array in arrays], rebuild
+
+
+def _lead(leaf: Any, position: int) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """Does what `lead` does for one part of a node."""
+    if isinstance(leaf, Folded):
+        return leaf.lead(position)
+    if jnp.ndim(leaf) > position:
+        return [jnp.moveaxis(leaf, position, 0)], lambda slices: slices[0]
+    return [], lambda slices: leaf

@@ -14,11 +14,13 @@ import jax
 from jaxpeft.core.errors import UserError
 from jaxpeft.core.notes import note
 from jaxpeft.lifting import control, moves, products
+from jaxpeft.lifting.coded import Coded
 from jaxpeft.lifting.folded import Axes, Folded, bottom, folded
 from jaxpeft.lifting.interpreter import Context, interpret
 from jaxpeft.lifting.trees import is_node, path_text, traced_shape
 from jaxpeft.lifting.views import UnroutableError, View, fresh
 from jaxpeft.ops.linear import shape_of
+from jaxpeft.ops.quant import QuantTensor
 
 RULES = {**moves.MOVES, **control.RULES}
 
@@ -64,7 +66,7 @@ def lift(function: Callable[..., Any], *, materialize: bool = False) -> Callable
             return function(*args, **kwargs)
         names = [path_text(found[position][0][2:]) for position in at]
         nodes = [_with_array(leaves[position]) for position in at]
-        stand_ins = [traced_shape(folded(node).raw) for node in nodes]
+        stand_ins = [_stand_in(folded(node)) for node in nodes]
         outputs: list[Any] = []
 
         def flat(*arrays: Any) -> list[Any]:
@@ -91,18 +93,26 @@ def lift(function: Callable[..., Any], *, materialize: bool = False) -> Callable
     return lifted
 
 
+def _stand_in(node: Folded) -> jax.ShapeDtypeStruct:
+    """What the function is traced with in the place of a node."""
+    return traced_shape(jax.ShapeDtypeStruct(node.raw_shape, node.dtype))
+
+
 def _with_array(node: Any) -> Any:
     """The node around a `Folded`; an array of a model of ours has its layers in front."""
     inner = bottom(node)
     if isinstance(inner, Folded):
         return node
-    if is_node(inner):
+    coded = isinstance(inner, QuantTensor)
+    if is_node(inner) and not coded:
         raise UserError(f"lift: {type(inner).__name__} is no node around an array.")
-    rank = len(shape_of(inner))
+    shape = shape_of(inner)
+    rank = len(shape)
     axes = Axes((rank - 2,), (rank - 1,), tuple(range(rank - 2)))
+    under = Coded(inner, axes, None, shape) if coded else Folded(inner, axes)
 
     def around(inner: Any) -> Any:
-        return inner.replace(base=around(inner.base)) if is_node(inner) else Folded(inner, axes)
+        return inner.replace(base=around(inner.base)) if hasattr(inner, "base") else under
 
     return around(node)
 

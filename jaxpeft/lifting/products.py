@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.lifting.convolutions import convolution
 from jaxpeft.lifting.folded import Use, folded, lead, refold
 from jaxpeft.lifting.views import Part, UnroutableError, View
 from jaxpeft.ops.linear import Node
@@ -197,5 +198,5 @@ def _supported(node: Any, operation: str) -> Any:
     return getattr(node, operation)
 
 
-USES = {"dot_general": product, "gather": lookup}
+USES = {"dot_general": product, "gather": lookup, "conv_general_dilated": convolution}
 """What nodes answer for, by name of the primitive."""

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxpeft.lifting.folded import Axes
+from jaxpeft.lifting.folded import Axes, Folded
 
 KERNEL, CONVOLUTION, EMBEDDING = "kernel", "convolution", "embedding"
 NORM, BIAS, OTHER, UNUSED = "norm", "bias", "other", "unused"
@@ -22,7 +22,6 @@ class Role:
             or offset of a normalisation), "bias", "other" or "unused".
         axes: What its axes mean, for kernels, convolutions and embeddings; else None.
         of: For a bias, the path of the kernel to whose product it is added.
-        tied: Whether a table is also a kernel.
         why: For "other", what the model does with it.
     """
 
@@ -32,8 +31,23 @@ class Role:
     role: str
     axes: Axes | None = None
     of: str = ""
-    tied: bool = False
     why: str = ""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether several weights are stacked in it, such as those of all layers."""
+        return self.axes is not None and bool(self.axes.stack)
+
+    @property
+    def tied(self) -> bool:
+        """Whether it is a table that is a kernel, too, such as the head."""
+        return self.axes is not None and self.axes.tied
+
+    def fold(self, leaf: Any) -> Folded:
+        """A node that answers for the parameter; it must have axes."""
+        if self.axes is None:
+            raise TypeError(f"{self.path}: a parameter of role {self.role} has no axes.")
+        return Folded(leaf, self.axes)
 
     @property
     def is_linear(self) -> bool:

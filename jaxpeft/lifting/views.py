@@ -65,7 +65,7 @@ class View:
     @property
     def raw_shape(self) -> tuple[int, ...]:
         """The shape of the raw array."""
-        return tuple(folded(self.node).raw.shape)
+        return folded(self.node).raw_shape
 
     @property
     def dtype(self) -> Any:
@@ -112,7 +112,7 @@ class View:
 
 def fresh(node: Any, path: str) -> View:
     """The view of a parameter to which nothing was done."""
-    shape = folded(node).raw.shape
+    shape = folded(node).raw_shape
     return View(node, path, fresh_dims(shape), tuple(range(len(shape))))
 
 

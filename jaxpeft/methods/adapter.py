@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
+from jaxpeft.lifting.folded import Axes
 
 RANK = "rank"
 """The buffer with the rank of every layer of a place, 0 for a layer that is not adapted."""
@@ -45,23 +46,31 @@ class Spec:
         paths: "/"-joined paths of the adapted places, sorted.
         rank: Inner width to which all layers are padded; 0 for families without one.
         options: Further static choices of the family, as sorted pairs.
-        axes: For a model that is not of this package, pairs of a path and the axes of the weight
-            there: inputs, outputs, and axes of a stack (see `jaxpeft.lifting.folded.Axes`); empty
-            for a bias. For a model of this package there are no pairs.
+        axes: For a model that is not of this package, a pair for each place: its path and what the
+            axes of the weight there mean; None for a leaf that is replaced as it is. For a model
+            of this package there are no pairs.
+        biases: In the same case, pairs of the path of an adapted kernel and that of its bias.
     """
 
     kind: str
     paths: tuple[str, ...]
     rank: int = 0
     options: tuple[tuple[str, Any], ...] = ()
-    axes: tuple[tuple[str, tuple[tuple[int, ...], ...]], ...] = ()
+    axes: tuple[tuple[str, Axes | None], ...] = ()
+    biases: tuple[tuple[str, str], ...] = ()
 
     def stack_axes(self, path: str) -> int:
         """The number of axes over which the weight at a place is stacked."""
-        axes = dict(self.axes).get(path)
-        if axes is None:
+        if not self.axes:
             return int(paths.is_stacked(path))
-        return len(axes[2]) if axes else 0
+        axes = dict(self.axes)[path]
+        return 0 if axes is None else len(axes.stack)
+
+    def bias_of(self, path: str) -> str:
+        """The path of the bias that is added to a kernel's products; "" for none."""
+        if not self.axes:
+            return f"{path.rpartition('/')[0]}/bias"
+        return dict(self.biases).get(path, "")
 
 
 class Label(str):

@@ -17,13 +17,7 @@ from jaxpeft.lifting.roles import Roles
 from jaxpeft.lifting.trees import is_state
 from jaxpeft.methods.adapter import Adapter, Label
 from jaxpeft.methods.family import Leaf, weight_at
-from jaxpeft.methods.foreign import (
-    as_base,
-    folded_tree,
-    is_foreign,
-    put_back,
-    with_axes,
-)
+from jaxpeft.methods.foreign import as_base, as_dicts, fitted, is_foreign, put_back, with_axes
 from jaxpeft.methods.method import Context, Method
 from jaxpeft.methods.mixed import NOT_STACKED, extra_axes, first_of, mixed_leaf
 from jaxpeft.methods.registry import KINDS
@@ -37,6 +31,8 @@ def init_adapter(
     *,
     batches: Any = None,
     roles: Roles | None = None,
+    tied: bool = False,
+    embedding: str = "",
 ) -> Adapter:
     """A new adapter of `method`.
 
@@ -47,22 +43,35 @@ def init_adapter(
         key: Typed PRNG key (``jax.random.key(0)``).
         batches: Batches for the training step, for initialisations from data.
         roles: For parameters of a model that is not ours, what `jaxpeft.describe` found.
+        tied: With roles: a table that is also a kernel, such as the head, is adapted for both uses.
+        embedding: With roles: the path of the table whose rows stand for tokens, for soft prompts
+            and trained tokens; needed if the model has several tables.
 
     Returns:
         An adapter that leaves the model's function unchanged. Exceptions are some soft prompts,
         and LoftQ, which compensates the error of quantising the base.
 
     Raises:
-        UserError: If a target pattern matches no module, or the method needs something that is
-            missing.
+        UserError: If a target pattern matches no module, the method needs something that is
+            missing, or parameters that are not ours come without roles.
     """
     if roles is not None:
         method.check_any_model()
-        adapter = method.init(as_base(base, roles), key, Context(batches=batches))
-        axes = with_axes(roles, adapter.spec.paths)
-        return dataclasses.replace(adapter, spec=dataclasses.replace(adapter.spec, axes=axes))
-    if isinstance(base, Mapping):
+        tree = as_base(base, roles, embedding)
+        return with_axes(method.init(tree, key, Context(batches=batches)), tree, roles, tied)
+    if tied or embedding:
+        raise UserError(
+            "init_adapter: tied and embedding are for models that are not of jaxpeft; they go with "
+            "roles=."
+        )
+    if paths.is_own(base):
         return method.init(dict(base), key, Context(batches=batches))
+    if not hasattr(base, "config"):
+        raise UserError(
+            "init_adapter: these are not the parameters of a model of jaxpeft, and what a model "
+            "does with its parameters is not guessed; pass roles=jaxpeft.describe(function, "
+            "params, inputs)."
+        )
     context = Context(base.config, base.module, base.tokenizer, batches)
     adapter = method.init(base.params, key, context)
     name, revision = Label(base.name), Label(base.revision)
@@ -103,8 +112,7 @@ def bind(
     """
     adapters = adapters_of(adapter, weights)
     if is_foreign(params, adapters):
-        given, params = params, folded_tree(params, adapters)
-        tree = put_back(given, _bound(params, adapters, index, dropout_key))
+        tree = put_back(params, _bound(as_dicts(params), adapters, index, dropout_key))
         whole = is_state(tree) or not isinstance(tree, Mapping) or "params" in tree
         return tree if whole else {"params": tree}
     tree, shared = take_shared(_bound(params, adapters, index, dropout_key))
@@ -120,8 +128,9 @@ def _bound(params: dict, adapters: Sequence[Adapter], index: Any, dropout_key: A
             key = jax.random.fold_in(key, position)
         if index is not None and extra_axes(one) == 0:
             raise UserError(NOT_STACKED)
+        tree = fitted(tree, one)
         leaves = make_leaves(tree, one, key)
-        check_leaves(leaves, params, one if index is None else first_of(one))
+        check_leaves(leaves, fitted(params, one), one if index is None else first_of(one))
         require_unchanged(one, changed)
         for leaf in leaves:
             leaf = after_others(leaf, tree)
@@ -233,6 +242,8 @@ def make_leaf(tree: dict, adapter: Adapter, path: str, key: Any = None) -> Leaf:
         key=key,
         stack=_stack_of(base, path),
         bound=tree,
+        bias=adapter.spec.bias_of(path),
+        own=not adapter.spec.axes,
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from jaxpeft.core import paths
 from jaxpeft.core.array_role import ORDINARY, ArrayRole
 from jaxpeft.core.errors import UserError
+from jaxpeft.lifting.folded import Folded, bottom
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.method import Method
 from jaxpeft.methods.peft.values import PeftFormat
@@ -45,6 +46,8 @@ class Leaf:
         key: Typed PRNG key of this step and place, or None to drop nothing.
         stack: The sizes of the axes over which the arrays are stacked; empty for one kernel.
         bound: The tree as bound so far, for neighbours such as a kernel's bias.
+        bias: The path of the bias that is added to the kernel's products; "" for none.
+        own: Whether the base is a model of this package.
     """
 
     path: str
@@ -56,10 +59,16 @@ class Leaf:
     key: Any = None
     stack: tuple[int, ...] = ()
     bound: dict = dataclasses.field(default_factory=dict)
+    bias: str = ""
+    own: bool = True
 
-    def beside(self, name: str) -> str:
-        """The path of another leaf of the same module: ``beside("bias")``."""
-        return f"{self.path.rpartition('/')[0]}/{name}"
+    @property
+    def is_table(self) -> bool:
+        """Whether the place is an embedding table."""
+        inner = bottom(self.base)
+        if isinstance(inner, Folded):
+            return inner.axes.table
+        return self.own and self.path == paths.EMBEDDING
 
     def keys(self) -> Any:
         """The key as a leaf of a node: one key per layer if layers are stacked; None stays None."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.lifting.folded import Folded
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.binding import (
     adapters_of,
@@ -15,15 +16,10 @@ from jaxpeft.methods.binding import (
     make_leaves,
     require_unchanged,
 )
-from jaxpeft.methods.foreign import (
-    folded_tree,
-    is_foreign,
-    put_back,
-    unfolded_leaves,
-)
+from jaxpeft.methods.foreign import as_dicts, fitted, is_foreign, put_back
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.linear import dtype_of
-from jaxpeft.ops.quant import QuantTensor
+from jaxpeft.ops.quant import is_coded
 
 
 def merge(params: Any, adapter: Adapter | Sequence[Adapter]) -> Any:
@@ -44,8 +40,7 @@ def merge(params: Any, adapter: Adapter | Sequence[Adapter]) -> Any:
     """
     adapters = adapters_of(adapter)
     if is_foreign(params, adapters):
-        base = folded_tree(params, adapters)
-        return put_back(params, unfolded_leaves(base, _merged(base, adapters)))
+        return put_back(params, _merged(as_dicts(params), adapters))
     paths.require_tree(params)
     return _merged(params, adapters)
 
@@ -58,8 +53,9 @@ def _merged(params: dict, adapters: Sequence[Adapter]) -> dict:
         kind = KINDS[one.spec.kind]
         if kind.no_merge:
             raise UserError(f"an adapter of kind {kind.name!r} cannot be merged: {kind.no_merge}")
+        tree = fitted(tree, one)
         leaves = make_leaves(tree, one)
-        check_leaves(leaves, params, one)
+        check_leaves(leaves, fitted(params, one), one)
         require_unchanged(one, changed)
         if parted and paths.EMBEDDING in one.spec.paths and not unties(params, one):
             raise UserError(
@@ -75,7 +71,9 @@ def _merged(params: dict, adapters: Sequence[Adapter]) -> dict:
             for place, array in kind.merge(leaf, nodes).items():
                 before = paths.get(tree, place)
                 before = leaf.base if before is None and place == leaf.path else before
-                merged[place] = array if before is None else array.astype(dtype_of(before))
+                array = array if before is None else array.astype(dtype_of(before))
+                folds = isinstance(before, Folded) and place == leaf.path
+                merged[place] = before.unfold(array) if folds else array
         if unties(tree, one) and paths.HEAD not in merged:
             merged[paths.HEAD], parted = paths.get(tree, paths.EMBEDDING).T, True
         tree = paths.put(tree, merged)
@@ -83,7 +81,7 @@ def _merged(params: dict, adapters: Sequence[Adapter]) -> dict:
 
 
 def _require_unquantized(params: dict, adapter: Adapter) -> None:
-    coded = [p for p in adapter.spec.paths if isinstance(paths.get(params, p), QuantTensor)]
+    coded = [p for p in adapter.spec.paths if is_coded(paths.get(params, p))]
     if coded:
         raise UserError(
             f"merge: {len(coded)} kernels of this base are quantised: {first_few(coded)}; merge "
@@ -95,7 +93,9 @@ def _require_unquantized(params: dict, adapter: Adapter) -> None:
 
 def unties(params: dict, adapter: Adapter) -> bool:
     """Whether an adapter of a tied model changes the table for look-ups, but not for the head."""
-    if paths.get(params, paths.HEAD) is not None or paths.EMBEDDING not in adapter.spec.paths:
+    if adapter.spec.axes or paths.EMBEDDING not in adapter.spec.paths:
+        return False
+    if paths.get(params, paths.HEAD) is not None:
         return False
     node = KINDS[adapter.spec.kind].bind(make_leaf(params, adapter, paths.EMBEDDING))
     return bool(getattr(node[paths.EMBEDDING], "attends_base", False))

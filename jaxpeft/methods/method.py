@@ -124,8 +124,8 @@ class Method(Record, abc.ABC):
             UserError: It cannot.
         """
         raise UserError(
-            f"{self.name}: not supported yet for models that are not of this package; methods that "
-            "change kernels are, such as LoRA."
+            f"{self.name}: is for models of jaxpeft alone; methods that change kernels, such as "
+            "LoRA, work with every model."
         )
 
     def check_quantization(self, quantization: str | None, double: bool) -> None:

@@ -31,7 +31,7 @@ from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import RANK, Adapter
 from jaxpeft.methods.family import Leaf
 from jaxpeft.methods.registry import KINDS
-from jaxpeft.ops.linear import Node, OnBase, Transposed, attend, embed, linear
+from jaxpeft.ops.linear import Node, OnBase, Operation, Transposed, attend, embed, linear, through
 
 NOT_STACKED = "index: the adapters are not stacked; use jaxpeft.stack_adapters([...])."
 
@@ -88,6 +88,14 @@ class Mixed(OnBase):
         if self.attends_base:
             return attend(x, self.base)
         return self._by_row(lambda node, row: attend(row, node), x)
+
+    def through(self, x: Any, operation: Operation) -> Any:
+        """Does the operation to every row of `x` with that row's weight.
+
+        Raises:
+            UserError: The batch has another number of rows than the index.
+        """
+        return self._by_row(lambda node, row: through(row[None], node, operation)[0], x)
 
     def _by_row(self, operation: Callable[[Any, Any], Any], x: Any) -> Any:
         index = self.shared["index"]

@@ -10,6 +10,7 @@ model code calls   an array does            a node answers        shapes
 ``linear(x, w)``   ``x @ w``                ``multiply(x)``       (*, d_in) -> (*, d_out)
 ``embed(ids, t)``  ``t[ids]``               ``lookup(ids)``       (*,) -> (*, d_model)
 ``attend(x, t)``   ``x @ t.T`` in float32   ``attend(x)``         (*, d_model) -> (*, vocab)
+``through``        ``op(x, w)``             ``through(x, op)``    (*, c_in) -> (*, d_out)
 ``materialize(w)`` itself                   ``materialize()``     the logical shape
 ``shape_of(w)``    ``w.shape``              ``shape``             (d_in, d_out), (vocab, d_model)
 ``dtype_of(w)``    ``w.dtype``              ``dtype``             the dtype of the base
@@ -35,7 +36,7 @@ A method adds a node class (a node around a base derives from `OnBase`); nothing
 sharded base.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import flax.struct
@@ -45,6 +46,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.ops.products import kept, product, scores
+
+Operation = Callable[[Any, Any], Any]
+"""An operation of an input and a kernel that is linear in the kernel, see `Node.through`."""
 
 PRODUCT = "product"
 """The tag of products with kernels, for policies of ``jax.checkpoint``; see `linear`."""
@@ -107,6 +111,19 @@ class Node:
             TypeError: The node's class does not define it.
         """
         raise self._unsupported("attend")
+
+    def through(self, x: Any, operation: Operation) -> Any:
+        """The result of an operation that is linear in the weight, such as a convolution.
+
+        Args:
+            x: The operation's other input.
+            operation: ``operation(x, kernel)`` takes a kernel ``(d_in, n)`` for any ``n``, and
+                gives a result ``(*, n)`` in the dtype of `x`.
+
+        Raises:
+            TypeError: The node's class does not define `materialize`.
+        """
+        return operation(x, self.materialize())
 
     def materialize(self) -> Float[Array, "..."]:
         """The weight as one array.
@@ -211,6 +228,11 @@ def attend(x: Float[Array, "*batch d_model"], table: Any) -> Float[Array, "*batc
     if isinstance(table, Node):
         return table.attend(x)
     return scores(x, table.astype(x.dtype))
+
+
+def through(x: Any, weight: Any, operation: Operation) -> Any:
+    """The result of an operation that is linear in a weight, see `Node.through`."""
+    return weight.through(x, operation) if isinstance(weight, Node) else operation(x, weight)
 
 
 def materialize(weight: Any) -> Any:

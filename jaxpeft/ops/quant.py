@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxpeft.core import paths
-from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.core.errors import UserError
 from jaxpeft.core.foreign_names import quantization_advice
 from jaxpeft.ops.linear import Node
 from jaxpeft.ops.products import product
@@ -226,42 +226,6 @@ def nf4_round_trip(kernel: Float[Array, "*stack d_in d_out"]) -> Float[Array, "*
     return quantize_kernel(kernel).dequantize()
 
 
-def quantize(
-    params: Mapping, quant_type: str = "nf4", *, double: bool = False, head: bool = False
-) -> dict:
-    """Quantises the kernels of a base's layers; embeddings, norms and biases stay as they are.
-
-    Args:
-        params: Base parameters.
-        quant_type: "nf4", "int4" or "int8".
-        double: Quantise the scales to 8 bits too.
-        head: Quantise an untied head's kernel as well.
-
-    Returns:
-        The same tree with a `QuantTensor` in place of every such kernel.
-
-    Raises:
-        UserError: If the type is unknown, or kernels are quantised already.
-
-    Example:
-        >>> params = {"layers": {"mlp": {"up_proj": {"kernel": jnp.ones((2, 64, 8))}}}}
-        >>> quantize(params)["layers"]["mlp"]["up_proj"]["kernel"].nbytes
-        576
-    """
-    check_quant_type(quant_type)
-    paths.require_tree(params)
-    leaves = paths.flatten(params)
-    chosen = [path for path in leaves if is_quantized(path, head)]
-    coded = [path for path in chosen if isinstance(leaves[path], QuantTensor)]
-    if coded:
-        raise UserError(
-            f"quantize: {len(coded)} kernels are quantised already: {first_few(coded)}."
-        )
-    return paths.unflatten(
-        leaves | {path: quantize_kernel(leaves[path], quant_type, double) for path in chosen}
-    )
-
-
 def check_quant_type(quant_type: str | None, double: bool = False) -> None:
     """Checks a type of quantisation.
 
@@ -285,6 +249,11 @@ def check_quant_type(quant_type: str | None, double: bool = False) -> None:
 def is_quantized(path: str, head: bool = False) -> bool:
     """Whether the leaf at `path` is a kernel that `quantize` quantises."""
     return path.endswith("/kernel") and (head or path != paths.HEAD)
+
+
+def is_coded(weight: Any) -> bool:
+    """Whether a weight is quantised: a `QuantTensor`, or a node of another shape around one."""
+    return isinstance(getattr(weight, "raw", weight), QuantTensor)
 
 
 def scheme_of(params: Mapping) -> str:

@@ -22,12 +22,13 @@ from jaxpeft.files.folders import require_replaceable, write_folder
 from jaxpeft.files.json_file import json_bytes, read_json
 from jaxpeft.files.locate import locate_adapter
 from jaxpeft.files.storage import StoragePath
+from jaxpeft.lifting.folded import Axes
 from jaxpeft.lifting.roles import Roles
 from jaxpeft.lifting.trees import named_leaves
 from jaxpeft.mesh.processes import is_first
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.binding import check_fit
-from jaxpeft.methods.foreign import folded_tree
+from jaxpeft.methods.foreign import as_dicts, fitted
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.linear import SHARED
 
@@ -35,7 +36,15 @@ RECORD = "jaxpeft_adapter.json"
 TENSORS = "adapter.safetensors"
 FORMAT = 1
 FILES = frozenset({RECORD, TENSORS})
-FIELDS = {"kind": str, "rank": int, "paths": list, "options": dict, "axes": dict, "base": dict}
+FIELDS = {
+    "kind": str,
+    "rank": int,
+    "paths": list,
+    "options": dict,
+    "axes": dict,
+    "biases": dict,
+    "base": dict,
+}
 
 
 def save(folder: StoragePath, adapter: Adapter, params: Any) -> None:
@@ -53,7 +62,7 @@ def save(folder: StoragePath, adapter: Adapter, params: Any) -> None:
     from safetensors.numpy import save as pack
 
     require_replaceable(folder, FILES)
-    check_fit(folded_tree(params, [adapter]), adapter)
+    check_fit(fitted(as_dicts(params), adapter), adapter)
     arrays = {
         name: np.array(leaf, order="C")
         for part in ("params", "buffers")
@@ -67,7 +76,8 @@ def save(folder: StoragePath, adapter: Adapter, params: Any) -> None:
         "rank": spec.rank,
         "paths": spec.paths,
         "options": dict(spec.options),
-        "axes": dict(spec.axes),
+        "axes": {path: axes and dataclasses.asdict(axes) for path, axes in spec.axes},
+        "biases": dict(spec.biases),
         "base": {path: tuple(leaves[path].shape) for path in spec.paths},
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -110,7 +120,7 @@ def load(
     arrays = _read_arrays(folder, record)
     parts = paths.unflatten(arrays)
     adapter = Adapter(parts.get("params", {}), parts.get("buffers", {}), spec)
-    check_fit(folded_tree(params, [adapter]), adapter)
+    check_fit(fitted(as_dicts(params), adapter), adapter)
     return jax.tree.map(jnp.asarray, adapter)
 
 
@@ -131,10 +141,18 @@ def _read_spec(place: StoragePath, record: Mapping[str, Any]) -> Spec:
             paths=_tuples(record["paths"]),
             rank=record["rank"],
             options=tuple((key, _tuples(value)) for key, value in record["options"].items()),
-            axes=tuple((key, _tuples(value)) for key, value in record["axes"].items()),
+            axes=tuple((path, _axes(value)) for path, value in record["axes"].items()),
+            biases=tuple(record["biases"].items()),
         )
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise UserError(f"{place}: damaged: {error}.") from None
+
+
+def _axes(values: Any) -> Axes | None:
+    """The meaning of a weight's axes, from its fields."""
+    if values is None:
+        return None
+    return Axes(**{name: _tuples(value) for name, value in values.items()})
 
 
 def _tuples(value: Any) -> Any:
@@ -153,17 +171,16 @@ def _check_model(
         )
     axes = dict(spec.axes)
     for path in spec.paths:
-        shape, axes_now = _tuples(base.get(path)), roles[path].axes
-        now = () if axes_now is None else dataclasses.astuple(axes_now)
+        shape, now = _tuples(base.get(path)), roles[path].axes
         if shape != tuple(leaves[path].shape):
             raise UserError(
                 f"{place}: {path}: the adapter was made for shape {shape}, the model has "
                 f"{tuple(leaves[path].shape)} there; it is another model."
             )
-        if path in axes and axes[path] != now:
+        if axes.get(path) not in (None, now):
             raise UserError(
-                f"{place}: {path}: the adapter was made for the axes {axes[path]} (inputs, "
-                f"outputs, stack), the model has {now}; it is another model."
+                f"{place}: {path}: the adapter was made for {axes[path]}, the model has {now}; it "
+                "is another model."
             )
 
 

@@ -12,7 +12,7 @@ from jaxpeft.mesh import placement
 from jaxpeft.mesh.layouts import Layout
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.method import Context
-from jaxpeft.ops.quant import quantize
+from jaxpeft.methods.quantizing import quantize
 from jaxpeft.pretrained.model import Model
 from jaxpeft.training.checks import starts_dense
 from jaxpeft.training.init_from import load_start

@@ -15,7 +15,7 @@ from jaxpeft.data.batches import Plan
 from jaxpeft.data.encode import Examples
 from jaxpeft.data.settings import DataConfig
 from jaxpeft.mesh import layouts, placement
-from jaxpeft.ops.quant import quantize
+from jaxpeft.methods.quantizing import quantize
 from jaxpeft.training.rows import Rows
 from jaxpeft.training.run import Run
 

@@ -1,5 +1,7 @@
 """`describe`: roles come from the trace, whatever parameters are called."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ def rms(x, scale):
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
 
 
+TABLE = Axes((0,), (1,), table=True)
 CASES = {
     "kernel": (lambda p, x: x @ p, (4, 5), "kernel", Axes((0,), (1,))),
     "turned kernel": (lambda p, x: x @ p.T, (5, 4), "kernel", Axes((1,), (0,))),
@@ -49,12 +52,12 @@ CASES = {
         "kernel",
         Axes((2,), (3,), (0, 1)),
     ),
-    "table": (lambda p, x: p[x.astype(jnp.int32)], (9, 5), "embedding", Axes((0,), (1,))),
+    "table": (lambda p, x: p[x.astype(jnp.int32)], (9, 5), "embedding", TABLE),
     "tied table": (
         lambda p, x: p[x.astype(jnp.int32)] @ p.T,
         (9, 5),
         "embedding",
-        Axes((0,), (1,)),
+        dataclasses.replace(TABLE, tied=True),
     ),
     "norm": (lambda p, x: rms(x, p), (4,), "norm", None),
     "norm around one": (lambda p, x: rms(x, 1 + p), (4,), "norm", None),

@@ -19,8 +19,9 @@ from jaxpeft.mesh import layouts, placement
 from jaxpeft.methods.algebra.merge_quantized import merge_quantized
 from jaxpeft.methods.binding import bind
 from jaxpeft.methods.merging import merge
+from jaxpeft.methods.quantizing import quantize
 from jaxpeft.ops.linear import linear
-from jaxpeft.ops.quant import QuantTensor, quantize, quantize_kernel
+from jaxpeft.ops.quant import QuantTensor, quantize_kernel
 
 KINDS = ("nf4", "int4", "int8")
 LEVELS = {

@@ -34,7 +34,7 @@ from jaxpeft.methods.peft.modules import (
     targets_value,
 )
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
-from jaxpeft.ops.linear import OnBase, linear, materialize, shape_of
+from jaxpeft.ops.linear import OnBase, Operation, linear, materialize, shape_of, through
 
 FEEDFORWARD = ("down_proj",)
 """Modules that PEFT scales before the kernel if no feed-forward modules are given."""
@@ -80,13 +80,14 @@ class IA3(Method):
         del key, context
         sites = paths.match(self.targets, self.exclude, paths.module_names(params))
         patterns = self.feedforward
-        for form in [patterns] if isinstance(patterns, str) else [(item,) for item in patterns]:
-            if form and not any(paths.name_matches(form, name) for name in sites):
+        one = isinstance(patterns, str) or callable(patterns)
+        for form in [patterns] if one else [(item,) for item in patterns]:
+            if form and not any(paths.selects(form, name, site) for name, site in sites.items()):
                 raise UserError(
                     f"IA3.feedforward: {form!r} matches none of the targets; name it in "
                     "IA3.targets too, or leave it out of IA3.feedforward."
                 )
-        names = {name for name in sites if paths.name_matches(self.feedforward, name)}
+        names = {n for n, site in sites.items() if paths.selects(self.feedforward, n, site)}
         feedforward = feedforward_paths(sites, names, "IA3.feedforward")
         vectors, buffers = {}, {}
         for path, rank in selected_layers(params, sites).items():
@@ -151,6 +152,13 @@ class IA3Kernel(OnBase):
             return linear((x.astype(scale.dtype) * scale).astype(x.dtype), self.base)
         return (linear(x, self.base).astype(scale.dtype) * scale).astype(x.dtype)
 
+    def through(self, x: Any, operation: Operation) -> Any:
+        """Scales the result of another operation; scaled inputs need the scaled kernel."""
+        if self.feedforward:
+            return operation(x, self.materialize())
+        scale = scale_of(self.l, self.rank)
+        return (through(x, self.base, operation).astype(scale.dtype) * scale).astype(x.dtype)
+
     def materialize(self) -> Float[Array, "*stack d_in d_out"]:
         """The scaled kernel in float32, rounded to the base's dtype; also of a stack."""
         scale = scale_of(self.l, self.rank)
@@ -168,10 +176,10 @@ def bind(leaf: Leaf) -> dict[str, Any]:
     vector, rank = leaf.params["l"], leaf.buffers["rank"]
     feedforward = leaf.path in leaf.options["feedforward"]
     bound = {leaf.path: IA3Kernel(leaf.base, vector, rank, feedforward=feedforward)}
-    bias = paths.get(leaf.bound, leaf.beside("bias"))
+    bias = paths.get(leaf.bound, leaf.bias)
     if bias is not None and not feedforward:
         scale = scale_of(vector, rank).reshape(bias.shape)
-        bound[leaf.beside("bias")] = bias.astype(jnp.float32) * scale
+        bound[leaf.bias] = bias.astype(jnp.float32) * scale
     return bound
 
 

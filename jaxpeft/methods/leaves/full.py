@@ -23,6 +23,9 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
 
+    def check_any_model(self) -> None:
+        """It can: it replaces the leaves as they are."""
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """Copies all base leaves in float32; `key` and `context` are not used.
 

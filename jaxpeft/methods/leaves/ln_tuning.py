@@ -35,7 +35,8 @@ class LNTuning(Method):
 
     Attributes:
         targets: Norms: names and suffixes, or a regex matched in full, as in PEFT. The norms of
-            queries and keys (``q_norm``, ``k_norm``) are trained if they are named.
+            queries and keys (``q_norm``, ``k_norm``) are trained if they are named. In a model
+            that is not ours, all norms by default, with their offsets.
         exclude: Norms to leave alone, in the same forms; wins over `targets`.
     """
 
@@ -48,6 +49,9 @@ class LNTuning(Method):
         keep_names(self, "targets", "exclude")
         if not self.targets or self.targets == paths.ALL_LINEAR:
             raise ValueError(f"LNTuning.targets must name norms, got {self.targets!r}.")
+
+    def check_any_model(self) -> None:
+        """It can: norms are known by their role."""
 
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """Copies the chosen scales; `key` and `context` are not used.
@@ -64,9 +68,10 @@ class LNTuning(Method):
             UserError: If a pattern matches no norm.
         """
         del key, context
-        chosen = paths.match(
-            self.targets, self.exclude, paths.module_names(params, LEAF), what="norm"
-        )
+        sites, targets = paths.module_names(params, LEAF), self.targets
+        if isinstance(params, paths.NamedTree) and targets == DEFAULT_TARGETS:
+            targets = ".*"
+        chosen = paths.match(targets, self.exclude, sites, what="norm")
         return selected_replacement(self.name, params, chosen)
 
 

@@ -21,7 +21,7 @@ from jaxpeft.lifting.folded import Folded
 from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.ops.linear import materialize, shape_of
-from jaxpeft.ops.quant import QuantTensor
+from jaxpeft.ops.quant import is_coded
 
 ARRAYS = {"value": ArrayRole(replaces="whole")}
 """The roles of a trained copy for code outside of its family."""
@@ -33,6 +33,7 @@ def replacement(kind: str, leaves: dict[str, Any]) -> Adapter:
     Raises:
         UserError: There are only shapes, or a leaf is quantised.
     """
+    leaves = {path: _as_it_is(leaf) for path, leaf in leaves.items()}
     require_dense(kind, leaves)
     values = {path: {"value": jnp.array(leaf, jnp.float32)} for path, leaf in leaves.items()}
     return Adapter(paths.unflatten(values), {}, Spec(kind=kind, paths=tuple(sorted(leaves))))
@@ -50,11 +51,16 @@ def require_dense(kind: str, leaves: Mapping[str, Any]) -> None:
     """
     for path, leaf in leaves.items():
         require_values(leaf, f"{path}: {kind!r} starts from the base's own values")
-        if isinstance(leaf, QuantTensor):
+        if is_coded(leaf):
             raise UserError(
                 f"{path}: is quantised, and {kind!r} trains it itself; load the base without "
                 "quantization."
             )
+
+
+def _as_it_is(leaf: Any) -> Any:
+    """A leaf as the model has it, which is replaced whole."""
+    return leaf.raw if isinstance(leaf, Folded) else leaf
 
 
 def bind_value(leaf: Leaf) -> dict[str, Any]:
@@ -83,7 +89,9 @@ def selected_replacement(kind: str, params: dict, sites: Mapping[str, paths.Site
         and the buffer ``rank``.
     """
     values, buffers = {}, {}
-    require_dense(kind, {site.path: paths.get(params, site.path) for site in sites.values()})
+    leaves = {site.path: _as_it_is(paths.get(params, site.path)) for site in sites.values()}
+    require_dense(kind, leaves)
+    params = paths.put(params, leaves)
     for path, rank in selected_layers(params, sites).items():
         base = jnp.asarray(materialize(paths.get(params, path)), jnp.float32)
         values[path] = {"value": jnp.where(_over(rank, base), base, 0.0)}

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxpeft.core import paths
 from jaxpeft.core.array_role import ArrayRole
 from jaxpeft.core.errors import UserError
+from jaxpeft.lifting.folded import Folded
 from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.ops.linear import OnBase, attend, embed, linear, materialize, shape_of
@@ -138,7 +139,7 @@ def start(params: dict, path: str, ids: Sequence[int], owner: str) -> tuple[dict
 
     Args:
         params: Base parameters.
-        path: One of `PLACES`; the head of a tied model has the table's rows.
+        path: A table, or the kernel of a head; the head of a tied model has the table's rows.
         ids: Tokens, see `check_ids`.
         owner: The config's field, for errors.
 
@@ -149,7 +150,7 @@ def start(params: dict, path: str, ids: Sequence[int], owner: str) -> tuple[dict
         UserError: If an id is beyond the vocabulary, or there are only shapes.
     """
     own = paths.get(params, path)
-    kernel = path == paths.HEAD and own is not None
+    kernel = own is not None and not paths.is_table(params, path)
     weight = own if own is not None else paths.get(params, paths.EMBEDDING)
     require_known(ids, shape_of(weight)[1 if kernel else 0], owner)
     require_values(weight, f"{owner}: trained tokens start from rows of the base")
@@ -173,7 +174,7 @@ def require_known(ids: Sequence[int], vocab_size: int, where: Any) -> None:
 
 def bind(leaf: Leaf) -> dict[str, Any]:
     """The node for the table or the head."""
-    node = TokenTable if leaf.path == paths.EMBEDDING else TokenHead
+    node = TokenTable if leaf.is_table else TokenHead
     buffers = leaf.buffers
     return {leaf.path: node(leaf.base, leaf.params["rows"], buffers["ids"], buffers["rank"])}
 
@@ -184,11 +185,15 @@ def check(params: dict, adapter: Adapter) -> None:
     Raises:
         UserError: Rows have another width.
     """
-    for path in PLACES:
+    for path in adapter.spec.paths:
         rows = paths.get(adapter.params, f"{path}/rows")
         if rows is None:
             continue
-        width = shape_of(paths.get(params, paths.EMBEDDING))[1]
+        weight = paths.get(params, path)
+        if isinstance(weight, Folded):
+            width = shape_of(weight)[1 if weight.axes.table else 0]
+        else:
+            width = shape_of(paths.get(params, paths.EMBEDDING))[1]
         if rows.shape[-1] != width:
             raise UserError(
                 f"{path}: the adapter has rows of {rows.shape[-1]} numbers, this base has rows of "

@@ -36,7 +36,8 @@ class TrainableTokens(Method):
     Attributes:
         token_ids: Ids of the tokens, each one once.
         targets: The weights with trained rows: names, or a regex matched in full, as in PEFT.
-            ``embed_tokens`` is the embedding table, ``lm_head`` a head that is not tied to it.
+            ``embed_tokens`` is the embedding table, ``lm_head`` a head that is not tied to it. In
+            other models, the table by default, or the names of tables and kernels.
     """
 
     name: ClassVar[str] = "trainable_tokens"
@@ -53,6 +54,9 @@ class TrainableTokens(Method):
                 f"TrainableTokens.targets must be embed_tokens or lm_head, got {self.targets!r}."
             )
 
+    def check_any_model(self) -> None:
+        """It can: tokens are rows of a table, or columns of a kernel."""
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """Copies the base's rows; `key` and `context` are not used.
 
@@ -68,8 +72,11 @@ class TrainableTokens(Method):
             UserError: If an id is beyond the vocabulary, or a target is missing.
         """
         del key, context
-        chosen = paths.match(self.targets, (), _sites(params), what="embedding table or head")
-        places = sorted(site.path for site in chosen.values())
+        if isinstance(params, paths.NamedTree) and self.targets == DEFAULT_TARGETS:
+            places = [paths.table_of(params)]
+        else:
+            chosen = paths.match(self.targets, (), _sites(params), what="embedding table or head")
+            places = sorted(site.path for site in chosen.values())
         trained, frozen = {}, {}
         for path in places:
             trained[path], frozen[path] = token_rows.start(
@@ -81,6 +88,11 @@ class TrainableTokens(Method):
 
 def _sites(params: dict) -> dict[str, paths.Site]:
     """The modules whose rows can be trained, by name."""
+    if isinstance(params, paths.NamedTree):
+        kernels = paths.module_names(params)
+        return paths.module_names(params, "embedding") | {
+            name: site for name, site in kernels.items() if not site.row.stacked
+        }
     return {
         paths.module_name(path): paths.Site(path, None)
         for path in token_rows.PLACES

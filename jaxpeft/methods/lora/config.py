@@ -16,6 +16,7 @@ References:
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Mapping
@@ -41,7 +42,14 @@ from jaxpeft.methods.lora.peft import config
 from jaxpeft.methods.method import NO_CONTEXT, Context, Method
 from jaxpeft.methods.peft.values import Values
 from jaxpeft.ops.linear import shape_of
-from jaxpeft.ops.quant import QuantTensor
+from jaxpeft.ops.quant import is_coded
+
+_ONLY_OURS = {
+    "layers": "name layers in targets, by paths or a predicate over rows",
+    "layers_pattern": "name layers in targets, by paths or a predicate over rows",
+    "head_token_ids": "train columns of a head with TrainableTokens, whose targets name it",
+}
+"""Fields of `LoRA` that have no meaning for other models, and what to do there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,16 +145,18 @@ class LoRA(Method):
         starts.check_quantization(self, quantization, double)
 
     def check_any_model(self) -> None:
-        """Checks that no field names parts that only models of this package have.
+        """Checks that no field needs what only models of this package have.
 
         Raises:
             UserError: One does.
         """
-        fields = ("layers", "layers_pattern", "lora_bias", "save_modules", "token_ids")
-        if used := [name for name in (*fields, "head_token_ids") if getattr(self, name)]:
+        for field, way in _ONLY_OURS.items():
+            if getattr(self, field):
+                raise UserError(f"LoRA.{field}: is for models of jaxpeft; {way}.")
+        if self.needs_batches:
             raise UserError(
-                f"LoRA.{used[0]}: not supported yet for models that are not of this package; leave "
-                "it out."
+                "LoRA.init_weights 'eva': is for models of jaxpeft, whose modules show the inputs "
+                "of their kernels; choose another start, such as 'pissa'."
             )
 
     @property
@@ -178,20 +188,21 @@ class LoRA(Method):
         places = lora_select.by_path(modules.values(), params)
         width = max(int(ranks.max()) for ranks, _ in places.values())
         factors, buffers, first = {}, {}, {}
+        is_table = functools.partial(paths.is_table, params)
         if self.init_weights == "eva":  # the table has no inputs
-            kernels = {path: place for path, place in places.items() if path != paths.EMBEDDING}
+            kernels = {path: place for path, place in places.items() if not is_table(path)}
             first, changed = eva.start(self, params, kernels, key, context)
             places |= changed
             width = max(width, *(a.shape[-1] for a in first.values()))
         for path, (ranks, scales) in places.items():
             path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
             kernel = weight_at(params, path)
-            if context.shapes_only and isinstance(kernel, QuantTensor):
+            if context.shapes_only and is_coded(kernel):
                 kernel = jnp.zeros(shape_of(kernel))  # LoftQ cannot use codes
             if path in first:
                 a, b = first[path], jnp.zeros((*ranks.shape, width, shape_of(kernel)[-1]))
             else:
-                start = self._start_table if path == paths.EMBEDDING else self._start
+                start = self._start_table if is_table(path) else self._start
                 a, b = start(path_key, kernel, ranks, scales, width)
             factors[path] = {"a": a, "b": b}
             buffers[path] = {

@@ -13,6 +13,7 @@ Reference:
     https://arxiv.org/abs/2402.09353, equations 5 and 6.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -23,7 +24,7 @@ from jaxtyping import Array, Float
 
 from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.methods.lora.nodes import drop, low_rank
-from jaxpeft.ops.linear import PRODUCT, OnBase, linear, materialize
+from jaxpeft.ops.linear import PRODUCT, OnBase, Operation, linear, materialize, through
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -79,26 +80,36 @@ class DoRAKernel(OnBase):
         Returns:
             Activations in the dtype of `x`, computed in float32 and rounded once.
         """
-        y, g = linear(x, self.base), self.factor()
+        low = low_rank(self._dropped(x), self.a, self.b, self.scale)
+        return self._scaled(x, low, lambda h: linear(h, self.base))
+
+    def through(self, x: Any, operation: Operation) -> Any:
+        """As `multiply`, with another operation in the place of the products."""
+        low = (operation(self._dropped(x), self.a) * self.scale) @ self.b
+        return self._scaled(x, low, lambda h: through(h, self.base, operation))
+
+    def _dropped(self, x: Any) -> Any:
         h = x.astype(self.a.dtype)
-        if self.key is not None:
-            h = drop(h, self.dropout, self.key)
-        low = low_rank(h, self.a, self.b, self.scale)
+        return h if self.key is None else drop(h, self.dropout, self.key)
+
+    def _scaled(self, x: Any, low: Any, with_base: Callable[[Any], Any]) -> Any:
+        y, g = with_base(x), self.factor()
         if self.key is None:
             return (g * checkpoint_name(y.astype(low.dtype) + low, PRODUCT)).astype(x.dtype)
-        low, again = checkpoint_name(low, PRODUCT), linear(h.astype(x.dtype), self.base)
+        low, again = checkpoint_name(low, PRODUCT), with_base(self._dropped(x).astype(x.dtype))
         return (y.astype(low.dtype) + (g - 1) * again.astype(low.dtype) + g * low).astype(x.dtype)
 
     def materialize(self) -> Float[Array, "*stack d_in d_out"]:
         """``g * (base + scale * a @ b)`` in float32, rounded to the base's dtype; also of a stack.
 
-        The norm is computed from the sum itself.
+        The norm is computed from the sum itself, and is a constant for differentiation here, too.
         """
         scale = jnp.asarray(self.scale, jnp.float32)[..., None, None]
         total = materialize(self.base).astype(jnp.float32)
         total += scale * jnp.matmul(self.a, self.b, precision=HIGHEST)
         rank = jnp.asarray(self.rank)[..., None]
-        return (_over(self.m, base_norm(total), rank)[..., None, :] * total).astype(self.dtype)
+        norm = jax.lax.stop_gradient(base_norm(total))
+        return (_over(self.m, norm, rank)[..., None, :] * total).astype(self.dtype)
 
 
 def base_norm(kernel: Any) -> Float[Array, "*stack d_out"]:

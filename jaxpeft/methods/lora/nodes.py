@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpeft.core.backend import choices
-from jaxpeft.ops.linear import PRODUCT, OnBase, linear, materialize
+from jaxpeft.ops.linear import PRODUCT, OnBase, Operation, linear, materialize, through
 
 
 @flax.struct.dataclass
@@ -56,10 +56,19 @@ class LoRAKernel(OnBase):
             Array([3., 2.], dtype=float32)
         """  # noqa: E501
         y = linear(x, self.base)
+        return self._sum(x, y, low_rank(self._dropped(x), self.a, self.b, self.scale))
+
+    def through(self, x: Any, operation: Operation) -> Any:
+        """``operation`` with the base and with A; B then multiplies the result."""
+        y = through(x, self.base, operation)
+        low = checkpoint_name(operation(self._dropped(x), self.a), PRODUCT)
+        return self._sum(x, y, (low * self.scale) @ self.b)
+
+    def _dropped(self, x: Any) -> Any:
         h = x.astype(self.a.dtype)
-        if self.key is not None:
-            h = drop(h, self.dropout, self.key)
-        low = low_rank(h, self.a, self.b, self.scale)
+        return h if self.key is None else drop(h, self.dropout, self.key)
+
+    def _sum(self, x: Any, y: Any, low: Any) -> Any:
         low = low if self.bias is None else low + self.bias * self.scale
         return (y.astype(low.dtype) + low).astype(x.dtype)
 

@@ -56,7 +56,7 @@ class Sort:
 
 def bind_factors(leaf: Leaf) -> dict[str, Any]:
     """The node for a kernel or the embedding table, adapted with LoRA or DoRA."""
-    if leaf.path == paths.EMBEDDING:
+    if leaf.is_table:
         return table.bind(leaf)
     if leaf.options.get("dora"):
         return dora.bind(leaf)
@@ -81,13 +81,13 @@ def merge_factors(leaf: Leaf, nodes: dict[str, Any]) -> dict[str, Any]:
     """
     merged = merge_leaf(leaf, nodes)
     if "bias" in leaf.params:
-        bias = paths.get(leaf.bound, leaf.beside("bias"))
+        bias = paths.get(leaf.bound, leaf.bias)
         if bias is None:
             raise UserError(
                 f"{leaf.path}: a LoRA with lora_bias cannot be merged into a module without a bias."
             )
-        scale = leaf.buffers["scale"][..., None]
-        merged[leaf.beside("bias")] = bias.astype(jnp.float32) + scale * leaf.params["bias"]
+        change = leaf.buffers["scale"][..., None] * leaf.params["bias"]
+        merged[leaf.bias] = bias.astype(jnp.float32) + change.reshape(bias.shape)
     return merged
 
 

@@ -58,7 +58,7 @@ class LookupTable(OnBase):
 def bind(leaf: Leaf) -> dict[str, Any]:
     """The trained copy, in the layers in which it is trained."""
     nodes = bind_selected(leaf)
-    if leaf.path == paths.EMBEDDING and paths.get(leaf.bound, paths.HEAD) is None:
+    if leaf.own and leaf.is_table and paths.get(leaf.bound, paths.HEAD) is None:
         return {leaf.path: LookupTable(leaf.base, nodes[leaf.path])}
     return nodes
 

@@ -35,7 +35,7 @@ from jaxpeft.methods.family import Leaf, require_values
 from jaxpeft.methods.lora.nodes import LoRAKernel
 from jaxpeft.methods.peft.patterns import is_count
 from jaxpeft.ops.linear import materialize, shape_of
-from jaxpeft.ops.quant import QuantTensor, nf4_round_trip
+from jaxpeft.ops.quant import is_coded, nf4_round_trip
 
 SUBTRACTED = ("pissa", "olora")
 """Initialisations whose first product must be subtracted from the kernel."""
@@ -134,7 +134,7 @@ def of_stack(
         if name in NEEDS_WEIGHTS:
             require_values(kernel, f"LoRA.init_weights {name!r} decomposes the base's kernels")
         kernel = jnp.zeros((*stack, d_in, d_out))
-    if name == "loftq" and isinstance(kernel, QuantTensor):
+    if name == "loftq" and is_coded(kernel):
         raise UserError(
             "LoRA.init_weights 'loftq' starts from what quantisation lost, and this base is "
             "quantised already; initialise on the weights it was made from, then quantise them."

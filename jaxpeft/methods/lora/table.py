@@ -6,6 +6,8 @@ at random normal numbers, the reverse of a kernel's factors. There is no dropout
 
 Only look-ups change. A tied head still scores with the base's rows, as in HF PEFT, unless the head
 is adapted as well with factors of its own. Merging such a table gives the model a separate head.
+The table of a model that is not ours can have no second head, so there the change is that of both
+uses.
 
 With DoRA there is a magnitude for each of the ``d`` columns.
 
@@ -15,7 +17,7 @@ References:
     HF PEFT 0.21, ``tuners/lora/layer.py``, ``Embedding``.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.struct
 import jax
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxpeft.lifting.folded import Folded, bottom
 from jaxpeft.methods.family import Leaf
 from jaxpeft.methods.lora import dora
 from jaxpeft.methods.lora.nodes import product_of
@@ -40,13 +43,19 @@ class LoRATable(OnBase):
         a: ``(vocab, rank)``, float32.
         b: ``(rank, d_model)``, float32.
         scale: Scalar.
+        tied: Whether scores see the change, too.
     """
 
     base: Any
     a: Any
     b: Any
     scale: Any
-    attends_base: ClassVar[bool] = True
+    tied: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def attends_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether scores are those of the base's rows."""
+        return not self.tied
 
     def branch(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
         """The change of the rows; zero for ids of virtual tokens, which are beyond the table."""
@@ -59,8 +68,12 @@ class LoRATable(OnBase):
         return (rows.astype(self.a.dtype) + self.branch(ids)).astype(rows.dtype)
 
     def attend(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
-        """Scores of the base's rows."""
-        return attend(x, self.base)
+        """Scores of the base's rows, in a tied table of the changed ones; in float32."""
+        scores = attend(x, self.base)
+        if not self.tied:
+            return scores
+        low = (x.astype(self.b.dtype) @ self.b.T) * self.scale
+        return scores + low @ self.a.T
 
     def materialize(self) -> Float[Array, "vocab d_model"]:
         """``base + scale * a @ b`` in float32, rounded to the base's dtype."""
@@ -94,6 +107,10 @@ class DoRATable(LoRATable):
             table, self.a, self.b, self.m, self.norm, self.scale, self.rank
         ).factor()
 
+    def attend(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        """Scores of the base's rows, in a tied table of the changed ones; in float32."""
+        return super().attend((x * self.factor()).astype(x.dtype) if self.tied else x)
+
     def lookup(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
         """Rows of ``g * (base + scale * a @ b)`` in the dtype of the base, rounded once."""
         rows = embed(ids, self.base)
@@ -122,14 +139,14 @@ def start(
 
 def bind(leaf: Leaf) -> dict[str, Any]:
     """The node for the table, adapted with LoRA or DoRA."""
-    params, buffers = leaf.params, leaf.buffers
+    params, buffers, inner = leaf.params, leaf.buffers, bottom(leaf.base)
+    tied = isinstance(inner, Folded) and inner.axes.tied
+    parts = leaf.base, params["a"], params["b"], buffers["scale"]
     if not leaf.options.get("dora"):
-        return {leaf.path: LoRATable(leaf.base, params["a"], params["b"], buffers["scale"])}
+        return {leaf.path: LoRATable(*parts, tied=tied)}
     node = DoRATable(
-        leaf.base,
-        params["a"],
-        params["b"],
-        buffers["scale"],
+        *parts,
+        tied=tied,
         m=params["m"],
         norm=buffers["norm"],
         rank=buffers["rank"],

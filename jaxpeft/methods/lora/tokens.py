@@ -53,15 +53,17 @@ def start(config: Any, params: dict, taken: Mapping[str, dict]) -> tuple[dict, d
             tied head should have other rows than its table.
     """
     asked = {path: ids for path, field in FIELDS.items() if (ids := getattr(config, field))}
+    if isinstance(params, paths.NamedTree) and asked:
+        asked = {paths.table_of(params): config.token_ids}
     trained, frozen = {}, {}
     for path, ids in asked.items():
-        name = paths.module_name(path)
+        name, field = paths.module_name(path), FIELDS.get(path, "token_ids")
         if path in taken:
             raise UserError(
-                f"LoRA.{FIELDS[path]}: {name} is adapted or saved whole as well; take it out of "
+                f"LoRA.{field}: {name} is adapted or saved whole as well; take it out of "
                 "targets and save_modules, or train no tokens of it."
             )
-        trained[path], frozen[path] = token_rows.start(params, path, ids, f"LoRA.{FIELDS[path]}")
+        trained[path], frozen[path] = token_rows.start(params, path, ids, f"LoRA.{field}")
     if paths.EMBEDDING in asked and paths.get(params, paths.HEAD) is None:
         if paths.HEAD in asked:
             raise UserError(
@@ -78,7 +80,10 @@ def start(config: Any, params: dict, taken: Mapping[str, dict]) -> tuple[dict, d
 
 def fields(adapter: Adapter) -> dict[str, Any]:
     """The fields of the config that trained rows determine."""
-    return {FIELDS[path]: token_rows.ids_of(adapter, path) for path in adapter.spec.paths}
+    return {
+        FIELDS.get(path, "token_ids"): token_rows.ids_of(adapter, path)
+        for path in adapter.spec.paths
+    }
 
 
 # HF PEFT.

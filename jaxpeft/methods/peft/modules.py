@@ -51,6 +51,11 @@ def modules_of(adapter: Adapter) -> Iterator[tuple[str, str, Any]]:
     """
     for path in adapter.spec.paths:
         rank = np.asarray(paths.get(adapter.buffers, f"{path}/{RANK}"))
+        if adapter.spec.axes:  # of a model that is not ours: one name, whatever is stacked
+            first = (0,) * rank.ndim
+            if rank[first] > 0:
+                yield path.replace("/", "."), path, first
+            continue
         for layer in range(len(rank)) if paths.is_stacked(path) else [None]:
             index = () if layer is None else layer
             if rank[index] > 0:

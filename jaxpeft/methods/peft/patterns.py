@@ -16,12 +16,15 @@ def keep_names(config: Any, *fields: str) -> None:
     """Makes tuples of a config's fields that list names of modules; regexes stay text.
 
     Raises:
-        ValueError: A field is neither, or its regex is malformed.
+        ValueError: A field is neither, nor a predicate, or its regex is malformed.
     """
     for field in fields:
         value, where = getattr(config, field), f"{type(config).__name__}.{field}"
+        if callable(value):
+            continue
         if isinstance(value, str):
-            check_regex(where, value)
+            if "/" not in value:  # else it is the pattern of a path
+                check_regex(where, value)
         elif isinstance(value, Iterable) and all(isinstance(name, str) for name in value):
             object.__setattr__(config, field, tuple(value))
         else:

@@ -60,6 +60,14 @@ class MultitaskPromptTuning(Method):
         """Virtual tokens in front of every segment."""
         return self.num_tokens
 
+    def check_any_model(self) -> None:
+        """Checks that its start needs no tokenizer.
+
+        Raises:
+            UserError: It does.
+        """
+        prompt.require_no_text(self)
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new prompt; the tasks' factors are normal with standard deviation 0.02, as in PEFT.
 
@@ -75,7 +83,8 @@ class MultitaskPromptTuning(Method):
             UserError: If there is no tokenizer for "text", or the text gives no ids of the
                 vocabulary.
         """
-        table = paths.get(params, paths.EMBEDDING)
+        path = paths.table_of(params)
+        table = paths.get(params, path)
         vocab_size, width = shape_of(table)
         keys = jax.random.split(key, 3)
         shared = prompt.first_rows(
@@ -84,7 +93,7 @@ class MultitaskPromptTuning(Method):
         cols = jax.random.normal(keys[1], (self.num_tasks, self.num_tokens, self.rank))
         rows = jax.random.normal(keys[2], (self.num_tasks, self.rank, width))
         arrays = {"prompt": shared, "cols": STDDEV * cols, "rows": STDDEV * rows}
-        return prompt.prompt_adapter(self.name, arrays, vocab_size, num_tasks=self.num_tasks)
+        return prompt.prompt_adapter(self.name, arrays, vocab_size, path, num_tasks=self.num_tasks)
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:

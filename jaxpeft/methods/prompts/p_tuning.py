@@ -68,6 +68,9 @@ class PTuning(Method):
         """Virtual tokens in front of every segment."""
         return self.num_tokens
 
+    def check_any_model(self) -> None:
+        """It can: virtual tokens are rows behind those of the table."""
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new prompt and encoder, with PEFT's distributions.
 
@@ -84,7 +87,8 @@ class PTuning(Method):
             embedding table.
         """
         del context
-        vocab_size, width = shape_of(paths.get(params, paths.EMBEDDING))
+        path = paths.table_of(params)
+        vocab_size, width = shape_of(paths.get(params, path))
         hidden = self.hidden_size or width
         arrays: dict[str, Any] = {"prompt": jax.random.normal(key, (self.num_tokens, width))}
         shapes = encoder_shapes(self.encoder, width, hidden)
@@ -93,7 +97,7 @@ class PTuning(Method):
             name_key = jax.random.fold_in(key, number)
             arrays[name] = jax.random.uniform(name_key, shape, minval=-bound, maxval=bound)
         options = {"encoder": self.encoder, "hidden_size": hidden}
-        return prompt.prompt_adapter(self.name, arrays, vocab_size, **options)
+        return prompt.prompt_adapter(self.name, arrays, vocab_size, path, **options)
 
 
 def encoder_shapes(

@@ -87,6 +87,17 @@ class PrefixTuning(Method):
         if self.hidden_size is not None:
             require_count(self, "hidden_size")
 
+    def check_any_model(self) -> None:
+        """Refuses other models.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            "prefix_tuning: its keys and values enter the attention of models of jaxpeft alone; "
+            "take prompt_tuning."
+        )
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new prefix; it changes what the model computes from the start.
 

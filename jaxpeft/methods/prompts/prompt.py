@@ -63,6 +63,14 @@ class PromptTuning(Method):
         """Virtual tokens in front of every segment."""
         return self.num_tokens
 
+    def check_any_model(self) -> None:
+        """Checks that its start needs no tokenizer.
+
+        Raises:
+            UserError: It does.
+        """
+        require_no_text(self)
+
     def init(self, params: dict, key: jax.Array, context: Context = NO_CONTEXT) -> Adapter:
         """A new prompt; it changes what the model computes from the start.
 
@@ -77,9 +85,10 @@ class PromptTuning(Method):
         Raises:
             UserError: If there is no tokenizer for "text", or it gives no ids of the vocabulary.
         """
-        table = paths.get(params, paths.EMBEDDING)
+        path = paths.table_of(params)
+        table = paths.get(params, path)
         rows = first_rows(self.initial, self.num_tokens, table, key, self.text, context.tokenizer)
-        return prompt_adapter(self.name, {"prompt": rows}, shape_of(table)[0])
+        return prompt_adapter(self.name, {"prompt": rows}, shape_of(table)[0], path)
 
 
 def require_start(method: Any) -> None:
@@ -93,6 +102,19 @@ def require_start(method: Any) -> None:
         raise ValueError(
             f'{type(method).__name__}.text must be given with initial "text" and only then, got '
             f"{method.text!r} with {method.initial!r}."
+        )
+
+
+def require_no_text(method: Any) -> None:
+    """Checks that the start of a prompt for a model that is not ours is no text.
+
+    Raises:
+        UserError: It is one.
+    """
+    if method.text:
+        raise UserError(
+            f"{type(method).__name__}.text: is for models of jaxpeft, which come with their "
+            'tokenizer; choose initial "sampled" or "random".'
         )
 
 
@@ -131,16 +153,19 @@ def text_ids(text: str, count: int, vocab_size: int, tokenizer: Any) -> Int[Arra
     return jnp.array((list(ids) * -(-count // len(ids)))[:count], jnp.int32)
 
 
-def prompt_adapter(kind: str, params: dict, vocab_size: int, **options: Any) -> Adapter:
+def prompt_adapter(
+    kind: str, params: dict, vocab_size: int, path: str = paths.EMBEDDING, **options: Any
+) -> Adapter:
     """An adapter with trained arrays at the embedding table, for ids from `vocab_size` on."""
     pairs = tuple(sorted({"vocab_size": vocab_size, **options}.items()))
-    spec = Spec(kind=kind, paths=(paths.EMBEDDING,), options=pairs)
-    return Adapter(paths.unflatten({paths.EMBEDDING: params}), {}, spec)
+    spec = Spec(kind=kind, paths=(path,), options=pairs)
+    return Adapter(paths.unflatten({path: params}), {}, spec)
 
 
 def arrays_of(adapter: Adapter) -> dict[str, Any]:
     """The trained arrays of a soft prompt by name."""
-    return paths.get(adapter.params, paths.EMBEDDING)
+    (path,) = adapter.spec.paths
+    return paths.get(adapter.params, path)
 
 
 def bind(leaf: Leaf) -> dict[str, Any]:
@@ -168,12 +193,13 @@ def check(params: dict, adapter: Adapter) -> None:
     Raises:
         UserError: The table has another size.
     """
-    ours = shape_of(paths.get(params, paths.EMBEDDING))
+    (path,) = adapter.spec.paths
+    ours = shape_of(paths.get(params, path))
     width = arrays_of(adapter)["prompt"].shape[-1]
     theirs = (dict(adapter.spec.options)["vocab_size"], width)
     if theirs != ours:
         raise UserError(
-            f"{paths.EMBEDDING}: the adapter was made for shape {theirs}, this base has {ours}; "
+            f"{path}: the adapter was made for shape {theirs}, this base has {ours}; "
             "it belongs to another model."
         )
 
