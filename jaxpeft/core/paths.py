@@ -234,9 +234,20 @@ def path_matches(pattern: str, path: str) -> bool:
         >>> [path_matches("**/mlp/*", path) for path in ("mlp/kernel", "a/b/mlp/bias", "mlp/a/b")]
         [True, True, False]
     """
-    text = re.escape(pattern).replace(r"\*\*/", "(.*/)?").replace(r"\*\*", ".*")
-    text = text.replace(r"\*", "[^/]*")
-    return re.fullmatch(text, path) is not None
+    return captures(pattern, path) is not None
+
+
+def captures(pattern: str, path: str) -> tuple[str, ...] | None:
+    """What the stars of a pattern match, see `path_matches`; None if the path does not fit.
+
+    Example:
+        >>> captures("layers/*/mlp/*", "layers/3/mlp/up")
+        ('3', 'up')
+    """
+    text = re.escape(pattern).replace(r"\*\*/", "((?:.*/)?)").replace(r"\*\*", "(.!)")
+    text = text.replace(r"\*", "([^/]*)").replace("(.!)", "(.*)")
+    found = re.fullmatch(text, path)
+    return found and found.groups()
 
 
 def match(

@@ -58,5 +58,5 @@ class Coded(Folded):
         """``x`` times the kernel, which is read in the dtype in which the model multiplies."""
         del contracted, left
         use = self.use
-        own = use is not None and x.dtype == use.out
-        return self.raw.multiply(x.astype(use.x) if own else x).astype(x.dtype)
+        inner = x if use is None or x.dtype != use.out else x.astype(use.x)
+        return self.raw.multiply(inner).astype(x.dtype)

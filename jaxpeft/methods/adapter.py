@@ -50,6 +50,8 @@ class Spec:
             axes of the weight there mean; None for a leaf that is replaced as it is. For a model
             of this package there are no pairs.
         biases: In the same case, pairs of the path of an adapted kernel and that of its bias.
+        names: While such an adapter is written for PEFT, pairs of a path and the name of PEFT's
+            module, with "{layer}" for the index in a stack.
     """
 
     kind: str
@@ -58,6 +60,7 @@ class Spec:
     options: tuple[tuple[str, Any], ...] = ()
     axes: tuple[tuple[str, Axes | None], ...] = ()
     biases: tuple[tuple[str, str], ...] = ()
+    names: tuple[tuple[str, str], ...] = ()
 
     def stack_axes(self, path: str) -> int:
         """The number of axes over which the weight at a place is stacked."""

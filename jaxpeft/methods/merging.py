@@ -72,8 +72,7 @@ def _merged(params: dict, adapters: Sequence[Adapter]) -> dict:
                 before = paths.get(tree, place)
                 before = leaf.base if before is None and place == leaf.path else before
                 array = array if before is None else array.astype(dtype_of(before))
-                folds = isinstance(before, Folded) and place == leaf.path
-                merged[place] = before.unfold(array) if folds else array
+                merged[place] = before.unfold(array) if isinstance(before, Folded) else array
         if unties(tree, one) and paths.HEAD not in merged:
             merged[paths.HEAD], parted = paths.get(tree, paths.EMBEDDING).T, True
         tree = paths.put(tree, merged)
@@ -83,11 +82,14 @@ def _merged(params: dict, adapters: Sequence[Adapter]) -> dict:
 def _require_unquantized(params: dict, adapter: Adapter) -> None:
     coded = [p for p in adapter.spec.paths if is_coded(paths.get(params, p))]
     if coded:
+        way = "(load_model without quantization)" if not adapter.spec.axes else "(before quantize)"
+        again = (
+            ", or call merge_quantized of jaxpeft.methods.algebra.merge_quantized, which rounds "
+            "the sum to codes again"
+        )
         raise UserError(
             f"merge: {len(coded)} kernels of this base are quantised: {first_few(coded)}; merge "
-            "into the weights it was made from (load_model without quantization), or call "
-            "merge_quantized of jaxpeft.methods.algebra.merge_quantized, which rounds the sum to "
-            "codes again."
+            f"into the weights it was made from {way}{'' if adapter.spec.axes else again}."
         )
 
 

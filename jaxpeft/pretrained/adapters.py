@@ -14,29 +14,29 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxpeft.core.errors import UserError
-from jaxpeft.files import other_folders, storage
+from jaxpeft.files import storage
 from jaxpeft.files.folders import real_path, require_replaceable, write_folder
 from jaxpeft.files.json_file import json_bytes, read_json
 from jaxpeft.files.locate import locate_adapter
-from jaxpeft.files.safetensors_file import read_header
 from jaxpeft.files.storage import StoragePath
-from jaxpeft.files.tensors import decode
 from jaxpeft.lifting.roles import Roles
 from jaxpeft.mesh.processes import is_first
 from jaxpeft.methods.adapter import Adapter, Label, require_own
 from jaxpeft.methods.binding import check_fit
 from jaxpeft.methods.chat_settings import ChatSettings, chat_of
+from jaxpeft.methods.foreign import fitted
 from jaxpeft.methods.peft.config_file import find_config, format_of
+from jaxpeft.methods.peft.named import NamedBase, named_base
 from jaxpeft.methods.peft.values import (
     COMMON,
     CONFIG,
     PeftFormat,
-    Tensors,
     Values,
     require_supported,
 )
@@ -45,9 +45,9 @@ from jaxpeft.pretrained import own_folder
 from jaxpeft.pretrained.base_check import adapter_notes, check_base, describe_base
 from jaxpeft.pretrained.identity import Identity
 from jaxpeft.pretrained.model import Model
+from jaxpeft.pretrained.peft_tensors import TENSORS, tensors_in
 from jaxpeft.pretrained.shapes import load_shapes
 
-TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
 SIDE = "jaxpeft.json"
 FORMAT = 1
@@ -56,7 +56,14 @@ BASE_NAME = "base_model_name_or_path"
 OURS = frozenset({CONFIG, TENSORS, CARD, SIDE})
 
 
-def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Any) -> None:
+def save_adapter(
+    path: str | os.PathLike,
+    adapter: Adapter,
+    base: Any,
+    *,
+    roles: Roles | None = None,
+    names: Mapping[str, str] | None = None,
+) -> None:
     """Writes an adapter as a folder that HF PEFT, vLLM and `load_adapter` read.
 
     For a model that is not of this package, for which PEFT has no names, the folder is of a format
@@ -71,6 +78,10 @@ def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Any) -> None:
         adapter: An adapter of a method that PEFT has too.
         base: The `jaxpeft.Model` it was trained on; for another model its parameters, or their
             shapes.
+        roles: For another model, with `names`: what `jaxpeft.describe` found of it.
+        names: For another model: the names of PEFT's modules by patterns of paths, such as
+            ``{"layers/*/attn/q/kernel": "model.layers.{}.self_attn.q_proj"}``; "{}" stands for what
+            "*" matched, "{layer}" for the index in a stack. The folder is then one of PEFT.
 
     Raises:
         UserError: If PEFT has no such method, if the adapter does not fit `base` or is not finite,
@@ -78,10 +89,14 @@ def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Any) -> None:
         ResourceError: If the disk is full.
     """
     folder = real_path(path)
-    if not isinstance(base, Model):
+    if names is not None:
+        base = _named(base, roles, names)
+        adapter = base.writes(adapter)
+    elif not isinstance(base, Model):
         own_folder.save(folder, adapter, base)
         return
-    require_own(adapter, "save_adapter with a jaxpeft.Model")
+    else:
+        require_own(adapter, "save_adapter with a jaxpeft.Model")
     require_replaceable(folder, OURS)
     peft = KINDS[adapter.spec.kind].peft
     if peft is None:
@@ -89,7 +104,7 @@ def save_adapter(path: str | os.PathLike, adapter: Adapter, base: Any) -> None:
             f"{folder}: PEFT has no folders for adapters of kind {adapter.spec.kind!r}; save the "
             "merged model instead."
         )
-    check_fit(base.params, adapter)
+    check_fit(fitted(base.params, adapter), adapter)
     files = _render(peft, adapter, base)
     if is_first():
         write_folder(folder, files)
@@ -102,6 +117,7 @@ def load_adapter(
     revision: str | None = None,
     allow_other_base: bool = False,
     roles: Roles | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Adapter:
     """Reads a folder of PEFT, or one that `save_adapter` wrote, strictly.
 
@@ -115,6 +131,7 @@ def load_adapter(
         allow_other_base: Accept an adapter that was trained on other weights, or on a base with
             another config or tokenizer.
         roles: For a model that is not of this package, what `jaxpeft.describe` found of it.
+        names: For such a model, to read a folder of PEFT: see `save_adapter`.
 
     Returns:
         The adapter, in float32, ready to train on.
@@ -128,9 +145,14 @@ def load_adapter(
         >>> revision = adapter.base_revision or None  # doctest: +SKIP
         >>> base = jp.load_model(adapter.base_name, revision=revision)  # doctest: +SKIP
     """
-    if roles is not None or (base is not None and not isinstance(base, Model)):
+    named = None if names is None else _named(base, roles, names)
+    if named is None and (roles is not None or not isinstance(base, Model | None)):
         return own_folder.load(path, base, roles, revision)
     folder, place, values, peft = _open_folder(path, revision)
+    if named is not None:
+        named.require_kernels(values, place)
+        adapter = peft.read(Values(values, place, peft.defaults), tensors_in(folder), named)
+        return named.reads(adapter, roles)
     name, version = values.get(BASE_NAME) or "", values.get("revision") or ""
     for key, value in ((BASE_NAME, name), ("revision", version)):
         if not isinstance(value, str):
@@ -140,13 +162,11 @@ def load_adapter(
     if storage.expanded(name).exists():
         version = ""  # a local base has no revision
     base = _shapes_of(place, name, version) if base is None else base
-    file = folder / TENSORS
-    if not file.is_file():
-        raise UserError(f"{folder}: {_no_tensors(folder)}")
+    tensors = tensors_in(folder)
     side = _read_side_file(folder)
     chat = ChatSettings.from_values(side.get("chat", {}), str(folder / SIDE))
     check_base(folder, side.get("base", {}), base, chat.template, allow_other_base)
-    adapter = peft.read(Values(values, place, peft.defaults), _open(file), base)
+    adapter = peft.read(Values(values, place, peft.defaults), tensors, base)
     return dataclasses.replace(
         adapter, base_name=Label(name), base_revision=Label(version), chat=chat.label()
     )
@@ -188,7 +208,7 @@ def peek_kind(path: str | os.PathLike, revision: str | None = None) -> str:
 # Saving.
 
 
-def _render(peft: PeftFormat, adapter: Adapter, base: Model) -> dict[str, bytes]:
+def _render(peft: PeftFormat, adapter: Adapter, base: Model | NamedBase) -> dict[str, bytes]:
     """The content of every file of the folder, `SIDE` last."""
     from safetensors.numpy import save
 
@@ -202,8 +222,10 @@ def _render(peft: PeftFormat, adapter: Adapter, base: Model) -> dict[str, bytes]
     files = {
         CONFIG: json_bytes(values),
         TENSORS: save({key: np.ascontiguousarray(x) for key, x in tensors.items()}, FORMAT_PT),
-        CARD: _card(peft, base.name, sum(x.size for x in tensors.values())).encode(),
     }
+    if isinstance(base, NamedBase):
+        return files
+    files[CARD] = _card(peft, base.name, sum(x.size for x in tensors.values())).encode()
     side = {
         "format": FORMAT,
         "base": describe_base(base, chat_of(adapter).template),
@@ -277,30 +299,18 @@ def _shapes_of(place: StoragePath, name: str, version: str) -> Model:
         ) from error
 
 
-def _open(file: StoragePath) -> Tensors:
-    infos = read_header(file)
-    whole = file.read_bytes() if storage.is_remote(file) else None  # one request, not thousands
+def _named(base: Any, roles: Roles | None, names: Mapping[str, str]) -> NamedBase:
+    """The base with PEFT's names of a model that is not ours.
 
-    def read(key: str) -> np.ndarray:
-        info = infos[key]
-        if whole is not None:
-            raw = np.frombuffer(whole, np.uint8, info.nbytes, offset=info.offset)
-        else:
-            raw = np.fromfile(info.file, np.uint8, info.nbytes, offset=info.offset)
-        return decode(raw, info)
-
-    shapes = {key: info.shape for key, info in infos.items()}
-    return Tensors(file, shapes, {key: info.dtype for key, info in infos.items()}, read)
-
-
-def _no_tensors(folder: StoragePath) -> str:
-    if (folder / "adapter_model.bin").exists():
-        return (
-            "has only adapter_model.bin, a pickle, which can run code and is never opened here; "
-            "save it again with PEFT's save_pretrained(..., safe_serialization=True)."
+    Raises:
+        UserError: It is a model of ours, or there are no roles.
+    """
+    if isinstance(base, Model) or base is None or roles is None:
+        raise UserError(
+            "names: are for models that are not of jaxpeft; they go with the model's parameters "
+            "and roles=jaxpeft.describe(function, params, inputs)."
         )
-    found = "" if storage.is_remote(folder) else other_folders.no_tensors(folder)
-    return f"{found or f'has no {TENSORS}; the download or save is incomplete'}."
+    return named_base(base, roles, names)
 
 
 def _read_side_file(folder: StoragePath) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from jaxpeft.files.folders import require_replaceable, write_folder
 from jaxpeft.files.json_file import json_bytes, read_json
 from jaxpeft.files.locate import locate_adapter
 from jaxpeft.files.storage import StoragePath
-from jaxpeft.lifting.folded import Axes
+from jaxpeft.lifting.folded import Axes, raw_shape
 from jaxpeft.lifting.roles import Roles
 from jaxpeft.lifting.trees import named_leaves
 from jaxpeft.mesh.processes import is_first
@@ -78,7 +78,7 @@ def save(folder: StoragePath, adapter: Adapter, params: Any) -> None:
         "options": dict(spec.options),
         "axes": {path: axes and dataclasses.asdict(axes) for path, axes in spec.axes},
         "biases": dict(spec.biases),
-        "base": {path: tuple(leaves[path].shape) for path in spec.paths},
+        "base": {path: raw_shape(leaves[path]) for path in spec.paths},
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     if is_first():
@@ -172,10 +172,10 @@ def _check_model(
     axes = dict(spec.axes)
     for path in spec.paths:
         shape, now = _tuples(base.get(path)), roles[path].axes
-        if shape != tuple(leaves[path].shape):
+        if shape != raw_shape(leaves[path]):
             raise UserError(
                 f"{place}: {path}: the adapter was made for shape {shape}, the model has "
-                f"{tuple(leaves[path].shape)} there; it is another model."
+                f"{raw_shape(leaves[path])} there; it is another model."
             )
         if axes.get(path) not in (None, now):
             raise UserError(

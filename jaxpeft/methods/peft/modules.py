@@ -49,8 +49,14 @@ def modules_of(adapter: Adapter) -> Iterator[tuple[str, str, Any]]:
         Its full name, its path, and the index of its layer in stacked arrays, as in
         ``np.asarray(leaf)[index]`` (``()`` if nothing is stacked).
     """
+    names = dict(adapter.spec.names)
     for path in adapter.spec.paths:
         rank = np.asarray(paths.get(adapter.buffers, f"{path}/{RANK}"))
+        if path in names:
+            for index in np.ndindex(rank.shape):
+                if rank[index] > 0:
+                    yield names[path].replace("{layer}", "".join(map(str, index))), path, index
+            continue
         if adapter.spec.axes:  # of a model that is not ours: one name, whatever is stacked
             first = (0,) * rank.ndim
             if rank[first] > 0:
