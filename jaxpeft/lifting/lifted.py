@@ -17,6 +17,7 @@ from jaxpeft.lifting import control, moves, products
 from jaxpeft.lifting.coded import Coded
 from jaxpeft.lifting.folded import Axes, Folded, bottom, folded
 from jaxpeft.lifting.interpreter import Context, interpret
+from jaxpeft.lifting.rows import Rows, index_of, map_rows
 from jaxpeft.lifting.trees import is_node, path_text, traced_shape
 from jaxpeft.lifting.views import UnroutableError, View, fresh
 from jaxpeft.ops.linear import shape_of
@@ -25,7 +26,9 @@ from jaxpeft.ops.quant import QuantTensor
 RULES = {**moves.MOVES, **control.RULES}
 
 
-def lift(function: Callable[..., Any], *, materialize: bool = False) -> Callable[..., Any]:
+def lift(
+    function: Callable[..., Any], *, materialize: bool = False, rows: Rows = None
+) -> Callable[..., Any]:
     """A function that computes the same, and takes nodes in the place of parameters.
 
     The function is traced, and every operation that a node enters is answered by the node. No sum
@@ -36,6 +39,8 @@ def lift(function: Callable[..., Any], *, materialize: bool = False) -> Callable
             module's ``apply``. For NNX: ``lambda p, rest, x: nnx.merge(graphdef, p, rest)(x)``.
         materialize: Whether a weight may be formed where a node cannot answer for what is done with
             it; a note says where.
+        rows: For stacked adapters that were bound with an index: the axis of the batch's rows in
+            all inputs and results, or for each positional input its axis, None for one without.
 
     Returns:
         The function. For arguments without nodes it is `function` itself.
@@ -65,6 +70,14 @@ def lift(function: Callable[..., Any], *, materialize: bool = False) -> Callable
         if not at:
             return function(*args, **kwargs)
         names = [path_text(found[position][0][2:]) for position in at]
+        mixed = [name for p, name in zip(at, names, strict=True) if index_of(leaves[p]) is not None]
+        if mixed and rows is None:
+            raise UserError(
+                f"lift: {mixed[0]}: every row of the batch has an adapter of its own; say which "
+                "axis of the inputs has the rows, as in jp.lift(function, rows=0)."
+            )
+        if mixed:
+            return map_rows(lifted, rows, args, kwargs)
         nodes = [_with_array(leaves[position]) for position in at]
         stand_ins = [_stand_in(folded(node)) for node in nodes]
         outputs: list[Any] = []

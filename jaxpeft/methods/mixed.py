@@ -31,7 +31,7 @@ from jaxpeft.core.errors import UserError
 from jaxpeft.methods.adapter import RANK, Adapter
 from jaxpeft.methods.family import Leaf
 from jaxpeft.methods.registry import KINDS
-from jaxpeft.ops.linear import Node, OnBase, Operation, Transposed, attend, embed, linear, through
+from jaxpeft.ops.linear import Node, OnBase, Transposed, attend, embed, linear
 
 NOT_STACKED = "index: the adapters are not stacked; use jaxpeft.stack_adapters([...])."
 
@@ -89,13 +89,38 @@ class Mixed(OnBase):
             return attend(x, self.base)
         return self._by_row(lambda node, row: attend(row, node), x)
 
-    def through(self, x: Any, operation: Operation) -> Any:
-        """Does the operation to every row of `x` with that row's weight.
+    def of_row(self, position: Any, index: Any) -> Any:
+        """The family's own node for one row, see `jaxpeft.lifting.rows`.
 
-        Raises:
-            UserError: The batch has another number of rows than the index.
+        Args:
+            position: The number of the row, for its dropout.
+            index: Its adapter, -1 for none.
         """
-        return self._by_row(lambda node, row: through(row[None], node, operation)[0], x)
+        behind = len(self.shape) - 2
+
+        def chosen(stored: Any) -> Any:
+            return pick(jnp.moveaxis(stored, behind, 0), index[None])[0]
+
+        arrays = jax.tree.map(chosen, (self.params, self.buffers))
+        shared = jax.tree.map(lambda stored: pick(stored, index[None])[0], self.shared["arrays"])
+        key = self.key
+        if key is not None:
+            fold = lambda one: jax.random.fold_in(one, position)  # noqa: E731
+            key = jax.vmap(fold)(key.reshape(-1)).reshape(key.shape) if behind else fold(key)
+        return self._bound(self.base, arrays, shared, key)
+
+    def _bound(self, base: Any, arrays: tuple[dict, dict], shared: dict, key: Any) -> Any:
+        """The family's own node for the arrays of one adapter."""
+        leaf = Leaf(
+            path=self.path,
+            base=base,
+            params=arrays[0],
+            buffers=arrays[1],
+            shared=shared,
+            options=dict(self.options),
+            key=key,
+        )
+        return KINDS[self.kind].bind(leaf)[self.path]
 
     def _by_row(self, operation: Callable[[Any, Any], Any], x: Any) -> Any:
         index = self.shared["index"]
@@ -105,20 +130,10 @@ class Mixed(OnBase):
         arrays = (self.params, self.buffers, self.shared["arrays"])
         picked = jax.tree.map(lambda stored: pick(stored, index), arrays)
         keys = None if self.key is None else jax.random.split(self.key, rows)
-        bind = KINDS[self.kind].bind
 
         def run(picked: Any, key: Any, row: Any) -> Any:
-            params, buffers, shared = picked
-            leaf = Leaf(
-                path=self.path,
-                base=self.base,
-                params=params,
-                buffers=buffers,
-                shared=shared,
-                options=dict(self.options),
-                key=key,
-            )
-            return operation(bind(leaf)[self.path], row)
+            *own, shared = picked
+            return operation(self._bound(self.base, tuple(own), shared, key), row)
 
         return jax.vmap(run)(picked, keys, x)
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from foreign_models import (
     BY_MODEL,
+    METHODS,
     MODELS,
     PROMPTS,
     ROLES,
     Stacked,
     bound,
+    drawn,
     every_model,
     moved,
     start,
@@ -57,10 +59,17 @@ def test_a_new_adapter_changes_nothing_and_a_moved_one_equals_its_merged_weights
     assert np.abs(lifted - base).max() > 1e-2
 
 
-@every_model
-def test_the_merged_change_is_the_scaled_product_in_float64(model):
-    """A and B flatten the kernel's own axes in their order."""
-    params, adapter = MODELS[model][1], moved(start(model, "lora"))
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        *((model, "lora") for model in MODELS),
+        ("vision", "convolutions"),
+        ("pixels", "convolutions"),
+    ],
+)
+def test_the_merged_change_is_the_scaled_product_in_float64(model, name):
+    """A and B flatten the kernel's own axes in their order; A keeps a convolution's window."""
+    params, adapter = MODELS[model][1], moved(start(model, name))
     before, after = named_leaves(params), named_leaves(jp.merge(params, adapter))
     for path in adapter.spec.paths:
         place, buffers = adapter.params, adapter.buffers
@@ -76,9 +85,9 @@ def test_the_merged_change_is_the_scaled_product_in_float64(model):
         change = change.transpose(np.argsort(order))
         actual = np.asarray(after[path], np.float64) - np.asarray(before[path], np.float64)
         np.testing.assert_allclose(actual, change, rtol=1e-5, atol=1e-6)
-    assert adapter.spec.paths == tuple(
-        p for p, row in sorted(ROLES[model].items()) if row.is_linear
-    )
+    wanted = "kernel" if name == "lora" else "convolution"
+    paths = [path for path, row in sorted(ROLES[model].items()) if row.role == wanted]
+    assert adapter.spec.paths == tuple(paths)
 
 
 @every_change
@@ -110,6 +119,10 @@ def test_two_adapters_add_up_and_vmap_runs_several(model):
     both = jax.jit(lambda p: jp.lift(function)(bound(model, p, [first, second]), *inputs))(params)
     merged = jp.merge(jp.merge(params, first), second)
     np.testing.assert_allclose(both, plain(model, merged), rtol=1e-5, atol=1e-5)
+    halves = bound(model, params, [first, first], weights=[0.5, 0.5])
+    np.testing.assert_allclose(
+        jax.jit(jp.lift(function))(halves, *inputs), run(model, first), rtol=1e-5, atol=1e-5
+    )
     stacked = jax.tree.map(lambda *x: jnp.stack(x), first, second)
     several = jax.jit(jax.vmap(lambda a: jp.lift(function)(bound(model, params, a), *inputs)))(
         stacked
@@ -125,7 +138,9 @@ def test_rows_of_a_batch_have_adapters_of_their_own(model):
     rows = len(inputs[-1])
     index = jnp.arange(rows) % 3 - 1
     stacked = jp.stack_adapters(several)
-    mixed = jax.jit(lambda p: jp.lift(function)(bound(model, p, stacked, index=index), *inputs))
+    axes = [None] * (len(inputs) - 1) + [0]
+    lifted = jp.lift(function, rows=axes)
+    mixed = jax.jit(lambda p: lifted(bound(model, p, stacked, index=index), *inputs))
     alone = [plain(model, params), *(run(model, one) for one in several)]
     for row, out in enumerate(mixed(params)):
         np.testing.assert_allclose(out, alone[int(index[row]) + 1][row], rtol=1e-5, atol=1e-5)
@@ -239,3 +254,51 @@ def test_roles_of_another_tree_are_refused():
     method = jp.LoRA(rank=2, targets="all-linear")
     with pytest.raises(jp.UserError, match="not in both the parameters and the roles"):
         jp.init_adapter(method, MODELS["linen"][1], jax.random.key(0), roles=ROLES["scanned"])
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "vera", "ia3 of one", "dropped"])
+def test_rows_may_lie_on_any_axis_and_need_not_be_told_from_the_others_by_size(name):
+    """Time comes first here, and is as long as the batch."""
+
+    def function(params, x, scale):
+        step = lambda h, x: (jnp.tanh(x @ params["w"] + h @ params["u"]), None)  # noqa: E731
+        return (scale * jax.lax.scan(step, jnp.zeros(x.shape[1:]), x)[0])[None]
+
+    params, x = {"w": drawn(8)(4, 4), "u": drawn(9)(4, 4)}, drawn(10)(3, 3, 4)
+    roles = jp.describe(function, params, x, 1.0)
+    others = {
+        "ia3 of one": jp.IA3(targets="all-linear", feedforward=("u",)),
+        "dropped": jp.LoRA(rank=2, dropout=0.5),
+    }
+    method = others.get(name) or METHODS[name]
+    several = [
+        moved(jp.init_adapter(method, params, jax.random.key(3), roles=roles), scale)
+        for scale in (0.1, 0.2)
+    ]
+    stacked, index = jp.stack_adapters(several), np.array([1, -1, 0])
+    key = jax.random.key(5) if name == "dropped" else None
+    apply = jp.lift(function, rows=(1, None))
+    mixed = apply(jp.bind(params, stacked, index=index, dropout_key=key)["params"], x, 1.0)
+    assert mixed.shape == (1, 3, 4)
+    for row, one in enumerate(index):
+        tree = jp.bind(params, None if one < 0 else several[one])["params"]
+        alone = jp.lift(function)(tree, x[:, row : row + 1], 1.0)
+        same = np.allclose(mixed[:, row], alone[:, 0], rtol=1e-5, atol=1e-5)
+        assert same == (name != "dropped" or one < 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, r"lift: .*: every row of the batch has an adapter of its own; say which axis"),
+        (1, r"an input of shape \(3, 8\) has no 3 rows on axis 1"),
+        ((None,), "no input has rows"),
+        ((0, 0), "2 axes for 1 inputs"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(rows, message):
+    function, params, _, inputs = MODELS["unrolled"]
+    stacked = jp.stack_adapters([start("unrolled", "lora")] * 2)
+    tree = bound("unrolled", params, stacked, index=np.zeros(3, np.int32))
+    with pytest.raises(jp.UserError, match=message):
+        jp.lift(function, rows=rows)(tree, *inputs)
