@@ -43,9 +43,9 @@ def describe(function: Callable[..., Any], params: Any, *args: Any, **kwargs: An
         >>> import jax.numpy as jnp
         >>> describe(lambda p, x: x @ p["w"] + p["b"], {"w": jnp.ones((2, 3)), "b": jnp.ones(3)},
         ...          jnp.ones((1, 2)))
-        parameter  shape  role    axes         all-linear
-        b          3      bias    of w
-        w          2 x 3  kernel  in 0, out 1  yes
+        parameter  shape  role    all-linear  axes
+        b          3      bias                of w
+        w          2 x 3  kernel  yes         in 0, out 1
     """
     found, tree = jax.tree_util.tree_flatten_with_path(params)
     names = [path_text(keys) for keys, _ in found]

@@ -37,6 +37,12 @@ class Axes:
     table: bool = False
     tied: bool = False
 
+    def __str__(self) -> str:
+        """The axes in a few words, such as "stack 0, in 1, out 2 3"."""
+        parts = {"stack": self.stack, "in": self.ins, "out": self.outs}
+        listed = (f"{name} {' '.join(map(str, axes))}" for name, axes in parts.items() if axes)
+        return ", ".join(listed)
+
     def without(self, axis: int) -> "Axes":
         """The meaning of the axes that are left when a stack axis is indexed."""
 

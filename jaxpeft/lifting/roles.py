@@ -44,7 +44,11 @@ class Role:
         return self.axes is not None and self.axes.tied
 
     def fold(self, leaf: Any) -> Folded:
-        """A node that answers for the parameter; it must have axes."""
+        """A node that answers for the parameter.
+
+        Raises:
+            TypeError: It has no axes.
+        """
         if self.axes is None:
             raise TypeError(f"{self.path}: a parameter of role {self.role} has no axes.")
         return Folded(leaf, self.axes)
@@ -60,10 +64,7 @@ class Role:
             return f"of {self.of}"
         if self.axes is None:
             return self.why
-        stack, ins, outs = self.axes.stack, self.axes.ins, self.axes.outs
-        parts = [f"stack {_listed(stack)}"] if stack else []
-        parts += [f"in {_listed(ins)}", f"out {_listed(outs)}"]
-        return ", ".join(parts) + (", also the head" if self.tied else "")
+        return str(self.axes) + (", also a kernel" if self.tied else "")
 
 
 class Roles(Mapping[str, Role]):
@@ -82,14 +83,14 @@ class Roles(Mapping[str, Role]):
         return len(self._rows)
 
     def __repr__(self) -> str:
-        head = ("parameter", "shape", "role", "axes", "all-linear")
+        head = ("parameter", "shape", "role", "all-linear", "axes")
         lines = [head] + [
             (
                 row.path,
                 " x ".join(map(str, row.shape)) or "scalar",
                 row.role,
-                row.describe(),
                 "yes" if row.is_linear else "",
+                row.describe(),
             )
             for row in self.values()
         ]
@@ -98,7 +99,3 @@ class Roles(Mapping[str, Role]):
             "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
         )
-
-
-def _listed(axes: tuple[int, ...]) -> str:
-    return " ".join(map(str, axes))

@@ -55,12 +55,13 @@ def as_base(params: Any, roles: Roles, embedding: str = "") -> paths.NamedTree:
         values[path] = leaf if row.axes is None or isinstance(leaf, Folded) else row.fold(leaf)
         if row.role in _LEAVES and not (row.role == names_of_roles.EMBEDDING and row.stacked):
             rows[_LEAVES[row.role]].append(row)
-    sites = {name: dict(_named(some)) for name, some in rows.items() if name != "bias"}
+    added = rows.pop(_LEAVES[names_of_roles.BIAS])
+    sites = {name: dict(_named(some)) for name, some in rows.items()}
     owners = {site.path: name for name, site in sites["kernel"].items()}
-    biases = {row.of: row.path for row in rows["bias"]}
-    sites["bias"] = {
+    biases = {row.of: row.path for row in added}
+    sites[_LEAVES[names_of_roles.BIAS]] = {
         owners[row.of] if biases[row.of] == row.path else row.path: paths.Site(row.path, None, row)
-        for row in rows["bias"]
+        for row in added
     }
     return paths.NamedTree(
         paths.unflatten(values), sites, _table(rows["embedding"], embedding), biases

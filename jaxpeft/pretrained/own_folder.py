@@ -179,8 +179,8 @@ def _check_model(
             )
         if axes.get(path) not in (None, now):
             raise UserError(
-                f"{place}: {path}: the adapter was made for {axes[path]}, the model has {now}; it "
-                "is another model."
+                f"{place}: {path}: the adapter was made for the axes {axes[path]}, the model has "
+                f"{now}; it is another model."
             )
 
 

@@ -133,7 +133,7 @@ jp.generat
 
 
 def test_methods_and_adapters_are_printed_in_a_line():
-    base = {"layers": {"up_proj": {"kernel": jax.numpy.ones((3, 4, 5))}}}
+    base = {"layers": {"mlp": {"up_proj": {"kernel": jax.numpy.ones((3, 4, 5))}}}}
     adapter = jp.init_adapter(jp.LoRA(rank=2, dora=True), base, jax.random.key(0))
     assert repr(adapter) == "Adapter(lora, rank 2, 1 places, 69 trained numbers)"
     assert str(jp.LoRA(rank=2, dora=True)) == "lora(rank=2, dora=True)"

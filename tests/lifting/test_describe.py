@@ -124,13 +124,13 @@ def test_the_table_lists_every_parameter():
     assert (
         str(jp.describe(Net().apply, params, ids))
         == """\
-parameter        shape      role       axes             all-linear
-heads/bias       2 x 3      bias       of heads/kernel
-heads/kernel     4 x 2 x 3  kernel     in 0, out 1 2    yes
-last/kernel      6 x 5      kernel     in 0, out 1      yes
+parameter        shape      role       all-linear  axes
+heads/bias       2 x 3      bias                   of heads/kernel
+heads/kernel     4 x 2 x 3  kernel     yes         in 0, out 1 2
+last/kernel      6 x 5      kernel     yes         in 0, out 1
 norm/bias        6          norm
 norm/scale       6          norm
-words/embedding  7 x 4      embedding  in 0, out 1"""
+words/embedding  7 x 4      embedding              in 0, out 1"""
     )
 
 

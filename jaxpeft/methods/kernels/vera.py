@@ -41,16 +41,7 @@ from jaxpeft.methods.peft.modules import (
     targets_value,
 )
 from jaxpeft.methods.peft.values import PREFIX, PeftFormat, Tensors, Values
-from jaxpeft.ops.linear import (
-    PRODUCT,
-    SHARED,
-    OnBase,
-    Operation,
-    linear,
-    materialize,
-    shape_of,
-    through,
-)
+from jaxpeft.ops.linear import PRODUCT, SHARED, OnBase, linear, materialize, shape_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -181,18 +172,12 @@ class VeRAKernel(OnBase):
 
     def multiply(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """``x (base + (A * d) B * b)``; the branch and the sum in float32, rounded once."""
-        return self._sum(x, linear(x, self.base), jnp.matmul)
-
-    def through(self, x: Any, operation: Operation) -> Any:
-        """As `multiply`, with another operation in the place of the products with base and A."""
-        return self._sum(x, through(x, self.base, operation), operation)
-
-    def _sum(self, x: Any, y: Any, operation: Operation) -> Any:
+        y = linear(x, self.base)
         a, b = self.matrices()
         h = x.astype(self.d.dtype)
         if self.key is not None:
             h = drop(h, self.dropout, self.key)
-        low = checkpoint_name(operation(h, a), PRODUCT)
+        low = checkpoint_name(h @ a, PRODUCT)
         change = checkpoint_name((low * self.d) @ b, PRODUCT) * self.b
         return (y.astype(change.dtype) + change).astype(x.dtype)
 

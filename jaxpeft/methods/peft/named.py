@@ -86,13 +86,13 @@ class NamedBase:
             path
             for path in adapter.spec.paths
             for name in paths.get(adapter.params, path, {})
-            if kind.role(name).replaces == "whole" or name == "rows"
+            if kind.role(name).replaces == "whole"
         ]
-        if lost or whole:
+        if lost or whole or kind.peft is None or kind.peft.type not in KERNELS:
             raise UserError(
-                f"names: {first_few(lost or whole)}: a folder of PEFT by names holds changes of "
-                "kernels that are named, and nothing else; leave names out to save all in a folder "
-                "of our own."
+                f"names: {first_few(lost or whole or [kind.name])}: a folder of PEFT by names "
+                "holds changes of kernels that are named, and nothing else; leave names out to "
+                "save all in a folder of our own."
             )
 
 

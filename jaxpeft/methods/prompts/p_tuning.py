@@ -85,6 +85,9 @@ class PTuning(Method):
         Returns:
             An adapter with the input embeddings ``prompt`` and the encoder's arrays at the
             embedding table.
+
+        Raises:
+            UserError: A model that is not ours has no table, or several.
         """
         del context
         path = paths.table_of(params)
