@@ -31,7 +31,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.adapter import DROPOUT, Adapter, is_named, require_own
+from jaxpeft.methods.adapter import DROPOUT, Adapter, is_named
 from jaxpeft.methods.algebra.low_rank import check_cut, cut, svd_of_product
 from jaxpeft.methods.binding import adapters_of, check_weights
 from jaxpeft.methods.chat_label import joined_chat
@@ -75,17 +75,15 @@ def combine(
             is missing, out of range, or has no meaning in this mode.
     """
     several = adapters_of(adapters)
-    for one in several:
-        require_own(one, "combine")
     _check_options(several, weights, how, rank, energy, density, key)
     sources = [_additive(one, f"adapters[{i}]") for i, one in enumerate(several)]
     scaled = [float(w) * part[2] for w, part in _used(sources, weights)]
     keep = len(set(scaled)) == 1 and scaled[0] > 0
-    widths = {path: _sides(several, path) for path in sorted({*itertools.chain(*sources)})}
+    shapes = {path: _shape(several, path) for path in sorted({*itertools.chain(*sources)})}
     if rank is None and energy is None:
         rank = max(_width(source) for source in sources)
     result: dict[str, list[Any]] = {}
-    for path in widths:
+    for path in shapes:
         depth = len(next(source[path] for source in sources if path in source))
         for layer in range(depth):
             parts = [source[path][layer] if path in source else [] for source in sources]
@@ -100,7 +98,7 @@ def combine(
                 made = cut(*np.linalg.svd(total, full_matrices=False), rank, energy)
             result.setdefault(path, []).append(made)
     scale = scaled[0] if keep and how in SUMS else 1.0
-    made = lora_of(result, widths, scale, _common_dropout(several), several[0])
+    made = lora_of(result, shapes, scale, _common_dropout(several), several)
     return dataclasses.replace(made, chat=joined_chat(several))
 
 
@@ -218,15 +216,14 @@ def drop_entries(change: np.ndarray, density: float, key: Any) -> np.ndarray:
     return change * np.asarray(jax.random.bernoulli(key, density, change.shape)) / density
 
 
-def _sides(several: list[Adapter], path: str) -> tuple[int, int]:
-    """Inputs and outputs of the kernel at a path; adapters for different bases are an error."""
+def _shape(several: list[Adapter], path: str) -> tuple[int, ...]:
+    """The shape of the kernels at a path; adapters for different bases are an error."""
     holders = [one for one in several if path in one.spec.paths]
     found = [KINDS[one.spec.kind].leaf_shape(paths.get(one.params, path)) for one in holders]
     shapes = {shape for shape in found if shape is not None}
     if len(shapes) > 1:
         raise UserError(f"adapters: {path} has shapes {sorted(shapes)}; they have different bases.")
-    shape = shapes.pop()
-    return shape[-2], shape[-1]
+    return shapes.pop()
 
 
 def _common_dropout(several: list[Adapter]) -> float:

@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.core import paths
-from jaxpeft.core.errors import UserError
-from jaxpeft.methods.adapter import Adapter, require_own
+from jaxpeft.core.errors import UserError, first_few
+from jaxpeft.methods.adapter import Adapter
 from jaxpeft.methods.algebra.combine import combine
 from jaxpeft.methods.algebra.low_rank import check_cut, cut, svd_of_product
 from jaxpeft.methods.binding import check_fit, make_leaf
-from jaxpeft.methods.family import Kind, Leaf
+from jaxpeft.methods.family import Kind, Leaf, weight_at
+from jaxpeft.methods.foreign import as_dicts, fitted
 from jaxpeft.methods.lora.plain import lora_of
 from jaxpeft.methods.registry import KINDS
-from jaxpeft.ops.linear import OnBase, materialize
+from jaxpeft.ops.linear import OnBase, materialize, shape_of
 
 
 def to_lora(
@@ -37,7 +38,8 @@ def to_lora(
 
     Args:
         adapter: The adapter.
-        base: The `jaxpeft.Model` it was made for, or its parameters.
+        base: The `jaxpeft.Model` it was made for, or its parameters; of a model that is not ours,
+            any tree of them.
         rank: Singular values to keep of every layer's change.
         energy: Instead of `rank`: the share of the squared norm that each layer must keep. A
             LoRA, also one that starts from PiSSA or OLoRA, needs neither and is converted
@@ -51,22 +53,22 @@ def to_lora(
         UserError: If the adapter cannot be merged, changes what is no kernel, or needs `rank` or
             `energy`.
     """
-    params = base if isinstance(base, Mapping) else base.params
-    require_own(adapter, "to_lora")
+    params = _tree_of(base, adapter)
     kind = KINDS[adapter.spec.kind]
     if rank is None and energy is None:
         _require_products(kind, adapter)
-        check_fit(dict(params), adapter)
+        check_fit(params, adapter)
         return combine([adapter], [1.0], "cat"), dict.fromkeys(adapter.spec.paths, 0.0)
     check_cut(rank, energy)
     if kind.no_merge:
         raise UserError(f"an adapter of kind {kind.name!r} cannot be merged: {kind.no_merge}")
-    check_fit(dict(params), adapter)
-    result, widths, errors = {}, {}, {}
+    check_fit(params, adapter)
+    result, shapes, errors = {}, {}, {}
     for path in adapter.spec.paths:
         made, lost, norm = [], 0.0, 0.0
-        for u, s, vt, count in _decomposed(dict(params), adapter, path):
-            widths[path] = u.shape[0], vt.shape[1]
+        for u, s, vt, count in _decomposed(params, adapter, path):
+            stack = shape_of(weight_at(params, path))[:-2]
+            shapes[path] = *stack, u.shape[0], vt.shape[1]
             factors = cut(u, s[:count], vt, rank, energy) if count else None
             if factors is not None:
                 lost += float(np.sum(s[factors[0].shape[1] :] ** 2))
@@ -76,7 +78,21 @@ def to_lora(
             result[path], errors[path] = made, (lost / norm) ** 0.5 if norm else 0.0
     if not result:
         raise UserError("to_lora: the adapter changes no kernel.")
-    return lora_of(result, widths, 1.0, 0.0, adapter), errors
+    return lora_of(result, shapes, 1.0, 0.0, [adapter]), errors
+
+
+def _tree_of(base: Any, adapter: Adapter) -> dict:
+    """The base's parameters in nested dicts, in the form in which the adapter knows them.
+
+    Raises:
+        UserError: The adapter replaces a kernel of a model that is not ours, whose sides are then
+            not known.
+    """
+    if not adapter.spec.axes:
+        return dict(base if isinstance(base, Mapping) else base.params)
+    if whole := [path for path, axes in adapter.spec.axes if axes is None]:
+        raise UserError(f"to_lora: {first_few(whole)}: is replaced whole; merge it instead.")
+    return fitted(as_dicts(base), adapter)
 
 
 def _require_products(kind: Kind, adapter: Adapter) -> None:
@@ -137,7 +153,7 @@ def _merged_change(
         old = leaf.base if place == leaf.path else paths.get(params, place)
         old = None if old is None else np.asarray(materialize(old), np.float32)
         change = None if old is None else np.asarray(array, np.float32) - old
-        if place == leaf.path and (place.endswith("/kernel") or factored):
+        if place == leaf.path and (place.endswith("/kernel") or factored or not leaf.own):
             result = old, change
         elif change is None or change.any():
             raise UserError(

@@ -6,7 +6,7 @@ rows of tokens) the change of a LoRA is no sum of products.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -48,9 +48,9 @@ def products(adapter: Adapter) -> Products:
                 f"{path}: a LoRA with {first_few(odd)} (DoRA, biases, saved modules, ...) "
                 "is no sum of products; convert it by to_lora with rank= or energy=, or merge it."
             )
+        stack = adapter.spec.stack_axes(path)
         values = {name: np.asarray(value) for name, value in arrays.items()}
-        if not paths.is_stacked(path):
-            values = {name: value[None] for name, value in values.items()}
+        values = {name: value.reshape((-1, *value.shape[stack:])) for name, value in values.items()}
         found[path] = []
         for layer, r in enumerate(values["rank"]):
             scale = float(values["scale"][layer])
@@ -63,17 +63,24 @@ def products(adapter: Adapter) -> Products:
 
 def lora_of(
     layers: Mapping[str, list[Any]],
-    widths: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
     scale: float,
     dropout: float,
-    source: Adapter,
+    sources: Sequence[Adapter],
 ) -> Adapter:
     """A plain LoRA from the factors of every layer, None for layers that are not adapted.
 
-    Base name, revision and chat settings are those of `source`.
+    Args:
+        layers: By path, the factors of every kernel of a stack.
+        shapes: By path, the shape of the stack of kernels.
+        scale: The factor of all products.
+        dropout: The dropout rate.
+        sources: The adapters that it is made of. Base name, revision and chat settings are those of
+            the first.
 
     Raises:
-        UserError: No layer is adapted, so there is no LoRA to make.
+        UserError: No layer is adapted, so there is no LoRA to make, or the adapters were made for
+            different models.
     """
     ranks = {
         path: [0 if f is None else f[0].shape[1] for f in each] for path, each in layers.items()
@@ -83,7 +90,7 @@ def lora_of(
         raise UserError("the adapters change nothing: there is no LoRA to make.")
     trained, frozen = {}, {}
     for path, each in layers.items():
-        (d_in, d_out), count = widths[path], len(each)
+        (*stack, d_in, d_out), count = shapes[path], len(each)
         a, b = (
             np.zeros((count, d_in, width), np.float32),
             np.zeros((count, width, d_out), np.float32),
@@ -100,11 +107,31 @@ def lora_of(
             "dropout": np.full(count, dropout, np.float32),
             "rslora": np.zeros(count, bool),
         }
-        if not paths.is_stacked(path):
-            arrays = {name: value[0] for name, value in arrays.items()}
-        arrays = {name: jnp.asarray(value) for name, value in arrays.items()}
+        arrays = {
+            name: jnp.asarray(value.reshape((*stack, *value.shape[1:])))
+            for name, value in arrays.items()
+        }
         trained[path] = {name: arrays.pop(name) for name in ("a", "b")}
         frozen[path] = arrays
-    spec = Spec(kind="lora", paths=tuple(sorted(layers)), rank=width)
+    chosen = tuple(sorted(layers))
+    spec = Spec(kind="lora", paths=chosen, rank=width, **_of_model(sources, chosen))
     params, buffers = paths.unflatten(trained), paths.unflatten(frozen)
-    return dataclasses.replace(source, params=params, buffers=buffers, spec=spec)
+    return dataclasses.replace(sources[0], params=params, buffers=buffers, spec=spec)
+
+
+def _of_model(sources: Sequence[Adapter], chosen: Sequence[str]) -> dict[str, Any]:
+    """The fields of a `Spec` that tell of a model that is not ours, for some of its places.
+
+    Raises:
+        UserError: The adapters were made for different models.
+    """
+    fields = {}
+    for field in ("axes", "biases"):
+        found: dict[str, Any] = {}
+        for path, value in (pair for one in sources for pair in getattr(one.spec, field)):
+            if found.setdefault(path, value) != value:
+                raise UserError(f"adapters: {path} has other axes; they are for different models.")
+        fields[field] = tuple((path, found[path]) for path in chosen if path in found)
+    if any(bool(one.spec.axes) != bool(sources[0].spec.axes) for one in sources):
+        raise UserError("adapters: some are for a model of jaxpeft, and some for another one.")
+    return fields
