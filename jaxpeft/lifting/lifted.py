@@ -125,6 +125,7 @@ class _Lift(Context):
     def __init__(self, materialize: bool):
         super().__init__()
         self._materialize = materialize
+        self._noted: set[str] = set()
 
     def use(self, eqn: Any, values: list[Any]) -> list[Any]:
         """See `Context.use`."""
@@ -145,5 +146,8 @@ class _Lift(Context):
                 f"{view.path}{where}: {why}, so its adapter cannot be applied without forming the "
                 "whole weight; leave it out of the adapter, or call lift with materialize=True."
             )
-        note(f"{view.path}{where}: {why}; the whole weight is formed there.")
+        text = f"{view.path}{where}: {why}; the whole weight is formed there."
+        if text not in self._noted:
+            note(text)
+        self._noted.add(text)
         return view.materialize()
