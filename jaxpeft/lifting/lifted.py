@@ -64,7 +64,7 @@ def lift(function: Callable[..., Any], *, materialize: bool = False) -> Callable
             return function(*args, **kwargs)
         names = [path_text(found[position][0][2:]) for position in at]
         nodes = [_with_array(leaves[position]) for position in at]
-        stand_ins = [traced_shape(folded(node).raw) for node in nodes]
+        stand_ins = [_stand_in(folded(node).raw) for node in nodes]
         outputs: list[Any] = []
 
         def flat(*arrays: Any) -> list[Any]:
@@ -105,6 +105,11 @@ def _with_array(node: Any) -> Any:
         return inner.replace(base=around(inner.base)) if is_node(inner) else Folded(inner, axes)
 
     return around(node)
+
+
+def _stand_in(raw: Any) -> Any:
+    """The type with which an array is traced; in a ``shard_map`` it says where values differ."""
+    return jax.typeof(raw) if isinstance(raw, jax.Array) else traced_shape(raw)
 
 
 def _output(value: Any, leaves: list, at: list[int], inputs: list[View], context: Context) -> Any:

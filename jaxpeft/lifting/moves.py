@@ -96,10 +96,12 @@ MOVES: dict[str, Rule] = {
     "copy": _same,
     "copy_p": _same,
     "name": _same,
+    "pvary": _same,
     "sharding_constraint": _same,
     "optimization_barrier": _barrier,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
 }
 """By name of the primitive. A constraint on the sharding of a parameter moves nothing here: the
-node's arrays keep the sharding that they have."""
+node's arrays keep the sharding that they have. Inside a ``shard_map`` the node's own products say
+over which devices their operands vary."""

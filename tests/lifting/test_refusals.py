@@ -1,4 +1,4 @@
-"""What no node can answer for: an error that says where, or the whole weight where that is allowed."""
+"""What no node can answer for: an error that says where, or the whole weight where allowed."""
 
 import pathlib
 import re
