@@ -32,6 +32,7 @@ def _within(eqn: Any, closed: Any, values: Sequence[Any], context: Context) -> l
 
 
 def _checkpoint(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+    _require_known(eqn)
     box = _Box(values)
 
     def body(*arrays: Any) -> list[Any]:
@@ -217,7 +218,7 @@ def _require_known(eqn: Any) -> None:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(dialect.INLINED, _inline),
-    **dict.fromkeys(dialect.CHECKPOINT, _checkpoint),
+    dialect.CHECKPOINT: _checkpoint,
     "scan": _scan,
     "while": _while,
     "cond": _cond,
