@@ -19,7 +19,7 @@ from jaxpeft.lifting.roles import Role, Roles
 from jaxpeft.lifting.trees import named_leaves, path_text, traced_shape
 from jaxpeft.lifting.views import UnroutableError, View, fresh
 
-_MOVES = frozenset(moves.MOVES) | {"stop_gradient"}
+_MOVES = frozenset(moves.MOVES)
 _ROOTS = ("rsqrt", "sqrt")
 
 

@@ -40,7 +40,7 @@ def lift(function: Callable[..., Any], *, materialize: bool = False) -> Callable
 
     Raises:
         UserError: A node cannot answer for an operation. The message has the parameter's path, the
-            primitive, and the line of the model.
+            primitive, and the line of the model. Or an array is sharded over Explicit mesh axes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -64,6 +64,7 @@ def lift(function: Callable[..., Any], *, materialize: bool = False) -> Callable
             return function(*args, **kwargs)
         names = [path_text(found[position][0][2:]) for position in at]
         nodes = [_with_array(leaves[position]) for position in at]
+        _require_auto_axes(found)
         stand_ins = [_stand_in(folded(node).raw) for node in nodes]
         outputs: list[Any] = []
 
@@ -105,6 +106,25 @@ def _with_array(node: Any) -> Any:
         return inner.replace(base=around(inner.base)) if is_node(inner) else Folded(inner, axes)
 
     return around(node)
+
+
+def _require_auto_axes(found: list[tuple[Any, Any]]) -> None:
+    """Checks that no argument is sharded over Explicit axes of a mesh: nodes reshape what they get.
+
+    Raises:
+        UserError: One is.
+    """
+    for keys, leaf in found:
+        for array in jax.tree.leaves(leaf):
+            if not isinstance(array, jax.Array):
+                continue
+            axes = [axis for axis in jax.typeof(array).sharding.spec if axis is not None]
+            if axes:
+                raise UserError(
+                    f"lift: {path_text(keys[2:]) or 'an input'} is sharded over the Explicit mesh "
+                    f"axis {axes[0]!r}, and nodes know Auto axes only; make the mesh with "
+                    "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n)."
+                )
 
 
 def _stand_in(raw: Any) -> Any:

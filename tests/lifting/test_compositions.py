@@ -126,6 +126,9 @@ PROGRAMS = {
         x,
     ),
     "a rule beside": lambda p, x: wrong(x @ p["v"]) @ p["w"][2],
+    "a weight that is held constant": lambda p, x: (
+        x @ jax.lax.stop_gradient(p["v"]) @ p["w"][0] @ p["v"]
+    ),
     "jit": lambda p, x: jax.jit(lambda v, y: y @ v, inline=True)(p["v"], jax.jit(layer)(x, p["v"])),
     **{f"remat, {name}": remat(policy) for name, policy in POLICIES.items()},
 }

@@ -142,3 +142,17 @@ def test_a_shard_map_that_a_node_enters_is_an_error():
     assert "crosses the boundary of a shard_map; call lift inside of it" in str(caught.value)
     formed = jax.jit(jp.lift(function, materialize=True))(BOUND, X)
     assert_same(formed, jax.jit(function)(MERGED, X))
+
+
+@pytest.mark.parametrize("sharded", ["up", "the input"])
+def test_explicit_axes_are_an_error(sharded):
+    """Under them a reshape may need to be told how its result is sharded."""
+    explicit = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    put = lambda x: jax.device_put(x, NamedSharding(explicit, P(None, "tensor")))  # noqa: E731
+    if sharded == "up":
+        node = BOUND["up"]
+        bound, x = {**BOUND, "up": node.replace(a=put(node.a))}, X
+    else:
+        bound, x = BOUND, put(X)
+    with pytest.raises(jp.UserError, match=r"Explicit mesh axis 'tensor', and .* Auto axes only"):
+        jax.jit(jp.lift(model))(bound, x)
