@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core as jex_core
 
 from jaxpeft.lifting.folded import Folded
 from jaxpeft.lifting.trees import named_leaves, with_leaves
@@ -34,3 +35,12 @@ def adapted(params, axes, seed=0):
 def numbers(seed, *shape):
     """Drawn numbers."""
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def shapes_made(jaxpr):
+    """The shape of every result of every equation, inside of loops too, with its primitive."""
+    for equation in jaxpr.eqns:
+        for result in equation.outvars:
+            yield tuple(result.aval.shape), equation.primitive.name
+        for inner in jex_core.jaxprs_in_params(equation.params):
+            yield from shapes_made(getattr(inner, "jaxpr", inner))

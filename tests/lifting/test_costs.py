@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.extend import core as jex_core
+from lifted_nodes import shapes_made
 
 import jaxpeft as jp
 
@@ -148,15 +148,6 @@ def measured(model):
         flops = jp.count_flops(gradient, factors, params)
         found.append((traced.jaxpr.jaxpr, flops, temporaries, compiled(factors, params)))
     return found
-
-
-def shapes_made(jaxpr):
-    """The shape of every result of every equation, inside of loops too, with its primitive."""
-    for equation in jaxpr.eqns:
-        for result in equation.outvars:
-            yield tuple(result.aval.shape), equation.primitive.name
-        for inner in jex_core.jaxprs_in_params(equation.params):
-            yield from shapes_made(getattr(inner, "jaxpr", inner))
 
 
 def kernel_shapes(model):
