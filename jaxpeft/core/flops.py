@@ -60,6 +60,13 @@ def _equation(equation: Any, said: int | None) -> int:
         left = equation.invars[0].aval.shape
         out = equation.outvars[0].aval.shape
         return 2 * math.prod(out) * math.prod(left[i] for i in contracted)
+    if name == "ragged_dot_general":
+        numbers = params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+        left, right = (variable.aval.shape for variable in equation.invars[:2])
+        shared = (*contracted, *batch, *numbers.rhs_group_dimensions)
+        free = math.prod(size for axis, size in enumerate(right) if axis not in shared)
+        return 2 * math.prod(left) * free
     if here := re.findall(r"at_most_(\d+)_times", str(equation.source_info.name_stack)):
         said = int(here[-1])
     times = 1

@@ -25,12 +25,14 @@ def _within(eqn: Any, closed: Any, values: Sequence[Any], context: Context) -> l
     """Interprets the jaxpr of an equation, closed or open."""
     jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
     context.enter(eqn, jaxpr)
-    results = interpret(jaxpr, consts, values, context)
-    context.leave(eqn, jaxpr)
-    return results
+    try:
+        return interpret(jaxpr, consts, values, context)
+    finally:
+        context.leave(eqn, jaxpr)
 
 
 def _checkpoint(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+    _require_known(eqn)
     box = _Box(values)
 
     def body(*arrays: Any) -> list[Any]:
@@ -107,18 +109,21 @@ def _cond(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     if isinstance(index, View):
         raise UnroutableError("it decides which branch is taken")
     boxes = [_Box(operands) for _ in eqn.params["branches"]]
+    traced: list[_Box] = []
 
     def branch(box: "_Box", closed: Any, arrays: Sequence[Any]) -> list[Any]:
-        return box.keep(_within(eqn, closed, box.unpacked(arrays), context))
+        kept = box.keep(_within(eqn, closed, box.unpacked(arrays), context))
+        traced.append(box)
+        if box.handed != traced[0].handed:
+            raise UnroutableError("only some branches hand it back")
+        return kept
 
     branches = [
         functools.partial(branch, box, closed)
         for box, closed in zip(boxes, eqn.params["branches"], strict=True)
     ]
     results = jax.lax.switch(index, branches, boxes[0].arrays)
-    if any(box.handed != boxes[0].handed for box in boxes):
-        raise UnroutableError("only some branches hand it back")
-    return boxes[0].results(results)
+    return traced[0].results(results)
 
 
 def _refuse_rule(eqn: Any, values: list[Any], context: Context) -> list[Any]:
@@ -213,7 +218,7 @@ def _require_known(eqn: Any) -> None:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(dialect.INLINED, _inline),
-    **dict.fromkeys(dialect.CHECKPOINT, _checkpoint),
+    dialect.CHECKPOINT: _checkpoint,
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -19,7 +19,7 @@ from jaxpeft.lifting.roles import Role, Roles
 from jaxpeft.lifting.trees import is_node, named_leaves, path_text, traced_shape
 from jaxpeft.lifting.views import UnroutableError, View, fresh
 
-_MOVES = frozenset(moves.MOVES) | {"stop_gradient"}
+_MOVES = frozenset(moves.MOVES)
 _ROOTS = ("rsqrt", "sqrt")
 
 
@@ -226,7 +226,7 @@ class _Record(Context):
                 tags = frozenset(map(_turned_tag, tags))
         elif name in _ELEMENTWISE:
             tags = self._elementwise(eqn, name, known)
-        elif name in ("dot_general", "conv_general_dilated"):
+        elif name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
             tags = frozenset(("product", v.path) for v in values if isinstance(v, View))
         else:
             for path in (path for one in known for tag, path in one if tag in _OWN):
@@ -299,6 +299,11 @@ class _Record(Context):
         if name == "dot_general":
             pairs, batches = eqn.params["dimension_numbers"]
             axes = self._axes(view, pairs[at], batches[at])
+            into = uses.kernels
+        elif name == "ragged_dot_general" and at == 1:
+            numbers = eqn.params["ragged_dot_dimension_numbers"]
+            (_, contracted), _ = numbers.dot_dimension_numbers
+            axes = self._axes(view, contracted, numbers.rhs_group_dimensions)
             into = uses.kernels
         elif name == "gather" and at == 0:
             axes = self._axes(view, eqn.params["dimension_numbers"].collapsed_slice_dims, ())

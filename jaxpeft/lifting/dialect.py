@@ -3,7 +3,7 @@
 from typing import Any
 
 INLINED = ("jit", "pjit", "closed_call", "core_call")
-CHECKPOINT = ("checkpoint", "remat2")
+CHECKPOINT = "remat2"
 KNOWN = {
     "scan": (
         {"jaxpr", "length", "linear", "num_carry", "num_consts", "reverse", "unroll"},

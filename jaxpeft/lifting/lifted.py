@@ -47,7 +47,7 @@ def lift(
 
     Raises:
         UserError: A node cannot answer for an operation. The message has the parameter's path, the
-            primitive, and the line of the model.
+            primitive, and the line of the model. Or an array is sharded over Explicit mesh axes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -79,6 +79,7 @@ def lift(
         if mixed:
             return map_rows(lifted, rows, args, kwargs)
         nodes = [_with_array(leaves[position]) for position in at]
+        _require_auto_axes(found)
         stand_ins = [_stand_in(folded(node)) for node in nodes]
         outputs: list[Any] = []
 
@@ -106,11 +107,6 @@ def lift(
     return lifted
 
 
-def _stand_in(node: Folded) -> jax.ShapeDtypeStruct:
-    """What the function is traced with in the place of a node."""
-    return traced_shape(jax.ShapeDtypeStruct(node.raw_shape, node.dtype))
-
-
 def _with_array(node: Any) -> Any:
     """The node around a `Folded`; an array of a model of ours has its layers in front."""
     inner = bottom(node)
@@ -128,6 +124,32 @@ def _with_array(node: Any) -> Any:
         return inner.replace(base=around(inner.base)) if hasattr(inner, "base") else under
 
     return around(node)
+
+
+def _require_auto_axes(found: list[tuple[Any, Any]]) -> None:
+    """Checks that no argument is sharded over Explicit axes of a mesh: nodes reshape what they get.
+
+    Raises:
+        UserError: One is.
+    """
+    for keys, leaf in found:
+        for array in jax.tree.leaves(leaf):
+            if not isinstance(array, jax.Array):
+                continue
+            axes = [axis for axis in jax.typeof(array).sharding.spec if axis is not None]
+            if axes:
+                raise UserError(
+                    f"lift: {path_text(keys[2:]) or 'an input'} is sharded over the Explicit mesh "
+                    f"axis {axes[0]!r}, and nodes know Auto axes only; make the mesh with "
+                    "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n)."
+                )
+
+
+def _stand_in(node: Folded) -> Any:
+    """The type with which a node is traced; in a ``shard_map`` it says where values differ."""
+    if isinstance(node.raw, jax.Array):
+        return jax.typeof(node.raw)
+    return traced_shape(jax.ShapeDtypeStruct(node.raw_shape, node.dtype))
 
 
 def _output(value: Any, leaves: list, at: list[int], inputs: list[View], context: Context) -> Any:
@@ -148,6 +170,7 @@ class _Lift(Context):
     def __init__(self, materialize: bool):
         super().__init__()
         self._materialize = materialize
+        self._noted: set[str] = set()
 
     def use(self, eqn: Any, values: list[Any]) -> list[Any]:
         """See `Context.use`."""
@@ -168,5 +191,8 @@ class _Lift(Context):
                 f"{view.path}{where}: {why}, so its adapter cannot be applied without forming the "
                 "whole weight; leave it out of the adapter, or call lift with materialize=True."
             )
-        note(f"{view.path}{where}: {why}; the whole weight is formed there.")
+        text = f"{view.path}{where}: {why}; the whole weight is formed there."
+        if text not in self._noted:
+            note(text)
+        self._noted.add(text)
         return view.materialize()

@@ -1,5 +1,6 @@
 """Rules of the interpreter for operations that only move the axes of a view, or cast it."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -50,6 +51,12 @@ def _same(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     return [values[0]]
 
 
+def _stop_gradient(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+    """A constant weight is made of constant arrays."""
+    held = jax.tree.map(jax.lax.stop_gradient, values[0].node)
+    return [dataclasses.replace(values[0], node=held)]
+
+
 def _barrier(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     arrays = [value for value in values if not isinstance(value, View)]
     held = iter(jax.lax.optimization_barrier(arrays) if arrays else [])
@@ -96,10 +103,13 @@ MOVES: dict[str, Rule] = {
     "copy": _same,
     "copy_p": _same,
     "name": _same,
+    "pvary": _same,
+    "stop_gradient": _stop_gradient,
     "sharding_constraint": _same,
     "optimization_barrier": _barrier,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
 }
 """By name of the primitive. A constraint on the sharding of a parameter moves nothing here: the
-node's arrays keep the sharding that they have."""
+node's arrays keep the sharding that they have. Inside a ``shard_map`` the node's own products say
+over which devices their operands vary."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxpeft.lifting.convolutions import convolution
 from jaxpeft.lifting.folded import Use, folded, lead, refold
+from jaxpeft.lifting.grouped import by_group
 from jaxpeft.lifting.views import Part, UnroutableError, View
 from jaxpeft.ops.linear import Node
 
@@ -43,6 +44,38 @@ def product(eqn: Any, values: list[Any]) -> list[Any]:
     positions = [bottom.axes.stack.index(view.axes_of([dim])[0]) for dim in batch]  # pyright: ignore
     y = _multiply(node, h, positions, turned)
     return [_arranged(y, view, contracted, batch, outputs, left)]
+
+
+def ragged(eqn: Any, values: list[Any]) -> list[Any]:
+    """The result of a ``ragged_dot`` with a stack of nodes, one for each group of rows.
+
+    Raises:
+        UnroutableError: The view is not the stack, or its axes are not those of the node.
+    """
+    x, view, sizes = values
+    if not isinstance(view, View) or isinstance(x, View) or isinstance(sizes, View):
+        raise UnroutableError("it is not what rows are multiplied with")
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (of_x, contracted), batches = numbers.dot_dimension_numbers
+    group = tuple(numbers.rhs_group_dimensions)
+    free = [axis for axis in range(x.ndim) if axis not in of_x]
+    if any(batches) or list(numbers.lhs_ragged_dimensions) != free or not group:
+        raise UnroutableError("groups of rows are multiplied in a form that is not known")
+    turned = _is_turned(view, contracted)
+    _require_stack(view, group)
+    axes = folded(view.node).axes
+    inputs, outputs = (axes.outs, axes.ins) if turned else (axes.ins, axes.outs)
+    use = Use(
+        casts=view.casts,
+        x=x.dtype,
+        out=eqn.outvars[0].aval.dtype,
+        precision=eqn.params["precision"],
+        preferred=eqn.params["preferred_element_type"],
+    )
+    h = _canonical(x, (), of_x, view, contracted, inputs).astype(use.out)
+    arrays, rebuild = lead(refold(view.node, use=use), 0)
+    y = by_group(lambda one, row: _multiply(rebuild(one), row, [], turned), arrays, h, sizes)
+    return [_arranged(y, view, contracted, group, outputs, left=False)]
 
 
 def lookup(eqn: Any, values: list[Any]) -> list[Any]:
@@ -198,5 +231,10 @@ def _supported(node: Any, operation: str) -> Any:
     return getattr(node, operation)
 
 
-USES = {"dot_general": product, "gather": lookup, "conv_general_dilated": convolution}
+USES = {
+    "dot_general": product,
+    "ragged_dot_general": ragged,
+    "gather": lookup,
+    "conv_general_dilated": convolution,
+}
 """What nodes answer for, by name of the primitive."""

@@ -100,3 +100,13 @@ def test_a_loop_whose_trip_count_is_data_counts_as_often_as_it_says():
     stacked = jnp.ones((5, 4, 4))
     many = jax.vmap(run, in_axes=(0, None, None))
     assert count_flops(many, stacked, 2, 2) == 5 * (7 * 3 + 1) * 2 * 4**3
+
+
+def test_rows_of_groups_count_once():
+    """A product with the group's matrix for each row, and two more in the backward pass."""
+    x, w, sizes = jnp.ones((10, 4)), jnp.ones((3, 4, 6)), jnp.array([5, 2, 3])
+    loss = lambda x, w: jax.lax.ragged_dot(x, w, sizes).sum()  # noqa: E731
+    once = 2 * 10 * 4 * 6
+    assert count_flops(loss, x, w) == once
+    square = lambda x, w: jnp.square(jax.lax.ragged_dot(x, w, sizes)).sum()  # noqa: E731
+    assert count_flops(jax.grad(square, argnums=(0, 1)), x, w) == 3 * once

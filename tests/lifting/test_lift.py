@@ -7,36 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from foreign_models import Stacked
+from lifted_nodes import adapted, numbers
 
 import jaxpeft as jp
-from jaxpeft.lifting import dialect
-from jaxpeft.lifting.folded import Axes, Folded
+from jaxpeft.lifting.folded import Axes
 from jaxpeft.lifting.lifted import lift
 from jaxpeft.lifting.trees import named_leaves, with_leaves
 from jaxpeft.methods.lora.nodes import LoRAKernel
-
-RANK = 3
-
-
-def adapted(params, axes, seed=0):
-    """LoRA nodes with drawn factors at some paths, and the merged arrays, summed in float64."""
-    rng, nodes, merged = np.random.default_rng(seed), {}, {}
-    leaves = named_leaves(params)
-    for path, where in axes.items():
-        raw = leaves[path]
-        bottom = Folded(raw, where)
-        *stack, d_in, d_out = bottom.shape
-        a = 0.3 * rng.standard_normal((*stack, d_in, RANK)).astype(np.float32)
-        b = 0.3 * rng.standard_normal((*stack, RANK, d_out)).astype(np.float32)
-        scale = rng.uniform(0.5, 2.0, stack).astype(np.float32)
-        zero = np.zeros(stack, np.float32)
-        nodes[path] = LoRAKernel(bottom, *map(jnp.asarray, (a, b, scale, zero)))
-        change = scale[..., None, None].astype(np.float64) * (a.astype(np.float64) @ b)
-        order = (*where.stack, *where.ins, *where.outs)
-        turned = change.reshape([raw.shape[axis] for axis in order])
-        unfolded = np.transpose(turned, np.argsort(order))
-        merged[path] = jnp.asarray(np.asarray(raw, np.float64) + unfolded, raw.dtype)
-    return with_leaves(params, nodes), with_leaves(params, merged)
 
 
 def assert_lifted(function, params, axes, *inputs, tol=1e-5):
@@ -71,10 +48,6 @@ def assert_lifted(function, params, axes, *inputs, tol=1e-5):
         for name in ("a", "b", "scale"):
             x, y = getattr(one, name), getattr(other, name)
             np.testing.assert_allclose(x, y, rtol=tol, atol=tol * max(1.0, np.abs(y).max()))
-
-
-def numbers(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 CASES = {
@@ -301,24 +274,3 @@ def test_the_program_forms_no_sum_and_no_gradient_of_the_kernel():
     ours, theirs = (jp.count_flops(jax.grad(f), factors, x) for f in (lifted, by_hand))
     assert abs(ours / theirs - 1) < 0.01
     assert ours < 1.2 * 2 * 2 * rows * d_in * d_out  # one product each way, not three
-
-
-def test_the_parameters_of_rebuilt_primitives_are_those_that_are_known():
-    """Another version of JAX may change them; then the rules have to be read again."""
-
-    def function(w, x):
-        y, _ = jax.lax.scan(jax.checkpoint(lambda c, v: (c @ v, None)), x, w)
-        y = jax.lax.while_loop(lambda c: c.sum() < 3, lambda c: c @ w[0], y)
-        return jax.lax.cond(y.sum() > 0, lambda c: c @ w[0], lambda c: c, y)
-
-    def found(jaxpr):
-        for eqn in jaxpr.eqns:
-            yield eqn.primitive.name, set(eqn.params)
-            for value in eqn.params.values():
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    yield from found(inner)
-
-    seen = dict(found(jax.make_jaxpr(function)(numbers(1, 2, 4, 4), numbers(2, 3, 4)).jaxpr))
-    for name, forms in dialect.KNOWN.items():
-        assert seen[name] in forms, name
