@@ -97,7 +97,8 @@ class _Uses:
         norms: How often it scales or offsets what was normalised.
         biases: The kernels to whose products it is added.
         others: What else the model does with it.
-        shifted: Where a constant is added to it, as in ``1 + scale``.
+        pending: Where a constant is added to it, as in ``1 + scale``, or it scales something: what
+            it is shows when that is normalised.
     """
 
     kernels: list[Axes] = dataclasses.field(default_factory=list)
@@ -106,12 +107,12 @@ class _Uses:
     norms: int = 0
     biases: list[str] = dataclasses.field(default_factory=list)
     others: list[str] = dataclasses.field(default_factory=list)
-    shifted: str = ""
+    pending: list[str] = dataclasses.field(default_factory=list)
 
     def role(self, row: Role) -> Role:
         """The row of the parameter, filled in."""
         forms = self.kernels + self.convolutions + self.lookups
-        why = self.others[0] if self.others else ""
+        why = next(iter(self.others or self.pending), "")
         if self.lookups:
             turned = [_turned(axes) for axes in self.kernels]
             if len(set(self.lookups + turned)) == 1 and not (why or self.convolutions):
@@ -119,7 +120,7 @@ class _Uses:
                 axes = dataclasses.replace(self.lookups[0], table=True, tied=tied)
                 return dataclasses.replace(row, role=roles.EMBEDDING, axes=axes)
             why = why or "rows are looked up, and more"
-        elif forms and not why and not (self.norms or self.biases or self.shifted):
+        elif forms and not why and not (self.norms or self.biases):
             if len(set(forms)) == 1 and not (self.kernels and self.convolutions):
                 role = roles.KERNEL if self.kernels else roles.CONVOLUTION
                 return dataclasses.replace(row, role=role, axes=forms[0])
@@ -130,7 +131,7 @@ class _Uses:
             return dataclasses.replace(row, role=roles.NORM)
         elif len(set(self.biases)) == 1 and not why:
             return dataclasses.replace(row, role=roles.BIAS, of=self.biases[0])
-        why = why or self.shifted or ", ".join(self.biases)
+        why = why or ", ".join(self.biases)
         return dataclasses.replace(row, role=roles.OTHER, why=why) if why else row
 
 
@@ -157,9 +158,9 @@ _ELEMENTWISE = ("add", "sub", "mul", "div")
 
 Tags = frozenset[tuple[str, str]]
 """What is known of a value: ("param", path) for a parameter that was only moved, ("shifted", path)
-for one plus a constant, ("product", path) for a product with a kernel, ("turned", path) for a
-product whose axes were moved, ("root", "") for what a root divides, ("normed", path) for what is
-normalised and scaled by a parameter."""
+for one plus a constant, ("scaled", path) for what was multiplied with one of these, ("product",
+path) for a product with a kernel, ("turned", path) for a product whose axes were moved, ("root", "")
+for what a root divides, ("normed", path) for what is normalised and scaled by a parameter."""
 
 
 class _Record(Context):
@@ -241,6 +242,10 @@ class _Record(Context):
             for tag, path in tags:
                 if tag in _OWN:
                     return self._met(eqn, name, tag, path, 1 - at, dict(known[1 - at]))
+        for scaled, other in (known, known[::-1] if name == "mul" else known):
+            paths = [path for tag, path in scaled if tag == "scaled"]
+            if paths and name in ("mul", "div") and ("root", "") in other:
+                return self._normed(paths[0])
         if name == "mul":
             return frozenset(tag for tags in known for tag in tags if tag[0] in ("root", "normed"))
         if name == "div" and ("root", "") in known[1]:
@@ -253,16 +258,18 @@ class _Record(Context):
         """Notes what one parameter, perhaps shifted, met; gives what is known of the result."""
         uses = self._uses[path]
         if name == "mul" and "root" in known:
-            uses.norms += 1
-            uses.shifted = ""
-            return frozenset({("normed", path)})
+            return self._normed(path)
         if name == "add" and tag == "param" and self._fits(path, known.get("normed")):
             uses.norms += 1
         elif name == "add" and tag == "param" and self._product(known):
             uses.biases.append(self._product(known))
         elif name in ("add", "sub") and isinstance(eqn.invars[other], Literal):
-            uses.shifted = self.where(eqn)
+            uses.pending.append(self.where(eqn))
             return frozenset({("shifted", path)})
+        elif name == "mul" and not known.keys() & {*_OWN}:
+            if tag == "param":
+                uses.pending.append(self.where(eqn))
+            return frozenset({("scaled", path)})
         else:
             uses.others.append(self.where(eqn))
         return frozenset()
@@ -275,6 +282,13 @@ class _Record(Context):
         turned = known.get("turned", "")
         several = turned and any(len(axes.outs) > 1 for axes in self._uses[turned].kernels)
         return known.get("product", "") or ("" if several else turned)
+
+    def _normed(self, path: str) -> Tags:
+        """Notes that a parameter scales what is normalised."""
+        uses = self._uses[path]
+        uses.norms += 1
+        del uses.pending[:1]
+        return frozenset({("normed", path)})
 
     def _fits(self, path: str, scale: str | None) -> bool:
         """Whether a parameter has the shape of the one that scales what is normalised."""

@@ -46,11 +46,13 @@ class Axes:
     def without(self, axis: int) -> "Axes":
         """The meaning of the axes that are left when a stack axis is indexed."""
 
-        def keep(axes: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(a - (a > axis) for a in axes if a != axis)
-
-        axes = keep(self.ins), keep(self.outs), keep(self.stack)
+        axes = (_without(axes, axis) for axes in (self.ins, self.outs, self.stack))
         return Axes(*axes, table=self.table, tied=self.tied)
+
+
+def _without(axes: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """Axes without one of the array's, which its later ones move up for."""
+    return tuple(a - (a > axis) for a in axes if a != axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Use:
         out: The dtype of the result.
         precision: The precision of the product.
         preferred: The dtype in which the product is summed, as the model asks for it.
+        left: Whether the array is the product's left operand.
+        seen: The array's axes in the order in which the product has them; empty for their own.
+        contracted: The axes that the product contracts, in its order; empty for ascending.
         mode: How rows are looked up that the table does not have.
     """
 
@@ -71,7 +76,15 @@ class Use:
     out: Any = None
     precision: Any = None
     preferred: Any = None
+    left: bool = False
+    seen: tuple[int, ...] = ()
+    contracted: tuple[int, ...] = ()
     mode: Any = "fill"
+
+    def without(self, axis: int) -> "Use":
+        """The same use of what is left when a stack axis is indexed."""
+        seen, contracted = _without(self.seen, axis), _without(self.contracted, axis)
+        return dataclasses.replace(self, seen=seen, contracted=contracted)
 
 
 @flax.struct.dataclass
@@ -161,7 +174,7 @@ class Folded(Node):
             position: The stack axis, as a position in `Axes.stack`.
         """
         axis = self.axes.stack[position]
-        axes, use = self.axes.without(axis), self.use
+        axes, use = self.axes.without(axis), self.use and self.use.without(axis)
         return [jnp.moveaxis(self.raw, axis, 0)], lambda slices: Folded(slices[0], axes, use)
 
     def _sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
@@ -176,17 +189,26 @@ class Folded(Node):
     def _product(self, x: Any, contracted: tuple[int, ...], left: tuple[int, ...]) -> Any:
         use = self.use
         if use is None or x.dtype != use.out:  # no product of the model, such as DoRA's of factors
-            raw, how = self.raw.astype(x.dtype), {}
+            use, raw, how = Use(), self.raw.astype(x.dtype), {}
         else:
             x, raw = x.astype(use.x), self._cast(use.casts)
             how = {"precision": use.precision, "preferred_element_type": use.preferred}
         batch = x.shape[:-1]
         x = x.reshape(*batch, *self._sizes(contracted))
-        pairs = tuple(range(len(batch), x.ndim)), contracted
-        y = jax.lax.dot_general(x, raw, (pairs, ((), ())), **how)
-        # The result has the axes that are left in the order of the array.
-        order = [sorted(left).index(axis) + len(batch) for axis in left]
-        y = y.transpose(*range(len(batch)), *order)
+        # The operands as the model has them: another order of sums would round otherwise.
+        seen, order = use.seen or tuple(range(raw.ndim)), contracted
+        if sorted(use.contracted) == sorted(contracted):
+            order = use.contracted
+        of_x = tuple(len(batch) + contracted.index(axis) for axis in order)
+        of_raw, raw = tuple(map(seen.index, order)), raw.transpose(seen)
+        # The result has the axes that are left in the order of the operand.
+        back = [sorted(left, key=seen.index).index(axis) for axis in left]
+        if use.left:
+            y = jax.lax.dot_general(raw, x, ((of_raw, of_x), ((), ())), **how)
+            y = y.transpose(*range(len(left), y.ndim), *back)
+        else:
+            y = jax.lax.dot_general(x, raw, ((of_x, of_raw), ((), ())), **how)
+            y = y.transpose(*range(len(batch)), *(len(batch) + at for at in back))
         return y.reshape(*batch, -1)
 
 

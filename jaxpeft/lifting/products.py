@@ -35,6 +35,8 @@ def product(eqn: Any, values: list[Any]) -> list[Any]:
         out=eqn.outvars[0].aval.dtype,
         precision=eqn.params["precision"],
         preferred=eqn.params["preferred_element_type"],
+        left=left,
+        **_orders(view, contracted),
     )
     node = refold(view.node, use=use)
     inputs, outputs = bottom.axes.ins, bottom.axes.outs
@@ -115,6 +117,16 @@ def _mode(mode: Any) -> str:
     if name not in known:
         raise UnroutableError(f"rows are gathered in the mode {name}")
     return known[name]
+
+
+def _orders(view: View, contracted: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The array's axes as a product has them, see `Use`; none where one is cut up or lost."""
+    seen, order = (
+        tuple(part.axis for dim in dims for part in view.dims[dim])
+        for dims in (range(len(view.dims)), contracted)
+    )
+    whole = sorted(seen) == list(range(len(view.raw_shape)))
+    return {"seen": seen, "contracted": order} if whole else {}
 
 
 def _is_turned(view: View, contracted: Sequence[int]) -> bool:

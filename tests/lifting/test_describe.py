@@ -20,6 +20,10 @@ def rms(x, scale):
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
 
 
+def root(x):
+    return jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+
 TABLE = Axes((0,), (1,), table=True)
 CASES = {
     "kernel": (lambda p, x: x @ p, (4, 5), "kernel", Axes((0,), (1,))),
@@ -61,6 +65,10 @@ CASES = {
     ),
     "norm": (lambda p, x: rms(x, p), (4,), "norm", None),
     "norm around one": (lambda p, x: rms(x, 1 + p), (4,), "norm", None),
+    "norm that divides last": (lambda p, x: p * x / root(x), (4,), "norm", None),
+    "norm around one that divides last": (lambda p, x: (1 + p) * x / root(x), (4,), "norm", None),
+    "norm that multiplies last": (lambda p, x: x * p * (1 / root(x)), (4,), "norm", None),
+    "a norm, and a scale": (lambda p, x: p * x + p * x / root(x), (4,), "other", None),
     "unused": (lambda p, x: x, (4,), "unused", None),
     "a scale": (lambda p, x: x * p, (4,), "other", None),
     "an offset": (lambda p, x: x + p, (4,), "other", None),

@@ -141,6 +141,46 @@ def test_nodes_answer_as_the_merged_weights(name):
     assert_lifted(function, {"w": numbers(1, *shape)}, {"w": axes}, numbers(2, *of_x), tol=tol)
 
 
+STARTS = {
+    "turned": (lambda p, x: x @ p["w"].T, (96, 32), Axes((1,), (0,)), (3, 12, 32)),
+    "the kernel on the left": (
+        lambda p, x: jnp.einsum("cndh,bsd->cbsnh", p["w"], x),
+        (2, 4, 32, 8),
+        Axes((2,), (0, 1, 3)),
+        (3, 12, 32),
+    ),
+    "inputs in another order": (
+        lambda p, x: jax.lax.dot_general(x, p["w"], (((3, 2), (1, 0)), ((), ()))),
+        (4, 8, 32),
+        Axes((0, 1), (2,)),
+        (3, 12, 4, 8),
+    ),
+    "experts on a later axis": (
+        lambda p, x: jnp.einsum("dnhe,ebd->ebnh", p["w"], x),
+        (32, 4, 8, 3),
+        Axes((0,), (1, 2), (3,)),
+        (3, 12, 32),
+    ),
+    "turned, by a node that can only multiply": (
+        lambda p, x: x @ p["w"].T,
+        (32, 48),
+        Axes((0,), (1,)),
+        (3, 12, 48),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_branch_of_zeros_leaves_the_models_own_product_to_the_last_bit(name):
+    function, shape, axes, of_x = STARTS[name]
+    params, x = {"w": numbers(1, *shape)}, numbers(2, *of_x)
+    bound, _ = adapted(params, {"w": axes})
+    bound = {"w": bound["w"].replace(b=jnp.zeros_like(bound["w"].b))}
+    with jax.disable_jit():  # XLA may join the sum with its neighbours, and round otherwise
+        expected, actual = function(params, x), lift(function)(bound, x)
+    np.testing.assert_array_equal(actual, expected)
+
+
 def test_a_linen_transformer_of_stock_layers():
     module, ids = Stacked(), np.array([[1, 2, 10], [4, 5, 0]])
     params = module.init(jax.random.key(0), ids)
