@@ -112,7 +112,7 @@ class Folded(Node):
         rows = jnp.take(self._cast(use.casts), ids, axis=axis, mode=use.mode)
         # `take` puts the axes of the ids where the axis of the rows was.
         rows = jnp.moveaxis(rows, range(axis, axis + ids.ndim), range(ids.ndim))
-        return rows.reshape(*ids.shape, -1)
+        return rows.reshape(*ids.shape, math.prod(self.outs))
 
     def materialize(self) -> Float[Array, "*stack d_in d_out"]:
         """The kernel with its inputs and outputs flattened."""
@@ -148,7 +148,7 @@ class Folded(Node):
         # The result has the axes that are left in the order of the array.
         order = [sorted(left).index(axis) + len(batch) for axis in left]
         y = y.transpose(*range(len(batch)), *order)
-        return y.reshape(*batch, -1)
+        return y.reshape(*batch, math.prod(self._sizes(left)))
 
 
 def bottom(node: Any) -> Any:

@@ -1,5 +1,6 @@
 """How a node answers for the products and look-ups of a model that does not know it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -163,7 +164,8 @@ def _canonical(
     front = x.shape[: len(batch) + len(free)]
     x = x.reshape(*front, *(part.size for part in parts))
     moved = [parts.index(part) + len(front) for part in _in_order(parts, order)]
-    return x.transpose(*range(len(front)), *moved).reshape(*front, -1)
+    width = math.prod(part.size for part in parts)
+    return x.transpose(*range(len(front)), *moved).reshape(*front, width)
 
 
 def _arranged(
