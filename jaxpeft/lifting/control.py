@@ -162,7 +162,8 @@ class _Box:
     """Values whose views are unpacked into arrays for a call, and made again inside."""
 
     def __init__(self, values: Sequence[Any]):
-        self._values, self._inside = list(values), list(values)
+        self._values = list(values)
+        self._inside: list[Any] = []
         self.arrays: list[Any] = []
         self._trees: list[Any] = []
         self.handed: dict[int, int] = {}
@@ -195,6 +196,7 @@ class _Box:
             if not same:
                 raise UnroutableError("a changed form of it is handed back")
             self.handed[at] = same[0]
+        self._inside = []  # else values of the trace would outlive it
         return kept
 
     def results(self, kept: Sequence[Any]) -> list[Any]:

@@ -159,8 +159,9 @@ _ELEMENTWISE = ("add", "sub", "mul", "div")
 Tags = frozenset[tuple[str, str]]
 """What is known of a value: ("param", path) for a parameter that was only moved, ("shifted", path)
 for one plus a constant, ("scaled", path) for what was multiplied with one of these, ("product",
-path) for a product with a kernel, ("turned", path) for a product whose axes were moved, ("root", "")
-for what a root divides, ("normed", path) for what is normalised and scaled by a parameter."""
+path) for a product with a kernel, ("turned", path) for such a product whose axes were moved,
+("root", "") for what a root divides, ("normed", path) for what is normalised and scaled by a
+parameter."""
 
 
 class _Record(Context):

@@ -146,7 +146,7 @@ class Folded(Node):
         )
         sizes = (1, *table.shape[1:])
         rows = jax.lax.gather(table, ids[..., None], numbers, sizes, mode=use.mode)
-        return rows.reshape(*ids.shape, -1)
+        return rows.reshape(*ids.shape, math.prod(self.outs))
 
     def through(self, x: Any, operation: Any) -> Any:
         """The operation with the array as it is; see `jaxpeft.lifting.convolutions`."""
@@ -209,7 +209,7 @@ class Folded(Node):
         else:
             y = jax.lax.dot_general(x, raw, ((of_x, of_raw), ((), ())), **how)
             y = y.transpose(*range(len(batch)), *(len(batch) + at for at in back))
-        return y.reshape(*batch, -1)
+        return y.reshape(*batch, math.prod(self._sizes(left)))
 
 
 def raw_shape(leaf: Any) -> tuple[int, ...]:

@@ -90,17 +90,20 @@ def lift(
             inner_args, inner_kwargs = jax.tree.unflatten(tree, given)
             results, out_tree = jax.tree.flatten(function(*inner_args, **inner_kwargs))
             traced = [isinstance(x, jax.Array) for x in results]
-            outputs[:] = [out_tree, results, traced]
+            others = [
+                None if is_traced else x for x, is_traced in zip(results, traced, strict=True)
+            ]
+            outputs[:] = [out_tree, others, traced]
             return [x for x, is_traced in zip(results, traced, strict=True) if is_traced]
 
         closed = jax.make_jaxpr(flat)(*stand_ins)
-        out_tree, results, traced = outputs
+        out_tree, others, traced = outputs
         inputs = [fresh(node, name) for node, name in zip(nodes, names, strict=True)]
         context = _Lift(materialize)
         values = iter(interpret(closed.jaxpr, closed.consts, inputs, context))
         final = [
             _output(next(values), leaves, at, inputs, context) if is_traced else x
-            for x, is_traced in zip(results, traced, strict=True)
+            for x, is_traced in zip(others, traced, strict=True)
         ]
         return jax.tree.unflatten(out_tree, final)
 

@@ -84,6 +84,19 @@ def _dynamic_slice(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     return [_picked(view, cut, [sizes[a] for a in cut], [starts[a] for a in cut])]
 
 
+def _split(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+    """Every index of a stack axis by itself, whose axis of size 1 stays."""
+    view, axis, sizes = values[0], eqn.params["axis"], eqn.params["sizes"]
+    cut = [axis] if len(sizes) > 1 else []
+    starts = [sum(sizes[:at]) for at in range(len(sizes))]
+    return [_picked(view, cut, [size], [start]) for size, start in zip(sizes, starts, strict=True)]
+
+
+def _unstack(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+    axis = eqn.params["axis"]
+    return [views.taken(values[0], axis, at) for at in range(values[0].shape[axis])]
+
+
 def _picked(view: View, cut: list[int], sizes: list[int], starts: list[Any]) -> View:
     if not cut:
         return view
@@ -109,6 +122,8 @@ MOVES: dict[str, Rule] = {
     "optimization_barrier": _barrier,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
+    "split": _split,
+    "unstack": _unstack,
 }
 """By name of the primitive. A constraint on the sharding of a parameter moves nothing here: the
 node's arrays keep the sharding that they have. Inside a ``shard_map`` the node's own products say

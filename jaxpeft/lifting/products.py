@@ -1,5 +1,6 @@
 """How a node answers for the products and look-ups of a model that does not know it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,8 @@ def ragged(eqn: Any, values: list[Any]) -> list[Any]:
     free = [axis for axis in range(x.ndim) if axis not in of_x]
     if any(batches) or list(numbers.lhs_ragged_dimensions) != free or not group:
         raise UnroutableError("groups of rows are multiplied in a form that is not known")
+    if view.node.by_row:
+        raise UnroutableError("rows have adapters of their own, and the model has sorted them")
     turned = _is_turned(view, contracted)
     _require_stack(view, group)
     axes = folded(view.node).axes
@@ -176,7 +179,8 @@ def _canonical(
     front = x.shape[: len(batch) + len(free)]
     x = x.reshape(*front, *(part.size for part in parts))
     moved = [parts.index(part) + len(front) for part in _in_order(parts, order)]
-    return x.transpose(*range(len(front)), *moved).reshape(*front, -1)
+    width = math.prod(part.size for part in parts)
+    return x.transpose(*range(len(front)), *moved).reshape(*front, width)
 
 
 def _arranged(

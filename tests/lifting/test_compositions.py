@@ -126,6 +126,14 @@ PROGRAMS = {
         x,
     ),
     "a rule beside": lambda p, x: wrong(x @ p["v"]) @ p["w"][2],
+    "layers one by one": lambda p, x: sum(
+        x @ part[0] @ w for part, w in zip(jnp.split(p["w"], 3), jnp.unstack(p["w"]), strict=True)
+    ),
+    "a gradient inside": lambda p, x: jax.grad(lambda x: jnp.sin(scan_of_scan(p, x)).sum())(x),
+    "a derivative inside": lambda p, x: jax.jvp(lambda x: scan_of_scan(p, x), (x,), (x,))[1],
+    "a batch inside": lambda p, x: jax.vmap(
+        jax.grad(lambda row: jnp.sin(layer(row, p["v"]) @ p["w"][1]).sum())
+    )(x),
     "a weight that is held constant": lambda p, x: (
         x @ jax.lax.stop_gradient(p["v"]) @ p["w"][0] @ p["v"]
     ),
@@ -229,7 +237,8 @@ def test_the_rules_of_functions_that_no_node_enters_are_used():
     """The gradient is that of the rules, not that of what the functions compute."""
 
     def function(p, x):
-        return wrong_back(wrong(x @ p["v"]))
+        step = jax.checkpoint(lambda y, _: (wrong_back(wrong(y @ p["v"])), None))
+        return jax.lax.scan(step, x, length=1)[0]
 
     actual = jax.grad(lambda f: jp.lift(function)(with_nodes(f), X).sum())({"v": FACTORS["v"]})
     straight = jax.grad(lambda f: 77.0 * (X @ with_sums(f)["v"]).sum())({"v": FACTORS["v"]})
@@ -307,3 +316,22 @@ def test_what_the_function_closes_over_is_traced_too():
         return jnp.sin(x @ with_sums(FACTORS)["v"]).sum()
 
     assert_same(jax.jit(jax.grad(lifted))(X), jax.jit(jax.grad(summed))(X))
+
+
+@pytest.mark.parametrize("name", ["a layer", "scan of scan", "remat, a name", "branches"])
+def test_a_batch_may_be_empty(name):
+    actual = jax.jit(jp.lift(PROGRAMS[name]))(with_nodes(FACTORS), X[:0])
+    assert actual.shape == (0, D)
+
+
+def test_no_value_of_a_trace_outlives_it():
+    with jax.checking_leaks():
+        for function in PROGRAMS.values():
+            jax.make_jaxpr(jp.lift(function))(with_nodes(FACTORS), X)
+
+
+def test_without_jit_every_step_runs_by_itself():
+    with jax.disable_jit():
+        for name in ("scan of scan", "branches", "a choice"):
+            actual = jp.lift(PROGRAMS[name])(with_nodes(FACTORS), X)
+            assert_same(actual, PROGRAMS[name](with_sums(FACTORS), X))

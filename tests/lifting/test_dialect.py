@@ -49,7 +49,8 @@ def everything(w, x):
     )(y, jnp.zeros(8))
     z = jnp.copy(x).T.reshape(2, 6)[None][:, 0].squeeze(0)
     sizes = jnp.array([1, 2], jnp.int32)
-    return y, jax.lax.dynamic_slice(z, (sizes[0],), (2,)), x[sizes], jax.lax.ragged_dot(x, w, sizes)
+    parts = jax.lax.dynamic_slice(z, (sizes[0],), (2,)), jnp.split(z, 3), jnp.unstack(w)
+    return y, parts, x[sizes], jax.lax.ragged_dot(x, w, sizes)
 
 
 def found(jaxpr):

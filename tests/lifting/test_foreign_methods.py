@@ -197,7 +197,6 @@ def test_virtual_tokens_are_rows_behind_the_table(model, name):
         ("tables", jp.BitFit(), "bitfit trains biases, and this model has none"),
         ("tables", jp.LoRA(bias="all"), "this model has no biases"),
     ],
-    ids=str,
 )
 def test_what_has_no_meaning_is_one_line(model, method, message):
     with pytest.raises(jp.UserError) as caught:
@@ -238,7 +237,6 @@ def test_trees_of_other_models_need_roles(model):
         (("**/out/kernel", "key"), "(out|key)/kernel"),
         (lambda row: row.shape[-1] == 12, "Dense_0/kernel"),
     ],
-    ids=str,
 )
 def test_targets_are_names_patterns_of_paths_or_a_predicate(targets, expected):
     roles = ROLES["linen"]

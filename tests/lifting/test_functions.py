@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from foreign_models import MODELS, bound, every_model, moved, start
 from lifted_nodes import adapted, numbers
 
@@ -76,6 +77,40 @@ def test_keys_may_differ_from_call_to_call():
 
     first, second = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 2))
     assert np.abs(first - second).max() > 1e-2
+
+
+class WithState(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(D, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(self.norm(self.first(x))))
+
+
+def test_state_and_keys_of_nnx_pass_through():
+    graph, params, rest = nnx.split(WithState(nnx.Rngs(0)), nnx.Param, ...)
+    kernels = {f"{name}/kernel": Axes((0,), (1,)) for name in ("first", "last")}
+    nodes, sums = adapted(params, kernels)
+
+    def step(params, rest, x):
+        model = nnx.merge(graph, params, rest)
+        y = model(x)
+        return y, nnx.state(model, nnx.BatchStat, nnx.RngState)
+
+    actual, expected = jax.jit(jp.lift(step))(nodes, rest, X), jax.jit(step)(sums, rest, X)
+    assert_same(*(jax.tree.map(plain, one) for one in (actual, expected)))
+    stats, keys = actual[1]
+    assert np.abs(stats["norm"]["mean"][...]).max() > 1e-3
+    assert keys["dropout"]["rngs"]["count"][...] == 1
+
+
+def plain(leaf):
+    """A key as its numbers."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
 
 
 @flax.struct.dataclass
