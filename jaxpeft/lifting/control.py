@@ -214,7 +214,7 @@ def _require_known(eqn: Any) -> None:
     Raises:
         UnroutableError: It has others.
     """
-    if set(eqn.params) not in dialect.KNOWN[eqn.primitive.name]:
+    if not dialect.is_known(eqn):
         raise UnroutableError(f"this version of JAX has a {eqn.primitive.name} of another form")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.lifting import dialect
 from jaxpeft.lifting.folded import Folded, folded
 from jaxpeft.lifting.views import Part, UnroutableError, View
 from jaxpeft.ops.linear import through
@@ -29,6 +30,8 @@ def convolution(eqn: Any, values: list[Any]) -> list[Any]:
     x, view = values
     if not isinstance(view, View):
         raise UnroutableError("a convolution is done to it")
+    if not dialect.is_known(eqn):
+        raise UnroutableError("this version of JAX has convolutions of another form")
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
     if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
         raise UnroutableError("its channels are convolved in groups")

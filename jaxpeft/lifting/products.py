@@ -64,8 +64,6 @@ def ragged(eqn: Any, values: list[Any]) -> list[Any]:
     free = [axis for axis in range(x.ndim) if axis not in of_x]
     if any(batches) or list(numbers.lhs_ragged_dimensions) != free or not group:
         raise UnroutableError("groups of rows are multiplied in a form that is not known")
-    if view.node.by_row:
-        raise UnroutableError("rows have adapters of their own, and the model has sorted them")
     turned = _is_turned(view, contracted)
     _require_stack(view, group)
     axes = folded(view.node).axes

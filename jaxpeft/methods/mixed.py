@@ -18,7 +18,7 @@ Reference:
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.struct
 import jax
@@ -52,8 +52,6 @@ class Mixed(OnBase):
         options: The spec's options.
         attends_base: Whether a tied head reads the base alone, as with the family's own node.
     """
-
-    by_row: ClassVar[bool] = True
 
     base: Any
     params: Any

@@ -66,11 +66,9 @@ class Node:
     Attributes:
         attends_base: Whether `attend` reads the frozen base alone. Trained values in the table then
             do not affect a tied head.
-        by_row: Whether the entries of the first axis of `x` have weights of their own.
     """
 
     attends_base: ClassVar[bool] = False
-    by_row: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, ...]:
