@@ -219,7 +219,8 @@ def make_train_step(
         loss, norm = total * scale, optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         tree = {"base": state.base(params), "adapter": state.adapter.params}
-        updates, opt_state = tx.update(grads, state.opt_state, tree, buffers=state.buffers)
+        known = {"buffers": state.buffers, "spec": state.spec}
+        updates, opt_state = tx.update(grads, state.opt_state, tree, **known)
         trained = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.trained, updates)
         before, after = (state.trained, state.opt_state), (trained, opt_state)
         finite &= _stays_finite(before, after)
@@ -237,7 +238,7 @@ def make_train_step(
         metrics = {**aux, "loss": loss, "grad_norm": norm}
         metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
         if watch_gradients:
-            metrics["reached"] = _everywhere(flags_of(grads), state_shardings)
+            metrics["reached"] = _everywhere(flags_of(grads, state.spec), state_shardings)
         return state, metrics
 
     if state_shardings is None:
