@@ -3,17 +3,21 @@
 With roles, a kernel's outputs are cut over ``tensor`` and its inputs over ``fsdp``, and a table's
 rows over ``tensor`` and its columns over ``fsdp``, as for the models of this package. Of several
 such axes the largest that divides is cut. If no input divides, ``fsdp`` cuts another axis. Axes of
-a stack are never cut, because a loop over layers reads one slice after the other. Biases, norms and
-what the roles say nothing about are treated as without roles.
+a stack are never cut, because a loop over layers reads one slice after the other. Of a convolution
+the channels that leave are cut and nothing else. Biases and norms are replicated, and for
+everything else the rule is that without roles.
 
-Without roles, the largest axis that divides is cut over ``fsdp``, the first among equals, and
-vectors are replicated. Nothing is cut over ``tensor``: a shape does not tell inputs from outputs.
-A placement never changes results; it decides memory and traffic alone.
+Without roles, the last axis is cut over ``fsdp``, or the one before it if the last does not divide,
+and vectors are replicated. There flax keeps outputs and inputs, and in front of them stacks, the
+windows of convolutions, and positions. These stay whole for another reason, too: a placement should
+never change results, but XLA's partitioner was seen to give wrong ones for a dilated convolution
+behind which an array of positions was cut. Nothing is cut over ``tensor``: a shape does not tell
+inputs from outputs.
 """
 
 from collections.abc import Iterable, Sequence
 
-from jaxpeft.lifting.roles import BIAS, EMBEDDING, NORM, Role
+from jaxpeft.lifting.roles import BIAS, CONVOLUTION, EMBEDDING, NORM, Role
 from jaxpeft.mesh.layouts import Layout, first_match
 
 Axes = tuple[str | None, ...]
@@ -35,9 +39,11 @@ def axes_by_role(role: Role, layout: Layout) -> Axes:
     if role.axes is None:
         return axes_by_size(role.shape, layout)
     ins, outs = role.axes.ins, role.axes.outs
+    free = [axis for axis in range(len(role.shape)) if axis not in role.axes.stack]
     if role.role == EMBEDDING:
         ins, outs = outs, ins
-    free = [axis for axis in range(len(role.shape)) if axis not in role.axes.stack]
+    elif role.role == CONVOLUTION:
+        ins, free = (), list(outs)
     cuts: dict[int, str] = {}
     if (cut := _largest(role.shape, outs, layout.shape["tensor"])) is not None:
         cuts[cut] = "tensor"
@@ -53,8 +59,10 @@ def axes_by_size(shape: Sequence[int], layout: Layout) -> Axes:
     """The mesh axes of a parameter's dimensions by their sizes; empty for vectors and scalars."""
     if len(shape) < 2:
         return ()
-    cut = _largest(shape, range(len(shape)), layout.shape["fsdp"])
-    return tuple("fsdp" if axis == cut else None for axis in range(len(shape)))
+    axes = range(len(shape))
+    fitting = (axis for axis in (axes[-1], axes[-2]) if shape[axis] % layout.shape["fsdp"] == 0)
+    cut = next(fitting, None) if layout.shape["fsdp"] > 1 else None
+    return tuple("fsdp" if axis == cut else None for axis in axes)
 
 
 def _largest(shape: Sequence[int], axes: Iterable[int], shards: int) -> int | None:

@@ -186,7 +186,8 @@ def shard_params(params: Any, mesh: Mesh | Layout, roles: Roles | None = None) -
         mesh: Over ``data``, ``fsdp`` and ``tensor``, see `make_mesh`; or a layout.
         roles: For a model that is not of this package, what `jaxpeft.describe` found. Then kernels
             are cut by their inputs and outputs, and axes of a stack never are. Without roles, every
-            leaf that no rule names is cut over ``fsdp`` along its largest axis.
+            leaf that no rule names is cut over ``fsdp`` along its last axis. See
+            `jaxpeft.mesh.any_model`.
 
     Returns:
         The same tree, of the same kind. Vectors, and leaves whose dimensions do not divide, are
@@ -246,7 +247,7 @@ def _no_cut(shape: Sequence[int], layout: Layout, role: Role | None) -> str:
     sizes = " x ".join(map(str, shape))
     if not cuts:
         return f"the mesh has no {' and no '.join(names)}"
-    return f"nothing of {sizes} divides by {' or '.join(cuts)}"
+    return f"nothing to cut of {sizes} divides by {' or '.join(cuts)}"
 
 
 def _uneven_blocks(

@@ -70,9 +70,7 @@ def lora_plus(
     return optax.partition(rules, lambda tree: lora_plus_groups(tree, arrays, spec))
 
 
-def lora_plus_groups(
-    tree: Any, arrays: Mapping[str, ArrayRole], spec: Spec | None = None
-) -> Any:
+def lora_plus_groups(tree: Any, arrays: Mapping[str, ArrayRole], spec: Spec | None = None) -> Any:
     """Labels every leaf of ``{"base": ..., "adapter": ...}`` with its group.
 
     Args:

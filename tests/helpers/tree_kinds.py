@@ -79,8 +79,8 @@ def start(kind, method=None):
     return jp.init_adapter(method, params, jax.random.key(0), roles=roles)
 
 
-def lifted(kind, params, adapter, x):
-    """The model with the adapter."""
-    bound = jp.bind(params, adapter)
+def lifted(kind, params, adapter, x, key=None):
+    """The model with the adapter; with a key, inputs are dropped."""
+    bound = jp.bind(params, adapter, dropout_key=key)
     plain = isinstance(bound, dict) and bound.keys() == {"params"} and "params" not in params
     return jp.lift(KINDS[kind][0])(bound["params"] if plain else bound, x)

@@ -149,8 +149,7 @@ def test_parameters_are_placed_and_stay_the_same_tree(kind, with_roles):
     assert same_kind(placed, params)
     jax.tree.map(np.testing.assert_array_equal, placed, params)
     for path, leaf in named_leaves(placed).items():
-        wide = PartitionSpec(None, "fsdp") if leaf.shape == (8, 16) else PartitionSpec("fsdp", None)
-        kernel = PartitionSpec("fsdp", "tensor") if with_roles else wide
+        kernel = PartitionSpec("fsdp", "tensor") if with_roles else PartitionSpec(None, "fsdp")
         expected = kernel if path.endswith("kernel") else PartitionSpec()
         assert leaf.sharding.spec == expected, path
 

@@ -42,7 +42,8 @@ def role(name, shape, ins, outs, stack=()):
         (role("kernel", (64, 5, 4), (1,), (2,), (0,)), (None, None, "tensor")),
         # rows of a table over tensor, as those of ours
         (role("embedding", (10, 6), (0,), (1,)), ("tensor", "fsdp")),
-        (role("convolution", (3, 3, 4, 6), (0, 1, 2), (3,)), (None, None, "fsdp", "tensor")),
+        # the window of a convolution is whole
+        (role("convolution", (4, 4, 4, 6), (0, 1, 2), (3,)), (None, None, None, "tensor")),
         (Role("w", (4, 6), jnp.float32, "bias", of="k"), ()),
         (Role("w", (3, 8), jnp.float32, "norm"), ()),
         (Role("w", (4, 6), jnp.float32, "other", why="sorted"), (None, "fsdp")),
@@ -55,16 +56,18 @@ def test_roles_decide_and_stacks_are_whole(row, expected):
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        ((6, 4), ("fsdp", None)),
+        ((6, 4), (None, "fsdp")),
         ((4, 6), (None, "fsdp")),
-        ((4, 4), ("fsdp", None)),
-        ((7, 4), (None, "fsdp")),
+        ((4, 7), ("fsdp", None)),
         ((7, 5), (None, None)),
+        ((64, 4, 6), (None, None, "fsdp")),
+        ((16, 16, 3, 8), (None, None, None, "fsdp")),
+        ((64, 3, 5), (None, None, None)),
         ((8,), ()),
         ((), ()),
     ],
 )
-def test_without_roles_the_largest_axis_that_divides_is_cut(shape, expected):
+def test_without_roles_the_last_axis_is_cut_or_the_one_before_it(shape, expected):
     assert axes_by_size(shape, layouts.Layout(mesh_of(**MESH))) == expected
     whole = axes_by_size(shape, layouts.Layout(mesh_of(data=8)))
     assert not any(whole)
@@ -88,7 +91,7 @@ def test_a_rule_of_the_user_comes_before_roles_and_those_of_our_models_do_not():
 def test_what_stays_whole_is_named():
     params = [{"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)}, {"kernel": jnp.zeros((4, 5))}]
     assert placement.unsharded(params, mesh_of(fsdp=2)) == [
-        "0/kernel: no rule, and nothing of 3 x 5 divides by fsdp 2"
+        "0/kernel: no rule, and nothing to cut of 3 x 5 divides by fsdp 2"
     ]
     assert placement.unsharded(params, mesh_of(tensor=2)) == [
         "0/kernel: no rule, and the mesh has no fsdp",
@@ -100,7 +103,7 @@ def test_what_stays_whole_is_named():
         if path.endswith("kernel")
     } | {"0/bias": Role("0/bias", (5,), jnp.float32, "bias", of="0/kernel")}
     assert placement.unsharded(params, mesh_of(tensor=2, fsdp=2), Roles(rows)) == [
-        "0/kernel: nothing of 3 x 5 divides by fsdp 2 or tensor 2",
+        "0/kernel: nothing to cut of 3 x 5 divides by fsdp 2 or tensor 2",
     ]
     with pytest.raises(UserError, match="roles: they have no 1/kernel; describe the model"):
         jp.shard_params(

@@ -89,7 +89,7 @@ def test_replicated_leaves_are_named_with_the_reason():
     }
     assert placement.unsharded(params, mesh_of(fsdp=2, tensor=2)) == [
         "embed_tokens/embedding: 33 does not divide by fsdp 2",
-        "layers/strange/kernel: no rule, and nothing of 3 x 5 x 7 divides by fsdp 2",
+        "layers/strange/kernel: no rule, and nothing to cut of 3 x 5 x 7 divides by fsdp 2",
     ]
     assert placement.unsharded({"norm": params["norm"]}, mesh_of(tensor=2)) == []
 

@@ -166,6 +166,32 @@ def test_groups_of_lora_plus_do_not_depend_on_the_stack(model):
         assert group == expected[path.rpartition("/")[2]], path
 
 
+def test_a_table_of_any_name_learns_as_tables_do():
+    """Its A starts at zero: LoRA-FA trains it, and LoRA+ gives both factors their own rate."""
+    params = {"wte": jnp.ones((6, 4)), "w": jnp.ones((4, 4))}
+    ids = jnp.array([1, 2])
+    roles = jp.describe(lambda p, ids: p["wte"][ids] @ p["w"], params, ids)
+    method = jp.LoRA(rank=2, targets=("wte", "w"))
+    adapter = jp.init_adapter(method, params, jax.random.key(0), roles=roles)
+    on = jax.tree.map(lambda leaf: True, adapter.params)
+    kept = paths.flatten(without_a(on, KINDS["lora"], adapter.spec))
+    assert kept == {"wte/a": True, "wte/b": True, "w/a": False, "w/b": True}
+    tree = {"base": {}, "adapter": adapter.params}
+    groups = paths.flatten(lora_plus_groups(tree, KINDS["lora"].arrays, adapter.spec)["adapter"])
+    assert groups == {"wte/a": "embedding", "wte/b": "embedding", "w/a": "a", "w/b": "b"}
+    grads = {"base": {}, "adapter": jax.tree.map(jnp.ones_like, adapter.params)}
+    tx = optimizer(method, lora_fa=True, **SGD | {"learning_rate": 1.0})
+    known = {"whole": tree, "buffers": adapter.buffers, "spec": adapter.spec}
+    updates = tx.update(grads, tx.init(tree), tree, **known)[0]["adapter"]
+    np.testing.assert_array_equal(updates["wte"]["b"], -jnp.ones((2, 4)))
+    assert (updates["w"]["b"] != -1).any()
+    config = jp.OptimConfig(lora_plus_ratio=4.0, schedule="constant", clip_norm=None, **SGD)
+    plus = jp.make_optimizer(config, 1, method, spec=adapter.spec)
+    moves = plus.update(grads, plus.init(tree), tree)[0]["adapter"]
+    np.testing.assert_allclose(moves["wte"]["b"], -1e-6, rtol=1e-5)
+    np.testing.assert_allclose(moves["w"]["b"], -4.0 * 2e-4, rtol=1e-5)
+
+
 def test_vectors_of_a_base_whose_layers_are_apart_are_fast():
     base = {"layers": [{"norm": {"scale": jnp.ones(4)}, "w": {"kernel": jnp.ones((4, 4))}}]}
     tree = {"base": base, "adapter": {"w": {"b": jnp.ones((2, 4))}}}
