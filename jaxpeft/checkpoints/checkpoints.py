@@ -84,7 +84,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: dict[str, Any],
+        state: Any,
         *,
         meta: dict[str, Any],
         metric: float | None = None,
@@ -97,7 +97,8 @@ class Checkpoints:
 
         Args:
             step: The number of updates done.
-            state: Nested dicts of arrays; may be donated as soon as this returns.
+            state: A tree of arrays, such as a `jaxpeft.TrainState` or nested dicts; may be donated
+                as soon as this returns.
             meta: JSON values to find again with `meta` (config, data hash, ...).
             metric: The step with the lowest metric is kept beside the newest steps.
 

@@ -20,7 +20,8 @@ class ArrayRole:
             array that replaces some numbers of the leaf, such as rows. Neither can follow another
             adapter that changes the leaf.
         fast: Whether LoRA+ trains it at the higher rate; None decides by its number of axes:
-            vectors are fast, matrices are not.
+            vectors are fast, matrices are not. Say it for arrays of kernels, because the stack axes
+            of a model that is not of this package cannot be told from others.
         unreached: A clause for the user if no gradient reaches the array; "" for the usual text.
     """
 

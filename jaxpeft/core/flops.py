@@ -1,9 +1,10 @@
 """Counts the floating-point operations of a program, with the trip counts of its loops.
 
 XLA's ``cost_analysis`` counts the body of a loop once, so under ``nn.scan`` a model of 2 layers and
-one of 32 report the same. This module counts matrix products in the jaxpr, after dead code is
-removed: a product of ``(m, k)`` and ``(k, n)`` takes ``2 m k n`` operations. Everything else is
-left out.
+one of 32 report the same. This module counts products and convolutions in the jaxpr, after dead
+code is removed: a product of ``(m, k)`` and ``(k, n)`` takes ``2 m k n`` operations, and every
+output of a convolution as many as the product with its window; positions in the padding count,
+zeros between dilated inputs do not. Everything else is left out.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from jax.extend import core as jex_core
 
 
 def count_flops(function: Callable, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of the matrix products in one call of `function`.
+    """FLOPs of the matrix products and convolutions in one call of `function`.
 
     Args:
         function: A traceable function, jitted or not.
@@ -61,12 +62,12 @@ def _equation(equation: Any, said: int | None) -> int:
         out = equation.outvars[0].aval.shape
         return 2 * math.prod(out) * math.prod(left[i] for i in contracted)
     if name == "ragged_dot_general":
-        numbers = params["ragged_dot_dimension_numbers"]
-        (_, contracted), (_, batch) = numbers.dot_dimension_numbers
-        left, right = (variable.aval.shape for variable in equation.invars[:2])
-        shared = (*contracted, *batch, *numbers.rhs_group_dimensions)
-        free = math.prod(size for axis, size in enumerate(right) if axis not in shared)
-        return 2 * math.prod(left) * free
+        return _ragged(equation)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+        out = math.prod(equation.outvars[0].aval.shape)
+        return 2 * out * math.prod(kernel) // outputs // math.prod(params["lhs_dilation"])
     if here := re.findall(r"at_most_(\d+)_times", str(equation.source_info.name_stack)):
         said = int(here[-1])
     times = 1
@@ -83,3 +84,14 @@ def _equation(equation: Any, said: int | None) -> int:
         mapped = [mapping.grid[i] for i in mapping.vmapped_dims]
         times, said = math.prod(mapping.grid) if said is None else said * math.prod(mapped), None
     return times * sum(_count(inner, said) for inner in jex_core.jaxprs_in_params(params))
+
+
+def _ragged(equation: Any) -> int:
+    """The count of a product in groups; where the groups split what is summed, each sums a part."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    left = equation.invars[0].aval.shape
+    groups = equation.invars[2].aval.shape[-1]
+    is_split = set(numbers.lhs_ragged_dimensions) & set(contracted)
+    products = 2 * math.prod(equation.outvars[0].aval.shape)
+    return products * math.prod(left[i] for i in contracted) // (groups if is_split else 1)

@@ -151,8 +151,12 @@ def is_own(params: Any) -> bool:
 
 
 def is_stacked(path: str) -> bool:
-    """Whether the leaf at `path` has an axis of layers in front."""
-    return path.startswith(LAYERS)
+    """Whether the leaf at `path` of a model of this package has an axis of layers in front.
+
+    Of another model's leaf this is known from its roles alone (`jaxpeft.methods.adapter.Spec`). A
+    number behind ``layers`` tells that the layers are apart.
+    """
+    return re.match(rf"{LAYERS}(?!\d+(/|$))", path) is not None
 
 
 def module_name(path: str, layer: int | None = None) -> str:

@@ -1,10 +1,11 @@
 """The placement of arrays: a table of path patterns over the mesh ``("data", "fsdp", "tensor")``.
 
 A leaf of the base follows the first rule whose pattern matches its whole path; a config may put
-rules of its own in front. A dimension is replicated if the axis does not divide it, if heads would
-be cut, or if there is no rule; `unsharded` names such leaves. An adapter's factors follow their
-kernel's tensor axis, are replicated over fsdp, and never split the rank. The optimizer's moments
-follow their parameter. Batches are split over data and fsdp.
+rules of its own in front. Leaves without a rule, as other models have them, are placed by the
+meaning or the sizes of their axes (`jaxpeft.mesh.any_model`). A dimension is replicated if the axis
+does not divide it or if heads would be cut; `unsharded` names such leaves. An adapter's factors
+follow their kernel's tensor axis, are replicated over fsdp, and never split the rank. The
+optimizer's moments follow their parameter. Batches are split over data and fsdp.
 
 Reference:
     Shoeybi et al., "Megatron-LM", 2019, https://arxiv.org/abs/1909.08053, section 3 (which side of
@@ -195,7 +196,12 @@ def make_mesh(
 
 def spec_of(path: str, rules: Sequence[tuple] = ()) -> tuple[str | None, ...] | None:
     """The mesh axes in the first matching rule of `rules` and `RULES`; None without a rule."""
-    for pattern, axes in (*rules, *RULES):
+    return first_match(path, (*rules, *RULES))
+
+
+def first_match(path: str, rules: Sequence[tuple]) -> tuple[str | None, ...] | None:
+    """The mesh axes in the first rule whose pattern is the whole path; None without one."""
+    for pattern, axes in rules:
         if re.fullmatch(pattern, path):
             return axes
     return None

@@ -2,25 +2,42 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpeft.core import paths
 from jaxpeft.core.array_role import ORDINARY, ArrayRole
+from jaxpeft.core.errors import UserError
+from jaxpeft.lifting.roles import Role, Roles
+from jaxpeft.lifting.trees import map_named, named_leaves, path_text
+from jaxpeft.mesh.any_model import axes_by_role, axes_by_size
 from jaxpeft.mesh.layouts import Layout, as_layout, spec_of
 from jaxpeft.ops.quant import QuantTensor
 
+_OWNERS = ("adapter", "base", "buffers", "frozen")
 
-def param_sharding(path: str, shape: tuple[int, ...], mesh: Mesh | Layout) -> NamedSharding:
+
+def param_axes(
+    path: str, shape: tuple[int, ...], mesh: Mesh | Layout, role: Role | None = None
+) -> tuple[Any, ...]:
+    """The mesh axes of a base leaf's dimensions: by its role, by a rule, or by its shape."""
+    layout = as_layout(mesh)
+    if role is not None:
+        return axes_by_role(role, layout)
+    axes = layout.axes(path)
+    return axes_by_size(shape, layout) if axes is None else axes
+
+
+def param_sharding(
+    path: str, shape: tuple[int, ...], mesh: Mesh | Layout, role: Role | None = None
+) -> NamedSharding:
     """The sharding of a base leaf; dimensions that do not divide are replicated."""
-    return _place(as_layout(mesh).axes(path) or (), shape, mesh)
+    return _place(param_axes(path, shape, mesh, role), shape, mesh)
 
 
-def leaf_sharding(path: str, leaf: Any, mesh: Mesh | Layout) -> Any:
+def leaf_sharding(path: str, leaf: Any, mesh: Mesh | Layout, role: Role | None = None) -> Any:
     """The sharding of an array, or of every array of a quantised kernel.
 
     A device holds whole blocks of a quantised kernel.
@@ -29,13 +46,14 @@ def leaf_sharding(path: str, leaf: Any, mesh: Mesh | Layout) -> Any:
         path: The base leaf's path.
         leaf: An array, a `jaxpeft.ops.quant.QuantTensor`, or shapes.
         mesh: The mesh, or a layout.
+        role: Its row from `jaxpeft.describe`, for a model that is not of this package.
 
     Returns:
         A sharding, or a tree of them with the structure of the leaf.
     """
     if not isinstance(leaf, QuantTensor):
-        return param_sharding(path, leaf.shape, mesh)
-    wanted_axes = as_layout(mesh).axes(path) or ()
+        return param_sharding(path, leaf.shape, mesh, role)
+    wanted_axes = param_axes(path, leaf.shape, mesh, role)
     *stack, rows, columns = (*wanted_axes, None, None, None)[: len(leaf.shape)]
     axes = {
         "codes": (*stack, rows, None, columns),
@@ -69,7 +87,7 @@ def adapter_sharding(
     owner, _, name = path.rpartition("/")
     axes, role = as_layout(mesh).axes(owner) or (), arrays.get(name, ORDINARY)
     if role.replaces == "whole":
-        return _place(axes, shape, mesh)
+        return param_sharding(owner, shape, mesh)
     if role.side is None or len(axes) < 2:
         return _place((), shape, mesh)
     own: list[str | None] = [None] * len(shape)
@@ -132,10 +150,10 @@ def state_shardings(state: Any, mesh: Mesh | Layout, arrays: Mapping[str, ArrayR
         A tree of shardings with the structure of `state`.
     """
 
-    def owner_of(path: Any) -> tuple[str, str] | None:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        found = re.fullmatch(r"(?:.*/)?(adapter|base|buffers|frozen)/(.+)", name)
-        return (found[1], found[2]) if found else None
+    def owner_of(keys: Any) -> tuple[str, str] | None:
+        names = [path_text([key]) for key in keys]
+        at = next((at for at, name in enumerate(names[:-1]) if name in _OWNERS), None)
+        return None if at is None else (names[at], path_text(keys[at + 1 :]))
 
     trained = jax.tree_util.tree_leaves_with_path(state.trained)
     shapes = {owner_of(path): leaf.shape for path, leaf in trained}
@@ -160,34 +178,50 @@ def placed_shapes(tree: Any, shardings: Any) -> Any:
     )
 
 
-def shard_params(params: Mapping, mesh: Mesh | Layout) -> dict:
-    """Places base parameters on the mesh by the rules.
+def shard_params(params: Any, mesh: Mesh | Layout, roles: Roles | None = None) -> Any:
+    """Places base parameters on the mesh, by the rules or by what their axes mean.
 
     Args:
-        params: Base parameters, a nested dict.
+        params: Base parameters: nested dicts, or any other tree, such as an ``nnx.State``.
         mesh: Over ``data``, ``fsdp`` and ``tensor``, see `make_mesh`; or a layout.
+        roles: For a model that is not of this package, what `jaxpeft.describe` found. Then kernels
+            are cut by their inputs and outputs, and axes of a stack never are. Without roles, every
+            leaf that no rule names is cut over ``fsdp`` along its last axis. See
+            `jaxpeft.mesh.any_model`.
 
     Returns:
-        The same tree. Leaves without a rule, or whose dimensions do not divide, are replicated;
-        `unsharded` names them.
+        The same tree, of the same kind. Vectors, and leaves whose dimensions do not divide, are
+        replicated; `unsharded` names the latter.
+
+    Raises:
+        UserError: The roles are those of another tree.
     """
-    return paths.unflatten(
-        {
-            path: jax.device_put(leaf, leaf_sharding(path, leaf, mesh))
-            for path, leaf in paths.flatten(params).items()
-        }
+    return map_named(
+        lambda path, leaf: jax.device_put(
+            leaf, leaf_sharding(path, leaf, mesh, _role_of(path, roles))
+        ),
+        params,
     )
 
 
-def unsharded(params: Mapping, mesh: Mesh | Layout) -> list[str]:
-    """Names the base leaves that are replicated for lack of a rule or of divisibility, and why."""
+def unsharded(params: Any, mesh: Mesh | Layout, roles: Roles | None = None) -> list[str]:
+    """Names the base leaves that are replicated for lack of a rule or of divisibility, and why.
+
+    Args:
+        params: As for `shard_params`, or shapes.
+        mesh: As for `shard_params`.
+        roles: As for `shard_params`.
+    """
     layout, notes = as_layout(mesh), []
-    for path, leaf in paths.flatten(params).items():
-        axes = layout.axes(path)
-        if axes is None:
-            notes.append(f"{path}: no rule")
+    for path, leaf in named_leaves(params).items():
+        role = _role_of(path, roles)
+        axes = param_axes(path, leaf.shape, layout, role)
+        ruled = role is None and layout.axes(path) is not None
+        if not ruled and axes and layout.mesh.size > 1 and not any(axes):
+            lack = "no rule, and " if role is None else ""
+            notes.append(f"{path}: {lack}{_no_cut(leaf.shape, layout, role)}")
             continue
-        if (heads := layout.cut_heads(path)) and axes != spec_of(path, layout.rules):
+        if ruled and (heads := layout.cut_heads(path)) and axes != spec_of(path, layout.rules):
             notes.append(f"{path}: {heads} heads do not divide by tensor {layout.shape['tensor']}")
         if isinstance(leaf, QuantTensor):
             notes += _uneven_blocks(path, leaf, axes, layout)
@@ -198,12 +232,31 @@ def unsharded(params: Mapping, mesh: Mesh | Layout) -> list[str]:
     return notes
 
 
+def _role_of(path: str, roles: Roles | None) -> Role | None:
+    if roles is None:
+        return None
+    if path not in roles:
+        raise UserError(f"roles: they have no {path}; describe the model with these parameters.")
+    return roles[path]
+
+
+def _no_cut(shape: Sequence[int], layout: Layout, role: Role | None) -> str:
+    """Why no axis of a leaf without a rule is cut."""
+    names = ("fsdp",) if role is None else ("fsdp", "tensor")
+    cuts = [f"{name} {layout.shape[name]}" for name in names if layout.shape[name] > 1]
+    sizes = " x ".join(map(str, shape))
+    if not cuts:
+        return f"the mesh has no {' and no '.join(names)}"
+    return f"nothing to cut of {sizes} divides by {' or '.join(cuts)}"
+
+
 def _uneven_blocks(
     path: str, leaf: QuantTensor, axes: Sequence[str | None], layout: Layout
 ) -> list[str]:
     """Names dimensions that are replicated because their whole blocks cannot be divided."""
     blocks, _, columns = leaf.codes.shape[-3:]
-    sizes = zip((blocks, columns), axes[-2:], ("blocks of 64", "columns"), strict=True)
+    pair = (*axes, None, None, None)[: len(leaf.shape)][-2:]
+    sizes = zip((blocks, columns), pair, ("blocks of 64", "columns"), strict=True)
     return [
         f"{path}: {size} {what} do not divide by {axis} {layout.shape[axis]}"
         for size, axis, what in sizes

@@ -64,10 +64,21 @@ class Spec:
 
     def stack_axes(self, path: str) -> int:
         """The number of axes over which the weight at a place is stacked."""
+        return len(self.stack_positions(path))
+
+    def stack_positions(self, path: str) -> tuple[int, ...]:
+        """The axes of the weight at a place over which it is stacked; its arrays' are in front."""
         if not self.axes:
-            return int(paths.is_stacked(path))
+            return (0,) if paths.is_stacked(path) else ()
         axes = dict(self.axes)[path]
-        return 0 if axes is None else len(axes.stack)
+        return () if axes is None else axes.stack
+
+    def is_table(self, path: str) -> bool:
+        """Whether the weight at a place is an embedding table."""
+        if not self.axes:
+            return path == paths.EMBEDDING
+        axes = dict(self.axes)[path]
+        return axes is not None and axes.table
 
     def bias_of(self, path: str) -> str:
         """The path of the bias that is added to a kernel's products; "" for none."""

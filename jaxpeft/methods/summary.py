@@ -1,12 +1,14 @@
 """Counts what an adapter trains: modules with their ranks, and numbers."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.array_role import ArrayRole
+from jaxpeft.lifting.trees import is_node, named_leaves
 from jaxpeft.methods.adapter import Adapter, ranks_at
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.ops.linear import shape_of
@@ -31,26 +33,26 @@ class ModuleRow(NamedTuple):
 
 
 def describe_adapter(
-    params: Mapping, adapter: Adapter, trained: Mapping | None = None
+    params: Any, adapter: Adapter, trained: Mapping | None = None
 ) -> list[ModuleRow]:
     """One row per adapted leaf, in the order of the adapter's paths, then one for shared arrays.
 
     Args:
-        params: Base parameters: arrays, nodes or shapes.
+        params: Base parameters, in any kind of tree: arrays, nodes or shapes.
         adapter: The adapter. Buffers named "rank" must be concrete; parameters may be shapes.
         trained: See `count_trainable`.
 
     Returns:
         Rows whose `trainable` sum up to ``count_trainable(adapter, trained)``.
     """
-    sizes, rows = _trainable_sizes(adapter, trained), []
+    sizes, rows, base = _trainable_sizes(adapter, trained), [], named_leaves(params)
     for path in adapter.spec.paths:
-        base, ranks = paths.get(params, path), ranks_at(adapter, path)
-        shape = shape_of(base) if base is not None else ()
-        total, adapted = 1, 1
-        if paths.is_stacked(path) and shape:
-            total, *shape = shape
-            adapted = total if ranks is None else int(np.count_nonzero(ranks))
+        ranks = ranks_at(adapter, path)
+        shape = shape_of(base[path]) if path in base else ()
+        stack = [axis for axis in adapter.spec.stack_positions(path) if shape]
+        total = size_of([shape[axis] for axis in stack])
+        shape = [size for axis, size in enumerate(shape) if axis not in stack]
+        adapted = int(np.count_nonzero(ranks)) if stack and ranks is not None else total
         rows.append(
             ModuleRow(
                 path=path,
@@ -77,9 +79,9 @@ def count_trainable(adapter: Adapter, trained: Mapping | None = None) -> int:
     return sum(_trainable_sizes(adapter, trained).values())
 
 
-def count_parameters(params: Mapping) -> int:
+def count_parameters(params: Any) -> int:
     """The number of numbers in the base, by logical shape, however they are stored."""
-    return sum(size_of(shape_of(leaf)) for leaf in paths.flatten(params).values())
+    return sum(size_of(shape_of(leaf)) for leaf in jax.tree.leaves(params, is_leaf=is_node))
 
 
 def _rank_text(ranks: np.ndarray | None) -> str:

@@ -31,7 +31,7 @@ import optax
 from jaxpeft.core import paths
 from jaxpeft.core.array_role import ORDINARY, ArrayRole
 from jaxpeft.core.errors import UserError
-from jaxpeft.methods.adapter import SCALE
+from jaxpeft.methods.adapter import SCALE, Spec
 from jaxpeft.methods.family import Kind
 from jaxpeft.methods.registry import KINDS
 
@@ -46,6 +46,7 @@ def lora_plus(
     make_rule: Callable[[float, bool], optax.GradientTransformation],
     ratio: float,
     arrays: Mapping[str, ArrayRole],
+    spec: Spec | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The update rules of LoRA+, by group of leaves.
 
@@ -55,6 +56,7 @@ def lora_plus(
             decays weights.
         ratio: Learning rate of B over that of A.
         arrays: The roles of the adapter's arrays by name, `Kind.arrays` of its family.
+        spec: For an adapter that was made with roles, its spec, which knows the tables.
 
     Returns:
         A transformation over ``{"base": ..., "adapter": ...}`` whose frozen leaves are masked.
@@ -65,15 +67,16 @@ def lora_plus(
         "b_no_decay": make_rule(ratio, False),
         "embedding": make_rule(0.0, True),
     }
-    return optax.partition(rules, lambda tree: lora_plus_groups(tree, arrays))
+    return optax.partition(rules, lambda tree: lora_plus_groups(tree, arrays, spec))
 
 
-def lora_plus_groups(tree: Any, arrays: Mapping[str, ArrayRole]) -> Any:
+def lora_plus_groups(tree: Any, arrays: Mapping[str, ArrayRole], spec: Spec | None = None) -> Any:
     """Labels every leaf of ``{"base": ..., "adapter": ...}`` with its group.
 
     Args:
         tree: Arrays or shapes.
         arrays: The roles of the adapter's arrays, as for `lora_plus`.
+        spec: As for `lora_plus`.
 
     Raises:
         UserError: If no array is declared to learn faster, as LoRA's factor B is.
@@ -85,7 +88,7 @@ def lora_plus_groups(tree: Any, arrays: Mapping[str, ArrayRole]) -> Any:
             "or take the method lora."
         )
     return jax.tree_util.tree_map_with_path(
-        lambda keys, x: _group(_name(keys), x.ndim, arrays), tree
+        lambda keys, x: _group(_name(keys), x.ndim, arrays, spec), tree
     )
 
 
@@ -96,9 +99,9 @@ def project_b(kind: Kind) -> optax.GradientTransformationExtraArgs:
         kind: The family of the adapter. If it has no such factors, gradients are unchanged.
 
     Returns:
-        A stateless transformation. Its update takes two extra arguments. ``whole=`` is the tree
-        with its frozen leaves, which holds A (`jaxpeft.masked` passes it). ``buffers=`` hold the
-        scales (the training step passes them).
+        A stateless transformation. Its update takes extra arguments. ``whole=`` is the tree with
+        its frozen leaves, which holds A (`jaxpeft.masked` passes it). ``buffers=`` hold the scales,
+        and ``spec=`` is the adapter's, which knows the tables (the training step passes both).
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -112,7 +115,9 @@ def project_b(kind: Kind) -> optax.GradientTransformationExtraArgs:
 
         def project(keys: Any, g: jax.Array) -> jax.Array:
             place, _, array = _name(keys).rpartition("/")
-            if kind.lora_fa is None or array != kind.lora_fa[1] or not _is_kernel(place):
+            if kind.lora_fa is None or array != kind.lora_fa[1]:
+                return g
+            if _is_table(place.removeprefix("adapter/"), extra.get("spec")):
                 return g
             a = paths.get(whole, f"{place}/{kind.lora_fa[0]}")
             scale = paths.get(buffers, f"{place.removeprefix('adapter/')}/{SCALE}")
@@ -142,7 +147,7 @@ def projected(g: jax.Array, a: jax.Array, scale: Any) -> jax.Array:
     return factor[..., None, None] * jnp.matmul(inverse, g, precision=highest)
 
 
-def without_a(trainable: Any, kind: Kind) -> Any:
+def without_a(trainable: Any, kind: Kind, spec: Spec | None = None) -> Any:
     """Copies a tree of booleans over an adapter's arrays, False at the factors A of kernels.
 
     Both factors of the embedding table stay trained, as in PEFT, because the first starts at zero.
@@ -150,12 +155,13 @@ def without_a(trainable: Any, kind: Kind) -> Any:
     Args:
         trainable: Which arrays are trained, from `Method.trainable`.
         kind: The family of the adapter.
+        spec: For an adapter that was made with roles, its spec.
     """
 
     def stays(keys: Any, on: bool) -> bool:
         place, _, array = _name(keys).rpartition("/")
-        frozen = kind.lora_fa is not None and array == kind.lora_fa[0] and _is_kernel(place)
-        return on and not frozen
+        is_a = kind.lora_fa is not None and array == kind.lora_fa[0]
+        return on and not (is_a and not _is_table(place, spec))
 
     return jax.tree_util.tree_map_with_path(stays, trainable)
 
@@ -184,8 +190,11 @@ def _name(keys: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _is_kernel(place: str) -> bool:
-    return place.rpartition("/")[2] == "kernel"
+def _is_table(place: str, spec: Spec | None) -> bool:
+    """Whether a place with factors is an embedding table; others are kernels, whatever the name."""
+    if spec is None:
+        return place.endswith("embedding")
+    return place in spec.paths and spec.is_table(place)
 
 
 def _role(name: str, arrays: Mapping[str, ArrayRole]) -> ArrayRole:
@@ -194,9 +203,9 @@ def _role(name: str, arrays: Mapping[str, ArrayRole]) -> ArrayRole:
     return arrays.get(path.rpartition("/")[2], ORDINARY) if owner == "adapter" else ORDINARY
 
 
-def _group(name: str, ndim: int, arrays: Mapping[str, ArrayRole]) -> str:
+def _group(name: str, ndim: int, arrays: Mapping[str, ArrayRole], spec: Spec | None) -> str:
     path, role = name.partition("/")[2], _role(name, arrays)
-    if path.rpartition("/")[0] == paths.EMBEDDING and role.side is not None:
+    if _is_table(path.rpartition("/")[0], spec) and role.side is not None:
         return "embedding"
     if "bias" in name:
         return "b_no_decay"

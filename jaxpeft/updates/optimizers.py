@@ -15,6 +15,7 @@ import optax
 from jaxpeft.core import float32
 from jaxpeft.core.errors import UserError
 from jaxpeft.core.records import Record
+from jaxpeft.methods.adapter import Spec
 from jaxpeft.methods.method import Method
 from jaxpeft.methods.registry import KINDS
 from jaxpeft.updates.lora_rules import EMBEDDING_RATE, lora_plus, project_b
@@ -120,7 +121,11 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int, method: Method | None = None
+    config: OptimConfig,
+    steps: int,
+    method: Method | None = None,
+    *,
+    spec: Spec | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer of a run: clipping by global norm, then the update rule with its schedule.
 
@@ -129,6 +134,8 @@ def make_optimizer(
         steps: Updates of the whole run, for the schedule.
         method: What is trained, or None. A method may add to the rule (AdaLoRA does), after
             clipping; and its family tells LoRA+ and LoRA-FA which arrays are the factors.
+        spec: For LoRA+ with an adapter that was made with roles, the adapter's ``spec``, which
+            knows the embedding tables. Without it they are told by their names.
 
     Returns:
         A transformation over the trained leaves; `masked` restricts it to them.
@@ -152,7 +159,7 @@ def make_optimizer(
             group = dataclasses.replace(config, learning_rate=rate, weight_decay=weight_decay)
             return make_rule(group, steps)
 
-        rule = lora_plus(scaled, config.lora_plus_ratio, kind.arrays)
+        rule = lora_plus(scaled, config.lora_plus_ratio, kind.arrays, spec)
     if method is not None:
         rule = method.wrap_optimizer(rule, steps)
     parts = [rule]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool
 
 from jaxpeft.core import paths
 from jaxpeft.core.errors import first_few
-from jaxpeft.methods.adapter import ranks_at
+from jaxpeft.methods.adapter import Spec, ranks_at
 from jaxpeft.methods.registry import KINDS
 
 STEPS = 5
@@ -36,20 +36,33 @@ USUAL_HINT = (
 _SHOWN = 8
 
 
-def flags_of(grads: Any) -> Bool[Array, "flags"]:
+def flags_of(grads: Any, spec: Spec) -> Bool[Array, "flags"]:
     """Which leaves, and which layers of stacked leaves, have a gradient other than zero.
 
     Args:
         grads: Gradients with the structure of ``TrainState.trained``, None at frozen leaves.
+        spec: The adapter's, which knows the axes over which its places are stacked.
 
     Returns:
         One flag for each part that `Reached` counts, in its order.
     """
     flags = [jnp.zeros(0, bool)]
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        axes = tuple(range(1, leaf.ndim)) if paths.is_stacked(_split(path)[1]) else None
+        axes = tuple(range(_stack_axes(*_split(path), spec), leaf.ndim))
         flags.append(jnp.any(leaf != 0, axis=axes).reshape(-1))
     return jnp.concatenate(flags)
+
+
+def _stack_axes(owner: str, path: str, spec: Spec) -> int:
+    """The number of axes in front of a trained leaf over which it is stacked.
+
+    Leaves of the base of a model that is not of this package count as one part, because nothing is
+    recorded of them.
+    """
+    place = path.rpartition("/")[0]
+    if owner == "adapter" and place in spec.paths:
+        return spec.stack_axes(place)
+    return 0 if spec.axes else int(paths.is_stacked(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +72,13 @@ class _Part:
     Attributes:
         place: The adapted weight that the leaf belongs to, or the leaf's own path.
         name: Name of the leaf at an adapted weight; "" for a leaf that belongs to none.
-        layer: Index of the layer, or None for a leaf that is not stacked.
+        layer: Indices on the axes of the stack; empty for a leaf that is not stacked.
         adapted: Whether it is more than padding.
     """
 
     place: str
     name: str
-    layer: int | None
+    layer: tuple[int, ...]
     adapted: bool
 
 
@@ -79,7 +92,7 @@ class Reached:
 
     def __init__(self, state: Any, first: int):
         self._parts, self._first = list(_parts_of(state)), first
-        self._kind = KINDS[state.spec.kind]
+        self._kind, self._foreign = KINDS[state.spec.kind], bool(state.spec.axes)
         self._seen = np.zeros(len(self._parts), bool)
         self._steps = 0
 
@@ -133,10 +146,16 @@ class Reached:
         if len(dead) == len(layers):
             yield place + _of(leaves)
             return
-        yield from (paths.module_name(place, layer) + _of(leaves) for layer in dead)
+        yield from (self._name(place, layer) + _of(leaves) for layer in dead)
         alone = [n for n in leaves if not any(seen for part, seen in parts if part.name == n)]
         if alone and not self._first:
             yield place + _of(alone)
+
+    def _name(self, place: str, layer: tuple[int, ...]) -> str:
+        """The name of a layer of a place: Hugging Face's, or the path in another model."""
+        if self._foreign:
+            return f"{place} [{', '.join(map(str, layer))}]"
+        return paths.module_name(place, *layer)
 
     def _hint(self, parts: list[tuple[_Part, bool]]) -> str:
         """A possible reason why a place was not reached, and the way out."""
@@ -152,10 +171,7 @@ def _parts_of(state: Any) -> Iterator[_Part]:
         if owner != "adapter" or place not in places:
             place, name = path, ""
         ranks = places.get(place) if name else None
-        if not paths.is_stacked(path):
-            yield _Part(place, name, None, ranks is None or bool(np.any(ranks)))
-            continue
-        for layer in range(leaf.shape[0]):
+        for layer in np.ndindex(leaf.shape[: _stack_axes(owner, path, state.spec)]):
             adapted = ranks is None or bool(np.any(ranks[layer]))
             yield _Part(place, name, layer, adapted)
 

@@ -71,8 +71,8 @@ class TrainState:
             chat=Label(self.chat),
         )
 
-    def base(self, params: dict) -> dict:
-        """Base parameters with the trained base leaves in place."""
+    def base(self, params: Any) -> Any:
+        """Base parameters, of the kind that is given, with the trained base leaves in place."""
         return _combine(self.trained["base"], params)
 
 
@@ -92,12 +92,12 @@ def adapter_only(tree: dict) -> dict:
 
 
 def init_train_state(
-    params: dict, adapter: Adapter, tx: MaskedTransformation, key: jax.Array
+    params: Any, adapter: Adapter, tx: MaskedTransformation, key: jax.Array
 ) -> TrainState:
     """The state before the first step.
 
     Args:
-        params: Base parameters.
+        params: Base parameters: nested dicts, or any other tree of arrays.
         adapter: The adapter to train; its arrays are copied, so donation leaves them alone.
             Base leaves that are trained are kept in float32, whatever the base's dtype: an
             update of 1e-3 would be lost in bfloat16.
@@ -148,7 +148,7 @@ def make_train_step(
     microbatches: int = 1,
     state_shardings: Any = None,
     watch_gradients: bool = False,
-) -> Callable[[TrainState, dict, Any], tuple[TrainState, dict]]:
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict]]:
     """Compiles a training step for any loss: the one the trainer itself uses.
 
     Args:
@@ -188,7 +188,7 @@ def make_train_step(
     """
     check_masked(tx)
 
-    def gradients(state: TrainState, params: dict, batch: Any) -> Any:
+    def gradients(state: TrainState, params: Any, batch: Any) -> Any:
         def total(trained: Any, part: Any, key: jax.Array) -> Any:
             now = state.replace(trained=trained)  # pyright: ignore[reportAttributeAccessIssue]
             out = loss_fn(now.base(params), now.adapter, part, key)
@@ -211,7 +211,7 @@ def make_train_step(
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(visit, zeros, (jnp.arange(microbatches), parts))[0]
 
-    def step(state: TrainState, params: dict, batch: Any) -> tuple[TrainState, dict]:
+    def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, dict]:
         grads, aux = gradients(state, params, batch)
         total, weight = aux.pop("total"), aux["weight"]
         scale = 1.0 / jnp.maximum(weight, 1e-30)
@@ -219,7 +219,8 @@ def make_train_step(
         loss, norm = total * scale, optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         tree = {"base": state.base(params), "adapter": state.adapter.params}
-        updates, opt_state = tx.update(grads, state.opt_state, tree, buffers=state.buffers)
+        known = {"buffers": state.buffers, "spec": state.spec}
+        updates, opt_state = tx.update(grads, state.opt_state, tree, **known)
         trained = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.trained, updates)
         before, after = (state.trained, state.opt_state), (trained, opt_state)
         finite &= _stays_finite(before, after)
@@ -237,7 +238,7 @@ def make_train_step(
         metrics = {**aux, "loss": loss, "grad_norm": norm}
         metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
         if watch_gradients:
-            metrics["reached"] = _everywhere(flags_of(grads), state_shardings)
+            metrics["reached"] = _everywhere(flags_of(grads, state.spec), state_shardings)
         return state, metrics
 
     if state_shardings is None:

@@ -61,6 +61,43 @@ def test_the_count_of_a_program_without_loops_is_that_of_xla():
     assert 0.9 < count_flops(function, variables, IDS) / xla <= 1.0
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_convolutions_and_their_gradients_count_as_xla_counts_them(stride, groups):
+    """Without padding, which XLA leaves out, and with sizes that the stride divides."""
+    x, kernel = jnp.ones((2, 16, 16, 8)), jnp.ones((2, 2, 8 // groups, 12))
+
+    def run(x, kernel):
+        out = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+        return jnp.square(out).sum()
+
+    side = (16 - 2) // stride + 1
+    forward = 2 * 2 * side**2 * 12 * (2 * 2 * 8 // groups)
+    assert count_flops(run, x, kernel) == forward
+    # The gradient of the kernel costs the same, and so does that of the input, up to its edge.
+    count = count_flops(jax.grad(run, 1), x, kernel)
+    assert count == 2 * forward
+    xla = jax.jit(jax.grad(run, 1)).lower(x, kernel).compile().cost_analysis()["flops"]
+    assert 0.9 < count / xla <= 1.0
+    both = count_flops(jax.grad(run, (0, 1)), x, kernel)
+    assert both == pytest.approx(3 * forward, rel=0.15)
+
+
+def test_products_in_groups_count_every_row_once():
+    rows, groups = jnp.ones((10, 4)), jnp.array([3, 7])
+    kernels = jnp.ones((2, 4, 6))
+    run = lambda rows, kernels: jax.lax.ragged_dot(rows, kernels, groups).sum()  # noqa: E731
+    assert count_flops(run, rows, kernels) == 2 * 10 * 4 * 6
+    assert count_flops(jax.grad(run, (0, 1)), rows, kernels) == 2 * 2 * 10 * 4 * 6
+
+
 def test_work_whose_result_is_not_used_is_not_counted():
     x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
 

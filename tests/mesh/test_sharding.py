@@ -82,11 +82,14 @@ def test_replicated_leaves_are_named_with_the_reason():
     params = {
         "embed_tokens": {"embedding": jnp.zeros((96, 33))},
         "norm": {"scale": jnp.zeros(33)},
-        "layers": {"strange": {"kernel": jnp.zeros((2, 8, 8))}},
+        "layers": {
+            "strange": {"kernel": jnp.zeros((3, 5, 7))},
+            "own": {"kernel": jnp.zeros((6, 3))},
+        },
     }
     assert placement.unsharded(params, mesh_of(fsdp=2, tensor=2)) == [
         "embed_tokens/embedding: 33 does not divide by fsdp 2",
-        "layers/strange/kernel: no rule",
+        "layers/strange/kernel: no rule, and nothing to cut of 3 x 5 x 7 divides by fsdp 2",
     ]
     assert placement.unsharded({"norm": params["norm"]}, mesh_of(tensor=2)) == []
 

@@ -19,6 +19,7 @@ Reference:
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -110,7 +111,9 @@ def allocate_ranks(
 
     Returns:
         A transformation over any tree with dicts ``{"a", "b", "e"}`` in it. Its update takes
-        ``buffers=`` with ``rank`` at the same paths (under "adapter", if the tree has that key).
+        ``buffers=`` with ``rank`` at the same paths (under "adapter", if the tree has that key),
+        and ``spec=``, the adapter's; `jaxpeft.make_train_step` passes both. Of an adapter that was
+        made with roles, every kernel of every stack is adapted, and `count_modules` is not asked.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -135,7 +138,11 @@ def allocate_ranks(
             jax.tree.map(jnp.add, old, moves), places_of(grads), state, count, schedule
         )
         first = next(iter(old.values()))["e"].shape[-1]
-        modules = count_modules({path: place["e"] for path, place in old.items()})
+        values, spec = {path: place["e"] for path, place in old.items()}, extra.get("spec")
+        if spec is not None and spec.axes:
+            modules = sum(math.prod(e.shape[:-1]) for e in values.values())
+        else:
+            modules = count_modules(values)
         table = jnp.asarray(schedule.cuts(first, modules))
         cut = jnp.where(count <= schedule.last, table[jnp.minimum(count, schedule.last)], 0)
         scores = {

@@ -342,7 +342,7 @@ KIND = Kind(
     config=VeRA,
     bind=bind,
     config_of=config_of,
-    arrays={"b": ArrayRole(side="out", fast=True), "d": ArrayRole(rank_axis=-1)},
+    arrays={"b": ArrayRole(side="out", fast=True), "d": ArrayRole(rank_axis=-1, fast=True)},
     weigh=weigh,
     check=check,
     peft=PEFT,

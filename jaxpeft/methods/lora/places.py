@@ -119,7 +119,7 @@ FACTORS = Sort(
         **plain.FACTORS,
         "a0": ArrayRole(rank_axis=-1),
         "b0": ArrayRole(rank_axis=-2),
-        "m": ArrayRole(replaces="part"),
+        "m": ArrayRole(replaces="part", fast=True),
     },
     bind=bind_factors,
     leaf_shape=plain.factors_shape,

@@ -19,7 +19,7 @@ from jaxpeft.methods.adapter import Adapter, Spec
 from jaxpeft.methods.family import Products
 
 FACTORS = {
-    "a": ArrayRole(side="in", rank_axis=-1),
+    "a": ArrayRole(side="in", rank_axis=-1, fast=False),
     "b": ArrayRole(side="out", rank_axis=-2, fast=True),
 }
 """The roles of the factors of a kernel for code outside of their family."""
