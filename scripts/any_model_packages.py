@@ -128,7 +128,7 @@ def _tunix(cls: Callable[..., Any], config: Callable[..., Any], options: dict) -
 
 def flax_gpt2() -> AnyModel:
     """The Flax class of GPT-2 in transformers, in small; its kernels are stored as (out, in)."""
-    from transformers import FlaxGPT2LMHeadModel, GPT2Config
+    from transformers import FlaxGPT2LMHeadModel, GPT2Config  # pyright: ignore
 
     config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=16, n_embd=32, n_layer=2, n_head=4)
     net = FlaxGPT2LMHeadModel(config, seed=0)
@@ -154,7 +154,7 @@ def minilm_folder() -> Path:
 
 def minilm_net() -> Any:
     """The Flax class of BERT in transformers with MiniLM's weights."""
-    from transformers import FlaxBertModel
+    from transformers import FlaxBertModel  # pyright: ignore
 
     return FlaxBertModel.from_pretrained(minilm_folder(), add_pooling_layer=False)
 

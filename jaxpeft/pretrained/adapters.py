@@ -32,7 +32,6 @@ from jaxpeft.methods.binding import check_fit
 from jaxpeft.methods.chat_settings import ChatSettings, chat_of
 from jaxpeft.methods.foreign import fitted
 from jaxpeft.methods.peft.config_file import find_config, format_of
-from jaxpeft.methods.peft.named import NamedBase, named_base
 from jaxpeft.methods.peft.values import (
     COMMON,
     CONFIG,
@@ -45,6 +44,7 @@ from jaxpeft.pretrained import own_folder
 from jaxpeft.pretrained.base_check import adapter_notes, check_base, describe_base
 from jaxpeft.pretrained.identity import Identity
 from jaxpeft.pretrained.model import Model
+from jaxpeft.pretrained.named_base import NamedBase, named_base
 from jaxpeft.pretrained.peft_tensors import TENSORS, tensors_in
 from jaxpeft.pretrained.shapes import load_shapes
 
@@ -152,7 +152,7 @@ def load_adapter(
     if named is not None:
         named.require_kernels(values, place)
         adapter = peft.read(Values(values, place, peft.defaults), tensors_in(folder), named)
-        return named.reads(adapter, roles)
+        return named.reads(adapter)
     name, version = values.get(BASE_NAME) or "", values.get("revision") or ""
     for key, value in ((BASE_NAME, name), ("revision", version)):
         if not isinstance(value, str):

@@ -33,11 +33,13 @@ class NamedBase:
         params: The parameters.
         templates: By path, the name of a kernel's module, with "{layer}" for the index in a stack.
         config: What messages say of the model.
+        roles: What `jaxpeft.describe` found.
     """
 
     params: paths.NamedTree
     templates: Mapping[str, str]
     config: Any
+    roles: Roles
     name: str = ""
     revision: str = ""
 
@@ -71,14 +73,14 @@ class NamedBase:
                 f"by names; of {', '.join(KERNELS)}."
             )
 
-    def reads(self, adapter: Adapter, roles: Roles) -> Adapter:
+    def reads(self, adapter: Adapter) -> Adapter:
         """An adapter that was read for this base, as one of the model.
 
         Raises:
             UserError: It has places that are no named kernels.
         """
         self._require_kernels(adapter, [])
-        return with_axes(adapter, self.params, roles, tied=False)
+        return with_axes(adapter, self.params, self.roles, tied=False)
 
     def _require_kernels(self, adapter: Adapter, lost: list[str]) -> None:
         kind = KINDS[adapter.spec.kind]
@@ -132,7 +134,8 @@ def named_base(params: Any, roles: Roles, names: Mapping[str, str]) -> NamedBase
     leaves = {"kernel": sites, "bias": {}, "scale": {}, "embedding": {}}
     tree = paths.NamedTree(base, leaves, biases=base.biases)
     layers = max((site.layer or 0 for site in sites.values()), default=0) + 1
-    return NamedBase(tree, templates, types.SimpleNamespace(num_layers=layers, model_type=""))
+    config = types.SimpleNamespace(num_layers=layers, model_type="")
+    return NamedBase(tree, templates, config, roles)
 
 
 def _filled(name: str, path: str, caught: tuple[str, ...], stack_axes: int) -> str:
