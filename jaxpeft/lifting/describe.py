@@ -107,7 +107,7 @@ class _Uses:
     def role(self, row: Role) -> Role:
         """The row of the parameter, filled in."""
         forms = self.kernels + self.convolutions + self.lookups
-        why = next(iter(self.others or self.pending), "")
+        why = next(iter(self.pending or self.others), "")
         if self.lookups:
             turned = [_turned(axes) for axes in self.kernels]
             if len(set(self.lookups + turned)) == 1 and not (why or self.convolutions):
@@ -209,10 +209,12 @@ class _Record(Context):
             tags = known[0]
         elif name in _ELEMENTWISE:
             tags = self._elementwise(eqn, name, known)
-        elif name in ("dot_general", "conv_general_dilated"):
-            tags = frozenset(("product", v.path) for v in values if isinstance(v, View))
         else:
-            for path in (path for one in known for tag, path in one if tag in _OWN):
+            is_product = name in ("dot_general", "conv_general_dilated")
+            if is_product:
+                tags = frozenset(("product", v.path) for v in values if isinstance(v, View))
+            ends = ("scaled",) if is_product else (*_OWN, "scaled")
+            for path in (path for one in known for tag, path in one if tag in ends):
                 if not any(isinstance(value, View) and value.path == path for value in values):
                     self._uses[path].others.append(self.where(eqn))
         for result in eqn.outvars:
@@ -224,10 +226,13 @@ class _Record(Context):
             for tag, path in tags:
                 if tag in _OWN:
                     return self._met(eqn, name, tag, path, 1 - at, dict(known[1 - at]))
-        for scaled, other in (known, known[::-1] if name == "mul" else known):
-            paths = [path for tag, path in scaled if tag == "scaled"]
-            if paths and name in ("mul", "div") and ("root", "") in other:
-                return self._normed(paths[0])
+        for at, tags in enumerate(known):
+            for path in (path for tag, path in tags if tag == "scaled"):
+                divides = name == "mul" or (name == "div" and at == 0)
+                # A root of the scaled value itself takes the parameter's size out again.
+                if divides and ("root", "") in known[1 - at] and not self._uses[path].others:
+                    return self._normed(path)
+                self._uses[path].others.append(self.where(eqn))
         if name == "mul":
             return frozenset(tag for tags in known for tag in tags if tag[0] in ("root", "normed"))
         if name == "div" and ("root", "") in known[1]:
