@@ -4,7 +4,6 @@ Nothing is guessed from names or shapes. The model is traced with a view in the 
 parameter, by the interpreter that `jaxpeft.lift` uses too; what a view meets says what it is.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from jaxpeft.lifting.folded import Axes, Folded
 from jaxpeft.lifting.interpreter import Context, interpret, run
 from jaxpeft.lifting.roles import Role, Roles
 from jaxpeft.lifting.trees import is_node, named_leaves, path_text, traced_shape
+from jaxpeft.lifting.uses import Uses
 from jaxpeft.lifting.views import UnroutableError, View, fresh
 
 _MOVES = frozenset(moves.MOVES)
@@ -86,59 +86,6 @@ def describe(function: Callable[..., Any], params: Any, *args: Any, **kwargs: An
     return Roles({name: record.role(name, leaves[name]) for name in names})
 
 
-@dataclasses.dataclass
-class _Uses:
-    """What was seen of one parameter.
-
-    Attributes:
-        kernels: The meaning of its axes in each product.
-        lookups: The meaning of its axes in each look-up of rows.
-        convolutions: The meaning of its axes in each convolution.
-        norms: How often it scales or offsets what was normalised.
-        biases: The kernels to whose products it is added.
-        others: What else the model does with it.
-        pending: Where a constant is added to it, as in ``1 + scale``, or it scales something: what
-            it is shows when that is normalised.
-    """
-
-    kernels: list[Axes] = dataclasses.field(default_factory=list)
-    lookups: list[Axes] = dataclasses.field(default_factory=list)
-    convolutions: list[Axes] = dataclasses.field(default_factory=list)
-    norms: int = 0
-    biases: list[str] = dataclasses.field(default_factory=list)
-    others: list[str] = dataclasses.field(default_factory=list)
-    pending: list[str] = dataclasses.field(default_factory=list)
-
-    def role(self, row: Role) -> Role:
-        """The row of the parameter, filled in."""
-        forms = self.kernels + self.convolutions + self.lookups
-        why = next(iter(self.others or self.pending), "")
-        if self.lookups:
-            turned = [_turned(axes) for axes in self.kernels]
-            if len(set(self.lookups + turned)) == 1 and not (why or self.convolutions):
-                tied = bool(self.kernels)
-                axes = dataclasses.replace(self.lookups[0], table=True, tied=tied)
-                return dataclasses.replace(row, role=roles.EMBEDDING, axes=axes)
-            why = why or "rows are looked up, and more"
-        elif forms and not why and not (self.norms or self.biases):
-            if len(set(forms)) == 1 and not (self.kernels and self.convolutions):
-                role = roles.KERNEL if self.kernels else roles.CONVOLUTION
-                return dataclasses.replace(row, role=role, axes=forms[0])
-            why = "products contract different axes of it"
-        elif forms:
-            why = why or "a kernel, and more"
-        elif self.norms and not why:
-            return dataclasses.replace(row, role=roles.NORM)
-        elif len(set(self.biases)) == 1 and not why:
-            return dataclasses.replace(row, role=roles.BIAS, of=self.biases[0])
-        why = why or ", ".join(self.biases)
-        return dataclasses.replace(row, role=roles.OTHER, why=why) if why else row
-
-
-def _turned(axes: Axes) -> Axes:
-    return dataclasses.replace(axes, ins=axes.outs, outs=axes.ins)
-
-
 def _is_whole(eqn: Any) -> bool:
     """Whether every output of a convolution sees all channels."""
     return eqn.params["feature_group_count"] == eqn.params["batch_group_count"] == 1
@@ -171,7 +118,7 @@ class _Record(Context):
         self.rules = {**moves.MOVES, **control.RULES, "broadcast_in_dim": self._broadcast}
         super().__init__()
         self._shapes = shapes
-        self._uses = {path: _Uses() for path in shapes}
+        self._uses = {path: Uses() for path in shapes}
         self._tags: dict[Any, Tags] = {}
 
     def role(self, name: str, leaf: Any) -> Role:
@@ -228,10 +175,12 @@ class _Record(Context):
                 tags = frozenset(map(_turned_tag, tags))
         elif name in _ELEMENTWISE:
             tags = self._elementwise(eqn, name, known)
-        elif name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
-            tags = frozenset(("product", v.path) for v in values if isinstance(v, View))
         else:
-            for path in (path for one in known for tag, path in one if tag in _OWN):
+            is_product = name in ("dot_general", "ragged_dot_general", "conv_general_dilated")
+            if is_product:
+                tags = frozenset(("product", v.path) for v in values if isinstance(v, View))
+            ends = ("scaled",) if is_product else (*_OWN, "scaled")
+            for path in (path for one in known for tag, path in one if tag in ends):
                 if not any(isinstance(value, View) and value.path == path for value in values):
                     self._uses[path].others.append(self.where(eqn))
         for result in eqn.outvars:
@@ -243,10 +192,13 @@ class _Record(Context):
             for tag, path in tags:
                 if tag in _OWN:
                     return self._met(eqn, name, tag, path, 1 - at, dict(known[1 - at]))
-        for scaled, other in (known, known[::-1] if name == "mul" else known):
-            paths = [path for tag, path in scaled if tag == "scaled"]
-            if paths and name in ("mul", "div") and ("root", "") in other:
-                return self._normed(paths[0])
+        for at, tags in enumerate(known):
+            for path in (path for tag, path in tags if tag == "scaled"):
+                divides = name == "mul" or (name == "div" and at == 0)
+                # A root of the scaled value itself takes the parameter's size out again.
+                if divides and ("root", "") in known[1 - at] and not self._uses[path].others:
+                    return self._normed(path)
+                self._uses[path].others.append(self.where(eqn))
         if name == "mul":
             return frozenset(tag for tags in known for tag in tags if tag[0] in ("root", "normed"))
         if name == "div" and ("root", "") in known[1]:

@@ -68,6 +68,14 @@ CASES = {
     "norm that divides last": (lambda p, x: p * x / root(x), (4,), "norm", None),
     "norm around one that divides last": (lambda p, x: (1 + p) * x / root(x), (4,), "norm", None),
     "norm that multiplies last": (lambda p, x: x * p * (1 / root(x)), (4,), "norm", None),
+    "a scale before a norm": (lambda p, x: rms(p * x, 1.0), (4,), "other", None),
+    "a scale before a norm that divides": (lambda p, x: p * x / root(p * x), (4,), "other", None),
+    "a norm, and a scale of what is multiplied": (
+        lambda p, x: (p * x) @ jnp.ones((4, 4)) + p * x / root(x),
+        (4,),
+        "other",
+        None,
+    ),
     "a norm, and a scale": (lambda p, x: p * x + p * x / root(x), (4,), "other", None),
     "unused": (lambda p, x: x, (4,), "unused", None),
     "a scale": (lambda p, x: x * p, (4,), "other", None),
@@ -117,6 +125,13 @@ def test_names_say_nothing():
         "embedding": "norm",
     }
     assert found["kernel"].of == "bias"
+
+
+def test_a_scale_before_a_norm_hides_nothing_of_the_norm():
+    found = jp.describe(
+        lambda p, x: rms(x * p["skip"], p["scale"]), {"skip": f32(4), "scale": f32(4)}, f32(2, 4)
+    )
+    assert {path: row.role for path, row in found.items()} == {"skip": "other", "scale": "norm"}
 
 
 def test_the_table_lists_every_parameter():
