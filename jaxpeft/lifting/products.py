@@ -107,7 +107,7 @@ def lookup(eqn: Any, values: list[Any]) -> list[Any]:
         raise UnroutableError("something other than rows of a table is gathered")
     use = Use(casts=table.casts, out=table.dtype, mode=_mode(eqn.params["mode"]))
     node = refold(table.node, use=use)
-    found = _supported(node, "lookup")(indices[..., 0]).astype(table.dtype)
+    found = _supported(node, "lookup")(jnp.asarray(indices)[..., 0]).astype(table.dtype)
     return [_unfolded(found, table, range(1, len(table.dims)), axes.outs)]
 
 
@@ -172,7 +172,7 @@ def _canonical(
 ) -> Any:
     """The other operand as ``(*batch, *free, d)``, its last axis in the order of the node's."""
     free = [axis for axis in range(x.ndim) if axis not in batch and axis not in contracted]
-    x = x.transpose(*batch, *free, *contracted)
+    x = jnp.asarray(x).transpose(*batch, *free, *contracted)  # a constant may be NumPy's
     parts = [part for dim in of_view for part in view.dims[dim]]
     front = x.shape[: len(batch) + len(free)]
     x = x.reshape(*front, *(part.size for part in parts))
