@@ -24,7 +24,7 @@ import jaxpeft as jp
 TOLERANCE = 1e-5
 MOVED_AT_LEAST = 1e-2
 RANK = 4
-MOVES = {"ia3": 0.3}
+MOVES = {"ia3": 0.5}
 """By kind of adapter, the size of the numbers by which it is moved; else a small one."""
 STEPS, LEARNING_RATE = 100, 1e-2
 METHODS = {
@@ -45,7 +45,7 @@ class AnyModel(NamedTuple):
         package: The package and its version.
         kind: "Linen" or "NNX".
         apply: A pure function of the parameters and `inputs`.
-        params: A tree of the kind that its library uses.
+        params: Linen's whole variables, or an NNX state; `jaxpeft.bind` gives back the same kind.
         inputs: Other arguments: the batch; for NNX also the state that is not trained.
         loss: A number for what `apply` gives.
     """

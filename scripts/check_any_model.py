@@ -1,8 +1,9 @@
 """Proves `jaxpeft.lift` on models that are not ours, each in an environment with its own package.
 
-The models: Google's Gemma (Linen), Tunix's Llama 3 and Qwen 3 (NNX), and BERT and GPT-2 of
-transformers 4 (Linen). All are small with drawn weights, but BERT is MiniLM with its real ones and
-learns a real task. The laws are the same for all, see `any_model_laws`:
+The models: Google's Gemma 3 and 4 (Linen), Tunix's Llama 3 and Qwen 3 (NNX), and BERT and GPT-2
+of transformers 4 (Linen), some of them with experts. All are small with drawn weights, but BERT is
+MiniLM with its real ones and learns a real task. The laws are the same for all, see
+`any_model_laws`:
 
 * `describe` finds what each parameter is;
 * a new LoRA adapter leaves every output as it is, to the last bit;
@@ -33,9 +34,11 @@ import any_model_venvs as venvs
 SCRIPTS = Path(__file__).resolve().parent
 MODELS = {
     "gemma": ("Gemma 3", "gemma"),
+    "gemma4": ("Gemma 4", "gemma"),
+    "gemma4-experts": ("Gemma 4 with experts", "gemma"),
     "llama": ("Llama 3", "tunix"),
     "qwen3": ("Qwen 3", "tunix"),
-    "experts": ("Qwen 3 with experts", "tunix"),
+    "qwen3-experts": ("Qwen 3 with experts", "tunix"),
     "bert": ("BERT (MiniLM)", "flax"),
     "gpt2": ("GPT-2", "flax"),
 }
