@@ -17,6 +17,7 @@ inputs from outputs.
 
 from collections.abc import Iterable, Sequence
 
+from jaxpeft.lifting.folded import Folded
 from jaxpeft.lifting.roles import BIAS, CONVOLUTION, EMBEDDING, NORM, Role
 from jaxpeft.mesh.layouts import Layout, first_match
 
@@ -53,6 +54,11 @@ def axes_by_role(role: Role, layout: Layout) -> Axes:
             cuts[cut] = "fsdp"
             break
     return tuple(cuts.get(axis) for axis in range(len(role.shape)))
+
+
+def folded_axes(leaf: Folded) -> Axes:
+    """The mesh axes of a kernel ``(*stack, d_in, d_out)`` that lies folded."""
+    return (*(None for _ in leaf.stack), "fsdp", "tensor")
 
 
 def axes_by_size(shape: Sequence[int], layout: Layout) -> Axes:

@@ -10,9 +10,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft.core.array_role import ORDINARY, ArrayRole
 from jaxpeft.core.errors import UserError
+from jaxpeft.lifting.coded import Coded
 from jaxpeft.lifting.roles import Role, Roles
 from jaxpeft.lifting.trees import map_named, named_leaves, path_text
-from jaxpeft.mesh.any_model import axes_by_role, axes_by_size
+from jaxpeft.mesh.any_model import axes_by_role, axes_by_size, folded_axes
 from jaxpeft.mesh.layouts import Layout, as_layout, spec_of
 from jaxpeft.ops.quant import QuantTensor
 
@@ -40,20 +41,27 @@ def param_sharding(
 def leaf_sharding(path: str, leaf: Any, mesh: Mesh | Layout, role: Role | None = None) -> Any:
     """The sharding of an array, or of every array of a quantised kernel.
 
-    A device holds whole blocks of a quantised kernel.
+    A device holds whole blocks of a quantised kernel. One of a model that is not of this package
+    lies folded: its inputs are cut over ``fsdp``, and its outputs over ``tensor``.
 
     Args:
         path: The base leaf's path.
-        leaf: An array, a `jaxpeft.ops.quant.QuantTensor`, or shapes.
+        leaf: An array, a `jaxpeft.ops.quant.QuantTensor` or one that is folded, or shapes.
         mesh: The mesh, or a layout.
         role: Its row from `jaxpeft.describe`, for a model that is not of this package.
 
     Returns:
         A sharding, or a tree of them with the structure of the leaf.
     """
-    if not isinstance(leaf, QuantTensor):
-        return param_sharding(path, leaf.shape, mesh, role)
-    wanted_axes = param_axes(path, leaf.shape, mesh, role)
+    if isinstance(leaf, Coded):
+        return dataclasses.replace(leaf, raw=_of_blocks(leaf.raw, folded_axes(leaf), mesh))
+    if isinstance(leaf, QuantTensor):
+        return _of_blocks(leaf, param_axes(path, leaf.shape, mesh, role), mesh)
+    return param_sharding(path, leaf.shape, mesh, role)
+
+
+def _of_blocks(leaf: QuantTensor, wanted_axes: Sequence[Any], mesh: Mesh | Layout) -> QuantTensor:
+    """The shardings of codes and scales, in their places."""
     *stack, rows, columns = (*wanted_axes, None, None, None)[: len(leaf.shape)]
     axes = {
         "codes": (*stack, rows, None, columns),
@@ -215,6 +223,9 @@ def unsharded(params: Any, mesh: Mesh | Layout, roles: Roles | None = None) -> l
     layout, notes = as_layout(mesh), []
     for path, leaf in named_leaves(params).items():
         role = _role_of(path, roles)
+        if isinstance(leaf, Coded):
+            notes += _uneven_blocks(path, leaf.raw, folded_axes(leaf), layout)
+            continue
         axes = param_axes(path, leaf.shape, layout, role)
         ruled = role is None and layout.axes(path) is not None
         if not ruled and axes and layout.mesh.size > 1 and not any(axes):

@@ -123,6 +123,22 @@ def test_a_lifted_model_computes_the_same_wherever_its_weights_are(model):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["linen", "nnx", "scanned"])
+def test_quantised_kernels_are_cut_by_whole_blocks(model):
+    function, params, variables, inputs = MODELS[model]
+    coded = jp.quantize(params, roles=ROLES[model])
+    mesh = mesh_of(**MESH)
+    placed = jp.shard_params(coded, mesh, ROLES[model])
+    cut = [leaf for leaf in jax.tree.leaves(placed) if any(leaf.sharding.spec)]
+    assert any("tensor" in leaf.sharding.spec for leaf in cut if leaf.dtype == jnp.uint8)
+    assert any(
+        "1 blocks of 64 do not divide by" in note for note in placement.unsharded(coded, mesh)
+    )
+    expected = jax.jit(jp.lift(function))(variables(coded), *inputs)
+    actual = jax.jit(jp.lift(function))(variables(placed), *inputs)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_trained_leaves_and_moments_are_placed_alike_though_modules_have_odd_names():
     """Modules are called like the parts of a state; one is a part of whole variables."""
     kernel = jnp.ones((4, 6))
