@@ -4,6 +4,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
 import yaml
@@ -63,9 +64,13 @@ def resolve(hint: Any, node: yaml.Node) -> Any:
 
 
 def kinds_of(hint: Any) -> list[Any]:
-    """The members of a union, with text last, because every value is also text."""
+    """The members of a union, with text last, because every value is also text.
+
+    Functions are left out: they can be given in Python alone.
+    """
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     members = list(typing.get_args(hint)) if union else [hint]
+    members = [kind for kind in members if typing.get_origin(kind) is not Callable]
     return sorted(members, key=lambda kind: kind is str)
 
 

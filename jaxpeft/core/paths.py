@@ -8,7 +8,7 @@ are matched against those full names, by the rules of HF PEFT 0.21
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flax import traverse_util
@@ -25,8 +25,8 @@ _OWN = re.compile(
 )
 """The paths of the leaves of our own models."""
 
-Targets = str | tuple[str, ...]
-"""What a method adapts, see `match`; in Python also a predicate over the row of a parameter."""
+Targets = str | tuple[str, ...] | Callable[[Any], bool]
+"""What a method adapts, see `match`: texts, or in Python a predicate over a parameter's row."""
 
 
 def flatten(tree: Mapping) -> dict[str, Any]:

@@ -219,6 +219,9 @@ def unsharded(params: Any, mesh: Mesh | Layout, roles: Roles | None = None) -> l
         params: As for `shard_params`, or shapes.
         mesh: As for `shard_params`.
         roles: As for `shard_params`.
+
+    Raises:
+        UserError: The roles are those of another tree.
     """
     layout, notes = as_layout(mesh), []
     for path, leaf in named_leaves(params).items():

@@ -174,15 +174,18 @@ def make_train_step(
         The squared error of one adapted kernel:
 
         >>> import jaxpeft as jp
-        >>> params = {"up_proj": {"kernel": jnp.ones((3, 2))}}
-        >>> adapter = jp.init_adapter(jp.LoRA(rank=1), params, jax.random.key(0))
+        >>> model = lambda params, x: x @ params["kernel"]
+        >>> params, x = {"kernel": jnp.ones((3, 2))}, jnp.ones((1, 3))
+        >>> roles = jp.describe(model, params, x)
+        >>> method = jp.LoRA(rank=1, targets="all-linear")
+        >>> adapter = jp.init_adapter(method, params, jax.random.key(0), roles=roles)
         >>> def loss_fn(params, adapter, batch, key):
-        ...     kernel = jp.merge(params, adapter)["up_proj"]["kernel"]
-        ...     return jnp.mean((batch["x"] @ kernel - batch["y"]) ** 2)
+        ...     y = jp.lift(model)(jp.bind(params, adapter)["params"], batch["x"])
+        ...     return jnp.mean((y - batch["y"]) ** 2)
         >>> tx = jp.masked(optax.adamw(1e-3), jp.adapter_only)
         >>> state = jp.init_train_state(params, adapter, tx, jax.random.key(0))
         >>> step = jp.make_train_step(loss_fn, tx)
-        >>> state, metrics = step(state, params, {"x": jnp.ones((1, 3)), "y": jnp.zeros((1, 2))})
+        >>> state, metrics = step(state, params, {"x": x, "y": jnp.zeros((1, 2))})
         >>> int(state.step), float(metrics["loss"])
         (1, 9.0)
     """

@@ -70,8 +70,8 @@ class AdaLoRA(Method):
     rank: int = 8
     initial_rank: int | None = None
     alpha: float = 16.0
-    targets: str | tuple[str, ...] = "all-linear"
-    exclude: str | tuple[str, ...] = ()
+    targets: paths.Targets = "all-linear"
+    exclude: paths.Targets = ()
     dropout: float = 0.0
     orthogonality: float = 0.5
     initial_steps: int = 0

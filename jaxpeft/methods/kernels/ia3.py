@@ -52,9 +52,9 @@ class IA3(Method):
 
     name: ClassVar[str] = "ia3"
 
-    targets: str | tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
+    targets: paths.Targets = ("k_proj", "v_proj", "down_proj")
     feedforward: str | tuple[str, ...] = FEEDFORWARD
-    exclude: str | tuple[str, ...] = ()
+    exclude: paths.Targets = ()
 
     def __post_init__(self):
         keep_targets(self, "feedforward")

@@ -54,8 +54,8 @@ class LoHa(Method):
 
     rank: int = 8
     alpha: float = 8.0
-    targets: str | tuple[str, ...] = "all-linear"
-    exclude: str | tuple[str, ...] = ()
+    targets: paths.Targets = "all-linear"
+    exclude: paths.Targets = ()
 
     def __post_init__(self):
         lycoris.check_fields(self)

@@ -57,8 +57,8 @@ class LoKr(Method):
 
     rank: int = 8
     alpha: float = 8.0
-    targets: str | tuple[str, ...] = "all-linear"
-    exclude: str | tuple[str, ...] = ()
+    targets: paths.Targets = "all-linear"
+    exclude: paths.Targets = ()
     decompose_both: bool = False
     decompose_factor: int = -1
 

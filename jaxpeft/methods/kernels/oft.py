@@ -62,8 +62,8 @@ class OFT(Method):
     name: ClassVar[str] = "oft"
 
     block_size: int = 32
-    targets: str | tuple[str, ...] = "all-linear"
-    exclude: str | tuple[str, ...] = ()
+    targets: paths.Targets = "all-linear"
+    exclude: paths.Targets = ()
     exact: bool = False
     terms: int = 5
 

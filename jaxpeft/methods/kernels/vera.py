@@ -63,8 +63,8 @@ class VeRA(Method):
     name: ClassVar[str] = "vera"
 
     rank: int = 256
-    targets: str | tuple[str, ...] = "all-linear"
-    exclude: str | tuple[str, ...] = ()
+    targets: paths.Targets = "all-linear"
+    exclude: paths.Targets = ()
     dropout: float = 0.0
     d_initial: float = 0.1
 

@@ -33,7 +33,7 @@ class BitFit(Method):
 
     name: ClassVar[str] = "bitfit"
 
-    targets: str | tuple[str, ...] = ".*"
+    targets: paths.Targets = ".*"
 
     def __post_init__(self):
         keep_names(self, "targets")

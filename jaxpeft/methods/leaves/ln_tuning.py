@@ -42,8 +42,8 @@ class LNTuning(Method):
 
     name: ClassVar[str] = "ln_tuning"
 
-    targets: str | tuple[str, ...] = DEFAULT_TARGETS
-    exclude: str | tuple[str, ...] = ()
+    targets: paths.Targets = DEFAULT_TARGETS
+    exclude: paths.Targets = ()
 
     def __post_init__(self):
         keep_names(self, "targets", "exclude")

@@ -91,10 +91,10 @@ class LoRA(Method):
 
     rank: int = 8
     alpha: float = 16.0
-    targets: str | tuple[str, ...] = "all-linear"
+    targets: paths.Targets = "all-linear"
     dropout: float = 0.0
     rslora: bool = False
-    exclude: str | tuple[str, ...] = ()
+    exclude: paths.Targets = ()
     layers: int | tuple[int, ...] = ()
     layers_pattern: str | tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = FrozenMap()
