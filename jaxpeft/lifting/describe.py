@@ -14,9 +14,8 @@ from jaxpeft.core.errors import UserError
 from jaxpeft.lifting import control, moves, roles
 from jaxpeft.lifting.folded import Axes, Folded
 from jaxpeft.lifting.interpreter import Context, interpret, run
-from jaxpeft.lifting.roles import Role, Roles
+from jaxpeft.lifting.roles import Role, Roles, Uses
 from jaxpeft.lifting.trees import is_node, named_leaves, path_text, traced_shape
-from jaxpeft.lifting.uses import Uses
 from jaxpeft.lifting.views import UnroutableError, View, fresh
 
 _MOVES = frozenset(moves.MOVES)
