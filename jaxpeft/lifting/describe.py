@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxprs_in_params
 
 from jaxpeft.core.errors import UserError
 from jaxpeft.lifting import control, moves, roles
@@ -90,6 +90,14 @@ def _is_whole(eqn: Any) -> bool:
     return eqn.params["feature_group_count"] == eqn.params["batch_group_count"] == 1
 
 
+def _sums(eqn: Any) -> bool:
+    """Whether an equation sums, itself or inside."""
+    if eqn.primitive.name in _SUMS:
+        return True
+    inner = (getattr(jaxpr, "jaxpr", jaxpr) for jaxpr in jaxprs_in_params(eqn.params))
+    return any(_sums(one) for jaxpr in inner for one in jaxpr.eqns)
+
+
 def _turned_tag(tag: tuple[str, str]) -> tuple[str, str]:
     """What is known of a value, after its axes were moved."""
     return ("turned", tag[1]) if tag[0] == "product" else tag
@@ -100,14 +108,16 @@ def _has_shape(leaf: Any) -> bool:
 
 
 _OWN = ("param", "shifted")
+_SUMMED = ("summed", "")
+_SUMS = ("reduce_sum", "dot_general")
 _ELEMENTWISE = ("add", "sub", "mul", "div")
 
 Tags = frozenset[tuple[str, str]]
 """What is known of a value: ("param", path) for a parameter that was only moved, ("shifted", path)
 for one plus a constant, ("scaled", path) for what was multiplied with one of these, ("product",
 path) for a product with a kernel, ("turned", path) for such a product whose axes were moved,
-("root", "") for what a root divides, ("normed", path) for what is normalised and scaled by a
-parameter."""
+("summed", "") for what depends on a sum, ("root", "") for what a root of such a value divides,
+("normed", path) for what is normalised and scaled by a parameter."""
 
 
 class _Record(Context):
@@ -159,7 +169,10 @@ class _Record(Context):
     def passed(self, eqn: Any, values: list[Any]) -> None:
         """Carries what is known of the inputs on to the results."""
         name = eqn.primitive.name
+        summed = _sums(eqn) or any(_SUMMED in self._tags_of(v) for v in eqn.invars)
         if name in control.RULES:
+            for result in eqn.outvars if summed else ():
+                self._tags[result] = self._tags_of(result) | {_SUMMED}
             return
         known = [
             frozenset({("param", value.path)}) if isinstance(value, View) else self._tags_of(v)
@@ -167,7 +180,7 @@ class _Record(Context):
         ]
         tags: Tags = frozenset()
         if name in _ROOTS:
-            tags = frozenset({("root", "")})
+            tags = frozenset({("root", "")}) if summed else tags
         elif name in _MOVES:
             tags = known[0]
             if name == "transpose":
@@ -183,7 +196,7 @@ class _Record(Context):
                 if not any(isinstance(value, View) and value.path == path for value in values):
                     self._uses[path].others.append(self.where(eqn))
         for result in eqn.outvars:
-            self._tags[result] = tags
+            self._tags[result] = tags | {_SUMMED} if summed else tags
 
     def _elementwise(self, eqn: Any, name: str, known: list[Tags]) -> Tags:
         """Notes what a parameter is added to or multiplied with."""
@@ -278,7 +291,7 @@ class _Record(Context):
             out = eqn.params["dimension_numbers"].rhs_spec[0]
             axes = self._axes(view, [d for d in range(len(view.dims)) if d != out], ())
             into = uses.convolutions
-        if axes is None:
+        if axes is None or (into is uses.lookups and not axes.outs):
             uses.others.append(self.where(eqn))
         else:
             into.append(axes)

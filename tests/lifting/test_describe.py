@@ -68,6 +68,19 @@ CASES = {
     "norm that divides last": (lambda p, x: p * x / root(x), (4,), "norm", None),
     "norm around one that divides last": (lambda p, x: (1 + p) * x / root(x), (4,), "norm", None),
     "norm that multiplies last": (lambda p, x: x * p * (1 / root(x)), (4,), "norm", None),
+    "a scale over the root of a size": (
+        lambda p, x: p * x / jnp.sqrt(jnp.asarray(x.shape[-1], jnp.float32)),
+        (4,),
+        "other",
+        None,
+    ),
+    "a scale over the root of an input": (
+        lambda p, x: p * x * jax.lax.rsqrt(x[0, 0]),
+        (4,),
+        "other",
+        None,
+    ),
+    "numbers that are looked up": (lambda p, x: p[x.astype(jnp.int32)], (9,), "other", None),
     "a scale before a norm": (lambda p, x: rms(p * x, 1.0), (4,), "other", None),
     "a scale before a norm that divides": (lambda p, x: p * x / root(p * x), (4,), "other", None),
     "a norm, and a scale of what is multiplied": (
