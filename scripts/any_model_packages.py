@@ -74,7 +74,7 @@ def gemma4() -> AnyModel:
 
 
 def gemma4_experts() -> AnyModel:
-    """Google's Gemma 4 in small with experts; their ``ragged_dot`` is adapted by nothing yet."""
+    """Google's Gemma 4 in small with experts, whose tokens are sorted for a ``ragged_dot``."""
     experts = {"num_experts": 4, "expert_dim": 16, "top_k_experts": 2, "moe_dense_hidden_dim": 24}
     return _gemma4({"enable_moe": True, **experts})
 

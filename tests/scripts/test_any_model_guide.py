@@ -9,7 +9,7 @@ from places import CONFIGS
 
 TEXT = (CONFIGS / "guides" / "any_model.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)\n```(?:\n\n```text\n(.*?)\n```)?", TEXT, re.DOTALL)
-RUN = [(code, printed) for code, printed in BLOCKS if "# in a venv of its own" not in code]
+RUN = [(code, printed) for code, printed in BLOCKS if "# In a venv of its own" not in code]
 
 
 @pytest.fixture(scope="module")
