@@ -341,6 +341,8 @@ def _require_match(
             f"{ALL_LINEAR!r} or a regex matched against the full name, such as "
             f"{next(iter(names))!r}."
         )
+        if any(site.row is not None for site in names.values()):
+            rule += " Patterns of paths have a '/'; print(roles) lists all paths."
     raise UserError(
         f"{field} pattern {pattern!r} matches no {what} of this model; closest names: "
         f"{first_few(close, 8)}. {rule}{hint}"

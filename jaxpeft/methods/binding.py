@@ -129,9 +129,9 @@ def _bound(params: dict, adapters: Sequence[Adapter], index: Any, dropout_key: A
         if index is not None and extra_axes(one) == 0:
             raise UserError(NOT_STACKED)
         tree = fitted(tree, one)
+        require_unchanged(one, changed)
         leaves = make_leaves(tree, one, key)
         check_leaves(leaves, fitted(params, one), one if index is None else first_of(one))
-        require_unchanged(one, changed)
         for leaf in leaves:
             leaf = after_others(leaf, tree)
             kind = KINDS[one.spec.kind]

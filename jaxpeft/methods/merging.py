@@ -54,9 +54,9 @@ def _merged(params: dict, adapters: Sequence[Adapter]) -> dict:
         if kind.no_merge:
             raise UserError(f"an adapter of kind {kind.name!r} cannot be merged: {kind.no_merge}")
         tree = fitted(tree, one)
+        require_unchanged(one, changed)
         leaves = make_leaves(tree, one)
         check_leaves(leaves, fitted(params, one), one)
-        require_unchanged(one, changed)
         if parted and paths.EMBEDDING in one.spec.paths and not unties(params, one):
             raise UserError(
                 f"{paths.EMBEDDING}: an adapter before this one leaves the tied head to the base, "

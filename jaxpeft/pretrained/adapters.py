@@ -279,7 +279,13 @@ def _open_folder(
     path: str | os.PathLike, revision: str | None
 ) -> tuple[StoragePath, StoragePath, dict[str, Any], PeftFormat]:
     """The folder, the place and the values of its config, and its format."""
-    place = find_config(locate_adapter(path, revision, (CONFIG, TENSORS, SIDE)))
+    folder = locate_adapter(path, revision, (CONFIG, TENSORS, SIDE))
+    if (folder / own_folder.RECORD).is_file():
+        raise UserError(
+            f"{folder}: holds an adapter of a model that is not of jaxpeft; pass that model's "
+            "parameters and roles, as in load_adapter(path, params, roles=roles)."
+        )
+    place = find_config(folder)
     values = read_json(place)
     peft = format_of(values, place)
     require_supported(values, place, peft)

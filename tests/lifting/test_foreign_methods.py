@@ -1,5 +1,6 @@
 """Every method on models that are not ours: Linen, NNX and plain functions."""
 
+import functools
 import re
 
 import jax
@@ -40,23 +41,58 @@ def plain(model, params):
     return jax.jit(function)(variables(params), *inputs)
 
 
+@functools.cache
+def base_of(model):
+    """What the model gives without an adapter."""
+    return plain(model, MODELS[model][1])
+
+
+def slopes(model, adapter, how):
+    """What the lifted or the merged model gives, and the gradient of a loss of it."""
+    function, params, variables, inputs = MODELS[model]
+
+    def loss(tree):
+        one = adapter.replace(params=tree)
+        if how == "merged":
+            y = function(variables(jp.merge(params, one)), *inputs)
+        else:
+            y = jp.lift(function)(bound(model, params, one), *inputs)
+        return jnp.square(y).sum(), y
+
+    gradient, y = jax.jit(jax.grad(loss, has_aux=True))(adapter.params)
+    return y, named_leaves(gradient)
+
+
 @every_change
-def test_a_new_adapter_changes_nothing_and_a_moved_one_equals_its_merged_weights(model, name):
-    params = MODELS[model][1]
+def test_a_new_adapter_changes_nothing_and_a_moved_one_is_its_merged_weights(model, name):
+    """Outputs and the gradients of every array."""
     new = start(model, name)
-    base = plain(model, params)
     # PiSSA's start is taken out of the kernels and added again; factors of one and sums with zero
     # are exact, but XLA may join them with their neighbours and round once less.
     exact = name in ("lora", "rslora of some", "adalora", "bitfit", "table", "convolutions")
     tol = 0 if exact else 1e-5 if name == "pissa" else 1e-6
-    np.testing.assert_allclose(run(model, new), base, rtol=0, atol=tol)
+    np.testing.assert_allclose(run(model, new), base_of(model), rtol=0, atol=tol)
     adapter = moved(new)
-    lifted, merged = run(model, adapter), jp.merge(params, adapter)
+    (lifted, ours), (merged, theirs) = (slopes(model, adapter, how) for how in ("lifted", "merged"))
+    np.testing.assert_allclose(lifted, merged, rtol=1e-5, atol=1e-5)
+    assert np.abs(lifted - base_of(model)).max() > 1e-2
+    for path, gradient in ours.items():
+        other = theirs[path]
+        assert np.abs(gradient).max() > 0 or np.abs(other).max() == 0, path
+        np.testing.assert_allclose(
+            gradient, other, rtol=1e-4, atol=1e-5 * np.abs(other).max(), err_msg=path
+        )
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [*((model, "lora") for model in MODELS), ("linen", "full")]
+)
+def test_merged_weights_are_a_tree_of_the_kind_that_was_given(model, name):
+    params = MODELS[model][1]
+    merged = jp.merge(params, moved(start(model, name)))
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     for path, leaf in named_leaves(merged).items():
         assert leaf.shape == named_leaves(params)[path].shape
-    np.testing.assert_allclose(lifted, plain(model, merged), rtol=1e-5, atol=1e-5)
-    assert np.abs(lifted - base).max() > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -88,27 +124,6 @@ def test_the_merged_change_is_the_scaled_product_in_float64(model, name):
     wanted = "kernel" if name == "lora" else "convolution"
     paths = [path for path, row in sorted(ROLES[model].items()) if row.role == wanted]
     assert adapter.spec.paths == tuple(paths)
-
-
-@every_change
-def test_gradients_reach_every_array_and_are_those_through_the_merged_weights(model, name):
-    function, params, variables, inputs = MODELS[model]
-    adapter = moved(start(model, name))
-
-    def loss(tree, how):
-        one = adapter.replace(params=tree)
-        if how == "merged":
-            return jnp.square(function(variables(jp.merge(params, one)), *inputs)).sum()
-        return jnp.square(jp.lift(function)(bound(model, params, one), *inputs)).sum()
-
-    ours = jax.jit(jax.grad(lambda tree: loss(tree, "lifted")))(adapter.params)
-    theirs = jax.jit(jax.grad(lambda tree: loss(tree, "merged")))(adapter.params)
-    for path, gradient in named_leaves(ours).items():
-        other = named_leaves(theirs)[path]
-        assert np.abs(gradient).max() > 0 or np.abs(other).max() == 0, path
-        np.testing.assert_allclose(
-            gradient, other, rtol=1e-4, atol=1e-5 * np.abs(other).max(), err_msg=path
-        )
 
 
 @every_model

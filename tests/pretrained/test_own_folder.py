@@ -93,6 +93,8 @@ def test_a_damaged_folder_or_another_model_is_one_line(tmp_path, name):
 
 def test_another_model_and_missing_roles_are_refused(tmp_path):
     save(tmp_path)
+    with pytest.raises(jp.UserError, match="holds an adapter of a model that is not of jaxpeft"):
+        jp.load_adapter(tmp_path)
     with pytest.raises(jp.UserError, match="the model has no parameter"):
         load(tmp_path, "nnx")
     with pytest.raises(jp.UserError, match="need roles="):
