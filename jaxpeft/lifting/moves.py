@@ -97,7 +97,7 @@ def _unstack(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     return [views.taken(values[0], axis, at) for at in range(values[0].shape[axis])]
 
 
-def _picked(view: View, cut: list[int], sizes: list[int], starts: list[Any]) -> View:
+def _picked(view: View, cut: list[int], sizes: list[Any], starts: list[Any]) -> View:
     if not cut:
         return view
     if len(cut) > 1 or sizes != [1]:

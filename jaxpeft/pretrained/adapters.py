@@ -182,6 +182,9 @@ def notes_of(
         adapter: From `load_adapter`.
         base: The `jaxpeft.Model` that it is used on.
         revision: The revision that `load_adapter` was given.
+
+    Raises:
+        UserError: There is no such folder any more.
     """
     folder = _open_folder(path, revision)[0]
     side = read_json(folder / SIDE) if (folder / SIDE).is_file() else None
@@ -281,10 +284,7 @@ def _open_folder(
     """The folder, the place and the values of its config, and its format."""
     folder = locate_adapter(path, revision, (CONFIG, TENSORS, SIDE))
     if (folder / own_folder.RECORD).is_file():
-        raise UserError(
-            f"{folder}: holds an adapter of a model that is not of jaxpeft; pass that model's "
-            "parameters and roles, as in load_adapter(path, params, roles=roles)."
-        )
+        raise UserError(f"{folder}: {own_folder.OTHER_MODEL}")
     place = find_config(folder)
     values = read_json(place)
     peft = format_of(values, place)

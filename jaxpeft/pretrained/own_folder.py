@@ -34,6 +34,11 @@ from jaxpeft.ops.linear import SHARED
 
 RECORD = "jaxpeft_adapter.json"
 TENSORS = "adapter.safetensors"
+OTHER_MODEL = (
+    "holds an adapter of a model that is not of jaxpeft; pass that model's parameters and roles, "
+    "as in load_adapter(path, params, roles=roles)."
+)
+"""Why such a folder is no folder of PEFT."""
 FORMAT = 1
 FILES = frozenset({RECORD, TENSORS})
 FIELDS = {
