@@ -132,6 +132,17 @@ jp.generat
     assert (pathlib.Path(inspect.getfile(jp)).parent / "py.typed").is_file()
 
 
+def test_nnx_is_imported_by_those_who_use_it():
+    code = """
+import sys
+import jaxpeft as jp
+for name in jp.__all__:
+    getattr(jp, name)
+print("flax.nnx" in sys.modules)
+"""
+    assert run(code) == "False\n"
+
+
 def test_methods_and_adapters_are_printed_in_a_line():
     base = {"layers": {"mlp": {"up_proj": {"kernel": jax.numpy.ones((3, 4, 5))}}}}
     adapter = jp.init_adapter(jp.LoRA(rank=2, dora=True), base, jax.random.key(0))

@@ -56,6 +56,7 @@ BY_MODEL = {
         *PROMPTS,
     ],
     "nnx": [*KERNELS, "oft", "bitfit", "full", "lora with bias of B", "lora with biases", "norms"],
+    "deep": ["lora", "dora", "ia3", "norms", "lora with bias of B"],
     "unrolled": [*KERNELS, "oft", "bitfit", "full", "lora with a module"],
     "scanned": [*KERNELS, "oft", "bitfit", "full", "lora with bias of B", "lora with a module"],
     "tables": ["lora", "table", "dora of a table", "tokens", "columns", *PROMPTS],
@@ -128,6 +129,34 @@ class Net(nnx.Module):
         return self.last(self.attention(self.norm(nnx.relu(self.first(x)))))
 
 
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.RMSNorm(8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, deterministic=True, rngs=rngs)
+        self.up, self.down = nnx.Linear(8, 12, rngs=rngs), nnx.Linear(12, 8, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attention(self.norm(x))
+        return x + self.down(nnx.gelu(self.up(x)))
+
+
+class Deep(nnx.Module):
+    """An NNX transformer whose layers are stacked, and run by its own scan and remat."""
+
+    def __init__(self, rngs):
+        make = nnx.split_rngs(splits=3)(nnx.vmap(in_axes=0, out_axes=0)(Layer))
+        self.layers = make(rngs)
+        self.head = nnx.Linear(8, 5, rngs=rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        @nnx.remat
+        def through(x, layer):
+            return layer(x)
+
+        return self.head(through(x, self.layers))
+
+
 def linen():
     """The function, its variables, how parameters are put into them, and other arguments."""
     module, ids = Stacked(), np.array([[1, 2, 10], [4, 5, 0]])
@@ -144,6 +173,12 @@ def nnx_model():
         lambda params: params,
         (rest, x),
     )
+
+
+def deep():
+    graph, params, rest = nnx.split(Deep(nnx.Rngs(0)), nnx.Param, ...)
+    function = lambda params, rest, x: nnx.merge(graph, params, rest)(x)  # noqa: E731
+    return function, params, lambda params: params, (rest, drawn(8)(2, 5, 8))
 
 
 def unrolled():
@@ -220,6 +255,7 @@ def drawn(seed):
 MODELS = {
     "linen": linen(),
     "nnx": nnx_model(),
+    "deep": deep(),
     "unrolled": unrolled(),
     "scanned": scanned(),
     "tables": tables(),
@@ -258,4 +294,4 @@ def moved(adapter, scale=0.1):
 def bound(model, params, adapter, **options):
     """The first argument of the lifted function."""
     tree = jp.bind(params, adapter, **options)
-    return tree if model in ("linen", "nnx", "vision", "pixels") else tree["params"]
+    return tree if model in ("linen", "nnx", "deep", "vision", "pixels") else tree["params"]

@@ -41,6 +41,12 @@ def plain(model, params):
     return jax.jit(function)(variables(params), *inputs)
 
 
+def assert_close(actual, expected, what=""):
+    """Within 1e-5 of the largest value."""
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * scale, err_msg=what)
+
+
 @functools.cache
 def base_of(model):
     """What the model gives without an adapter."""
@@ -74,14 +80,11 @@ def test_a_new_adapter_changes_nothing_and_a_moved_one_is_its_merged_weights(mod
     np.testing.assert_allclose(run(model, new), base_of(model), rtol=0, atol=tol)
     adapter = moved(new)
     (lifted, ours), (merged, theirs) = (slopes(model, adapter, how) for how in ("lifted", "merged"))
-    np.testing.assert_allclose(lifted, merged, rtol=1e-5, atol=1e-5)
+    assert_close(lifted, merged)
     assert np.abs(lifted - base_of(model)).max() > 1e-2
     for path, gradient in ours.items():
-        other = theirs[path]
-        assert np.abs(gradient).max() > 0 or np.abs(other).max() == 0, path
-        np.testing.assert_allclose(
-            gradient, other, rtol=1e-4, atol=1e-5 * np.abs(other).max(), err_msg=path
-        )
+        assert np.abs(gradient).max() > 0 or np.abs(theirs[path]).max() == 0, path
+        assert_close(gradient, theirs[path], path)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ def test_two_adapters_add_up_and_vmap_runs_several(model):
     function, _, _, inputs = MODELS[model]
     both = jax.jit(lambda p: jp.lift(function)(bound(model, p, [first, second]), *inputs))(params)
     merged = jp.merge(jp.merge(params, first), second)
-    np.testing.assert_allclose(both, plain(model, merged), rtol=1e-5, atol=1e-5)
+    assert_close(both, plain(model, merged))
     halves = bound(model, params, [first, first], weights=[0.5, 0.5])
     np.testing.assert_allclose(
         jax.jit(jp.lift(function))(halves, *inputs), run(model, first), rtol=1e-5, atol=1e-5
@@ -143,7 +146,7 @@ def test_two_adapters_add_up_and_vmap_runs_several(model):
         stacked
     )
     for one, adapter in zip(several, (first, second), strict=True):
-        np.testing.assert_allclose(one, run(model, adapter), rtol=1e-5, atol=1e-5)
+        assert_close(one, run(model, adapter))
 
 
 @every_model
@@ -158,7 +161,7 @@ def test_rows_of_a_batch_have_adapters_of_their_own(model):
     mixed = jax.jit(lambda p: lifted(bound(model, p, stacked, index=index), *inputs))
     alone = [plain(model, params), *(run(model, one) for one in several)]
     for row, out in enumerate(mixed(params)):
-        np.testing.assert_allclose(out, alone[int(index[row]) + 1][row], rtol=1e-5, atol=1e-5)
+        assert_close(out, alone[int(index[row]) + 1][row])
 
 
 def test_whole_variables_of_linen_are_bound_as_they_are_given():
@@ -188,7 +191,7 @@ def test_virtual_tokens_are_rows_behind_the_table(model, name):
     lifted = jax.jit(lambda a: jp.lift(function)(bound(model, params, a), batch))(adapter)
     function = Stacked(vocab + 2).apply if model == "linen" else function
     theirs = function(variables(with_leaves(params, {path: longer})), batch)
-    np.testing.assert_allclose(lifted, theirs[..., :vocab], rtol=1e-5, atol=1e-5)
+    assert_close(lifted, theirs[..., :vocab])
 
 
 @pytest.mark.parametrize(
