@@ -146,8 +146,13 @@ def is_table(params: Mapping, path: str) -> bool:
 
 
 def is_own(params: Any) -> bool:
-    """Whether parameters are nested dicts with the paths of our own models."""
-    return isinstance(params, Mapping) and all(map(_OWN.fullmatch, flatten(params)))
+    """Whether parameters are nested dicts with the paths and the ranks of our own models."""
+
+    def fits(path: str, leaf: Any) -> bool:
+        rank = is_stacked(path) + (2 if path.endswith(("/kernel", "/embedding")) else 1)
+        return bool(_OWN.fullmatch(path)) and len(leaf.shape) == rank
+
+    return isinstance(params, Mapping) and all(fits(*item) for item in flatten(params).items())
 
 
 def is_stacked(path: str) -> bool:
@@ -242,12 +247,7 @@ def path_matches(pattern: str, path: str) -> bool:
 
 
 def captures(pattern: str, path: str) -> tuple[str, ...] | None:
-    """What the stars of a pattern match, see `path_matches`; None if the path does not fit.
-
-    Example:
-        >>> captures("layers/*/mlp/*", "layers/3/mlp/up")
-        ('3', 'up')
-    """
+    """What the stars of a pattern match, see `path_matches`; None if the path does not fit."""
     text = re.escape(pattern).replace(r"\*\*/", "((?:.*/)?)").replace(r"\*\*", "(.!)")
     text = text.replace(r"\*", "([^/]*)").replace("(.!)", "(.*)")
     found = re.fullmatch(text, path)

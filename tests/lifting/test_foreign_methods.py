@@ -245,6 +245,13 @@ def test_trees_of_other_models_need_roles(model):
         jp.init_adapter(jp.LoRA(rank=2), params, jax.random.key(0))
 
 
+def test_kernels_of_another_rank_are_not_those_of_our_models():
+    kernel = jnp.ones((2, 4, 2, 2))
+    params = {"layers": {"self_attn": {"q_proj": {"kernel": kernel}}}}
+    with pytest.raises(jp.UserError, match="is not guessed; pass roles="):
+        jp.init_adapter(jp.LoRA(rank=2), params, jax.random.key(0))
+
+
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
